@@ -1,0 +1,90 @@
+"""Few-shot prompts: shots, formats, separators. One place, so that training and measuring write the same text.
+
+A prompt is `header + shot + sep + shot + sep + ... + query`, the answer follows, and a newline ends it (a newline, not the
+whole separator: a tokenizer may write a final "\\n\\n" with another token than the "\\n\\n" before a next shot).
+Formats vary because a model anchored on one format keeps that format best (measured: 0.90 to 1.03 of base).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one demonstration is written. `{x}` input, `{y}` output, `{i}`/`{o}` the task's names for them."""
+
+    name: str
+    query: str
+    answer: str = " {y}"
+    sep: str = "\n\n"
+    header: str = ""  # may use {instruction}
+
+
+FORMATS: dict[str, Format] = {
+    f.name: f
+    for f in (
+        Format("qa", "Q: {x}\nA:"),
+        Format("arrow", "{x} ->", sep="\n"),
+        Format("io", "Input: {x}\nOutput:"),
+        Format("named", "{i}: {x}\n{o}:"),
+        Format("instruction", "{x} =", sep="\n", header="{instruction}\n\n"),
+        Format("chat", "", answer="{y}"),  # rendered by the tokenizer's own chat template
+    )
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A finished prompt: the model reads `context` and should go on with `answer` and then `stop`."""
+
+    context: str
+    answer: str
+    stop: str
+
+
+def build(
+    form: Format,
+    shots: Sequence[Pair],
+    query: Pair,
+    *,
+    instruction: str = "",
+    names: tuple[str, str] = ("Input", "Output"),
+    tokenizer: Any = None,
+) -> Prompt:
+    """Write `shots` and the query of one task in one format.
+
+    Args:
+        form: the format; "chat" needs a tokenizer with a chat template.
+        shots: (input, output) pairs, first shown first.
+        query: (input, output); the output is the answer and never stands in the context.
+    """
+    if form.name == "chat":
+        return _chat(shots, query, instruction, tokenizer)
+    fill = {"i": names[0], "o": names[1]}
+    text = form.header.format(instruction=instruction)
+    for x, y in shots:
+        text += form.query.format(x=x, **fill) + form.answer.format(y=y) + form.sep
+    return Prompt(text + form.query.format(x=query[0], **fill), form.answer.format(y=query[1]), "\n")
+
+
+def _chat(shots: Sequence[Pair], query: Pair, instruction: str, tokenizer: Any) -> Prompt:
+    turns: list[dict[str, str]] = []
+    for n, (x, y) in enumerate([*shots, query]):
+        turns.append({"role": "user", "content": f"{instruction}\n{x}" if n == 0 else x})
+        turns.append({"role": "assistant", "content": y})
+    context = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    if not whole.startswith(context + query[1]):  # a template that rewrites turns cannot be scored this way
+        return Prompt(context, query[1], "")
+    return Prompt(context, query[1], whole[len(context) + len(query[1]) :].strip())
+
+
+def formats_for(tokenizer: Any, names: Sequence[str] | None = None) -> list[Format]:
+    """The formats a tokenizer can write: all of them, less "chat" when it has no chat template."""
+    chosen = [FORMATS[n] for n in (names or FORMATS)]
+    return [f for f in chosen if f.name != "chat" or getattr(tokenizer, "chat_template", None)]

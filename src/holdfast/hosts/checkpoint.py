@@ -1,0 +1,141 @@
+"""Checkpoints of the plain host: safetensors and JSON, written whole or not at all.
+
+Data order and asides depend on the step alone, so weights, optimizer moments and the step are the whole state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.engine.forward import SOFT_PROMPT, inner
+from holdfast.errors import TrainingError
+
+
+class Checkpoint:
+    """The one latest checkpoint under `folder` (None: nothing is written), and the best weights of a stage."""
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder / "checkpoint" if folder else None
+        self._best: tuple[float, dict[str, torch.Tensor]] | None = None
+
+    def save(self, session: Any, optimizer: Any, schedule: Any, log: Any, done: int, step: int) -> None:
+        """Write everything needed to go on at `step` of the stage that starts after `done` steps."""
+        if not self.folder:
+            return
+        from safetensors.torch import save_file
+
+        tensors = {f"param/{n}": p.detach() for n, p in session.params.items()}
+        soft = getattr(inner(session.model), SOFT_PROMPT, None)
+        if soft is not None:
+            tensors[f"param/{SOFT_PROMPT}"] = soft.detach()
+        for i, p in enumerate(session.params.values()):
+            for key, value in (optimizer.state.get(p, {}) if optimizer else {}).items():
+                tensors[f"optimizer/{i}/{key}"] = value
+        for name, state in session.state.items():
+            tensors |= {f"state/{name}/{k}": v for k, v in state.items()}
+        if self._best:
+            tensors |= {f"best/{n}": v for n, v in self._best[1].items()}
+        tensors["rng"] = torch.get_rng_state()
+        meta = {
+            "done": done,
+            "step": step,
+            "stage": session.stage.name,
+            "loss": log.loss,
+            "seconds": log.seconds,
+            "tokens": log.tokens,
+            "realised": log.realised,
+            "effects": session.effects,
+            "best": self._best[0] if self._best else None,
+        }
+        fresh = self.folder.with_name("checkpoint.new")
+        try:
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            save_file({k: v.contiguous().clone() for k, v in tensors.items()}, fresh / "state.safetensors")
+            (fresh / "state.json").write_text(json.dumps(meta))
+            old = self.folder.with_name("checkpoint.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if self.folder.exists():
+                os.replace(self.folder, old)
+            os.replace(fresh, self.folder)
+            shutil.rmtree(old, ignore_errors=True)
+        except OSError as e:
+            shutil.rmtree(fresh, ignore_errors=True)
+            raise TrainingError(
+                f"The checkpoint of step {done + step} could not be written to {self.folder}: {e.strerror or e}.",
+                "Free some disk space and start the same command again; it goes on from the checkpoint before.",
+            ) from e
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+        if not self.folder:
+            return None
+        from safetensors.torch import load_file
+
+        for folder in (
+            self.folder,
+            self.folder.with_name("checkpoint.old"),
+        ):  # .old: killed between two renames
+            if (folder / "state.json").is_file() and (folder / "state.safetensors").is_file():
+                return json.loads((folder / "state.json").read_text()), load_file(
+                    folder / "state.safetensors"
+                )
+        return None
+
+    def restore(self, session: Any, optimizer: Any, schedule: Any, log: Any, done: int, steps: int) -> int:
+        """Load what belongs to this stage; returns the step to start at (`steps` when the stage is behind us)."""
+        found = self._read()
+        if not found:
+            return 0
+        meta, tensors = found
+        if meta["done"] < done:
+            return 0
+        for name, p in session.params.items():
+            if f"param/{name}" in tensors:
+                p.data.copy_(tensors[f"param/{name}"])
+        soft = getattr(inner(session.model), SOFT_PROMPT, None)
+        if soft is not None and f"param/{SOFT_PROMPT}" in tensors:
+            soft.data.copy_(tensors[f"param/{SOFT_PROMPT}"])
+        log.loss[:] = [(s, p) for s, p in meta["loss"]]
+        log.seconds, log.tokens, log.realised = meta["seconds"], meta["tokens"], Counter(meta["realised"])
+        session.effects = Counter(meta["effects"])
+        if meta["done"] > done:
+            return steps
+        for key, value in tensors.items():
+            if key.startswith("state/"):
+                _, name, part = key.split("/", 2)
+                session.state.setdefault(name, {})[part] = value
+        params = list(session.params.values())
+        for key, value in tensors.items():
+            if key.startswith("optimizer/"):
+                _, index, part = key.split("/", 2)
+                optimizer.state[params[int(index)]][part] = value
+        if meta["best"] is not None:
+            best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
+            self._best = (meta["best"], best)
+        schedule.last_epoch = meta["step"]
+        for group, lr, factor in zip(
+            optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = lr * factor(meta["step"])
+        torch.set_rng_state(tensors["rng"])
+        return int(meta["step"])
+
+    def consider(self, session: Any, score: float) -> None:
+        """Remember the trainable weights when `score` is the best of the stage so far (a tie goes to the later)."""
+        if self._best is None or score >= self._best[0]:
+            self._best = (score, {n: p.detach().clone() for n, p in session.params.items()})
+
+    @torch.no_grad()
+    def take_best(self, session: Any) -> None:
+        """Go back to the best weights of the stage, if any were remembered."""
+        if self._best is not None:
+            for name, value in self._best[1].items():
+                session.params[name].copy_(value)
+        self._best = None

@@ -1,0 +1,170 @@
+"""The reference loop: what a plan means, on one screen. `hosts/hf.py` must give the same weights.
+
+It is also the fast one: rows packed without padding, logits only where something is scored, what trains in fp32 and
+what is frozen in the compute dtype.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.engine.pack import TokenRow
+from holdfast.errors import TrainingError
+from holdfast.hosts.checkpoint import Checkpoint
+from holdfast.method import Stage
+from holdfast.session import Session
+
+
+@dataclass
+class Training:
+    """The settings of a run, under their Hugging Face names; `num_steps` is decided by the caller."""
+
+    num_steps: int
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 3e-4
+    lr_scheduler_type: str = "linear"
+    warmup_steps: float = 0.05
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    seed: int = 0
+    autocast: torch.dtype | None = None
+    save_steps: int = 50
+    folder: Path | None = None
+
+
+@dataclass
+class Log:
+    """What happened: per-step loss parts, and totals."""
+
+    loss: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0
+    realised: Counter[str] = field(default_factory=Counter)
+
+
+def train(
+    session: Session,
+    mix: Any,
+    settings: Training,
+    *,
+    on_step: Callable[[int, int, dict[str, float]], None] | None = None,
+    evaluate: Callable[[Any], float] | None = None,
+) -> Log:
+    """Train `session.model` on `mix`, stage after stage; resumes from `settings.folder` when it holds a checkpoint.
+
+    on_step is called with (step, steps of the run, loss parts); evaluate with the model, higher is better, for stages
+    that keep their best checkpoint.
+    """
+    log, done = Log(), 0
+    checkpoint = Checkpoint(settings.folder)
+    for stage, steps in split_steps(session.stages, settings.num_steps):
+        model = session.enter(stage)
+        optimizer = torch.optim.AdamW(
+            session.param_groups(settings.learning_rate, settings.weight_decay),
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_epsilon,
+            fused=True,
+        )
+        session.hook(optimizer)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda s, n=steps: lr_at(s, n, settings.warmup_steps, settings.lr_scheduler_type)
+        )
+        first = checkpoint.restore(session, optimizer, schedule, log, done, steps)
+        size = settings.batch_size * settings.gradient_accumulation_steps
+        stream = islice(mix.draw(settings.seed), (done + first) * size, None)
+        model.train()
+        start = time.perf_counter()
+        for step in range(first, steps):
+            batch = session.pick(list(islice(stream, size)), done + step)
+            parts = _step(session, optimizer, batch, done + step, settings, log)
+            schedule.step()
+            log.loss.append((done + step, parts))
+            if on_step:
+                on_step(done + step + 1, settings.num_steps, parts)
+            if settings.save_steps and (step + 1) % settings.save_steps == 0 and step + 1 < steps:
+                log.seconds, start = log.seconds + time.perf_counter() - start, time.perf_counter()
+                checkpoint.save(session, optimizer, schedule, log, done, step + 1)
+            if stage.keep_best and evaluate and (step + 1) % max(1, steps // 4) == 0:
+                checkpoint.consider(session, evaluate(model))
+                model.train()
+        checkpoint.take_best(session)
+        log.seconds += time.perf_counter() - start
+        done += steps
+        if done < settings.num_steps and first < steps:
+            checkpoint.save(session, None, None, log, done, 0)
+    session.model.eval()
+    return log
+
+
+def _step(
+    session: Session, optimizer: Any, batch: Sequence[TokenRow], step: int, settings: Training, log: Log
+) -> dict[str, float]:
+    """One optimizer step: micro-batches, gradients, clipping, update."""
+    asides, n = session.rows_of(step), settings.gradient_accumulation_steps
+    counts: Counter[str] = Counter()
+    for row in (*batch, *asides):
+        counts[row.owner] += row.num_scored
+        log.realised[f"{row.source}/examples"] += 1
+        log.realised[f"{row.source}/tokens"] += len(row.ids)
+        log.tokens += len(row.ids)
+    parts: Counter[str] = Counter()
+    for micro in range(n):
+        rows = [*batch[micro::n], *asides[micro::n]]
+        if not rows:
+            continue
+        device = next(session.model.parameters()).device.type
+        with torch.autocast(
+            device, settings.autocast or torch.bfloat16, enabled=settings.autocast is not None
+        ):
+            loss, here = session.loss(session.model, rows, counts, step, share=1 / n)
+        if not math.isfinite(loss.item()):
+            raise TrainingError(
+                f"The loss is {loss.item()} at step {step + 1} ("
+                + ", ".join(f"{k} {v:.4g}" for k, v in here.items())
+                + "); the last good checkpoint is kept.",
+                "Lower training.learning_rate, or look at the rows of this step; the same command goes on from there.",
+            )
+        loss.backward()
+        parts.update(here)
+    session.change_gradients()
+    if settings.max_grad_norm:
+        torch.nn.utils.clip_grad_norm_(list(session.params.values()), settings.max_grad_norm, foreach=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return dict(parts)
+
+
+def split_steps(stages: Sequence[Stage], total: int) -> list[tuple[Stage, int]]:
+    """Give each stage its share of the steps, at least one; the last takes the rest."""
+    whole, out, left = sum(s.share for s in stages), [], total
+    for n, stage in enumerate(stages):
+        steps = left if n == len(stages) - 1 else max(1, round(total * stage.share / whole))
+        out.append((stage, min(steps, left)))
+        left -= out[-1][1]
+    return out
+
+
+def lr_at(step: int, total: int, warmup: float, kind: str) -> float:
+    """Learning-rate factor at `step`, as transformers' schedules of the same name."""
+    warm = warmup if warmup >= 1 else math.ceil(total * warmup)
+    if step < warm and kind != "constant":
+        return step / max(1.0, warm)
+    if kind in ("constant", "constant_with_warmup"):
+        return 1.0
+    progress = (step - warm) / max(1, total - warm)
+    if kind == "cosine":
+        return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+    return max(0.0, 1 - progress)

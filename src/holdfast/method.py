@@ -1,0 +1,187 @@
+"""A method: one frozen dataclass whose fields are its hyper-parameters and which overrides some of the sites below.
+
+Site functions take values and return values; state is a dict of plain tensors returned by `prepare` and saved by the
+plan. How two methods combine at a site is fixed (docs/design law): sums, products, intersections, declared chains, or
+one owner. A method never sees another one, nor the scale of the loss, nor the host.
+
+Legend: N scored positions of a step, V vocabulary, T tokens of a row, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+if TYPE_CHECKING:
+    from holdfast.engine.pack import TokenRow
+    from holdfast.mix import Mix
+    from holdfast.services import Context, View
+
+State = dict[str, torch.Tensor]
+SITES = (
+    "prepare",
+    "adapt",
+    "data",
+    "batch",
+    "token_weight",
+    "loss",
+    "grad",
+    "update",
+    "merge",
+    "decode",
+    "stages",
+)
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from. `arxiv` is the bare id."""
+
+    title: str
+    arxiv: str = ""
+    note: str = ""  # what was not verified, in words
+
+
+@dataclass(frozen=True)
+class Term:
+    """One addend of the loss.
+
+    value: (M,) one number per position, summed and divided by the step's count of `owner` positions; or a scalar
+    penalty on weights, counted once a step however the step is split.
+    owner: whose positions `value` runs over ("task" or the method's own asides); None for a penalty.
+    """
+
+    value: torch.Tensor
+    owner: str | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a run. `trains` is "prompt" or "rest" (whatever the plan's other methods leave trainable)."""
+
+    name: str
+    share: float = 1.0  # of the run's steps
+    trains: str = "rest"
+    learning_rate: float | None = None  # None: the run's
+    keep_best: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of every method. Subclasses are frozen dataclasses with defaults for all fields."""
+
+    paper: ClassVar[Paper | None] = None
+    does: ClassVar[str] = ""  # one plain line for tables
+    needs: ClassVar[frozenset[str]] = frozenset()  # "base_weights", "base_logits", "dense", "hidden"
+    wraps: ClassVar[bool] = False  # replaces modules: at most one per plan
+    refuses: ClassVar[Mapping[str, str]] = {}  # method name -> why the two mean different things
+    phase: ClassVar[str] = "rescale"  # of `grad`: mask, rescale, project
+    scales_update: ClassVar[bool] = (
+        False  # `merge` only scales tuned - base, so it is exact on a LoRA adapter too
+    )
+
+    # ---- the sites
+
+    def prepare(self, ctx: Context) -> State:
+        """Measure the untouched base once. The result is saved and handed to the other sites."""
+        return {}
+
+    def adapt(self, model: Any, ctx: Context) -> Any:
+        """Choose what trains (set requires_grad to False, never to True) or wrap modules. Returns the model."""
+        return model
+
+    def lr_factor(self, name: str, num_layers: int) -> float:
+        """Learning-rate factor of one parameter (part of `adapt`); factors of several methods multiply."""
+        return 1.0
+
+    def data(self, mix: Mix, ctx: Context) -> Mix:
+        """Add sources or maps to the training mix."""
+        return mix
+
+    def asides(self, ctx: Context) -> Sequence[TokenRow]:
+        """A fixed pool of extra rows for this method's own loss term (part of `data`); owner = the method's name."""
+        return ()
+
+    def asides_at(self, step: int, pool: int) -> Sequence[int]:
+        """Which rows of the pool join step `step` (0-based)."""
+        return ()
+
+    def batch(self, rows: Sequence[TokenRow], step: int, ctx: Context) -> Sequence[TokenRow]:
+        """Pick or change the rows of a drawn batch."""
+        return rows
+
+    def token_weight(self, view: View) -> torch.Tensor | None:
+        """(N,) weights of the task's token losses, without gradient; positions of other owners are ignored."""
+        return None
+
+    def loss(self, view: View) -> Term | None:
+        """One addend of the loss, or None when there is nothing to add at this step."""
+        return None
+
+    def grad(self, name: str, grad: torch.Tensor, state: State) -> torch.Tensor:
+        """Change the gradient of one parameter before clipping."""
+        return grad
+
+    def touches(self, name: str, param: torch.Tensor) -> bool:
+        """Whether `update` wants this parameter."""
+        return False
+
+    def update(self, name: str, step: torch.Tensor, param: torch.Tensor, state: State) -> torch.Tensor:
+        """Change the optimizer's step of one parameter (after - before, weight decay included)."""
+        return step
+
+    def merge(self, name: str, base: torch.Tensor, tuned: torch.Tensor, num_layers: int) -> torch.Tensor:
+        """Combine one tensor of base and tuned model after training, in fp32."""
+        return tuned
+
+    def decode(self, model: Any) -> Mapping[str, Any]:
+        """What inference on the tuned task's own format needs beside the weights."""
+        return {}
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Split the run into several trainings; () leaves it whole."""
+        return ()
+
+    # ---- what the planner asks
+
+    def check(self, ctx: Context) -> None:
+        """Raise for values that make no sense, before any work."""
+
+    def off(self) -> bool:
+        """True when the field values switch the method off (then it is skipped, bit for bit)."""
+        return False
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def sites(self) -> tuple[str, ...]:
+        """The sites this method overrides; helpers count for the site they belong to."""
+        helpers = {"lr_factor": "adapt", "asides": "data"}
+        own = {
+            helpers.get(s, s) for s in (*SITES, *helpers) if getattr(type(self), s) is not getattr(Method, s)
+        }
+        return tuple(s for s in SITES if s in own)
+
+    def settings(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder-block index in a parameter name, or None outside the blocks. Experts and other numbers do not count."""
+    parts = name.split(".")
+    for before, number in zip(parts, parts[1:], strict=False):
+        if before in ("layers", "h", "block", "blocks") and number.isdigit():
+            return int(number)
+    return None
+
+
+def canonical(name: str) -> str:
+    """A parameter's name in the plain model: PEFT, DDP and FSDP decorations removed."""
+    for part in ("_fsdp_wrapped_module.", "module.", "base_model.model.", "base_layer.", "_orig_mod."):
+        name = name.replace(part, "") if part != "module." else name.removeprefix(part)
+    return name

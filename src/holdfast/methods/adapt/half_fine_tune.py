@@ -1,0 +1,85 @@
+"""Half fine-tuning: train a random half of every layer's matrices and freeze the other half.
+
+    attention: 2 of {q, k, v, o};   feed-forward: 2 of {gate, up, down} in half of the layers, 1 in the other half;
+    half of the norms;   embeddings and head always train (switch: `train_embeddings`)
+
+Choosing "2 of 4" by count is half of the weights only when q, k, v, o have equal size. Under grouped-query attention
+k and v are small, so by default (`exact_half`) one of {q, o} and one of {k, v} is drawn: exactly half always.
+Paper: rounds redraw the half at each task or stage; here one round per run (another `seed` is another round).
+Cost: gradients and optimizer state halve. Frozen tensors stay bit-identical.
+Combine with: every loss and data method, ProMoT, WiSEFT. Do not combine with: LoRA.
+"""
+
+import random
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from holdfast.errors import PlanError
+from holdfast.method import Method, Paper, canonical, layer_of
+from holdfast.services import Context
+
+ATTENTION = {"q": r"(q_proj|q_lin|query)$", "k": r"(k_proj|k_lin|key)$", "v": r"(v_proj|v_lin|value)$",
+             "o": r"(o_proj|out_proj|out_lin)$"}  # fmt: skip
+FEED_FORWARD = {"gate": r"(gate_proj|w1)$", "up": r"(up_proj|fc1|w3)$", "down": r"(down_proj|fc2|w2)$"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HalfFineTune(Method):
+    """HFT (Hui et al., ACL 2025), arXiv 2404.18466."""
+
+    seed: int = 0
+    exact_half: bool = True  # ours; False is the paper's rule by count (Sec. 3)
+    train_embeddings: bool = True  # paper: embeddings and head always train
+
+    paper: ClassVar = Paper("HFT: Half Fine-Tuning for Large Language Models", "2404.18466")
+    does: ClassVar = "freezes a random half of each layer's matrices"
+    needs: ClassVar = frozenset({"dense"})
+
+    def adapt(self, model: Any, ctx: Context) -> Any:
+        chosen = self.choose([canonical(n) for n, _ in model.named_parameters()])
+        for name, p in model.named_parameters():
+            if canonical(name) not in chosen:
+                p.requires_grad_(False)
+        return model
+
+    def choose(self, names: list[str]) -> set[str]:
+        """The names that train."""
+        draw = random.Random(f"HalfFineTune/{self.seed}")
+        layers: dict[int, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        train: set[str] = set()
+        for name in names:
+            layer = layer_of(name)
+            if layer is not None:
+                layers[layer][_part(name)].append(name)
+            elif "norm" in name or "ln_f" in name:
+                train |= {name} if draw.random() < 0.5 else set()
+            elif self.train_embeddings:
+                train.add(name)
+        if not any(layer.get(p) for layer in layers.values() for p in ATTENTION):
+            raise PlanError(
+                "HalfFineTune knows no attention matrices in this architecture (fused or unusually named).",
+                "Use Freeze with name patterns instead.",
+            )
+        order = sorted(layers)
+        two = set(draw.sample(order, len(order) // 2))  # layers that train two of gate, up, down
+        for n in order:
+            for part in self._attention(draw) + draw.sample(list(FEED_FORWARD), 2 if n in two else 1):
+                train |= set(layers[n][part])
+            norms = sorted(layers[n]["norm"])
+            train |= set(draw.sample(norms, len(norms) // 2))
+        return train
+
+    def _attention(self, draw: random.Random) -> list[str]:
+        if self.exact_half:
+            return [draw.choice("qo"), draw.choice("kv")]
+        return draw.sample(list(ATTENTION), 2)
+
+
+def _part(name: str) -> str:
+    stem = re.sub(r"\.(weight|bias)$", "", name)
+    for part, pattern in {**ATTENTION, **FEED_FORWARD}.items():
+        if re.search(pattern, stem):
+            return part
+    return "norm" if "norm" in stem or ".ln" in stem else "other"

@@ -1,0 +1,45 @@
+"""Few-shot prompts as token rows, shared by everything that trains on them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from holdfast.engine.pack import TokenRow, token_row
+from holdfast.fewshot import Pair, Prompt
+
+
+def encode_shots(
+    prompt: Prompt,
+    pairs: Sequence[Pair],
+    tokenizer: Any,
+    owner: str,
+    *,
+    every_token: bool,
+    source: str | None = None,
+) -> TokenRow:
+    """Tokenise a finished few-shot prompt; targets are all tokens, or the answers of all shots and the query."""
+    text = prompt.context + prompt.answer + prompt.stop
+    got = tokenizer(
+        text, return_offsets_mapping=not every_token, add_special_tokens=not _has_bos(text, tokenizer)
+    )
+    ids = np.asarray(got["input_ids"], dtype=np.int64)
+    if every_token:
+        return token_row(ids, 1, owner, source or owner)
+    inside = np.zeros(len(text) + 1, dtype=bool)
+    at = 0
+    for (
+        x,
+        y,
+    ) in pairs:  # each answer is searched after its own question, so equal words elsewhere do not count
+        at = text.index(x, at) + len(x)
+        at = text.index(y, at)
+        inside[at : at + len(y)] = True
+        at += len(y)
+    scored = np.array([bool(inside[a:b].any()) for a, b in got["offset_mapping"]])
+    scored[0] = False
+    return TokenRow(ids, scored, owner, source or owner)
+
+
+def _has_bos(text: str, tokenizer: Any) -> bool:
+    return bool(tokenizer.bos_token and text.startswith(tokenizer.bos_token))

@@ -1,0 +1,119 @@
+"""InContextMix: add few-shot prompts with gold answers to the training data.
+
+Of all examples, `share` are few-shot prompts; N = n_task / (1 - share), every task row is still seen once an epoch.
+Demonstrations come from anchor tasks ("anchors"), from the task itself ("task"), or half of each ("both"). The query is
+never its own demonstration; the number of shots and the format vary from row to row. supervision "final": only the
+last answer carries loss; "all": every answer.
+Paper evidence: few-shot rows of the same task alone do not protect other tasks (ProMoT, Table: 0.03 on TriviaQA), so
+"anchors" is the default. Shares count examples (`unit`); a 4-shot row is some five times longer than its query.
+Cost: the extra rows' tokens. Combine with: everything.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import ClassVar
+
+from holdfast.engine.pack import TokenRow
+from holdfast.errors import PlanError
+from holdfast.fewshot import build, formats_for
+from holdfast.measure.tasks import anchor_tasks
+from holdfast.method import Method, Paper
+from holdfast.methods.data._shots import encode_shots
+from holdfast.mix import Mix, Source
+from holdfast.services import Context
+
+
+@dataclass(frozen=True, kw_only=True)
+class InContextMix(Method):
+    """Few-shot-format mixing, after arXiv 2310.13448 (ratios from the seed page, unverified)."""
+
+    share: float = 0.2  # seed page
+    source: str = "anchors"
+    shots: tuple[int, int] = (1, 4)  # card: uniform 1..k_max instead of a fixed 3
+    supervision: str = "final"  # seed page
+    unit: str = "examples"
+    tasks: tuple[str, ...] | None = None
+    pool: int = 1024
+    seed: int = 0
+
+    paper: ClassVar = Paper("Steering Large Language Models for Machine Translation with Finetuning and In-Context "
+                            "Learning", "2310.13448", "the default ratio comes from no paper")  # fmt: skip
+    does: ClassVar = "adds few-shot prompts with gold answers to the training data"
+
+    def off(self) -> bool:
+        return self.share == 0
+
+    def check(self, ctx: Context) -> None:
+        if self.source not in ("anchors", "task", "both"):
+            raise PlanError(f"InContextMix.source is {self.source!r}.", "Use 'anchors', 'task' or 'both'.")
+        if self.supervision not in ("final", "all"):
+            raise PlanError(f"InContextMix.supervision is {self.supervision!r}.", "Use 'final' or 'all'.")
+        if not 0 <= self.share < 1:
+            raise PlanError(
+                f"InContextMix.share is {self.share}.", "Use a part of the mix, 0 or more and below 1."
+            )
+        if self.source != "anchors" and len(ctx.rows) < self.shots[1] + 1:
+            raise PlanError(
+                f"InContextMix takes its shots from the task, but only {len(ctx.rows)} rows of text are known.",
+                "Give prompt/completion rows, or set source: anchors.",
+            )
+        anchor_tasks(self.tasks)
+
+    def data(self, mix: Mix, ctx: Context) -> Mix:
+        rows = [self.row(n, ctx) for n in range(self.pool)]
+        fits = [r for r in rows if len(r.ids) <= ctx.max_length]
+        return mix.add(Source(self.name, fits, self.share, self.unit))
+
+    def row(self, n: int, ctx: Context) -> TokenRow:
+        """The n-th few-shot row."""
+        draw = random.Random(f"InContextMix/{self.seed}/{n}")
+        k = draw.randint(*self.shots)
+        from_task = self.source == "task" or (self.source == "both" and n % 2)
+        if from_task:
+            picked = draw.sample(list(ctx.rows), k + 1)
+            return _task_row(picked, ctx, self.supervision == "all", self.name)
+        tasks = anchor_tasks(self.tasks)
+        task, form = tasks[n % len(tasks)], draw.choice(formats_for(ctx.tokenizer))
+        pairs = draw.sample(task.items, k + 1)
+        prompt = build(
+            form,
+            pairs[:-1],
+            pairs[-1],
+            instruction=task.instruction,
+            names=task.names,
+            tokenizer=ctx.tokenizer,
+        )
+        whole = encode_shots(prompt, pairs, ctx.tokenizer, "task", every_token=False, source=self.name)
+        return whole if self.supervision == "all" else _last_answer(whole)
+
+
+def _last_answer(row: TokenRow) -> TokenRow:
+    """Keep only the last run of targets."""
+    scored = row.scored.copy()
+    end = len(scored) - scored[::-1].argmax()
+    start = end
+    while start and scored[start - 1]:
+        start -= 1
+    scored[:start] = False
+    return TokenRow(row.ids, scored, row.owner, row.source)
+
+
+def _task_row(picked: list, ctx: Context, every_answer: bool, source: str) -> TokenRow:
+    """Task rows one after the other, the last one is the query. Rows too long lose shots from the left."""
+    while True:
+        ids: list[int] = []
+        scored: list[bool] = []
+        for n, row in enumerate(picked):
+            lead = ctx.tokenizer.encode(
+                row.prompt if n == 0 else "\n\n" + row.prompt, add_special_tokens=n == 0
+            )
+            answer = ctx.tokenizer.encode(row.completion, add_special_tokens=False)
+            ids += lead + answer
+            scored += [False] * len(lead) + [every_answer or n == len(picked) - 1] * len(answer)
+        if len(ids) <= ctx.max_length or len(picked) == 1:
+            import numpy as np
+
+            flags = np.array(scored)
+            flags[0] = False
+            return TokenRow(np.array(ids, dtype=np.int64), flags, "task", source)
+        picked = picked[1:]

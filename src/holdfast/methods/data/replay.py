@@ -1,0 +1,85 @@
+"""Replay: mix general text and instructions into the task's data.
+
+Of the whole mix, `share` (counted in examples or tokens) comes from `sources`, each with its own weight; sources shorter
+than needed are repeated, and the run reports what was realised. Text rows carry loss on every token, instruction rows
+on the answer. Default sources are the small general set shipped with Holdfast; give your own (json, jsonl, csv,
+parquet, hub id). A general set below the model's own quality degrades it.
+Paper: union of general and task data regularises (cocktail effect); its exact ratios were not readable.
+Cost: share / (1 - share) more rows. The folklore cure: see the results page before trusting it.
+Combine with: everything.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from holdfast.engine.pack import TokenRow
+from holdfast.errors import PlanError
+from holdfast.method import Method, Paper
+from holdfast.mix import Mix, Source
+from holdfast.services import Context
+
+GENERAL = ("holdfast:general/instructions.jsonl", "holdfast:general/text.jsonl")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay(Method):
+    """General-data mixing (Brief et al. 2024), arXiv 2410.01109."""
+
+    share: float = 0.1  # seed page; the paper's own ratios were not readable
+    sources: tuple[str, ...] = GENERAL
+    weights: tuple[float, ...] | None = None  # of the sources among themselves; None is equal
+    unit: str = "examples"
+    max_tokens: int = 256  # ours; longer rows are cut
+    seed: int = 0
+
+    paper: ClassVar = Paper("Mixing It Up: The Cocktail Effect of Multi-Task Fine-Tuning on LLM Performance",
+                            "2410.01109", "the default share comes from no paper")  # fmt: skip
+    does: ClassVar = "mixes general text and instructions into the training data"
+
+    def off(self) -> bool:
+        return self.share == 0
+
+    def check(self, ctx: Context) -> None:
+        if not 0 <= self.share < 1:
+            raise PlanError(f"Replay.share is {self.share}.", "Use a part of the mix, 0 or more and below 1.")
+        if self.weights and (
+            len(self.weights) != len(self.sources) or min(self.weights) < 0 or not sum(self.weights)
+        ):
+            raise PlanError(
+                f"Replay has {len(self.sources)} sources but weights {list(self.weights)}.",
+                "Give one weight of 0 or more for each source, not all 0.",
+            )
+        if self.unit not in ("examples", "tokens"):
+            raise PlanError(f"Replay.unit is {self.unit!r}.", "Use 'examples' or 'tokens'.")
+
+    def data(self, mix: Mix, ctx: Context) -> Mix:
+        weights = self.weights or (1.0,) * len(self.sources)
+        for path, weight in zip(self.sources, weights, strict=True):
+            rows = read_sources((path,), ctx, owner="task", source=f"Replay:{Path(path).stem}")
+            cut = [
+                TokenRow(r.ids[: self.max_tokens], r.scored[: self.max_tokens], r.owner, r.source)
+                for r in rows
+            ]
+            usable = [r for r in cut if r.scored.any()]
+            mix = mix.add(Source(f"Replay:{path}", usable, self.share * weight / sum(weights), self.unit))
+        return mix
+
+
+def read_sources(
+    sources: Sequence[str], ctx: Context, *, owner: str, source: str | None = None, all_tokens: bool = False
+) -> list[TokenRow]:
+    """Tokenised rows of general data files, in one shuffled order that depends on the run's seed alone."""
+    from holdfast.rows import read_rows
+    from holdfast.tokens import tokenize
+
+    rows = [
+        r for s in sources for r in read_rows(s, base_dir=ctx.base_dir or Path.cwd(), tokenizer=ctx.tokenizer)
+    ]
+    random.Random(f"replay/{ctx.seed}").shuffle(rows)
+    return [
+        tokenize(r, ctx.tokenizer, None, owner=owner, source=source or owner, all_tokens=all_tokens)
+        for r in rows
+    ]

@@ -1,0 +1,63 @@
+"""L2-to-init (L2-SP): pull every trained weight back to where it started.
+
+    loss += (alpha / 2) * sum_j (theta_j - theta0_j)^2          dense
+    loss += (alpha / 2) * sum_modules s^2 tr((B^T B)(A A^T))    LoRA: the same sum over s B A, from two r x r Grams
+
+AdamW's weight decay pulls to zero instead, which hurts a pre-trained model: leave it at 0. Adam rescales the penalty's
+gradient like every other gradient. Paper [166] penalises attention only, in a vision model; here every trained weight (`patterns` narrows it).
+Cost: dense: one copy of the trained weights. LoRA: nothing.
+Combine with: everything at parameter level.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from holdfast.errors import PlanError
+from holdfast.method import Method, Paper, Term
+from holdfast.services import Context, View
+
+
+@dataclass(frozen=True, kw_only=True)
+class L2ToInit(Method):
+    """L2 to the starting weights, arXiv 2203.17269 (Sec. 3; L2-SP is arXiv 1802.01483)."""
+
+    alpha: float = 1e-2  # ours: the paper tunes it on a short prefix of the task
+    patterns: tuple[str, ...] = ()  # only names matching one of these; () is all that trains
+
+    paper: ClassVar = Paper("A Closer Look at Rehearsal-Free Continual Learning", "2203.17269")
+    does: ClassVar = "penalises the squared distance of the weights from the base"
+    needs: ClassVar = frozenset({"base_weights"})
+
+    def off(self) -> bool:
+        return self.alpha == 0
+
+    def check(self, ctx: Context) -> None:
+        if self.alpha < 0:
+            raise PlanError(f"L2ToInit.alpha is {self.alpha}: a negative pull pushes away.", "Use 0 or more.")
+
+    def loss(self, view: View) -> Term | None:
+        lora = _lora_pairs(view.model)
+        terms = []
+        for name, p in view.params.items():
+            if self.patterns and not any(re.search(x, name) for x in self.patterns):
+                continue
+            if ".lora_" not in name and name in view.base_weights:
+                terms.append((p - view.base_weights[name].to(p.dtype)).square().sum())
+        for name, a, b, scale in lora:
+            if not self.patterns or any(re.search(x, name) for x in self.patterns):
+                terms.append(scale**2 * ((b.T @ b) * (a @ a.T)).sum())
+        return Term(self.alpha / 2 * torch.stack(terms).sum()) if terms else None
+
+
+def _lora_pairs(model: torch.nn.Module) -> list[tuple[str, torch.Tensor, torch.Tensor, float]]:
+    """(name, A (r, n), B (m, r), scale) of every LoRA module whose A or B trains."""
+    out = []
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            if a.requires_grad or b.requires_grad:
+                out.append((name, a, b, float(module.scaling["default"])))
+    return out

@@ -1,0 +1,42 @@
+"""WiSE-FT: after training, walk part of the way back to the base in a straight line.
+
+    theta = (1 - alpha) theta_0 + alpha theta_tuned
+
+alpha 1 keeps the tuned model, 0 is the base, both exactly. On a LoRA adapter the same as multiplying its scale by
+alpha, exact, no merging. The arithmetic is fp32: in bf16 the small difference would round away.
+The paper evaluates a grid of alpha; `holdfast` reports the one you choose (the sweep belongs to repair).
+Cost: one pass over the weights. Combine with: everything; the last step of any recipe.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from holdfast.errors import PlanError
+from holdfast.method import Method, Paper
+from holdfast.services import Context
+
+
+@dataclass(frozen=True, kw_only=True)
+class WiSEFT(Method):
+    """Weight-space ensembling (Wortsman et al., CVPR 2022)."""
+
+    alpha: float = 0.5  # the authors' advice when nothing is known (secondary source)
+
+    paper: ClassVar = Paper(
+        "Robust fine-tuning of zero-shot models", "2109.01903", "defaults checked in a secondary source only"
+    )
+    does: ClassVar = "averages the tuned weights with the base afterwards"
+    needs: ClassVar = frozenset({"base_weights"})
+    scales_update: ClassVar = True
+
+    def off(self) -> bool:
+        return self.alpha == 1
+
+    def check(self, ctx: Context) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise PlanError(f"WiSEFT.alpha is {self.alpha}.", "Use a number from 0 (base) to 1 (tuned).")
+
+    def merge(self, name: str, base: torch.Tensor, tuned: torch.Tensor, num_layers: int) -> torch.Tensor:
+        return torch.lerp(base, tuned, self.alpha)

@@ -1,0 +1,200 @@
+"""The plan: methods in order, checked against each other and the host before anything is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from holdfast.errors import PlanError, suggest
+from holdfast.method import Method
+from holdfast.services import Context
+
+PHASES = ("mask", "rescale", "project")
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a training loop can do. The planner refuses what it cannot."""
+
+    name: str
+    packing: bool = False  # several examples share one row the model's own forward cannot tell apart
+    hides_gradients: bool = False  # DeepSpeed ZeRO
+    quantised: bool = False
+    weight_decay: float = 0.0
+
+
+class Plan:
+    """An ordered list of methods.
+
+    >>> from holdfast.methods import LoRA, ICLAnchor
+    >>> Plan([LoRA(r=8), ICLAnchor()]).names
+    ('LoRA', 'ICLAnchor')
+    """
+
+    def __init__(self, methods: Sequence[Method] = ()):
+        for m in methods:
+            if not isinstance(m, Method):
+                raise PlanError(f"{m!r} in the plan is not a method.", "Give instances, such as LoRA(r=8).")
+        self.methods = tuple(methods)
+        twice = [n for n in self.names if self.names.count(n) > 1]
+        if twice:
+            raise PlanError(
+                f"{twice[0]} stands twice in the plan, and nothing says which one counts.",
+                f"Keep one {twice[0]}.",
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(m.name for m in self.methods)
+
+    def __iter__(self) -> Iterator[Method]:
+        return iter(self.methods)
+
+    def __len__(self) -> int:
+        return len(self.methods)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.methods == other.methods
+
+    def __repr__(self) -> str:
+        return f"Plan({list(self.methods)!r})"
+
+    # ---- recipes
+
+    @classmethod
+    def from_recipe(cls, items: Sequence[Any]) -> Plan:
+        """From a recipe's list: names, or {name: {field: value}}."""
+        return cls([method_from(item) for item in items])
+
+    def to_recipe(self) -> list[dict[str, dict[str, Any]]]:
+        return [{m.name: {k: _plain(v) for k, v in m.settings().items()}} for m in self.methods]
+
+    # ---- checks
+
+    @property
+    def active(self) -> tuple[Method, ...]:
+        """The methods that are not switched off by their own values."""
+        return tuple(m for m in self.methods if not m.off())
+
+    def check(self, host: Host, ctx: Context) -> None:
+        """Raise PlanError for the first thing that cannot work, naming both parties and the cure."""
+        for m in self.active:
+            m.check(ctx)
+        self._check_owners()
+        self._check_meaning()
+        self._check_host(host)
+
+    def _check_owners(self) -> None:
+        for what, owners in (
+            ("wrap the model's layers", [m for m in self.active if m.wraps]),
+            ("split the run into stages", [m for m in self.active if "stages" in m.sites()]),
+            ("change decoding", [m for m in self.active if "decode" in m.sites()]),
+        ):
+            if len(owners) > 1:
+                raise PlanError(
+                    f"{owners[0].name} and {owners[1].name} both want to {what}.",
+                    "Keep one of them, or run them one after the other.",
+                )
+        wrapper = next((m for m in self.active if m.wraps), None)
+        dense = next((m for m in self.active if "dense" in m.needs), None)
+        if wrapper and dense:
+            raise PlanError(
+                f"{dense.name} works on the model's own weights, but {wrapper.name} freezes them and trains an adapter.",
+                f"Keep {dense.name} and drop {wrapper.name}, or the other way round.",
+            )
+
+    def _check_meaning(self) -> None:
+        for a in self.active:
+            for b in self.active:
+                if a is not b and b.name in a.refuses:
+                    raise PlanError(
+                        f"{a.name} and {b.name} do not fit: {a.refuses[b.name]}", "Keep one of them."
+                    )
+        phases = [(PHASES.index(m.phase), m) for m in self.active if "grad" in m.sites()]
+        for (i, a), (j, b) in zip(phases, phases[1:], strict=False):
+            if i > j:
+                raise PlanError(
+                    f"{a.name} ({a.phase}) stands before {b.name} ({b.phase}), but gradients are masked, then rescaled, "
+                    "then projected.",
+                    f"Put {b.name} before {a.name}.",
+                )
+
+    def _check_host(self, host: Host) -> None:
+        for m in self.active:
+            if host.packing and "stages" in m.sites():
+                raise PlanError(
+                    f"{m.name} puts a soft prompt before every example, but {host.name} packs several examples into one "
+                    "row, where only the first would get it.",
+                    "Set packing=False and padding_free=False.",
+                )
+            if host.hides_gradients and {"grad", "update"} & set(m.sites()):
+                raise PlanError(
+                    f"{m.name} changes gradients or steps, but {host.name} under DeepSpeed does not show them.",
+                    "Use FSDP or DDP with this method.",
+                )
+            if host.quantised and "dense" in m.needs:
+                raise PlanError(
+                    f"{m.name} needs plain weights, but the base model is loaded in 4 or 8 bits.",
+                    f"Load it unquantised, or use LoRA instead of {m.name}.",
+                )
+
+    # ---- words
+
+    def explain(self) -> list[dict[str, Any]]:
+        """One row per method: what it does where, its settings and its paper."""
+        return [
+            {
+                "method": m.name,
+                "settings": {k: _plain(v) for k, v in m.settings().items()},
+                "sites": list(m.sites()),
+                "does": m.does if not m.off() else "switched off by its values",
+                "paper": {"title": m.paper.title, "arxiv": m.paper.arxiv} if m.paper else None,
+            }
+            for m in self.methods
+        ]
+
+
+def method_from(item: Any) -> Method:
+    """Build one method from a recipe item; unknown names and fields are refused with a near miss."""
+    from holdfast import methods
+
+    name, fields = next(iter(item.items())) if isinstance(item, Mapping) else (item, None)
+    known = methods.all_methods()
+    if name not in known:
+        raise PlanError(f"The plan names {name!r}, which is not a method.", suggest(str(name), tuple(known)))
+    kind = known[name]
+    allowed = {f.name: f for f in dataclasses.fields(kind)}
+    for key in fields or {}:
+        if key not in allowed:
+            raise PlanError(f"{name} has no setting {key!r}.", suggest(str(key), tuple(allowed)))
+    try:
+        return kind(**{k: _typed(name, allowed[k], v) for k, v in (fields or {}).items()})
+    except TypeError as e:
+        raise PlanError(f"The settings of {name} do not fit: {e}.", f"See `holdfast methods {name}`.") from e
+
+
+def _typed(name: str, field: Any, value: Any) -> Any:
+    """Lists become tuples; a number, flag or word of the wrong kind is refused here and not deep in a run."""
+    if isinstance(value, list):
+        return tuple(tuple(v) if isinstance(v, list) else v for v in value)
+    default = field.default
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise PlanError(f"{name}.{field.name} is {value!r}, but it is a switch.", "Write true or false.")
+    if isinstance(default, (int, float)) and not isinstance(default, bool):
+        if isinstance(value, str):
+            try:
+                value = float(value)  # YAML 1.1 reads 3e-4 as a word
+            except ValueError:
+                pass
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise PlanError(
+                f"{name}.{field.name} is {value!r}, but it is a number.", f"The default is {default}."
+            )
+        return int(value) if isinstance(default, int) and float(value).is_integer() else value
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value

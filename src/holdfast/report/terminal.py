@@ -1,0 +1,87 @@
+"""The report as a table that a person understands at a glance, 80 columns wide."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from . import schema
+
+TONES = {"kept": "bold cyan", "lost": "bold red", "unclear": "bold yellow", "none": "dim"}
+
+
+def _cell(value: str, span: str) -> Text:
+    """A number with its interval dim below it: side by side would not fit 80 columns."""
+    cell = Text(value)
+    if span:
+        cell.append(f"\n{span}", style="dim")
+    return cell
+
+
+def _score(est: Any) -> Text:
+    return (
+        _cell(schema.number(est["value"]), schema.interval(est))
+        if schema.has(est)
+        else Text("-", style="dim")
+    )
+
+
+def _kept(ratio: Any) -> Text:
+    if not schema.has(ratio):
+        return Text("-", style="dim")
+    return _cell(schema.percent(ratio["value"]), schema.percent_interval(ratio))
+
+
+def _table(report: dict[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+    table.add_column("", overflow="fold", ratio=None, min_width=10, max_width=24)
+    for title in ("before", "after", "kept"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    task = report.get("task")
+    if task:
+        name = Text(schema.one_line(task.get("name") or "task"), style="bold")
+        name.append(f"\n{schema.one_line(task.get('metric') or 'score')}", style="dim")
+        gain = task.get("difference")
+        change = f"{schema.number(gain['value'], True)}" if schema.has(gain) else ""
+        table.add_row(
+            name, _score(task.get("before")), _score(task.get("after")), "", Text(change), end_section=True
+        )
+    for ability in report.get("abilities") or []:
+        look = schema.ability_status(ability)
+        name = Text(schema.one_line(ability.get("name") or "?"))
+        scores = (
+            _score(ability.get("before")),
+            _score(ability.get("after")),
+            _kept(ability.get("retention")),
+        )
+        table.add_row(name, *scores, Text(look.word.lower(), style=TONES[look.tone]))
+    return table
+
+
+def show(report: dict[str, Any], console: Console, page: str | Path | None = None) -> None:
+    """Print verdict, task, abilities and where the page lies.
+
+    Args:
+        report: as in `holdfast.report.schema.Report`.
+        console: where to print; text of the report is never read as markup of rich.
+        page: path of the HTML page, named in the last line when given.
+    """
+    r = schema.clean(report)
+    look = schema.status_of(r.get("verdict"), r.get("kind"))
+    names = [schema.one_line((r.get(part) or {}).get("name") or "") for part in ("model", "tuned")]
+    console.print(Text(" -> ".join(n for n in names if n), style="dim"), overflow="fold")
+    if r.get("task") or r.get("abilities"):
+        console.print()
+        console.print(_table(r))
+    line = Text(look.word.upper(), style=TONES[look.tone])
+    sentence = schema.one_line((r.get("verdict") or {}).get("sentence") or "")
+    console.print()
+    console.print(line.append(f"  {sentence}" if sentence else "", style="not bold default"), overflow="fold")
+    if page is not None:
+        console.print(Text(f"Page: {schema.clean(str(page))}"), overflow="fold", soft_wrap=True)

@@ -1,0 +1,228 @@
+"""What methods may ask for: the context of a run, the view of a step, and the base model's answers, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from holdfast.engine.forward import forward, inner
+from holdfast.engine.pack import Packed, TokenRow
+from holdfast.method import State
+
+
+@dataclass
+class Context:
+    """What a run knows before training.
+
+    rows: the task's training rows as text (`rows.Row`), empty when the host only has tokens.
+    total_steps: optimizer steps of the whole run, 0 when unknown.
+    """
+
+    model: Any
+    tokenizer: Any
+    seed: int = 0
+    rows: Sequence[Any] = ()
+    total_steps: int = 0
+    max_length: int = 1024
+    base_dir: Any = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class View:
+    """One forward of a step, as a method may see it. Positions of all owners stand together, in row order."""
+
+    packed: Packed
+    logits: torch.Tensor  # (N, V)
+    step: int
+    model: Any
+    state: State
+    teacher: Teacher | None
+    owner: str  # the name of the method that looks
+    params: Mapping[str, torch.nn.Parameter]  # trainable parameters by canonical name
+    base_weights: Mapping[str, torch.Tensor]
+    _shared: dict[str, Any]
+
+    @property
+    def logp(self) -> torch.Tensor:
+        """(N, V) log-probabilities in fp32, computed once for all methods."""
+        if "logp" not in self._shared:
+            self._shared["logp"] = self.logits.float().log_softmax(-1)
+        return self._shared["logp"]
+
+    @property
+    def token_logp(self) -> torch.Tensor:
+        """(N,) log-probability of each target."""
+        if "token_logp" not in self._shared:
+            self._shared["token_logp"] = self.logp.gather(1, self.packed.target[:, None])[:, 0]
+        return self._shared["token_logp"]
+
+    def positions(self, owner: str, source: str | None = None) -> torch.Tensor:
+        """(M,) indices of the positions of one owner (and one source)."""
+        rows = [r.owner == owner and source in (None, r.source) for r in self.packed.rows]
+        return torch.as_tensor(np.flatnonzero(np.asarray(rows)[self.packed.row]), device=self.logits.device)
+
+    def base_logp(self, owner: str) -> torch.Tensor:
+        """(M, V) the base model's log-probabilities at the positions of `owner`, no gradient."""
+        assert self.teacher is not None, "the plan gives a teacher to methods that need base_logits"
+        key = f"base/{owner}"
+        if key not in self._shared:
+            wanted = [r for r in self.packed.rows if r.owner == owner]
+            self._shared[key] = self.teacher.logp(self.model, wanted)
+        return self._shared[key]
+
+
+class Teacher:
+    """The base model's answers.
+
+    Rows known beforehand are run through the untouched base once; their last hidden states are kept (2 D bytes a
+    position instead of 2 V) and the base's own head is applied on demand: exact. Rows never seen before are asked of
+    the base with its adapter switched off, or, when the base itself is being trained, of a frozen copy.
+    """
+
+    def __init__(self, model: Any):
+        self._store: dict[bytes, tuple[int, int]] = {}
+        self._hidden: list[torch.Tensor] = []
+        self._joined: torch.Tensor | None = None
+        self._head: Any = None
+        self._copy: Any = None
+        self.num_forwards = 0
+        self.exact_head = head_is_plain(model)
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    @torch.no_grad()
+    def learn(
+        self,
+        model: Any,
+        rows: Sequence[TokenRow],
+        batch_tokens: int = 1024,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        """Store the answers of the untouched `model` on `rows` (duplicates once)."""
+        new = list({r.key: r for r in rows if r.key not in self._store}.values())
+        if not new or not self.exact_head:
+            return
+        was_training = model.training
+        model.eval()
+        at = sum(len(h) for h in self._hidden)
+        for done, batch in _batches(new, batch_tokens):
+            packed, hidden = forward(model, batch, hidden=True)
+            self.num_forwards += 1
+            self._hidden.append(hidden.detach().clone())
+            for row, count in zip(batch, np.bincount(packed.row, minlength=len(batch)), strict=True):
+                self._store[row.key] = (at, int(count))
+                at += int(count)
+            if progress:
+                progress(done / len(new))
+        model.train(was_training)
+        self._joined = None
+
+    def freeze_base(self, model: Any, head_trains: bool, needs_copy: bool) -> None:
+        """Keep what training would destroy: the head when it trains, the whole base when unknown rows will come."""
+        if needs_copy or not self.exact_head:
+            import copy
+
+            self._copy = copy.deepcopy(inner(model)).eval().requires_grad_(False)
+        if head_trains and self.exact_head:
+            head = inner(model).get_output_embeddings()
+            weight = head.weight.detach().clone()
+            bias = None if getattr(head, "bias", None) is None else head.bias.detach().clone()
+            self._head = lambda h: torch.nn.functional.linear(h, weight, bias)
+
+    @torch.no_grad()
+    def logp(self, model: Any, rows: Sequence[TokenRow]) -> torch.Tensor:
+        """(M, V) fp32 log-probabilities of the base at the scored positions of `rows`."""
+        if self._store and all(r.key in self._store for r in rows):
+            if self._joined is None:
+                self._joined = torch.cat(self._hidden)
+                self._hidden = [self._joined]
+            spans = [self._joined[a : a + n] for a, n in (self._store[r.key] for r in rows)]
+            head = self._head or inner(model).get_output_embeddings()
+            return head(torch.cat(spans)).float().log_softmax(-1)
+        self.num_forwards += 1
+        if self._copy is not None:
+            return forward(self._copy, rows)[1].float().log_softmax(-1)
+        was_training = model.training
+        model.eval()  # dropout off: a teacher that rolls dice is no teacher
+        wrapped = getattr(model, "module", model)
+        with wrapped.disable_adapter():
+            logits = forward(model, rows)[1]
+        model.train(was_training)
+        return logits.float().log_softmax(-1)
+
+    def save(self) -> State:
+        """The stored answers as tensors (hidden states and row identities)."""
+        if not self._store:
+            return {}
+        keys = [np.frombuffer(k, dtype=np.uint8) for k in self._store]
+        return {
+            "hidden": torch.cat(self._hidden),
+            "span": torch.tensor(list(self._store.values())),
+            "keys": torch.from_numpy(np.concatenate(keys).copy()),
+            "key_length": torch.tensor([len(k) for k in keys]),
+        }
+
+    def load(self, state: State) -> None:
+        """The reverse of `save`."""
+        if not state:
+            return
+        self._hidden = [state["hidden"]]
+        raw, at = state["keys"].numpy().tobytes(), 0
+        for length, (start, count) in zip(state["key_length"].tolist(), state["span"].tolist(), strict=True):
+            self._store[raw[at : at + length]] = (start, count)
+            at += length
+
+
+def _batches(rows: Sequence[TokenRow], most: int) -> Any:
+    batch: list[TokenRow] = []
+    for n, row in enumerate(rows):
+        if batch and sum(len(r.ids) for r in batch) + len(row.ids) > most:
+            yield n, batch
+            batch = []
+        batch.append(row)
+    yield len(rows), batch
+
+
+@torch.no_grad()
+def head_is_plain(model: Any) -> bool:
+    """True when logits are just head(last hidden): no soft-capping or scaling afterwards (checked, not assumed)."""
+    device = next(model.parameters()).device
+    ids = torch.arange(4, device=device)[None]
+    seen: list[torch.Tensor] = []
+    head = inner(model).get_output_embeddings()
+    handle = head.register_forward_hook(lambda _m, _a, out: seen.append(out))
+    was_training = model.training
+    model.eval()
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+        model.train(was_training)
+    return bool(torch.equal(logits.float(), seen[0].float()))
+
+
+class BaseWeights(Mapping[str, torch.Tensor]):
+    """Base weights by canonical name, copied once before training, for the parameters that will train."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]):
+        self._weights = weights
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._weights[name]
+
+    def __iter__(self) -> Any:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    @cached_property
+    def num_bytes(self) -> int:
+        return sum(w.numel() * w.element_size() for w in self._weights.values())

@@ -1,0 +1,328 @@
+"""A plan at work on one model: what both hosts call, so that they cannot differ.
+
+Order of a step: batch -> forward -> token weights and terms -> backward -> grad -> clip -> optimizer -> update.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from holdfast.engine.forward import SOFT_PROMPT, forward, inner
+from holdfast.engine.pack import TokenRow
+from holdfast.errors import NoEffect, TrainingError
+from holdfast.method import Method, Stage, State, canonical
+from holdfast.mix import Mix
+from holdfast.plan import PHASES, Plan
+from holdfast.services import BaseWeights, Context, Teacher, View
+
+Counts = Mapping[str, int]
+
+
+class Session:
+    """Holds the state of a plan during one run.
+
+    Args:
+        plan: the checked plan.
+        model: the untouched base.
+        ctx: what the run knows.
+        compute_dtype: what frozen weights are kept in; what trains is kept in fp32. None leaves dtypes alone.
+        knows_rows: the host will give all rows to `learn` before training (then no copy of the base is needed).
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: Any,
+        ctx: Context,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        knows_rows: bool = False,
+    ):
+        self.plan, self.model, self.ctx = plan, model, ctx
+        self.methods = plan.active
+        self.compute_dtype, self.knows_rows = compute_dtype, knows_rows
+        self.state: dict[str, State] = {}
+        self.asides: dict[str, Sequence[TokenRow]] = {}
+        self.effects: Counter[str] = Counter()
+        self.teacher: Teacher | None = None
+        self.base_weights: Mapping[str, torch.Tensor] = {}
+        self.num_layers = int(getattr(inner(model).config, "num_hidden_layers", 1))
+        self.stage = self.stages[0]
+        self.realised: Counter[str] = Counter()
+        self.params: dict[str, torch.nn.Parameter] = {}
+
+    # ---- before training
+
+    def prepare(
+        self, teacher_rows: Sequence[TokenRow] = (), progress: Callable[[float], None] | None = None
+    ) -> None:
+        """Run `prepare` and gather asides on the untouched base, then the teacher's answers."""
+        for m in self.methods:
+            if m.name not in self.state:
+                self.state[m.name] = m.prepare(self.ctx)
+            rows = m.asides(self.ctx)
+            if rows:
+                self.asides[m.name] = rows
+        if any("base_logits" in m.needs for m in self.methods):
+            self.teacher = Teacher(self.model)
+            used = [r for m in self.methods for r in self._used_asides(m)]
+            on_task = any("base_logits" in m.needs and not m.asides(self.ctx) for m in self.methods)
+            known = [*used, *(teacher_rows if on_task else ())]
+            self.teacher.learn(self.model, known, progress=progress)
+            adapter = any(m.wraps for m in self.methods)
+            unknown = on_task and not (self.knows_rows and self.teacher.exact_head)
+            self.teacher.freeze_base(self.model, head_trains=not adapter, needs_copy=unknown and not adapter)
+        if any("base_weights" in m.needs for m in self.methods):
+            self.base_weights = BaseWeights(
+                {canonical(n): p.detach().clone() for n, p in self.model.named_parameters()}
+            )
+
+    def _used_asides(self, m: Method) -> list[TokenRow]:
+        pool = self.asides.get(m.name, ())
+        if not pool or not self.ctx.total_steps:
+            return list(pool)
+        wanted = sorted({i for s in range(self.ctx.total_steps) for i in m.asides_at(s, len(pool))})
+        return [pool[i] for i in wanted]
+
+    def mix(self, task: Sequence[TokenRow]) -> Mix:
+        """The training mix with every method's sources."""
+        mix = Mix(task)
+        for m in self.methods:
+            before = mix
+            mix = m.data(mix, self.ctx)
+            self.effects[m.name] += mix is not before
+        return mix
+
+    # ---- stages
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return next((m.stages() for m in self.methods if "stages" in m.sites()), (Stage("tune"),))
+
+    def enter(self, stage: Stage) -> Any:
+        """Set up what trains in `stage`; returns the model (wrapped by an adapter, perhaps)."""
+        self.stage = stage
+        soft = getattr(inner(self.model), SOFT_PROMPT, None)
+        if stage.trains == "prompt":
+            owner = next(m for m in self.methods if "stages" in m.sites())
+            self.model.requires_grad_(False)
+            if soft is None:
+                inner(self.model).register_parameter(
+                    SOFT_PROMPT, torch.nn.Parameter(self.state[owner.name]["init"].clone())
+                )
+                self.effects[owner.name] += 1
+            inner(self.model).get_parameter(SOFT_PROMPT).requires_grad_(True)
+        else:
+            self.model.requires_grad_(True)
+            for m in sorted(self.methods, key=lambda m: not m.wraps):
+                before = _trainable(self.model)
+                self.model = m.adapt(self.model, self.ctx)
+                self.effects[m.name] += _trainable(self.model) != before
+            if soft is not None:
+                inner(self.model).get_parameter(SOFT_PROMPT).requires_grad_(False)
+        self._set_dtypes()
+        self.params = {canonical(n): p for n, p in self.model.named_parameters() if p.requires_grad}
+        if not self.params:
+            raise NoEffect("The plan freezes every weight, so nothing would train.", "Freeze less.")
+        return self.model
+
+    def _set_dtypes(self) -> None:
+        if self.compute_dtype is None:
+            return
+        for p in self.model.parameters():
+            if p.is_floating_point():
+                wanted = torch.float32 if p.requires_grad else self.compute_dtype
+                if p.dtype != wanted:
+                    p.data = p.data.to(wanted)
+
+    def param_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Optimizer groups of the stage, one per learning-rate factor; norms and biases do not decay."""
+        lr = self.stage.learning_rate or lr
+        groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+        for name, p in self.params.items():
+            factor = 1.0
+            for m in self.methods:
+                one = m.lr_factor(name, self.num_layers)
+                self.effects[m.name] += one != 1.0
+                factor *= one
+            groups.setdefault((factor, p.ndim >= 2), []).append(p)
+        return [
+            {"params": ps, "lr": lr * factor, "weight_decay": weight_decay if decays else 0.0}
+            for (factor, decays), ps in groups.items()
+        ]
+
+    # ---- a step
+
+    def rows_of(self, step: int) -> list[TokenRow]:
+        """The aside rows that join step `step`; none while a prompt stage trains no weight they could protect."""
+        if self.stage.trains == "prompt":
+            return []
+        return [
+            self.asides[m.name][i]
+            for m in self.methods
+            if m.name in self.asides
+            for i in m.asides_at(step, len(self.asides[m.name]))
+        ]
+
+    def pick(self, rows: Sequence[TokenRow], step: int) -> Sequence[TokenRow]:
+        """The batch site."""
+        for m in self.methods:
+            rows = m.batch(rows, step, self.ctx)
+        return rows
+
+    def loss(
+        self, model: Any, rows: Sequence[TokenRow], counts: Counts, step: int, share: float = 1.0
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """The loss of one micro-batch.
+
+        Args:
+            rows: task rows and asides of this micro-batch.
+            counts: scored positions by owner in the whole optimizer step (all micro-batches and processes).
+            share: this micro-batch's part of a scalar penalty (1 / accumulation steps).
+
+        Returns: (loss, its parts as plain numbers).
+        """
+        packed, logits = forward(model, rows)
+        shared: dict[str, Any] = {}
+        views = {m.name: self._view(m, packed, logits, model, step, shared) for m in self.methods}
+        view = next(iter(views.values()), None) or self._view(None, packed, logits, model, step, shared)
+        at = view.positions("task")
+        token_loss = -view.token_logp[at]
+        for m in self.methods:
+            weight = m.token_weight(views[m.name])
+            if weight is not None:
+                self.effects[m.name] += 1
+                token_loss = token_loss * weight.detach()[at]
+        total = token_loss.sum() / max(1, counts.get("task", 0))
+        parts = {"task": total.item()}
+        for m in self.methods:
+            term = m.loss(views[m.name])
+            if term is None:
+                continue
+            if term.owner is None:
+                value = term.value * share
+            else:
+                value = term.value.sum() / max(1, counts.get(term.owner, 0))
+            if not value.requires_grad and torch.is_grad_enabled():
+                raise NoEffect(
+                    f"{m.name} adds a term to the loss that carries no gradient, so it cannot change anything.",
+                    "This is a fault of the method: compute the term from view.logits or view.params.",
+                )
+            self.effects[m.name] += 1
+            total = total + value
+            parts[m.name] = value.item()
+        return total, parts
+
+    def _view(self, m: Method | None, packed: Any, logits: Any, model: Any, step: int, shared: dict) -> View:
+        name = m.name if m else "task"
+        return View(
+            packed, logits, step, model, self.state.get(name, {}), self.teacher, name, self.params,
+            self.base_weights, shared,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def change_gradients(self) -> None:
+        """The grad site, once per optimizer step and before clipping: mask, rescale, project."""
+        chain = sorted((m for m in self.methods if "grad" in m.sites()), key=lambda m: PHASES.index(m.phase))
+        for m in chain:
+            for name, p in self.params.items():
+                if p.grad is not None:
+                    p.grad = m.grad(name, p.grad, self.state[m.name])
+            self.effects[m.name] += 1
+
+    def hook(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put the update site around `optimizer.step`."""
+        chain = [m for m in self.methods if "update" in m.sites()]
+        if not chain or self.stage.trains == "prompt":
+            return
+        touched = {n: [m for m in chain if m.touches(n, p)] for n, p in self.params.items()}
+        touched = {n: ms for n, ms in touched.items() if ms}
+        before: dict[str, torch.Tensor] = {}
+
+        @torch.no_grad()
+        def keep(*_: Any) -> None:
+            for name in touched:
+                before[name] = self.params[name].detach().clone()
+
+        @torch.no_grad()
+        def change(*_: Any) -> None:
+            for name, methods in touched.items():
+                p = self.params[name]
+                step = p - before[name]
+                for m in methods:
+                    step = m.update(name, step, before[name], self.state[m.name])
+                    self.effects[m.name] += 1
+                p.copy_(before[name] + step)
+
+        optimizer.register_step_pre_hook(keep)
+        optimizer.register_step_post_hook(change)
+
+    # ---- after training
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """The merge site: on dense weights in place; on a LoRA adapter by scaling its B, which is exact."""
+        chain = [m for m in self.methods if "merge" in m.sites()]
+        if not chain:
+            return
+        lora = [(n, p) for n, p in self.model.named_parameters() if ".lora_B." in n]
+        if lora:
+            for n, p in lora:
+                name = canonical(n).split(".lora_B.")[0] + ".weight"
+                factor = torch.ones(())
+                for m in chain:
+                    factor = m.merge(name, torch.zeros(()), factor, self.num_layers)
+                p.mul_(factor.to(p.dtype))
+        else:
+            for n, p in self.model.named_parameters():
+                name = canonical(n)
+                if name in self.base_weights:
+                    base, new = self.base_weights[name].float(), p.float()
+                    for m in chain:
+                        new = m.merge(name, base, new, self.num_layers)
+                    p.copy_(new)
+        for m in chain:
+            self.effects[m.name] += 1
+
+    def finish(self) -> None:
+        """Raise NoEffect for the first method that changed nothing in the whole run."""
+        for m in self.methods:
+            if not self.effects[m.name]:
+                raise NoEffect(
+                    f"{m.name} is in the plan but changed nothing in this run.",
+                    "Check its settings (targets, shares, schedules), or take it out of the plan.",
+                )
+
+    def probe(self, rows: Sequence[TokenRow]) -> dict[str, float]:
+        """One forward and backward on a few rows before training: finite, and gradients reach what trains."""
+        owners = Counter({"task": 0})
+        rows = [*rows, *self.rows_of(0)]
+        for r in rows:
+            owners[r.owner] += r.num_scored
+        loss, parts = self.loss(self.model, rows, owners, step=0)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"The probe step gave a loss of {loss.item()} ({_words(parts)}).",
+                "Check the data for empty targets and the model's dtype; nothing was trained yet.",
+            )
+        loss.backward()
+        reached = sum(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in self.params.values())
+        for p in self.params.values():
+            p.grad = None
+        if not reached:
+            raise NoEffect(
+                "No gradient reaches any trainable weight.", "Check what the plan freezes and wraps."
+            )
+        return parts
+
+
+def _trainable(model: Any) -> frozenset[str]:
+    return frozenset(n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def _words(parts: Mapping[str, float]) -> str:
+    return ", ".join(f"{k} {v:.4g}" for k, v in parts.items())
