@@ -1,0 +1,24 @@
+"""Fine-tune a language model without losing what it knows, and prove it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "tune": "holdfast.run",
+    "Plan": "holdfast.plan",
+    "with_plan": "holdfast.hosts.hf",
+    "Method": "holdfast.method",
+    "HoldfastError": "holdfast.errors",
+}
+__all__ = ["HoldfastError", "Method", "Plan", "__version__", "tune", "with_plan"]  # noqa: F822
+
+
+def __getattr__(name: str) -> Any:  # heavy libraries are imported only where used
+    if name in _WHERE:
+        import importlib
+
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'holdfast' has no attribute {name!r}")

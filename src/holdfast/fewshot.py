@@ -40,11 +40,15 @@ FORMATS: dict[str, Format] = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """A finished prompt: the model reads `context` and should go on with `answer` and then `stop`."""
+    """A finished prompt: the model reads `context` and should go on with `answer` and then `stop`.
+
+    spans: (start, end) characters in context + answer of every shown answer and, last, of the query's.
+    """
 
     context: str
     answer: str
     stop: str
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 def build(
@@ -66,10 +70,14 @@ def build(
     if form.name == "chat":
         return _chat(shots, query, instruction, tokenizer)
     fill = {"i": names[0], "o": names[1]}
-    text = form.header.format(instruction=instruction)
-    for x, y in shots:
-        text += form.query.format(x=x, **fill) + form.answer.format(y=y) + form.sep
-    return Prompt(text + form.query.format(x=query[0], **fill), form.answer.format(y=query[1]), "\n")
+    text, spans = form.header.format(instruction=instruction), []
+    lead = form.answer.index("{y}")
+    for n, (x, y) in enumerate([*shots, query]):
+        text += form.query.format(x=x, **fill)
+        spans.append((len(text) + lead, len(text) + lead + len(y)))
+        if n < len(shots):
+            text += form.answer.format(y=y) + form.sep
+    return Prompt(text, form.answer.format(y=query[1]), "\n", tuple(spans))
 
 
 def _chat(shots: Sequence[Pair], query: Pair, instruction: str, tokenizer: Any) -> Prompt:
@@ -79,9 +87,24 @@ def _chat(shots: Sequence[Pair], query: Pair, instruction: str, tokenizer: Any) 
         turns.append({"role": "assistant", "content": y})
     context = tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True)
     whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    spans = _chat_spans(turns[:-1], context, tokenizer) + ((len(context), len(context) + len(query[1])),)
     if not whole.startswith(context + query[1]):  # a template that rewrites turns cannot be scored this way
-        return Prompt(context, query[1], "")
-    return Prompt(context, query[1], whole[len(context) + len(query[1]) :].strip())
+        return Prompt(context, query[1], "", spans)
+    return Prompt(context, query[1], whole[len(context) + len(query[1]) :].strip(), spans)
+
+
+def _chat_spans(turns: list[dict[str, str]], context: str, tokenizer: Any) -> tuple[tuple[int, int], ...]:
+    """Where the shown answers stand: rendered once more with a mark for each; () if the template rewrites them."""
+    answers = [t["content"] for t in turns if t["role"] == "assistant"]
+    marked = [{**t, "content": "\0"} if t["role"] == "assistant" else t for t in turns]
+    parts = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True).split("\0")
+    if len(parts) != len(answers) + 1:
+        return ()
+    text, spans = parts[0], []
+    for answer, part in zip(answers, parts[1:], strict=True):
+        spans.append((len(text), len(text) + len(answer)))
+        text += answer + part
+    return tuple(spans) if text == context else ()
 
 
 def formats_for(tokenizer: Any, names: Sequence[str] | None = None) -> list[Format]:

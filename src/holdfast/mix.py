@@ -1,7 +1,7 @@
 """The training mix: the task's rows and what methods add, drawn in one fixed order.
 
-Shares are exact by construction: rows are dealt by largest deficit, so after every row each source is within one row
-(or one row's tokens) of its share. The order depends on the seed alone, so a resumed run needs no iterator state.
+Shares are exact by construction: after every row each source, the task too, is within one row (or one row's tokens) of
+its share. The order depends on the seed alone, so a resumed run needs no iterator state.
 """
 
 from __future__ import annotations
@@ -86,9 +86,7 @@ class Mix:
         used = [0.0] * len(streams)
         total = {"examples": 0.0, "tokens": 0.0}
         while True:
-            behind = [s.share * (total[s.unit] + 1) - u for (s, _), u in zip(streams, used, strict=True)]
-            pick = max(range(1, len(streams)), key=lambda n: behind[n], default=0)
-            pick = pick if pick and behind[pick] >= 0.5 else 0  # nobody half a row behind: the task's turn
+            pick = _turn((task, *self.sources), used, total)
             source, stream = streams[pick]
             row = next(stream)
             used[pick] += 1 if source.unit == "examples" else len(row.ids)
@@ -97,6 +95,24 @@ class Mix:
             for function in self.maps:
                 row = function(row)
             yield row
+
+
+def _turn(sources: Sequence[Source], used: Sequence[float], total: dict[str, float]) -> int:
+    """Whose row comes next; sources[0] is the task and takes what the others leave.
+
+    Shares of tokens: whoever is furthest behind, if anybody is. Shares of examples: Tijdeman's rule (The chairman
+    assignment problem, 1980), the earliest deadline among those at least 1 / (2k - 2) rows behind, which keeps each of
+    k sources within one row of its share; the largest deficit alone does not, from three sources on.
+    """
+    late = {i: s.share * (total["tokens"] + 1) - used[i] for i, s in enumerate(sources) if s.unit == "tokens"}
+    if late and max(late.values()) >= 0.5:
+        return max(late, key=lambda i: late[i])
+    share = {i: s.share for i, s in enumerate(sources) if i and s.unit == "examples"}
+    behind = {i: s * (total["examples"] + 1) - used[i] for i, s in share.items()}
+    behind[0], share[0] = 1 - sum(behind.values()), 1 - sum(share.values())
+    edge = 1 / max(1, 2 * len(behind) - 2)
+    ready = [i for i in behind if behind[i] >= edge - 1e-9]
+    return min(ready, key=lambda i: (1 - edge - behind[i]) / share[i])
 
 
 def _shuffled(rows: Sequence[TokenRow], key: str) -> list[TokenRow]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from holdfast.errors import PlanError, suggest
 from holdfast.method import Method
@@ -170,30 +172,36 @@ def method_from(item: Any) -> Method:
         if key not in allowed:
             raise PlanError(f"{name} has no setting {key!r}.", suggest(str(key), tuple(allowed)))
     try:
-        return kind(**{k: _typed(name, allowed[k], v) for k, v in (fields or {}).items()})
+        hints = get_type_hints(kind)
+        return kind(**{k: _typed(f"{name}.{k}", hints[k], v) for k, v in (fields or {}).items()})
     except TypeError as e:
         raise PlanError(f"The settings of {name} do not fit: {e}.", f"See `holdfast methods {name}`.") from e
 
 
-def _typed(name: str, field: Any, value: Any) -> Any:
-    """Lists become tuples; a number, flag or word of the wrong kind is refused here and not deep in a run."""
+KINDS = {
+    bool: ("a switch", "Write true or false."),
+    int: ("a whole number", "Write it without quotes or a point."),
+    float: ("a number", "Write it without quotes."),
+    str: ("a word", "Write a name."),
+    tuple: ("a list", "Write [a, b, c]."),
+}
+
+
+def _typed(where: str, hint: Any, value: Any) -> Any:
+    """Lists become tuples; a value of the wrong kind is refused here and not deep in a run."""
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [get_origin(m) or m for m in members]
     if isinstance(value, list):
-        return tuple(tuple(v) if isinstance(v, list) else v for v in value)
-    default = field.default
-    if isinstance(default, bool) and not isinstance(value, bool):
-        raise PlanError(f"{name}.{field.name} is {value!r}, but it is a switch.", "Write true or false.")
-    if isinstance(default, (int, float)) and not isinstance(default, bool):
-        if isinstance(value, str):
-            try:
-                value = float(value)  # YAML 1.1 reads 3e-4 as a word
-            except ValueError:
-                pass
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise PlanError(
-                f"{name}.{field.name} is {value!r}, but it is a number.", f"The default is {default}."
-            )
-        return int(value) if isinstance(default, int) and float(value).is_integer() else value
-    return value
+        value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+    if isinstance(value, str) and float in kinds and str not in kinds:
+        with suppress(ValueError):
+            value = float(value)  # YAML 1.1 reads 3e-4 as a word
+    if isinstance(value, float) and value.is_integer() and int in kinds:
+        return int(value)
+    if type(value) in kinds or (type(value) is int and float in kinds) or not set(kinds) & set(KINDS):
+        return value
+    words = [KINDS[k] for k in kinds if k in KINDS]
+    raise PlanError(f"{where} is {value!r}, but it is {' or '.join(w for w, _ in words)}.", words[0][1])
 
 
 def _plain(value: Any) -> Any:

@@ -145,6 +145,7 @@ class Teacher:
                 self._hidden = [self._joined]
             spans = [self._joined[a : a + n] for a, n in (self._store[r.key] for r in rows)]
             head = self._head or inner(model).get_output_embeddings()
+            head = getattr(head, "base_layer", head)  # an adapter on the head is not the base's
             return head(torch.cat(spans)).float().log_softmax(-1)
         self.num_forwards += 1
         if self._copy is not None:

@@ -53,7 +53,9 @@ class Session:
         self.num_layers = int(getattr(inner(model).config, "num_hidden_layers", 1))
         self.stage = self.stages[0]
         self.realised: Counter[str] = Counter()
+        self._source_of: dict[str, str] = {}  # label of a row -> the method whose source it came from
         self.params: dict[str, torch.nn.Parameter] = {}
+        self._wrapped: frozenset[str] | None = None  # what an adapter trains, once it is on the model
 
     # ---- before training
 
@@ -89,12 +91,17 @@ class Session:
         return [pool[i] for i in wanted]
 
     def mix(self, task: Sequence[TokenRow]) -> Mix:
-        """The training mix with every method's sources."""
+        """The training mix with every method's sources. A source takes effect when a row of it is trained on."""
         mix = Mix(task)
         for m in self.methods:
             before = mix
             mix = m.data(mix, self.ctx)
-            self.effects[m.name] += mix is not before
+            self.effects[m.name] += mix.maps != before.maps
+            for s in mix.sources[len(before.sources) :]:
+                labels = set() if callable(s.rows) else {r.source for r in s.rows}
+                if not labels or "task" in labels:  # its rows cannot be told apart later
+                    self.effects[m.name] += 1
+                self._source_of |= dict.fromkeys(labels - {"task"}, m.name)
         return mix
 
     # ---- stages
@@ -117,10 +124,14 @@ class Session:
                 self.effects[owner.name] += 1
             inner(self.model).get_parameter(SOFT_PROMPT).requires_grad_(True)
         else:
-            self.model.requires_grad_(True)
+            for name, p in self.model.named_parameters():
+                p.requires_grad_(self._wrapped is None or name in self._wrapped)
             for m in sorted(self.methods, key=lambda m: not m.wraps):
                 before = _trainable(self.model)
-                self.model = m.adapt(self.model, self.ctx)
+                if not (m.wraps and self._wrapped):
+                    self.model = m.adapt(self.model, self.ctx)
+                if m.wraps and not self._wrapped:
+                    self._wrapped = _trainable(self.model)
                 self.effects[m.name] += _trainable(self.model) != before
             if soft is not None:
                 inner(self.model).get_parameter(SOFT_PROMPT).requires_grad_(False)
@@ -187,6 +198,7 @@ class Session:
         Returns: (loss, its parts as plain numbers).
         """
         packed, logits = forward(model, rows)
+        self.effects.update(self._source_of[r.source] for r in rows if r.source in self._source_of)
         shared: dict[str, Any] = {}
         views = {m.name: self._view(m, packed, logits, model, step, shared) for m in self.methods}
         view = next(iter(views.values()), None) or self._view(None, packed, logits, model, step, shared)
@@ -288,6 +300,22 @@ class Session:
         for m in chain:
             self.effects[m.name] += 1
 
+    def soft_prompt(self) -> torch.Tensor | None:
+        """(p, D) prompt of the task's own format, or None."""
+        soft = getattr(inner(self.model), SOFT_PROMPT, None)
+        return None if soft is None else soft.detach()
+
+    def finished_model(self, dtype: torch.dtype) -> tuple[Any, torch.Tensor | None]:
+        """The model as it is exported: dense weights back in the base's dtype, the soft prompt beside it."""
+        soft = self.soft_prompt()
+        if soft is not None:
+            soft = soft.clone()
+            delattr(inner(self.model), SOFT_PROMPT)
+        if not any(m.wraps for m in self.methods):
+            self.model.to(dtype)
+        self.model.requires_grad_(False)
+        return self.model.eval(), soft
+
     def finish(self) -> None:
         """Raise NoEffect for the first method that changed nothing in the whole run."""
         for m in self.methods:
@@ -297,13 +325,19 @@ class Session:
                     "Check its settings (targets, shares, schedules), or take it out of the plan.",
                 )
 
-    def probe(self, rows: Sequence[TokenRow]) -> dict[str, float]:
-        """One forward and backward on a few rows before training: finite, and gradients reach what trains."""
-        owners = Counter({"task": 0})
+    def probe(self, rows: Sequence[TokenRow], autocast: torch.dtype | None = None) -> dict[str, float]:
+        """One forward and backward on a few rows before training: finite, and gradients reach what trains.
+
+        Rows must be among those given to `prepare` when it was given any. What happens here is no effect of a method.
+        """
+        owners, effects = Counter({"task": 0}), self.effects.copy()
         rows = [*rows, *self.rows_of(0)]
         for r in rows:
             owners[r.owner] += r.num_scored
-        loss, parts = self.loss(self.model, rows, owners, step=0)
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
+            loss, parts = self.loss(self.model, rows, owners, step=0)
+        self.effects = effects
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"The probe step gave a loss of {loss.item()} ({_words(parts)}).",

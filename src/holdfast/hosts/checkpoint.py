@@ -107,15 +107,16 @@ class Checkpoint:
         session.effects = Counter(meta["effects"])
         if meta["done"] > done:
             return steps
+        params = list(session.params.values())
         for key, value in tensors.items():
             if key.startswith("state/"):
                 _, name, part = key.split("/", 2)
-                session.state.setdefault(name, {})[part] = value
-        params = list(session.params.values())
+                session.state.setdefault(name, {})[part] = value.to(params[0].device)
         for key, value in tensors.items():
             if key.startswith("optimizer/"):
                 _, index, part = key.split("/", 2)
-                optimizer.state[params[int(index)]][part] = value
+                p = params[int(index)]
+                optimizer.state[p][part] = value.to(p.device)
         if meta["best"] is not None:
             best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
             self._best = (meta["best"], best)

@@ -69,6 +69,7 @@ def train(
     that keep their best checkpoint.
     """
     log, done = Log(), 0
+    torch.manual_seed(settings.seed)  # dropout: the same whatever ran before
     checkpoint = Checkpoint(settings.folder)
     for stage, steps in split_steps(session.stages, settings.num_steps):
         model = session.enter(stage)
@@ -94,12 +95,12 @@ def train(
             log.loss.append((done + step, parts))
             if on_step:
                 on_step(done + step + 1, settings.num_steps, parts)
-            if settings.save_steps and (step + 1) % settings.save_steps == 0 and step + 1 < steps:
-                log.seconds, start = log.seconds + time.perf_counter() - start, time.perf_counter()
-                checkpoint.save(session, optimizer, schedule, log, done, step + 1)
             if stage.keep_best and evaluate and (step + 1) % max(1, steps // 4) == 0:
                 checkpoint.consider(session, evaluate(model))
                 model.train()
+            if settings.save_steps and (step + 1) % settings.save_steps == 0 and step + 1 < steps:
+                log.seconds, start = log.seconds + time.perf_counter() - start, time.perf_counter()
+                checkpoint.save(session, optimizer, schedule, log, done, step + 1)
         checkpoint.take_best(session)
         log.seconds += time.perf_counter() - start
         done += steps

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from holdfast.errors import HoldfastError
+
 Request = tuple[str, str]
 
 
@@ -132,13 +134,19 @@ class Scorer:
             first = self.tokenizer.bos_token_id
             first = self.tokenizer.eos_token_id if first is None else first
             ids = self._ids(continuation, add_special_tokens=False)
-            ids = ids if ids and ids[0] == first else [first, *ids]
-            return ids, 1
-        head, ids = self._ids(context), self._ids(context + continuation)
-        if len(ids) <= len(head):
+            ids, start = (ids if ids and ids[0] == first else [first, *ids]), 1
+        else:
+            ids = self._ids(context + continuation)
+            start = len(self._ids(context))
+        if len(ids) <= start:
             raise ValueError(f"The continuation {continuation!r} adds no token to its context.")
-        most = self.max_length + 1
-        return ids[-most:], len(head) - max(0, len(ids) - most)
+        cut = max(0, len(ids) - self.max_length - 1)
+        if start <= cut:
+            raise HoldfastError(
+                f"A continuation has {len(ids) - start} tokens, the model reads {self.max_length}.",
+                "Shorten it, or use a model that reads more.",
+            )
+        return ids[cut:], start - cut
 
     def _ids(self, text: str, **kw: bool) -> list[int]:
         bos = self.tokenizer.bos_token
@@ -256,7 +264,7 @@ class Scorer:
             ids = torch.zeros((len(batch), width), dtype=torch.long)
             for i, n in enumerate(batch):
                 ids[i, : len(encoded[n][0]) - 1] = torch.tensor(encoded[n][0][:-1])
-            logits = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+            logits = self._logits(ids.to(self.device))
             for i, n in enumerate(batch):
                 tokens, start = encoded[n]
                 span = logits[i, start - 1 : len(tokens) - 1]
@@ -264,6 +272,14 @@ class Scorer:
                 yield np.full(len(target), n), target, span
             if self.progress:
                 self.progress(at / len(order))
+
+    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """(B, T, V) logits of ids (B, T), read behind the soft prompt if there is one."""
+        if self.soft_prompt is None:
+            return self.model(input_ids=ids, use_cache=False).logits
+        soft = self.soft_prompt.to(self._dtype).expand(len(ids), -1, -1)
+        embedded = torch.cat([soft, self.model.get_input_embeddings()(ids)], dim=1)
+        return self.model(inputs_embeds=embedded, use_cache=False).logits[:, soft.shape[1] :]
 
 
 def supports_tree(model: Any) -> bool:

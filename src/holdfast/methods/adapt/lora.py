@@ -39,6 +39,13 @@ class LoRA(Method):
     does: ClassVar = "trains a small low-rank adapter and freezes the model's own weights"
     wraps: ClassVar = True
 
+    @property
+    def refuses(self):  # type: ignore[override]
+        if not self.use_dora:
+            return {}
+        why = "DoRA's change of a weight is not s B A alone, so it can be neither scaled nor measured by B and A."
+        return {"WiSEFT": why, "LiNeS": why, "L2ToInit": why}
+
     def check(self, ctx: Context) -> None:
         if self.r < 1:
             raise PlanError(f"LoRA.r is {self.r}, but a rank is at least 1.", "Try r: 16.")
@@ -48,7 +55,7 @@ class LoRA(Method):
 
         config = LoraConfig(
             r=self.r,
-            lora_alpha=int(self.lora_alpha),
+            lora_alpha=int(self.lora_alpha) if float(self.lora_alpha).is_integer() else self.lora_alpha,
             lora_dropout=self.lora_dropout,
             target_modules=self.target_modules
             if isinstance(self.target_modules, str)

@@ -1,17 +1,15 @@
 """Few-shot prompts as token rows, shared by everything that trains on them."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from holdfast.engine.pack import TokenRow, token_row
-from holdfast.fewshot import Pair, Prompt
+from holdfast.fewshot import Prompt
 
 
 def encode_shots(
     prompt: Prompt,
-    pairs: Sequence[Pair],
     tokenizer: Any,
     owner: str,
     *,
@@ -27,15 +25,8 @@ def encode_shots(
     if every_token:
         return token_row(ids, 1, owner, source or owner)
     inside = np.zeros(len(text) + 1, dtype=bool)
-    at = 0
-    for (
-        x,
-        y,
-    ) in pairs:  # each answer is searched after its own question, so equal words elsewhere do not count
-        at = text.index(x, at) + len(x)
-        at = text.index(y, at)
-        inside[at : at + len(y)] = True
-        at += len(y)
+    for start, end in prompt.spans:
+        inside[start:end] = True
     scored = np.array([bool(inside[a:b].any()) for a, b in got["offset_mapping"]])
     scored[0] = False
     return TokenRow(ids, scored, owner, source or owner)

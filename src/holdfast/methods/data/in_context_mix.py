@@ -52,9 +52,12 @@ class InContextMix(Method):
             raise PlanError(
                 f"InContextMix.share is {self.share}.", "Use a part of the mix, 0 or more and below 1."
             )
-        if self.source != "anchors" and len(ctx.rows) < self.shots[1] + 1:
+        if len(self.shots) != 2 or not 1 <= self.shots[0] <= self.shots[1]:
+            raise PlanError(f"InContextMix.shots is {self.shots}.", "Give fewest and most, such as [1, 4].")
+        known = len({r.prompt for r in ctx.rows})
+        if self.source != "anchors" and known < self.shots[1] + 1:
             raise PlanError(
-                f"InContextMix takes its shots from the task, but only {len(ctx.rows)} rows of text are known.",
+                f"InContextMix takes its shots from the task, but only {known} different prompts are known.",
                 "Give prompt/completion rows, or set source: anchors.",
             )
         anchor_tasks(self.tasks)
@@ -70,7 +73,9 @@ class InContextMix(Method):
         k = draw.randint(*self.shots)
         from_task = self.source == "task" or (self.source == "both" and n % 2)
         if from_task:
-            picked = draw.sample(list(ctx.rows), k + 1)
+            query = draw.choice(ctx.rows)
+            others = [r for r in ctx.rows if r.prompt != query.prompt]  # a duplicate would show the answer
+            picked = [*draw.sample(others, k), query]
             return _task_row(picked, ctx, self.supervision == "all", self.name)
         tasks = anchor_tasks(self.tasks)
         task, form = tasks[n % len(tasks)], draw.choice(formats_for(ctx.tokenizer))
@@ -83,7 +88,7 @@ class InContextMix(Method):
             names=task.names,
             tokenizer=ctx.tokenizer,
         )
-        whole = encode_shots(prompt, pairs, ctx.tokenizer, "task", every_token=False, source=self.name)
+        whole = encode_shots(prompt, ctx.tokenizer, "task", every_token=False, source=self.name)
         return whole if self.supervision == "all" else _last_answer(whole)
 
 

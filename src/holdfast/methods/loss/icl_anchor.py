@@ -80,7 +80,7 @@ class ICLAnchor(Method):
                 names=task.names,
                 tokenizer=ctx.tokenizer,
             )
-            out.append(encode_shots(prompt, pairs, ctx.tokenizer, self.name, every_token=self.on == "all"))
+            out.append(encode_shots(prompt, ctx.tokenizer, self.name, every_token=self.on == "all"))
         return [r for r in out if len(r.ids) <= ctx.max_length]
 
     def asides_at(self, step: int, pool: int) -> Sequence[int]:

@@ -1,0 +1,126 @@
+"""Two measurements of the same items: differences, shares kept, verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from holdfast.errors import HoldfastError
+from holdfast.measure import stats
+
+Part = dict[str, Any]
+
+
+def _correct(items: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [float(i["correct"]) for i in items]
+
+
+def _same_items(name: str, before: Sequence[Mapping], after: Sequence[Mapping]) -> None:
+    if [i["id"] for i in before] != [i["id"] for i in after]:
+        raise HoldfastError(
+            f"The two measurements of {name!r} do not hold the same items, so they cannot be paired.",
+            "Measure both models with the same version, suite, shots and limit.",
+        )
+
+
+def estimates(before: Sequence[Mapping] | None, after: Sequence[Mapping] | None) -> Part:
+    """before, after and difference of one task as Est dicts; a side that is missing is None."""
+    part: Part = {"before": None, "after": None, "difference": None}
+    if before is not None:
+        part["before"] = stats.mean(_correct(before)).to_dict()
+    if after is not None:
+        part["after"] = stats.mean(_correct(after)).to_dict()
+    if before is not None and after is not None:
+        part["difference"] = stats.paired(_correct(before), _correct(after)).to_dict()
+    return part
+
+
+def ability(before: Part, after: Part | None, keep: float) -> Part:
+    """One ability of the report from its measurements (`measure.incontext.measure`).
+
+    kept: the one-sided 95 % bound of the share kept lies above `keep`. lost: the bound of the loss excludes 0 and the
+    estimate lies below `keep`. Tasks whose base is not 2 standard errors above chance do not enter.
+    """
+    chance = {t["name"]: t["chance"] for t in before["tasks"]}
+    rows = {t["name"]: t["items"] for t in before["tasks"]}
+    measurable = [n for n in rows if stats.measurable(_correct(rows[n]), None, chance[n])]
+    later = {t["name"]: t["items"] for t in after["tasks"]} if after else {}
+    for name in later:
+        _same_items(name, rows[name], later[name])
+    tasks = [
+        {
+            "name": name,
+            "n": len(items),
+            "chance": chance[name],
+            "metric": "exact",
+            "status": None if name in measurable else "not measurable",
+            **estimates(items, later.get(name) if after else None),
+        }
+        for name, items in rows.items()
+    ]
+    part: Part = {"name": before["suite"], "margin": 1 - keep, "tasks": tasks, "retention": None, "note": None}
+    left_out = len(rows) - len(measurable)
+    if left_out:
+        part["note"] = f"{left_out} of {len(rows)} tasks are not measurable with this model and do not count"
+    if not measurable:
+        return {**part, "before": None, "after": None, "difference": None, "status": "not measurable"}
+    pooled = {n: (_correct(rows[n]), _correct(later.get(n, rows[n])), None) for n in measurable}
+    part |= _macro(pooled, chance)
+    if after is None:
+        return {**part, "after": None, "difference": None, "status": None}
+    ratio = stats.retention(pooled, chance)
+    if not ratio.defined:
+        return {**part, "status": "not measurable"}
+    part["retention"] = {"value": ratio.value, "low": ratio.low, "high": ratio.high}
+    (base, _), base_draws, change, n = stats.macro_draws(pooled, chance)
+    good = base_draws > 0
+    verdict = stats.noninferiority_draws(change[good] / base_draws[good], 1 - keep, ratio.value - 1, n)
+    return {**part, "status": _few(pooled, verdict.status, (1 - keep) * base)}
+
+
+def _macro(pooled: Mapping[str, Any], chance: Mapping[str, float]) -> Part:
+    """Plain (not chance-corrected) means over tasks, with the bootstrap interval of stats."""
+    zero = dict.fromkeys(pooled, 0.0)
+    (base, difference), base_draws, change, n = stats.macro_draws(pooled, zero)
+    import numpy as np
+
+    def est(value: float, draws: Any) -> Part:
+        low, high = (float(q) for q in np.quantile(draws, [0.025, 0.975]))
+        return {"value": float(value), "low": low, "high": high, "n": n}
+
+    return {
+        "before": est(base, base_draws),
+        "after": est(base + difference, base_draws + change),
+        "difference": est(difference, change),
+    }
+
+
+def _few(pooled: Mapping[str, Any], status: str, margin: float) -> str:
+    """With few items no change at all is no proof: ask the exact test on all items before saying 'kept'."""
+    if status != "kept":
+        return status
+    base = [x for b, _, _ in pooled.values() for x in b]
+    tuned = [x for _, t, _ in pooled.values() for x in t]
+    if base == tuned:
+        return stats.noninferiority(base, tuned, margin).status
+    return status
+
+
+def verdict(abilities: Sequence[Part], task: Part | None) -> Part:
+    """The sentence on top of the report."""
+    known = [a for a in abilities if a["status"] in ("kept", "lost", "unclear")]
+    if not known:
+        return {"status": "not checked", "sentence": "No ability could be checked with this model and these suites."}
+    for status, words in (("lost", "lost"), ("unclear", "not shown to be kept"), ("kept", "kept")):
+        hit = [a for a in known if a["status"] == status]
+        if hit:
+            break
+    names = ", ".join(
+        f"{a['name']} {a['before']['value']:.2f} before, {a['after']['value']:.2f} after "
+        f"({a['retention']['value']:.0%} kept, 95 % interval {a['retention']['low']:.0%} to {a['retention']['high']:.0%})"
+        for a in hit
+    )
+    gain = ""
+    if task and task.get("before") and task.get("after"):
+        gain = f" The task went from {task['before']['value']:.2f} to {task['after']['value']:.2f}."
+    return {"status": status, "sentence": f"{words[0].upper()}{words[1:]}: {names}.{gain}"}

@@ -1,0 +1,848 @@
+"""A plan inside a Hugging Face trainer: two lines of a script change, the import and the class.
+
+    from holdfast import Plan, with_plan
+    trainer = with_plan(SFTTrainer)(
+        model=model, args=SFTConfig("out"), train_dataset=data, processing_class=tokenizer, plan=plan
+    )
+    trainer.train()
+
+Every batch, padded or packed, becomes token rows (one per document), and `Session.loss` gives the loss, so the
+weights equal those of `hosts/plain.py` for the same rows in the same order.
+
+What the plan takes over: which weights train (LoRA belongs into the plan, not into `peft_config`), the training loss
+and its scale, and, when a method adds data, the order of the rows (`Mix.draw(args.data_seed or args.seed)`, epoch
+after epoch). The user's own `requires_grad=False` is kept. The optimizer, its schedule, clipping, logging, evaluation
+and checkpoints stay the trainer's; evaluation is the trainer's own loss, without the plan's terms. SFTTrainer's
+entropy and token accuracy are not logged in training, because nothing computes them there.
+
+Several processes (DDP): the rows a method asks for beside the task are the same for the whole step and are dealt over
+its micro-batches and processes; a choice of rows (the batch site) is made on each process among its own.
+Trainers with a loss of their own (DPO, GRPO): the plan may only freeze, wrap, change gradients or steps, and merge.
+Resuming: build the trainer with the untouched base model again and call `train(resume_from_checkpoint=...)`; what the
+plan knows of the base comes from there, the trained weights and the plan's state from the checkpoint.
+Stages (ProMoT): one `train` of the trainer each, with its own optimizer and schedule; a stage ends with its last
+weights, not its best.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from holdfast.engine.forward import SOFT_PROMPT, forward, inner
+from holdfast.engine.pack import TokenRow
+from holdfast.errors import DataError, NoEffect, PlanError, TrainingError
+from holdfast.hosts.plain import split_steps
+from holdfast.method import Method, Stage
+from holdfast.plan import Host, Plan
+from holdfast.rows import Row
+from holdfast.services import Context
+from holdfast.session import Session
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+CARRIED = "holdfast"  # the key under which a batch carries its Micro to compute_loss
+FOLDER = "holdfast"  # the plan's part of a checkpoint
+LOSSES = ("transformers.trainer", "trl.trainer.sft_trainer")  # whose compute_loss is plain cross-entropy
+ONLY_WITH_LOSS = ("data", "batch", "token_weight", "loss", "stages")
+TENSORS = frozenset(
+    "input_ids labels shift_labels attention_mask position_ids cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k "
+    "seq_idx token_type_ids".split()
+)
+
+
+# ---- from batches to rows
+
+
+def rows_of(batch: Mapping[str, Any], sources: Mapping[bytes, str] | None = None) -> list[TokenRow]:
+    """One row per document of a collated batch: (B, T) input_ids and unshifted labels, -100 where nothing is scored.
+
+    Documents end with the attention mask, and where position_ids start again or cu_seq_lens_q says so. Rows without a
+    target are left out (one is kept when none has any). `sources` names where a row came from, by its key.
+
+    Raises:
+        DataError: the batch has no token ids, has parts that are no text, or labels that are not its own tokens.
+    """
+    if "input_ids" not in batch or set(batch) - TENSORS:
+        strange = sorted(set(batch) - TENSORS) or ["no input_ids"]
+        raise DataError(
+            f"The collator gives a batch with {', '.join(strange)}, but a plan trains on token ids alone.",
+            "Use a text-only dataset with input_ids and labels.",
+        )
+    ids = _array(batch["input_ids"])  # (B, T)
+    labels, starts = _labels(batch, ids), _starts(batch, ids)
+    real = _like(batch, "attention_mask", ids).astype(bool) if "attention_mask" in batch else ids >= 0
+    out = []
+    for i, label, start, mask in zip(ids, labels, starts, real, strict=True):
+        cuts = np.flatnonzero(start[mask])
+        cuts = cuts[cuts > 0]
+        for part, target in zip(np.split(i[mask], cuts), np.split(label[mask], cuts), strict=True):
+            if len(part):
+                out.append(_row(part, target, sources or {}))
+    return [r for r in out if r.num_scored] or out[:1]
+
+
+def _row(ids: np.ndarray, labels: np.ndarray, sources: Mapping[bytes, str]) -> TokenRow:
+    scored = labels != -100
+    scored[0] = False  # nothing stands before the first token
+    if (labels[scored] != ids[scored]).any():
+        raise DataError(
+            "The collator gives labels that are not the tokens themselves (already shifted, or replaced).",
+            "Give labels at the places of their own tokens, -100 where there is no loss.",
+        )
+    ids = ids.astype(np.int64)
+    return TokenRow(ids, scored, "task", sources.get(ids.tobytes() + scored.tobytes(), "task"))
+
+
+def _array(value: Any) -> np.ndarray:
+    return value.cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+
+
+def _like(batch: Mapping[str, Any], name: str, ids: np.ndarray) -> np.ndarray:
+    value = _array(batch[name])
+    if value.shape != ids.shape:
+        raise DataError(
+            f"{name} of a batch has shape {value.shape}, but input_ids has {ids.shape}.",
+            "Use a collator that gives one number per token.",
+        )
+    return value
+
+
+def _labels(batch: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
+    if "shift_labels" in batch:
+        shifted = _like(batch, "shift_labels", ids)
+        return np.concatenate([np.full_like(shifted[:, :1], -100), shifted[:, :-1]], axis=1)
+    if "labels" not in batch:
+        raise DataError(
+            "The collator gives batches without labels, so nothing says what to learn.",
+            "Use a collator with labels, such as DataCollatorForLanguageModeling(tokenizer, mlm=False).",
+        )
+    return _like(batch, "labels", ids)
+
+
+def _starts(batch: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
+    """(B, T) bool: where a document starts inside a row."""
+    if "position_ids" in batch:
+        return _like(batch, "position_ids", ids) == 0
+    starts = np.zeros(ids.shape, dtype=bool)
+    if "cu_seq_lens_q" in batch:  # one flat row; the last entry is its length
+        starts[0, _array(batch["cu_seq_lens_q"])[:-1]] = True
+    return starts
+
+
+# ---- the class
+
+
+@cache
+def with_plan(trainer: type) -> Any:
+    """The trainer class with one more keyword argument, `plan`. Everything else is as in `trainer`.
+
+    Args:
+        trainer: transformers.Trainer, trl.SFTTrainer, or a subclass that keeps their loss; others with limits.
+
+    Raises (when the trainer is built):
+        PlanError: the plan, the trainer and its arguments cannot work together.
+    """
+    from transformers import Trainer
+
+    if not (isinstance(trainer, type) and issubclass(trainer, Trainer)):
+        raise PlanError(f"with_plan was given {trainer!r}, which is no trainer class.", "Try SFTTrainer.")
+    owner = next(c for c in trainer.__mro__ if "compute_loss" in vars(c))
+    ours = owner.__module__ in LOSSES
+    body = {
+        "__module__": trainer.__module__,
+        "__doc__": trainer.__doc__,
+        "_loss_is_ours": ours,
+        "_kind": trainer,
+    }
+    if ours:
+        body["loss_is_scaled_for_ga"] = True  # Session.loss divides by the whole step's tokens
+    return type(trainer.__name__ + "WithPlan", (PlannedTrainer, trainer), body)
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One micro-batch: its rows, the scored positions of the whole step by owner, the step, its part of a penalty."""
+
+    rows: Sequence[TokenRow]
+    counts: Mapping[str, int]
+    step: int
+    share: float
+
+
+class PlannedTrainer(_Base):
+    """What `with_plan` puts before a trainer class. `session` holds the plan at work."""
+
+    _loss_is_ours: bool
+    _kind: type
+    session: Session
+
+    def __init__(self, *args: Any, plan: Plan, **kwargs: Any):
+        given = _by_name(self._kind, args, kwargs)
+        given["args"] = options = given.get("args") or _default_args(self._kind, given.get("model"))
+        _load_named(self._kind, given)
+        model = given["model"]
+        _refuse(self._kind, plan, given, self._loss_is_ours)
+        ctx = _context(self._kind, plan, given)
+        plan.check(_host(self._kind, options, model), ctx)
+        _place(model, options)
+        self.session = Session(plan, model, ctx)
+        self._base = fingerprint(model)
+        self._frozen = [p for p in model.parameters() if not p.requires_grad]
+        self._own_optimizer = (given.get("optimizers") or (None,))[0] is not None
+        self._parts: Counter[str] = Counter()
+        self._sources: dict[bytes, str] = {}
+        self._steps_in_parts = self._done = self._rows_an_epoch = 0
+        self._hooked, self._changed, self._trained = None, False, False
+        self.session.prepare()
+        given["model"] = self._enter(self.session.stages[0])
+        super().__init__(**given)
+        self._refuse_late()
+        self._mix_in()
+
+    def _refuse_late(self) -> None:
+        """What only the built trainer knows."""
+        config, name = inner(self.session.model).config.get_text_config(), self._kind.__name__
+        sharded = self.is_fsdp_enabled or getattr(self.accelerator, "parallelism_config", None) is not None
+        if sharded:
+            raise PlanError(
+                f"{name} with a plan cannot use weights or rows that are cut over processes.", "Use DDP."
+            )
+        if self._loss_is_ours and getattr(config, "output_router_logits", False):
+            raise PlanError(
+                f"{name} would add the model's load-balancing loss for experts, which the plan's loss leaves out.",
+                "Set router_aux_loss_coef=0.0 (SFTConfig), or config.output_router_logits=False.",
+            )
+
+    # ---- what trains
+
+    def _enter(self, stage: Stage) -> Any:
+        """Session.enter, and what the user froze stays frozen."""
+        session = self.session
+        model = session.enter(stage)
+        for p in self._frozen:
+            p.requires_grad_(False)
+        session.params = {n: p for n, p in session.params.items() if p.requires_grad}
+        if not session.params:
+            raise NoEffect(
+                "Every weight is frozen, by requires_grad=False or by the plan, so nothing would train.",
+                "Freeze less.",
+            )
+        return model
+
+    def create_optimizer(self, *args: Any) -> Any:
+        if self.optimizer is None and self._groups_wanted():
+            self.optimizer = self._grouped_optimizer()
+        optimizer = super().create_optimizer(*args)
+        if self._hooked is not optimizer and isinstance(optimizer, torch.optim.Optimizer):
+            self._check_holds(optimizer)
+            self.session.hook(optimizer)
+            optimizer.register_step_pre_hook(self._before_step)
+            self._hooked = optimizer
+        return optimizer
+
+    def _groups_wanted(self) -> bool:
+        s = self.session
+        factors = any(m.lr_factor(n, s.num_layers) != 1 for m in s.methods for n in s.params)
+        return factors or s.stage.learning_rate is not None
+
+    def _grouped_optimizer(self) -> Any:
+        """The trainer's optimizer over the plan's groups, which have learning rates of their own."""
+        kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
+            self.args, self.model
+        )
+        if not (isinstance(kind, type) and {"params", "model", "optimizer_dict"}.isdisjoint(settings)):
+            raise PlanError(
+                f"A method of the plan sets learning rates, but optim={self.args.optim!r} makes its own groups.",
+                "Use optim='adamw_torch'.",
+            )
+        settings = {k: v for k, v in settings.items() if k != "lr"}
+        return kind(self.session.param_groups(self.args.learning_rate, self.args.weight_decay), **settings)
+
+    def _check_holds(self, optimizer: torch.optim.Optimizer) -> None:
+        """An optimizer made before the plan chose what trains may hold the wrong weights."""
+        if not self._own_optimizer:
+            return
+        if self._groups_wanted():
+            raise PlanError(
+                "A method of the plan sets learning rates of its own, but you passed a ready optimizer.",
+                "Leave `optimizers` out and choose with args.optim or optimizer_cls_and_kwargs.",
+            )
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [n for n, p in self.session.params.items() if id(p) not in held]
+        if missing:
+            raise PlanError(
+                f"The optimizer you passed lacks {len(missing)} weights the plan trains, such as {missing[0]}.",
+                "Leave `optimizers` out and choose with args.optim or optimizer_cls_and_kwargs.",
+            )
+
+    # ---- a step
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
+        """The trainer's batches of one optimizer step, each carrying its rows."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self._loss_is_ours or not batches:
+            return batches, items
+        step, ranks = self._done + self.state.global_step, self.accelerator.num_processes
+        rows = self._deal([rows_of(b, self._sources) for b in batches], step)
+        asides = self.session.rows_of(step)
+        counts = self._count(rows, asides)
+        every = len(batches) * ranks
+        for n, batch in enumerate(batches):
+            mine = asides[n * ranks + self.accelerator.process_index :: every]
+            batch[CARRIED] = Micro((*rows[n], *mine), counts, step, 1 / every)
+            self._realise(batch[CARRIED].rows)
+        self._steps_in_parts += 1
+        return batches, items
+
+    def _deal(self, micro: list[list[TokenRow]], step: int) -> Sequence[Sequence[TokenRow]]:
+        """The batch site, on all rows of the step; what it picks is dealt over the micro-batches again."""
+        drawn = [r for rows in micro for r in rows]
+        picked = self.session.pick(drawn, step)
+        if picked is drawn:
+            return micro
+        idle = [
+            TokenRow(drawn[0].ids, np.zeros_like(drawn[0].scored))
+        ]  # every process takes part in every backward
+        return [picked[n :: len(micro)] or idle for n in range(len(micro))]
+
+    def _count(self, micro: Sequence[Sequence[TokenRow]], asides: Sequence[TokenRow]) -> Counter[str]:
+        """Scored positions of the step over all micro-batches and processes."""
+        counts: Counter[str] = Counter()
+        for row in asides:
+            counts[row.owner] += row.num_scored
+        own, ranks = sum(r.num_scored for rows in micro for r in rows), self.accelerator.num_processes
+        if ranks > 1 and self.args.average_tokens_across_devices:
+            own = int(self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum"))
+        elif ranks > 1:
+            own *= ranks  # the user wants the mean of each process's own mean
+        counts["task"] += own
+        return counts
+
+    def _realise(self, rows: Iterable[TokenRow]) -> None:
+        for row in rows:
+            self.session.realised[f"{row.source}/examples"] += 1
+            self.session.realised[f"{row.source}/tokens"] += len(row.ids)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The plan's loss in training; in evaluation the trainer's own."""
+        micro = inputs.pop(CARRIED, None)
+        if micro is None or not model.training:
+            if self._loss_is_ours and not model.training and hasattr(inner(model), SOFT_PROMPT):
+                return self._prompted_loss(
+                    model, inputs, bool(kwargs.get("return_outputs") or args[:1] == (True,))
+                )
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        loss, parts = self.session.loss(model, micro.rows, micro.counts, micro.step, micro.share)
+        self._parts.update(parts)
+        if not self.args.fp16 and not math.isfinite(sum(parts.values())):
+            raise TrainingError(
+                f"The loss is {sum(parts.values())} at step {micro.step + 1} ("
+                + ", ".join(f"{k} {v:.4g}" for k, v in parts.items())
+                + ").",
+                "Lower learning_rate, or look at the rows of this step; the last checkpoint is kept.",
+            )
+        return (
+            loss * self.accelerator.num_processes
+        )  # DDP averages gradients, the loss is a sum over processes
+
+    def _prompted_loss(self, model: Any, inputs: Any, outputs: bool) -> Any:
+        """Mean loss of an evaluation batch read with the soft prompt, which the trainer's own forward leaves out."""
+        packed, logits = forward(model, rows_of(inputs))
+        loss = torch.nn.functional.cross_entropy(logits.float(), packed.target)
+        return (loss, {}) if outputs else loss
+
+    def _clip_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        self._change_gradients()
+        return super()._clip_grad_norm(*args, **kwargs)
+
+    def _before_step(self, *_: Any) -> None:
+        if not self._changed:  # nothing was clipped
+            self._change_gradients()
+        self._changed = False
+
+    def _change_gradients(self) -> None:
+        self.session.change_gradients()
+        self._changed = True
+
+    # ---- data
+
+    def _mix_in(self) -> None:
+        """Replace the prepared dataset by the plan's mix, in its drawn order, when a method adds or changes rows."""
+        if not any(_mixes(m) for m in self.session.methods):
+            return
+        if not hasattr(self.train_dataset, "__len__"):
+            raise PlanError(
+                f"A method of the plan mixes rows into the data, but {self._kind.__name__} was given a stream.",
+                "Give a dataset with a length.",
+            )
+        mix = self.session.mix(_dataset_rows(self.train_dataset))
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        rows = mix.num_rows(1)
+        epochs = self._epochs(len(self._as_dataset(list(islice(mix.draw(seed), rows)))))
+        drawn = list(islice(mix.draw(seed), rows * epochs))
+        self._sources = {r.key: r.source for r in drawn if r.source != "task"}
+        self.train_dataset = self._as_dataset(drawn)
+        self._rows_an_epoch = len(self.train_dataset) // epochs
+
+    def _epochs(self, rows: int) -> int:
+        if self.args.max_steps <= 0:
+            return math.ceil(self.args.num_train_epochs)
+        return math.ceil(self.args.max_steps / _steps(self.args, rows))
+
+    def _as_dataset(self, rows: Sequence[TokenRow]) -> Any:
+        """Rows in the columns the trainer reads, packed again when they were."""
+        from datasets import Dataset
+
+        columns = {
+            "input_ids": [r.ids.tolist() for r in rows],
+            "labels": [np.where(r.scored, r.ids, -100).tolist() for r in rows],
+        }
+        if "attention_mask" in self.train_dataset[0]:
+            columns["attention_mask"] = [[1] * len(r.ids) for r in rows]
+        made = Dataset.from_dict(columns)
+        self._check_collator(rows, made)
+        if getattr(self.args, "packing", False):
+            from trl import pack_dataset
+
+            packed = made.select_columns(["input_ids", "labels"])
+            return pack_dataset(packed, self.args.max_length, self.args.packing_strategy)
+        return made
+
+    def _check_collator(self, rows: Sequence[TokenRow], made: Any) -> None:
+        """A collator that makes labels itself would score what a method left out."""
+        for source, n in {r.source: n for n, r in enumerate(rows) if r.source != "task"}.items():
+            got = rows_of(self.data_collator([made[n]]))
+            if [r.key for r in got] != [rows[n].key]:
+                raise PlanError(
+                    f"{type(self.data_collator).__name__} changes the labels of the rows that {source} adds.",
+                    "Use a collator that keeps the labels column, such as DataCollatorForSeq2Seq(tokenizer).",
+                )
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._rows_an_epoch:
+            return super()._get_train_sampler(*args, **kwargs)
+        return _InOrder(self._rows_an_epoch, self._first_row, len(self.train_dataset))
+
+    def _first_row(self) -> int:
+        """Where the epoch that starts (or is resumed) now begins in the mix, after the rows of earlier stages."""
+        epoch = self.state.global_step // _steps(self.args, self._rows_an_epoch)
+        return self._done * _rows_a_step(self.args) + epoch * self._rows_an_epoch
+
+    # ---- the run
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train stage after stage, merge, and check that every method did something."""
+        if self._trained:
+            raise PlanError(
+                "This trainer has trained its plan already; its base is gone.",
+                "Build a new one from the base model.",
+            )
+        stages = self.session.stages
+        folder = self._resume_folder(resume_from_checkpoint, stages)
+        at = self._restore(folder) if folder else stages[0].name
+        if len(stages) == 1:
+            out = super().train(folder, *args, **kwargs)
+        else:
+            out = self._train_stages(stages, at, folder)
+        self._trained = True
+        self.session.merge()
+        self._sum_effects()
+        self.session.finish()
+        return out
+
+    def _train_stages(self, stages: Sequence[Stage], at: str, folder: str | None) -> Any:
+        """One `train` per stage; checkpoints of all but the last go to stage-<name>."""
+        wanted, place, out = self.args.max_steps, self.args.output_dir, None
+        total = wanted if wanted > 0 else self._whole_steps()
+        names = [s.name for s in stages]
+        try:
+            for stage, steps in split_steps(stages, total):
+                if names.index(stage.name) >= names.index(at):
+                    self._begin(stage)
+                    self.args.max_steps, self.args.output_dir = steps, _stage_folder(place, stage, stages)
+                    out = super().train(folder if stage.name == at else None)
+                self._done += steps
+        finally:
+            self.args.max_steps, self.args.output_dir = wanted, place
+        return out
+
+    def _begin(self, stage: Stage) -> None:
+        if stage != self.session.stage:
+            self.model = self.model_wrapped = self._enter(stage)
+            self.optimizer = self.lr_scheduler = None
+
+    def _whole_steps(self) -> int:
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
+    def _sum_effects(self) -> None:
+        """A method may have worked on other processes only."""
+        if self.accelerator.num_processes > 1:
+            names = [m.name for m in self.session.methods]
+            own = torch.tensor([self.session.effects[n] for n in names], device=self.args.device)
+            self.session.effects = Counter(
+                dict(zip(names, self.accelerator.reduce(own, "sum").tolist(), strict=True))
+            )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and self._parts:
+            names, steps = sorted(self._parts), max(1, self._steps_in_parts)
+            names = (
+                names
+                if self.accelerator.num_processes == 1
+                else ["task", *(m.name for m in self.session.methods)]
+            )
+            values = torch.tensor([self._parts[n] for n in names], device=self.args.device)
+            values = self.accelerator.reduce(values, "sum") / steps
+            logs.update({f"loss/{n}": v for n, v in zip(names, values.tolist(), strict=True)})
+            self._parts.clear()
+            self._steps_in_parts = 0
+        super().log(logs, *args, **kwargs)
+
+    # ---- checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.args.should_save:
+            where = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}" / FOLDER
+            self._write(where)
+        super()._save_checkpoint(model, trial)
+
+    def _write(self, folder: Path) -> None:
+        """state.safetensors: tensors of `prepare` and the soft prompt; plan.json: everything else."""
+        from safetensors.torch import save_file
+
+        session = self.session
+        tensors = {f"state/{m}/{k}": v for m, state in session.state.items() for k, v in state.items()}
+        soft = getattr(inner(session.model), SOFT_PROMPT, None)
+        if soft is not None:
+            tensors["soft_prompt"] = soft.detach()
+        meta = {
+            "plan": session.plan.to_recipe(),
+            "stage": session.stage.name,
+            "effects": session.effects,
+            "realised": session.realised,
+            "base": self._base,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / "state.safetensors")
+        (folder / "plan.json").write_text(json.dumps(meta))
+
+    def _resume_folder(self, wanted: Any, stages: Sequence[Stage]) -> str | None:
+        """The checkpoint to go on from; True means the newest, of the latest stage that has one."""
+        from transformers.trainer_utils import get_last_checkpoint
+
+        if not wanted or not isinstance(wanted, bool):
+            return str(wanted) if wanted else None
+        for stage in reversed(stages):
+            place = _stage_folder(self.args.output_dir, stage, stages)
+            found = get_last_checkpoint(place) if os.path.isdir(place) else None
+            if found:
+                return found
+        raise TrainingError(
+            f"There is no checkpoint in {self.args.output_dir} to go on from.",
+            "Start without resume_from_checkpoint.",
+        )
+
+    def _restore(self, folder: str) -> str:
+        """Load the plan's part of a checkpoint; returns the name of its stage."""
+        from safetensors.torch import load_file
+
+        place, session = Path(folder) / FOLDER, self.session
+        meta = self._read(place)
+        self._begin(next(s for s in session.stages if s.name == meta["stage"]))
+        for key, value in load_file(place / "state.safetensors", device=str(self.args.device)).items():
+            if key.startswith("state/"):
+                _, name, part = key.split("/", 2)
+                session.state[name][part] = value
+            else:
+                inner(session.model).get_parameter(SOFT_PROMPT).data.copy_(value)
+        session.effects, session.realised = Counter(meta["effects"]), Counter(meta["realised"])
+        return meta["stage"]
+
+    def _read(self, place: Path) -> dict[str, Any]:
+        try:
+            meta = json.loads((place / "plan.json").read_text())
+        except OSError as e:
+            raise TrainingError(
+                f"The checkpoint {place.parent} holds no plan ({e.strerror}), so it is not from a run with this plan.",
+                "Start without resume_from_checkpoint, or train it on without a plan.",
+            ) from e
+        if meta["plan"] != json.loads(json.dumps(self.session.plan.to_recipe())):
+            raise PlanError(
+                f"The checkpoint {place.parent} was made with another plan, or other settings, than this trainer has.",
+                f"Its plan: {json.dumps(meta['plan'])}",
+            )
+        if meta["base"] != self._base:
+            raise PlanError(
+                f"The checkpoint {place.parent} grew from another base model than the one given to this trainer.",
+                "Give the untouched base model again; the trained weights come from the checkpoint.",
+            )
+        return meta
+
+
+class _InOrder(torch.utils.data.Sampler):
+    """The rows of one epoch in their own order, from wherever the epoch starts."""
+
+    def __init__(self, size: int, first: Callable[[], int], whole: int):
+        self.size, self.first, self.whole = size, first, whole
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        first = self.first()
+        return iter([(first + n) % self.whole for n in range(self.size)])
+
+
+# ---- what cannot work together
+
+
+def _refuse(kind: type, plan: Plan, given: Mapping[str, Any], ours: bool) -> None:
+    """Raise PlanError for the first argument of the trainer that a plan cannot live with."""
+    own_loss = next((m for m in plan.active if not ours and set(ONLY_WITH_LOSS) & set(m.sites())), None)
+    if own_loss:
+        raise PlanError(
+            f"{own_loss.name} changes the training loss or its data, but {kind.__name__} has a loss of its own.",
+            f"Use it with SFTTrainer; {kind.__name__} takes methods that freeze, wrap, change steps or merge.",
+        )
+    for wrong, what, cure in (*_wrong_args(given), *(_wrong_losses(given) if ours else ())):
+        if wrong:
+            raise PlanError(f"{kind.__name__} with a plan cannot use {what}.", cure)
+    gradients = next((m for m in plan.active if "grad" in m.sites()), None)
+    if gradients and given["args"].fp16:
+        raise PlanError(
+            f"{gradients.name} changes gradients, but {kind.__name__} scales them under fp16.",
+            "Set bf16=True instead.",
+        )
+
+
+def _wrong_args(given: Mapping[str, Any]) -> Iterator[tuple[Any, str, str]]:
+    options, model = given["args"], given["model"]
+    deepspeed = getattr(options, "deepspeed_plugin", None)
+    adapter = given.get("peft_config") is not None or hasattr(model, "get_base_model")
+    yield (
+        adapter,
+        "another adapter: the plan decides what trains",
+        "Pass the base model and put LoRA into the plan.",
+    )
+    yield (
+        options.n_gpu > 1,
+        "nn.DataParallel, which several visible GPUs in one process mean",
+        "Start it with torchrun or accelerate launch, or show it one GPU.",
+    )
+    yield options.auto_find_batch_size, "auto_find_batch_size, which starts the run anew", "Set it to False."
+    yield options.fsdp, "FSDP, which cuts the weights the plan works on", "Use DDP."
+    yield (
+        getattr(options, "parallelism_config", None) is not None,
+        "tensor, context or sequence parallelism, which cut its rows",
+        "Use DDP.",
+    )
+    yield (
+        deepspeed is not None and deepspeed.zero_stage == 3,
+        "DeepSpeed ZeRO-3, which cuts the weights the plan works on",
+        "Use ZeRO-2 or DDP.",
+    )
+    yield (
+        inner(model).config.is_encoder_decoder if hasattr(inner(model), "config") else True,
+        "a model that is no causal language model",
+        "Use one loaded with AutoModelForCausalLM.",
+    )
+
+
+def _wrong_losses(given: Mapping[str, Any]) -> Iterator[tuple[Any, str, str]]:
+    options = given["args"]
+    yield (
+        given.get("compute_loss_func"),
+        "compute_loss_func, because the plan makes the loss",
+        "Leave it out.",
+    )
+    yield (
+        options.label_smoothing_factor,
+        "label_smoothing_factor, because the plan makes the loss",
+        "Set it to 0.",
+    )
+    yield (
+        getattr(options, "loss_type", None) not in (None, "nll"),
+        f"loss_type={getattr(options, 'loss_type', None)!r}, because the plan makes the loss",
+        "Leave it out; DFT() in the plan is the same loss as 'dft'.",
+    )
+
+
+# ---- before the trainer exists
+
+
+def fingerprint(model: Any) -> str:
+    """Identity of a model's weights: a hash over the first numbers of every parameter, by name."""
+    digest = hashlib.sha256()
+    for name, p in model.named_parameters():
+        digest.update(name.encode())
+        digest.update(p.detach().flatten()[:64].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _by_name(kind: type, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a trainer by name, also for subclasses that pass *args on."""
+    inits = (inspect.signature(vars(c)["__init__"]).parameters for c in kind.__mro__ if "__init__" in vars(c))
+    names = next(list(p)[1:] for p in inits if "model" in p)
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _is_sft(kind: type) -> bool:
+    return any(c.__module__ == "trl.trainer.sft_trainer" for c in kind.__mro__)
+
+
+def _default_args(kind: type, model: Any) -> Any:
+    if _is_sft(kind):
+        from trl import SFTConfig
+
+        name = model if isinstance(model, str) else inner(model).config._name_or_path
+        return SFTConfig(f"{str(name).rstrip('/').split('/')[-1]}-SFT")
+    if kind.__module__ == "transformers.trainer":
+        from transformers import TrainingArguments
+
+        return TrainingArguments("tmp_trainer")
+    raise PlanError(f"with_plan({kind.__name__}) was given no args.", "Pass args=, such as DPOConfig('out').")
+
+
+def _load_named(kind: type, given: dict[str, Any]) -> None:
+    """Load a model given by name as TRL does (fp32 unless asked otherwise), and SFTTrainer's default tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, options, more = given.get("model"), given["args"], {}
+    if isinstance(model, str):
+        given["args"] = options = copy.copy(options)
+        more = dict(getattr(options, "model_init_kwargs", None) or {})
+        options.model_init_kwargs = None  # used here
+        if given.get("quantization_config") is not None:
+            more["quantization_config"] = given.pop("quantization_config")
+        given["model"] = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **more})
+    if given.get("model") is None:
+        raise PlanError(f"with_plan({kind.__name__}) was given no model.", "Pass model=, not model_init=.")
+    if given.get("processing_class") is None and _is_sft(kind):
+        name = model if isinstance(model, str) else inner(model).config._name_or_path
+        given["processing_class"] = AutoTokenizer.from_pretrained(name, revision=more.get("revision", "main"))
+
+
+def _quantised(model: Any) -> bool:
+    return any(getattr(model, n, False) for n in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"))
+
+
+def _host(kind: type, options: Any, model: Any) -> Host:
+    packing = bool(getattr(options, "packing", False) or getattr(options, "padding_free", False))
+    return Host(
+        kind.__name__, packing, getattr(options, "deepspeed_plugin", None) is not None, _quantised(model),
+        options.weight_decay,
+    )  # fmt: skip
+
+
+def _place(model: Any, options: Any) -> None:
+    """Put the model where it will train, so that what is prepared from it lies there too."""
+    own = getattr(model, "hf_device_map", None) or _quantised(model) or options.deepspeed_plugin is not None
+    if not own and getattr(options, "place_model_on_device", None) is not False:
+        model.to(options.device)
+
+
+class _NoTokenizer:
+    """Stands for a missing tokenizer and says so when a method wants it."""
+
+    def __init__(self, host: str):
+        self._host = host
+
+    def __getattr__(self, name: str) -> Any:
+        raise PlanError(
+            f"A method of the plan writes rows of text, but {self._host} was given no tokenizer.",
+            "Pass processing_class=tokenizer.",
+        )
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        return self.encode
+
+
+def _context(kind: type, plan: Plan, given: Mapping[str, Any]) -> Context:
+    options, tokenizer = given["args"], given.get("processing_class")
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    limit = int(
+        getattr(inner(given["model"]).config.get_text_config(), "max_position_embeddings", None) or 1024
+    )
+    return Context(
+        given["model"],
+        _NoTokenizer(kind.__name__) if tokenizer is None else tokenizer,
+        options.seed,
+        _text_rows(given.get("train_dataset")),
+        _most_steps(options, plan, given.get("train_dataset")),
+        getattr(options, "max_length", None) or min(limit, 1024),
+        Path.cwd(),
+    )
+
+
+def _text_rows(dataset: Any) -> list[Row]:
+    """prompt/completion text of the task, for methods that build prompts from it."""
+    if not hasattr(dataset, "__len__") or not {"prompt", "completion"} <= set(
+        getattr(dataset, "column_names", None) or ()
+    ):
+        return []
+    pairs = zip(dataset["prompt"], dataset["completion"], strict=True)
+    return [Row(p, c) for p, c in pairs if isinstance(p, str) and isinstance(c, str)]
+
+
+def _dataset_rows(dataset: Any) -> list[TokenRow]:
+    """Rows of a tokenised dataset, packed ones taken apart."""
+    out = []
+    for item in dataset:
+        if "input_ids" not in item:
+            raise PlanError(
+                "A method of the plan mixes rows into the data, but the dataset has no input_ids.",
+                "Tokenise it, or use SFTTrainer, which does.",
+            )
+        ids = _array(item["input_ids"])
+        labels = _array(item["labels"]) if "labels" in item else ids
+        cuts = np.cumsum(item.get("seq_lengths") or [len(ids)])[:-1]
+        parts = zip(np.split(ids, cuts), np.split(labels, cuts), strict=True)
+        out += [_row(a, b, {}) for a, b in parts if len(a)]
+    return out
+
+
+def _mixes(method: Method) -> bool:
+    return type(method).data is not Method.data
+
+
+def _rows_a_step(options: Any) -> int:
+    return options.train_batch_size * options.gradient_accumulation_steps * max(1, options.world_size)
+
+
+def _steps(options: Any, rows: int) -> int:
+    """Optimizer steps of one epoch, counted as the trainer does."""
+    each = options.train_batch_size * max(1, options.world_size)
+    batches = rows // each if options.dataloader_drop_last else math.ceil(rows / each)
+    return max(1, math.ceil(batches / options.gradient_accumulation_steps))
+
+
+def _most_steps(options: Any, plan: Plan, dataset: Any) -> int:
+    """An upper bound of the run's steps, 0 when unknown (a stream; rows that packing cuts or a method adds)."""
+    if options.max_steps > 0:
+        return options.max_steps
+    grows = getattr(options, "packing", False) or any(_mixes(m) for m in plan.active)
+    if grows or not hasattr(dataset, "__len__"):
+        return 0
+    return math.ceil(_steps(options, len(dataset)) * options.num_train_epochs)
+
+
+def _stage_folder(place: str, stage: Stage, stages: Sequence[Stage]) -> str:
+    return place if stage == stages[-1] else os.path.join(place, f"stage-{stage.name}")

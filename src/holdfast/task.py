@@ -1,0 +1,110 @@
+"""The user's task: rows read and checked before anything long, and scored before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast.engine.pack import TokenRow
+from holdfast.errors import DataError
+from holdfast.measure.scorer import Scorer
+from holdfast.recipe import Recipe
+from holdfast.rows import Row, cap, check_labels, labels_of, leaks, read_rows, split
+from holdfast.tokens import tokenize
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The rows of one task. `labels` is the closed set of completions, or None for free text."""
+
+    name: str
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    test: tuple[Row, ...]
+    labels: tuple[str, ...] | None
+    token_rows: tuple[TokenRow, ...]
+    note: str = ""
+
+    @property
+    def metric(self) -> str:
+        return "accuracy" if self.labels else "exact match"
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of always giving the most frequent test label."""
+        if not self.labels:
+            return 0.0
+        given = [r.completion for r in self.test]
+        return max(given.count(y) for y in self.labels) / len(given)
+
+
+def read_task(recipe: Recipe, tokenizer: Any, base_dir: Path, longest: int) -> TaskData:
+    """Read, cut, check and tokenise the task's data; every fault is found here, before any long work."""
+    spec, seed = recipe.data, recipe.training.data_seed
+    seed = recipe.training.seed if seed is None else seed
+
+    def read(source: Any) -> list[Row]:
+        return read_rows(
+            source, prompt=spec.prompt, completion=spec.completion, base_dir=base_dir, tokenizer=tokenizer
+        )
+
+    train = read(spec.train)
+    labels = labels_of(train)
+    validation = read(spec.validation) if spec.validation else None
+    test = read(spec.test) if spec.test else None
+    if validation is None and spec.validation_size:
+        train, validation = split(train, spec.validation_size, seed)
+    notes = []
+    if test is None:
+        test = validation or []
+        notes.append("no test set was given: the validation rows are reported")
+    for rows in (validation or [], test):
+        check_labels(labels, rows)
+    train, test = cap(train, spec.train_size, seed), cap(test, spec.test_size, seed)
+    if not test:
+        raise DataError(f"The test split of {spec.name} is empty.", "Give data.test or data.validation_size.")
+    shared = leaks(train, test)
+    if shared:
+        notes.append(f"{shared} test prompts also stand in train")
+    most = min(spec.max_length, longest)
+    tokens = tuple(tokenize(r, tokenizer, most) for r in train)
+    for r in test:
+        tokenize(r, tokenizer, most)
+    return TaskData(
+        spec.name, tuple(train), tuple(validation or ()), tuple(test), labels, tokens, "; ".join(notes)
+    )
+
+
+def score_task(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    labels: Sequence[str] | None,
+    *,
+    soft_prompt: torch.Tensor | None = None,
+    batch_tokens: int = 512,
+    progress: Callable[[float], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Score rows: with labels the likeliest label wins, without them the greedy completion must be exact.
+
+    Returns per row {"id", "correct": 0 or 1, "logprob": of the right completion, "answer": label or None}.
+    """
+    scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, soft_prompt=soft_prompt, progress=progress)
+    asked = labels or ("",)
+    requests = [(r.prompt, y or r.completion) for r in rows for y in asked]
+    scores = scorer.score(requests)
+    out = []
+    for n, row in enumerate(rows):
+        mine = scores[n * len(asked) : (n + 1) * len(asked)]
+        if labels:
+            best = max(range(len(labels)), key=lambda i: mine[i].logprob)  # noqa: B023
+            right = labels.index(row.completion)
+            item = {"correct": int(best == right), "logprob": mine[right].logprob, "answer": labels[best]}
+        else:
+            item = {"correct": int(mine[0].greedy), "logprob": mine[0].logprob, "answer": None}
+        out.append({"id": row.where or str(n), **item})
+    return out

@@ -1,0 +1,321 @@
+"""One row per method: settings fit for the tiny model, what its values promise, and `run`, the way tests train."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from holdfast import methods as hf
+from holdfast.engine.forward import forward
+from holdfast.hosts.plain import Log, Training, train
+from holdfast.method import Method, canonical
+from holdfast.methods.loss._divergence import forward_kl
+from holdfast.mix import Mix
+from holdfast.plan import Host, Plan
+from holdfast.services import Context
+from holdfast.session import Session
+from holdfast.tokens import tokenize
+
+Weights = dict[str, torch.Tensor]
+Watch = Callable[[Session, int], None]
+HOST = Host("holdfast tune")
+GENERAL = "holdfast:general/instructions.jsonl"
+
+
+@dataclass
+class Result:
+    """A finished run. weights: exported tensors by name in the plain model; soft: the prompt of ProMoT or None."""
+
+    model: Any
+    session: Session
+    log: Log
+    weights: Weights
+    soft: torch.Tensor | None
+
+
+def weights_of(model: Any) -> Weights:
+    """Copies of all parameters by canonical name."""
+    return {canonical(n): p.detach().clone() for n, p in model.named_parameters()}
+
+
+def token_rows(rows: Sequence[Any], tokenizer: Any) -> list[Any]:
+    return [tokenize(r, tokenizer, 512) for r in rows]
+
+
+def start(
+    plan: Plan, model: Any, tokenizer: Any, rows: Sequence[Any], settings: Training
+) -> tuple[Session, Mix]:
+    """A session and its mix after everything that comes before training, as `holdfast tune` does it."""
+    steps, seed = settings.num_steps, settings.seed
+    ctx = Context(model, tokenizer, seed, rows, max_length=512, total_steps=steps)
+    plan.check(HOST, ctx)
+    session = Session(plan, model, ctx, compute_dtype=model.dtype, knows_rows=True)
+    mix = session.mix(token_rows(rows, tokenizer))
+    order = mix.draw(seed)
+    drawn = [next(order) for _ in range(steps * settings.batch_size * settings.gradient_accumulation_steps)]
+    session.prepare(drawn)
+    session.enter(session.stages[-1])
+    session.probe(drawn[:2], settings.autocast)
+    return session, mix
+
+
+def run(
+    plan: Plan | Sequence[Method],
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Any],
+    steps: int = 4,
+    *,
+    watch: Watch | None = None,
+    evaluate: Callable[[Any], float] | None = None,
+    **training: Any,
+) -> Result:
+    """Train as `holdfast tune` does, from the check of the plan to the exported model.
+
+    `watch` sees the session after every step; `training` are fields of `Training`.
+    """
+    plan = plan if isinstance(plan, Plan) else Plan(plan)
+    settings = Training(steps, **{"batch_size": 4, "learning_rate": 1e-3, "save_steps": 0, **training})
+    dtype = model.dtype
+    session, mix = start(plan, model, tokenizer, rows, settings)
+    on_step = (lambda step, _of, _parts: watch(session, step)) if watch else None
+    log = train(session, mix, settings, on_step=on_step, evaluate=evaluate)
+    session.merge()
+    session.finish()
+    tuned, soft = session.finished_model(dtype)
+    return Result(tuned, session, log, weights_of(tuned), soft)
+
+
+def same(a: Result, b: Result) -> None:
+    """Assert two results bit-identical."""
+    assert a.weights.keys() == b.weights.keys()
+    different = [n for n in a.weights if not torch.equal(a.weights[n], b.weights[n])]
+    assert not different, f"{len(different)} tensors differ, such as {different[0]}"
+    assert (a.soft is None) == (b.soft is None)
+    assert a.soft is None or torch.equal(a.soft, b.soft)
+    assert a.log.loss == b.log.loss and a.log.realised == b.log.realised
+
+
+# ---- invariants: what a method promises after 20 AdamW steps with weight decay and clipping
+
+
+@dataclass
+class Seen:
+    """What an invariant may look at. plain: the same run with an empty plan; middle: (weights, soft prompt) after half
+    of the steps, the end of stage 1 where there is one; task: the training rows."""
+
+    method: Any
+    base: Weights
+    base_model: Any
+    result: Result
+    plain: Result
+    middle: tuple[Weights, torch.Tensor | None]
+    task: list[Any]
+
+
+def held(seen: Seen, names: Sequence[str]) -> None:
+    """`names` are bit-identical to the base and everything else moved."""
+    frozen = set(names)
+    assert frozen and frozen < set(seen.base)
+    for name, value in seen.result.weights.items():
+        assert torch.equal(value, seen.base[name]) == (name in frozen), name
+
+
+def freeze_holds(seen: Seen) -> None:
+    held(seen, [n for n in seen.base if "layers.0." in n or "embed" in n or "norm" in n])
+    ids = torch.as_tensor(seen.task[0].ids)[None]
+    with torch.no_grad():
+        a, b = (m(ids, output_hidden_states=True).hidden_states for m in (seen.base_model, seen.result.model))
+    assert torch.equal(a[1], b[1]) and not torch.equal(a[2], b[2])
+
+
+def half_holds(seen: Seen) -> None:
+    chosen = seen.method.choose(list(seen.base))
+    held(seen, [n for n in seen.base if n not in chosen])
+    matrices = [n for n in seen.base if "_proj" in n]
+    attention = sum(seen.base[n].numel() for n in matrices if "attn" in n)
+    assert 2 * sum(seen.base[n].numel() for n in chosen if "attn" in n) == attention
+
+
+def lora_holds(seen: Seen) -> None:
+    inside = {n: w for n, w in seen.result.weights.items() if ".lora_" not in n}
+    assert inside.keys() == seen.base.keys() and len(inside) < len(seen.result.weights)
+    assert all(torch.equal(w, seen.base[n]) for n, w in inside.items())
+    ids = torch.as_tensor(seen.task[0].ids)[None]
+    with torch.no_grad(), seen.result.model.disable_adapter():
+        assert torch.equal(seen.result.model(ids).logits, seen.base_model(ids).logits)
+
+
+def subspace_holds(seen: Seen) -> None:
+    state, count = seen.result.session.state["OrthogonalSubspace"], 0
+    for name, value in seen.result.weights.items():
+        moved = value - seen.base[name]
+        assert moved.norm() > 0, name
+        if f"U/{name}" in state:
+            inside = state[f"U/{name}"].T @ moved @ state[f"V/{name}"].T
+            assert inside.norm() / moved.norm() < 1e-5, name
+            count += 1
+    assert count == 14  # seven matrices in each of two blocks
+
+
+def prompt_holds(seen: Seen) -> None:
+    weights, prompt = seen.middle
+    assert all(torch.equal(weights[n], w) for n, w in seen.base.items())
+    assert prompt is not None and torch.equal(prompt, seen.result.soft)
+    assert not torch.equal(prompt, seen.result.session.state["ProMoT"]["init"])
+    assert all(not torch.equal(w, seen.base[n]) for n, w in seen.result.weights.items())
+
+
+def share_holds(name: str) -> Callable[[Seen], None]:
+    def check(seen: Seen) -> None:
+        real = seen.result.log.realised
+        whole = sum(n for k, n in real.items() if k.endswith("/examples"))
+        mine = sum(n for k, n in real.items() if k.startswith(name) and k.endswith("/examples"))
+        assert mine and abs(mine - seen.method.share * whole) <= 1
+
+    return check
+
+
+@torch.no_grad()
+def kl(base_model: Any, model: Any, rows: Sequence[Any]) -> float:
+    """Mean KL(base || model) in nats per scored token, model run without any prompt."""
+    a, b = (forward(m, rows)[1].log_softmax(-1) for m in (base_model, model))
+    return forward_kl(a, b).mean().item()
+
+
+def anchor_holds(seen: Seen) -> None:
+    assert seen.result.log.realised["ICLAnchor/examples"] == 20
+    rows = seen.result.session.asides["ICLAnchor"]
+    assert kl(seen.base_model, seen.result.model, rows) < 0.8 * kl(seen.base_model, seen.plain.model, rows)
+
+
+def task_kl_holds(seen: Seen) -> None:
+    assert kl(seen.base_model, seen.result.model, seen.task) < 0.8 * kl(
+        seen.base_model, seen.plain.model, seen.task
+    )
+
+
+def token_loss_holds(seen: Seen) -> None:
+    """p * (-log p) is at most 1 / e."""
+    assert all(0 < p["task"] <= 1 / math.e for _, p in seen.result.log.loss)
+    assert all(p["task"] > 1 / math.e for _, p in seen.plain.log.loss[:3])
+
+
+def pull_holds(seen: Seen) -> None:
+    near, far = (
+        sum((r.weights[n] - w).square().sum() for n, w in seen.base.items())
+        for r in (seen.result, seen.plain)
+    )
+    assert 0 < near < 0.8 * far
+
+
+def line_holds(factor: Callable[[Any, str], float]) -> Callable[[Seen], None]:
+    """theta = base + factor * (tuned - base), tuned being the run without the method."""
+
+    def check(seen: Seen) -> None:
+        for n, w in seen.base.items():
+            wanted = w + factor(seen.method, n) * (seen.plain.weights[n] - w)
+            torch.testing.assert_close(seen.result.weights[n], wanted, rtol=1e-6, atol=1e-8)
+
+    return check
+
+
+# ---- the rows
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method in the contract.
+
+    off: values that must be no method at all, bit for bit.
+    no_off: why there are none.
+    invariant: asserts what the method promises after 20 steps.
+    zero_at_base: the part of the loss that is 0 at the base weights; no_zero: why there is none.
+    """
+
+    method: Method
+    invariant: Callable[[Seen], None]
+    off: tuple[Method, ...] = ()
+    no_off: str = ""
+    zero_at_base: str = ""
+    no_zero: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.method.name
+
+
+NO_TERM = "it adds no term to the loss"
+CASES = (
+    Case(
+        hf.AnchoredSFT(weight=0.5),
+        token_loss_holds,
+        no_off="weight 0 is DFT, tested as such",
+        zero_at_base="AnchoredSFT",
+    ),
+    Case(hf.DFT(), token_loss_holds, no_off="it has no settings: leaving it out is off", no_zero=NO_TERM),
+    Case(
+        hf.Freeze(layers=1, embeddings=True, patterns=("norm",), layer_decay=0.9),
+        freeze_holds,
+        off=(hf.Freeze(layer_decay=1.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(hf.HalfFineTune(), half_holds, no_off="half is half: leaving it out is off", no_zero=NO_TERM),
+    Case(
+        hf.ICLAnchor(weight=20.0, shots=(1, 2), pool=8),
+        anchor_holds,
+        off=(hf.ICLAnchor(weight=0.0), hf.ICLAnchor(prompts_per_step=0)),
+        zero_at_base="ICLAnchor",
+    ),
+    Case(
+        hf.InContextMix(share=0.3, pool=8),
+        share_holds("InContextMix"),
+        off=(hf.InContextMix(share=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.KLToBase(weight=20.0),
+        task_kl_holds,
+        off=(hf.KLToBase(weight=0.0), hf.KLToBase(weight=0.0, on="replay")),
+        zero_at_base="KLToBase",
+    ),
+    Case(hf.L2ToInit(alpha=5.0), pull_holds, off=(hf.L2ToInit(alpha=0.0),), zero_at_base="L2ToInit"),
+    Case(
+        hf.LiNeS(alpha=0.25),
+        line_holds(lambda m, n: 1.0 if "layers.1." in n else 0.25),
+        off=(hf.LiNeS(alpha=1.0), hf.LiNeS(alpha=1.0, beta=0.0)),
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.LoRA(r=4, lora_alpha=8, lora_dropout=0.1),
+        lora_holds,
+        no_off="a rank of 0 is refused: leaving it out is off",
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.OrthogonalSubspace(),
+        subspace_holds,
+        off=(hf.OrthogonalSubspace(rank_frac=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.ProMoT(num_virtual_tokens=3),
+        prompt_holds,
+        no_off="a prompt of no tokens is refused: leaving it out is off",
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.Replay(share=0.3, sources=(GENERAL,), max_tokens=32),
+        share_holds("Replay"),
+        off=(hf.Replay(share=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.WiSEFT(alpha=0.5), line_holds(lambda m, _n: m.alpha), off=(hf.WiSEFT(alpha=1.0),), no_zero=NO_TERM
+    ),
+)
+BY_NAME = {c.name: c for c in CASES}
