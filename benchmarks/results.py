@@ -53,6 +53,8 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "anchor, full": ([anchor], FULL),
         "anchor, lora": ([M.LoRA(), anchor], LORA),
         "orthogonal subspace": ([M.OrthogonalSubspace()], FULL),
+        "anchor, lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
+        "anchor, full lr 5e-5": ([anchor], 5e-5),
     }
 
 
@@ -65,11 +67,12 @@ def wanted(seeds: int) -> list[tuple[str, str, int]]:
     """(task, method, seed) in the order of need."""
     first = [(t, "base", 0) for t in TASKS]
     names = [n for n in plans() if " lr " not in n]
-    main = [(t, n, s) for s in range(seeds) for t in ("sst2", "tickets") for n in names]
-    sweep = [(t, n, 0) for t in ("sst2", "tickets") for n in plans() if " lr " in n]
-    others = [(t, n, 0) for t in ("rte", "agnews") for n in ("full", "lora", "anchor, lora")]
-    cut = len(names) * 2
-    return first + main[:cut] + sweep + others + main[cut:]
+    core = ("anchor, lora", "full", "lora")
+    names.sort(key=lambda n: n not in core)
+    sweep = [n for n in plans() if " lr " in n]
+    order = [(t, n, 0) for t in ("sst2", "tickets") for n in (*core, *sweep, *(n for n in names if n not in core))]
+    order += [(t, n, 0) for t in ("rte", "agnews") for n in core]
+    return first + order + [(t, n, s) for s in range(1, seeds) for t in ("sst2", "tickets") for n in names]
 
 
 def path_of(task: str, method: str, seed: int) -> Path:

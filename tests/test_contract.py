@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import yaml
-from cases import BY_NAME, CASES, GENERAL, HOST, Seen, run, same, start, token_rows, weights_of
 
+from cases import BY_NAME, CASES, GENERAL, HOST, Seen, run, same, start, token_rows, weights_of
 from holdfast import methods as hf
 from holdfast import models
 from holdfast.engine.forward import ATTENTION, SOFT_PROMPT, forward

@@ -1,18 +1,15 @@
 """Contract rule 13: every ordered pair of methods trains, or is refused by name."""
 
-import dataclasses
 from itertools import permutations
 
 import pytest
 import torch
-from cases import CASES, run
 
+from cases import CASES, run
 from holdfast import methods as hf
 from holdfast.errors import PlanError
 
-# one replay row a step and few prompts: what is tested is the combination
-SMALL = {"InContextMix": {"pool": 4}, "ICLAnchor": {"pool": 4}, "Replay": {"max_tokens": 16}}
-METHODS = [dataclasses.replace(c.method, **SMALL.get(c.name, {})) for c in CASES]
+METHODS = [c.method for c in CASES]
 REFUSED = {
     frozenset(p)
     for p in (

@@ -70,4 +70,3 @@ def gradients():
         return loss.item(), {n: p.grad.clone() for n, p in session.params.items() if p.grad is not None}
 
     return run
-

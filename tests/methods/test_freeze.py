@@ -61,7 +61,13 @@ def test_frozen_embeddings_freeze_a_tied_head(tiny_model, start):
 
 def test_patterns(tiny_model, start):
     session = start([Freeze(patterns=(r"mlp\.", r"norm"))], tiny_model())
-    assert {n.split(".")[-2] for n in session.params} == {"embed_tokens", "q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {n.split(".")[-2] for n in session.params} == {
+        "embed_tokens",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    }
 
 
 def test_no_decay_and_nothing_frozen_is_off():

@@ -145,7 +145,14 @@ def test_held_out_tasks_are_refused(ctx):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"source": "x"}, {"supervision": "x"}, {"share": 1.0}, {"share": -0.1}, {"shots": (0, 2)}, {"shots": (3, 1)}],
+    [
+        {"source": "x"},
+        {"supervision": "x"},
+        {"share": 1.0},
+        {"share": -0.1},
+        {"shots": (0, 2)},
+        {"shots": (3, 1)},
+    ],
 )
 def test_values_that_make_no_sense(ctx, wrong):
     with pytest.raises(PlanError, match="InContextMix"):

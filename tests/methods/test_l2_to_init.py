@@ -12,7 +12,11 @@ def test_hand_value_and_gradient(toy_view):
     # theta = (1, 2), theta0 = (0, 4), alpha = 0.5: 0.5/2 * (1 + 4) = 1.25; gradient 0.5 * (1, -2) = (0.5, -1)
     p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     view = toy_view(
-        torch.zeros(1, 3), [0], params={"w": p}, base_weights={"w": torch.tensor([0.0, 4.0])}, model=torch.nn.Module()
+        torch.zeros(1, 3),
+        [0],
+        params={"w": p},
+        base_weights={"w": torch.tensor([0.0, 4.0])},
+        model=torch.nn.Module(),
     )
     term = L2ToInit(alpha=0.5).loss(view)
     assert term.owner is None  # counted once a step

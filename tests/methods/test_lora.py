@@ -39,7 +39,9 @@ def test_hand_value():
     from peft import LoraConfig, get_peft_model
 
     chosen = LoRA(r=1, lora_alpha=3)
-    wrapped = get_peft_model(model, LoraConfig(r=chosen.r, lora_alpha=chosen.lora_alpha, target_modules=["0"]))
+    wrapped = get_peft_model(
+        model, LoraConfig(r=chosen.r, lora_alpha=chosen.lora_alpha, target_modules=["0"])
+    )
     with torch.no_grad():
         wrapped.base_model.model[0].lora_A["default"].weight.copy_(torch.tensor([[1.0, 2.0]]))
         wrapped.base_model.model[0].lora_B["default"].weight.copy_(torch.tensor([[1.0], [0.0]]))
@@ -90,7 +92,7 @@ def test_every_linear_layer_but_the_head(tiny_model, start):
 
 
 def test_merging_is_dense_addition(tiny_model, start, token_rows):
-    session = shifted(start([LoRA(r=2)], tiny_model()))
+    session = shifted(start([LoRA(r=2, lora_alpha=2)], tiny_model()))
     dense = tiny_model()
     with torch.no_grad():
         for name, module in layers(session.model).items():
@@ -104,7 +106,7 @@ def test_merging_is_dense_addition(tiny_model, start, token_rows):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_walking_back_by_scaling_b_is_dense_interpolation(tiny_model, start, token_rows, alpha):
-    session = shifted(start([LoRA(r=2), WiSEFT(alpha=alpha)], tiny_model()))
+    session = shifted(start([LoRA(r=2, lora_alpha=2), WiSEFT(alpha=alpha)], tiny_model()))
     dense = tiny_model()
     with torch.no_grad():
         for name, module in layers(session.model).items():

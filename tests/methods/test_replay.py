@@ -49,7 +49,9 @@ def test_share_in_tokens(ctx, share):
     drawn = list(islice(mix.draw(0), 300))
     mine = sum(len(r.ids) for r in drawn if r.source != "task")
     assert abs(mine - share * sum(len(r.ids) for r in drawn)) <= 2 * max(len(r.ids) for r in drawn)
-    assert sum(r.source != "task" for r in drawn) / 300 != pytest.approx(share, abs=0.02)  # rows are not tokens
+    assert sum(r.source != "task" for r in drawn) / 300 != pytest.approx(
+        share, abs=0.02
+    )  # rows are not tokens
 
 
 def test_a_weight_of_zero_leaves_a_source_out(ctx):
@@ -85,7 +87,8 @@ def test_a_small_source_repeats_and_every_round_shows_all_of_it(ctx):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"share": 1.0}, {"share": -0.1}, {"weights": (1.0,)}, {"weights": (0.0, 0.0)}, {"unit": "pages"}]
+    "wrong",
+    [{"share": 1.0}, {"share": -0.1}, {"weights": (1.0,)}, {"weights": (0.0, 0.0)}, {"unit": "pages"}],
 )
 def test_values_that_make_no_sense(ctx, wrong):
     with pytest.raises(PlanError, match="Replay"):

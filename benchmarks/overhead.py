@@ -1,0 +1,90 @@
+"""Training time of each plan relative to plain tuning: steps of all plans alternate in one process on a quiet machine.
+
+    python benchmarks/overhead.py --steps 15        # writes benchmarks/results/overhead.json
+
+A cycle runs one block of steps of every plan on the same rows; the ratio is that of median step times, and a plan's
+one-off work (base answers, SVDs) is spread over the steps of a run of `results.STEPS` steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def timed(name: str, methods: list[Any], tokens: Any, rows: Any, steps: int, run_steps: int) -> tuple[float, float]:
+    """(median seconds of a step, seconds of one-off work for a whole run)."""
+    import torch
+
+    from holdfast import models
+    from holdfast.hosts.plain import Training, train
+    from holdfast.plan import Plan
+    from holdfast.services import Context
+    from holdfast.session import Session
+
+    model, tokenizer = models.load("smollm2-135m")
+    ctx = Context(model, tokenizer, 0, rows, total_steps=run_steps)
+    session = Session(Plan(methods), model, ctx, compute_dtype=model.dtype, knows_rows=True)
+    mix = session.mix(tokens)
+    start = time.perf_counter()
+    session.prepare(list(islice(mix.draw(0), run_steps * 8)))
+    once = time.perf_counter() - start
+    stamps: list[float] = []
+    train(
+        session,
+        mix,
+        Training(steps, 8, autocast=torch.bfloat16 if model.dtype == torch.bfloat16 else None, save_steps=0),
+        on_step=lambda *_: stamps.append(time.perf_counter()),
+    )
+    took = [b - a for a, b in zip(stamps[1:], stamps[2:], strict=False)]
+    del session, model
+    gc.collect()
+    return statistics.mean(took), once
+
+
+def main() -> None:
+    import torch
+
+    import results
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--cycles", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=None)
+    args = parser.parse_args()
+    from holdfast import models
+
+    tokenizer = models.load("smollm2-135m")[1]
+    rows, tokens, _, _ = results.read("tickets", Path(), tokenizer)
+    wanted = {n: m for n, (m, _) in results.plans().items() if " lr " not in n}
+    if args.only:
+        wanted = {n: m for n, m in wanted.items() if n in args.only}
+    seen: dict[str, list[float]] = {n: [] for n in wanted}
+    for cycle in range(args.cycles):
+        for name, methods in wanted.items():
+            step, once = timed(name, methods, tokens, rows, args.steps, results.STEPS)
+            seen[name].append(step + once / results.STEPS)
+            print(cycle, name, f"{step:.3f} s a step, {once:.1f} s once", flush=True)
+    middle = {n: statistics.median(t) for n, t in seen.items()}
+    against = {n: middle["lora" if any(m.name == "LoRA" for m in ms) else "full"] for n, ms in wanted.items()}
+    out = {
+        "ratio": {n: middle[n] / against[n] for n in wanted},
+        "seconds": seen,
+        "note": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, tickets, "
+        f"{args.cycles} cycles of {args.steps} steps.",
+    }
+    path = HERE / "results" / "overhead.json"
+    path.write_text(json.dumps(out, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,718 @@
+"""Both hosts give the same weights, and what `with_plan` promises beside that."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+)
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from holdfast import Plan, with_plan
+from holdfast import methods as hf
+from holdfast.engine.pack import TokenRow, token_row
+from holdfast.errors import DataError, HoldfastError, PlanError
+from holdfast.hosts import hf as host
+from holdfast.hosts.plain import Training, train
+from holdfast.method import Method, canonical
+from holdfast.services import Context
+from holdfast.session import Session
+from holdfast.tokens import tokenize
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+]
+Weights = dict[str, torch.Tensor]
+SAME = {"learning_rate": 3e-3, "weight_decay": 0.1, "max_grad_norm": 0.5, "gradient_accumulation_steps": 2}
+STEPS = 6  # of 4 rows: one epoch of the 24 tickets
+TRAINERS = {"Trainer": Trainer, "SFTTrainer": SFTTrainer}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstLayerOnly(Method):
+    """A grad site: scales by name, so that it differs before and after clipping."""
+
+    def grad(self, name: str, grad: torch.Tensor, state: Any) -> torch.Tensor:
+        return grad * (1.0 if "layers.0" in name else 0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongestHalf(Method):
+    """A batch site: keeps the longer half of a step's rows."""
+
+    def batch(self, rows: Sequence[TokenRow], step: int, ctx: Any) -> Sequence[TokenRow]:
+        return sorted(rows, key=lambda r: -len(r.ids))[: len(rows) // 2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Idle(Method):
+    """Does nothing, which must be noticed."""
+
+    does: ClassVar = "nothing"
+
+
+METHODS: dict[str, Sequence[Method]] = {
+    "none": [],
+    "LoRA": [hf.LoRA(r=4)],
+    "Freeze": [hf.Freeze(layers=1)],
+    "HalfFineTune": [hf.HalfFineTune()],
+    "KLToBase": [hf.KLToBase(weight=2.0)],
+    "KLToBase LoRA": [hf.LoRA(r=4), hf.KLToBase(weight=2.0)],
+    "ICLAnchor": [hf.ICLAnchor(pool=8, weight=5.0)],
+    "DFT": [hf.DFT()],
+    "L2ToInit": [hf.L2ToInit(alpha=10.0)],
+    "OrthogonalSubspace": [hf.OrthogonalSubspace()],
+    "InContextMix": [hf.InContextMix(pool=16, share=0.5)],
+    "WiSEFT": [hf.WiSEFT()],
+    "grad": [FirstLayerOnly()],
+    "batch": [LongestHalf()],
+}
+
+
+class InOrder:
+    """A mix without chance: the rows one after the other, for ever."""
+
+    def __init__(self, rows: Sequence[TokenRow]):
+        self.rows = rows
+
+    def draw(self, seed: int) -> Iterator[TokenRow]:
+        while True:
+            yield from self.rows
+
+
+@pytest.fixture(scope="module")
+def task(rows, tokenizer) -> list[TokenRow]:
+    return [tokenize(r, tokenizer, 512) for r in rows]
+
+
+@pytest.fixture(scope="module")
+def data(task) -> Dataset:
+    return dataset(task)
+
+
+@pytest.fixture
+def base(tiny_model) -> Any:
+    return tiny_model(tied=False)
+
+
+def dataset(rows: Sequence[TokenRow]) -> Dataset:
+    labels = [np.where(r.scored, r.ids, -100).tolist() for r in rows]
+    return Dataset.from_dict({"input_ids": [r.ids.tolist() for r in rows], "labels": labels})
+
+
+def weights_of(model: Any) -> Weights:
+    return {canonical(n): p.detach().clone() for n, p in model.named_parameters()}
+
+
+def distance(a: Weights, b: Weights) -> float:
+    assert a.keys() == b.keys()
+    return max((a[n] - b[n]).abs().max().item() for n in a)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_model, tokenizer, rows, task) -> Callable[..., Weights]:
+    """Weights of the reference host, remembered by the plan's words."""
+    known: dict[str, Weights] = {}
+
+    def run(methods: Sequence[Method], steps: int = STEPS, **settings: Any) -> Weights:
+        key = f"{methods} {steps} {settings}"
+        if key not in known:
+            model = tiny_model(tied=False)
+            ctx = Context(model, tokenizer, 0, rows, total_steps=steps, max_length=512)
+            session = Session(Plan(methods), model, ctx)
+            session.prepare()
+            mix = session.mix(task)
+            mix = mix if mix.sources else InOrder(task)
+            wanted = {"batch_size": 2, "warmup_steps": 2, "save_steps": 0, **SAME, **settings}
+            train(session, mix, Training(steps, **wanted))
+            session.merge()
+            session.finish()
+            known[key] = weights_of(session.model)
+        return known[key]
+
+    return run
+
+
+@pytest.fixture
+def make(base, data, tokenizer, tmp_path) -> Callable[..., Any]:
+    """A trainer with a plan on the tickets, in their order; keywords go to its arguments."""
+
+    def build(
+        kind: type, methods: Sequence[Method], steps: int = STEPS, given: Any = None, **options: Any
+    ) -> Any:
+        options = {
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": steps,
+            "per_device_train_batch_size": 2,
+            "warmup_steps": 2,
+            "seed": 0,
+            "train_sampling_strategy": "sequential",
+            "report_to": [],
+            "use_cpu": True,
+            "bf16": False,
+            "save_strategy": "no",
+            "logging_steps": 2,
+            "disable_tqdm": True,
+            **SAME,
+            **options,
+        }
+        config = {Trainer: TrainingArguments, SFTTrainer: SFTConfig}[kind](**options)
+        given = {"model": base, "train_dataset": data, "processing_class": tokenizer, **(given or {})}
+        if kind is Trainer and "data_collator" not in given:
+            given["data_collator"] = DataCollatorForSeq2Seq(tokenizer)
+        return with_plan(kind)(args=config, plan=Plan(methods), **given)
+
+    return build
+
+
+# ---- equal weights
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("name", METHODS)
+def test_hosts_give_equal_weights(name, kind, make, plain, base):
+    start, expected = weights_of(base), plain(METHODS[name])
+    trainer = make(TRAINERS[kind], METHODS[name])
+    trainer.train()
+    assert distance(weights_of(trainer.model), expected) < 1e-6
+    if "LoRA" not in name:
+        assert distance(start, expected) > 1e-3
+        assert name == "none" or distance(plain([]), expected) > 1e-4
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_stages_equal_plain(kind, make, plain):
+    methods = [hf.ProMoT(num_virtual_tokens=4)]
+    trainer = make(
+        TRAINERS[kind], methods, steps=2 * STEPS
+    )  # the second stage starts with the first row again
+    out = trainer.train()
+    expected = plain(methods, steps=2 * STEPS)
+    assert distance(weights_of(trainer.model), expected) < 1e-6
+    assert "holdfast_prompt" in expected and out.global_step == STEPS and trainer.args.max_steps == 2 * STEPS
+
+
+def test_gradients_change_once_without_clipping(make, plain):
+    trainer = make(Trainer, [FirstLayerOnly()], max_grad_norm=0.0)
+    trainer.train()
+    assert distance(weights_of(trainer.model), plain([FirstLayerOnly()], max_grad_norm=0.0)) < 1e-6
+
+
+def test_an_epoch_with_a_short_last_step(make, plain, data):
+    trainer = make(SFTTrainer, [], max_steps=-1, num_train_epochs=2, steps=0, gradient_accumulation_steps=5)
+    trainer.train()
+    assert trainer.state.global_step == 6  # 12 batches an epoch: 5 + 5 + 2
+    assert trainer.session.realised["task/examples"] == 2 * len(data)
+
+
+def test_several_epochs_of_a_mix_go_on_in_it(make, plain):
+    """24 tickets and 24 shots an epoch: 12 steps of 4 rows; the second epoch draws new rows and another order."""
+    mixed = METHODS["InContextMix"]
+    trainer = make(SFTTrainer, mixed, steps=24)
+    trainer.train()
+    assert trainer.state.epoch == 2
+    assert distance(weights_of(trainer.model), plain(mixed, steps=24)) < 2e-6
+    shots = trainer.session.realised["InContextMix/examples"]
+    assert shots == trainer.session.realised["task/examples"] == 48
+
+
+# ---- packing
+
+
+@pytest.mark.parametrize("options", [{"packing": True}, {"padding_free": True, "max_length": None}])
+def test_packed_documents_stay_apart(options, make, plain, data):
+    """One step is the whole set, so that only the boundaries can make a difference."""
+    whole = {"gradient_accumulation_steps": 1, "max_grad_norm": 1.0}
+    settings = {"max_length": 128, "per_device_train_batch_size": len(data), **whole, **options}
+    trainer = make(SFTTrainer, [hf.KLToBase()], steps=3, **settings)
+    if "packing" in options:
+        assert len(trainer.train_dataset) < len(data) / 2
+    trainer.train()
+    expected = plain([hf.KLToBase()], steps=3, batch_size=len(data), **whole)
+    assert distance(weights_of(trainer.model), expected) < 1e-6
+
+
+def test_a_mix_is_packed_again(make):
+    methods = [hf.InContextMix(pool=16, share=0.5)]
+    trainer = make(SFTTrainer, methods, steps=3, packing=True, max_length=512, learning_rate=1e-3)
+    trainer.train()
+    seen = trainer.session.realised
+    assert seen["InContextMix/examples"] and seen["task/examples"]
+    assert sum(len(n) for n in trainer.train_dataset["seq_lengths"]) > len(trainer.train_dataset)
+
+
+def test_rows_of_a_padded_batch():
+    batch = {
+        "input_ids": torch.tensor([[9, 5, 6, 7], [3, 4, 9, 9]]),
+        "labels": torch.tensor([[-100, 5, -100, 7], [-100, 4, -100, -100]]),
+        "attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]]),
+    }
+    a, b = host.rows_of(batch)
+    assert a.ids.tolist() == [5, 6, 7] and a.scored.tolist() == [
+        False,
+        False,
+        True,
+    ]  # nothing before the first
+    assert b.ids.tolist() == [3, 4] and b.scored.tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 0]])},
+        {"cu_seq_lens_q": torch.tensor([0, 3, 5, 6], dtype=torch.int32)},
+    ],
+)
+def test_rows_of_a_packed_batch(marks):
+    ids = torch.tensor([[1, 2, 3, 4, 5, 0]])
+    labels = ids.clone()
+    labels[
+        0, [0, 5]
+    ] = -100  # the last token is padding, and the second document's first label counts no more
+    rows = host.rows_of({"input_ids": ids, "labels": labels, **marks}, {token_row([4, 5], 1).key: "shots"})
+    assert [r.key for r in rows] == [token_row([1, 2, 3], 1).key, token_row([4, 5], 1).key]
+    assert [r.source for r in rows] == ["task", "shots"]
+
+
+def test_rows_of_shifted_labels_and_of_nothing():
+    ids = torch.tensor([[1, 2, 3]])
+    shifted = {"input_ids": ids, "shift_labels": torch.tensor([[2, -100, -100]])}
+    assert host.rows_of(shifted)[0].scored.tolist() == [False, True, False]
+    (empty,) = host.rows_of({"input_ids": ids, "labels": torch.full_like(ids, -100)})
+    assert not empty.num_scored and len(empty.ids) == 3
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ({}, "without labels"),
+        ({"labels": torch.tensor([[2, 3, 4]])}, "not the tokens themselves"),
+        ({"labels": torch.tensor([[1, 2, 3]]), "pixel_values": torch.zeros(1)}, "pixel_values"),
+        ({"labels": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 1, 3, 3)}, "shape"),
+    ],
+)
+def test_rows_of_refuses(extra, words):
+    with pytest.raises(DataError, match=words):
+        host.rows_of({"input_ids": torch.tensor([[1, 2, 3]]), **extra})
+
+
+def test_a_batch_without_targets_changes_nothing_but_runs(make, base, task):
+    """Weight decay aside, a step whose rows have no target leaves the weights alone."""
+    blank = dataset([TokenRow(r.ids, np.zeros_like(r.scored)) for r in task])
+    before = weights_of(base)
+    trainer = make(Trainer, [], steps=2, given={"train_dataset": blank}, weight_decay=0.0)
+    trainer.train()
+    assert distance(before, weights_of(trainer.model)) == 0
+
+
+# ---- the user's own settings
+
+
+def test_what_the_user_froze_stays_frozen(make, base):
+    base.lm_head.requires_grad_(False)
+    before = weights_of(base)
+    trainer = make(Trainer, [])
+    trainer.train()
+    after = weights_of(trainer.model)
+    assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+
+
+def test_update_site_in_a_ready_optimizer(make, base):
+    methods = [hf.OrthogonalSubspace()]
+    own = torch.optim.AdamW(base.parameters(), lr=1e-3, weight_decay=0.1)
+    name = "model.layers.0.mlp.up_proj.weight"
+    before = weights_of(base)[name]
+    trainer = make(Trainer, methods, given={"optimizers": (own, None)})
+    trainer.train()
+    state, step = trainer.session.state["OrthogonalSubspace"], weights_of(trainer.model)[name] - before
+    inside = state[f"U/{name}"].T @ step @ state[f"V/{name}"].T
+    assert step.abs().max() > 1e-3 and inside.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_evaluation_is_the_trainers_own(kind, make, data, task):
+    trainer = make(TRAINERS[kind], [hf.ICLAnchor(pool=4, weight=50.0)], given={"eval_dataset": data})
+    trainer.train()
+    seen = trainer.evaluate()["eval_loss"]
+    assert trainer.state.log_history[-1]["eval_loss"] == seen
+    trainer.model.eval()
+    with torch.no_grad():
+        logp = [trainer.model(torch.as_tensor(r.ids)[None]).logits[0].log_softmax(-1) for r in task]
+    losses = [
+        -lp[:-1][torch.arange(len(r.ids) - 1), r.ids[1:]][r.scored[1:]]
+        for lp, r in zip(logp, task, strict=True)
+    ]
+    batches = [
+        torch.cat(losses[n : n + 8]).mean() for n in range(0, len(losses), 8)
+    ]  # as the trainer averages
+    assert seen == pytest.approx(torch.stack(batches).mean().item(), rel=1e-4)
+
+
+def test_evaluation_reads_the_soft_prompt(make, data):
+    trainer = make(SFTTrainer, [hf.ProMoT(num_virtual_tokens=4)], steps=8, given={"eval_dataset": data})
+    trainer.train()
+    with_prompt = trainer.evaluate()["eval_loss"]
+    torch.nn.init.zeros_(trainer.model.holdfast_prompt)
+    assert trainer.evaluate()["eval_loss"] != pytest.approx(with_prompt, rel=1e-5)
+
+
+def test_logs_hold_the_parts_of_the_loss(make):
+    trainer = make(SFTTrainer, [hf.KLToBase(weight=2.0), hf.L2ToInit(alpha=1.0)])
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in logs] == [2, 4, 6]
+    for entry in logs:
+        parts = [entry[f"loss/{n}"] for n in ("task", "KLToBase", "L2ToInit")]
+        assert entry["loss"] == pytest.approx(sum(parts), rel=1e-5)
+    assert logs[-1]["loss/KLToBase"] > 0 and logs[-1]["loss/L2ToInit"] > 0
+
+
+def test_gradient_checkpointing_gives_the_same(make, plain):
+    trainer = make(Trainer, METHODS["KLToBase"], gradient_checkpointing=True)
+    trainer.train()
+    assert distance(weights_of(trainer.model), plain(METHODS["KLToBase"])) < 1e-6
+
+
+def test_bf16_autocast_learns(make, plain):
+    trainer = make(SFTTrainer, [hf.LoRA(r=4), hf.KLToBase()], bf16=True)
+    trainer.train()
+    near = distance(weights_of(trainer.model), plain([hf.LoRA(r=4), hf.KLToBase()]))
+    assert 0 < near < 0.02
+
+
+# ---- resuming
+
+SAVED: dict[str, Sequence[Method]] = {
+    "dense": [hf.OrthogonalSubspace(), hf.ICLAnchor(pool=8, weight=5.0), hf.L2ToInit(), hf.WiSEFT()],
+    "adapter": [hf.LoRA(r=4), hf.Freeze(layers=1), hf.InContextMix(pool=16), hf.KLToBase(weight=2.0)],
+    "stages": [hf.ProMoT(num_virtual_tokens=4), hf.LoRA(r=4)],
+}
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_resume_equals_uninterrupted(name, make, tiny_model, tmp_path):
+    whole = make(SFTTrainer, SAVED[name], steps=8, **SAVING)
+    whole.train()
+    saved = tmp_path / "out" / ("checkpoint-2" if name == "stages" else "checkpoint-4")
+    again = make(SFTTrainer, SAVED[name], steps=8, given={"model": tiny_model(tied=False)}, **SAVING)
+    again.train(resume_from_checkpoint=str(saved))
+    assert distance(weights_of(whole.model), weights_of(again.model)) < 1e-7
+    assert whole.session.effects.keys() == again.session.effects.keys()
+    assert whole.session.realised == again.session.realised
+
+
+def test_resume_inside_the_first_stage(make, tiny_model, tmp_path):
+    whole = make(Trainer, [hf.ProMoT(num_virtual_tokens=4)], steps=8, **SAVING)
+    whole.train()
+    again = make(
+        Trainer, [hf.ProMoT(num_virtual_tokens=4)], steps=8, given={"model": tiny_model(tied=False)}, **SAVING
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "stage-prompt" / "checkpoint-2"))
+    assert distance(weights_of(whole.model), weights_of(again.model)) < 1e-7
+
+
+@pytest.fixture
+def stopped(make, tmp_path) -> Any:
+    """The folder of a run's last checkpoint, its first half done."""
+    trainer = make(Trainer, SAVED["dense"], steps=2, **SAVING)
+    trainer.train()
+    return tmp_path / "out" / "checkpoint-2"
+
+
+def test_plan_state_comes_from_the_checkpoint(stopped, make, tiny_model):
+    path = stopped / "holdfast" / "state.safetensors"
+    state = load_file(path)
+    name = next(k for k in state if "/U/" in k)
+    save_file({**state, name: torch.full_like(state[name], 7.0)}, path)
+    again = make(Trainer, SAVED["dense"], steps=2, given={"model": tiny_model(tied=False)}, **SAVING)
+    again.train(resume_from_checkpoint=True)
+    kept = again.session.state["OrthogonalSubspace"][name.split("/", 2)[2]]
+    assert (kept == 7.0).all()
+    before = json.loads((stopped / "holdfast" / "plan.json").read_text())["effects"]
+    assert again.session.effects["OrthogonalSubspace"] == before["OrthogonalSubspace"] > 0
+
+
+@pytest.mark.parametrize(
+    ("methods", "tied", "spoil", "words"),
+    [
+        ([hf.L2ToInit()], False, False, "another plan"),
+        (SAVED["dense"], None, False, "another base model"),
+        (SAVED["dense"], False, True, "holds no plan"),
+    ],
+)
+def test_a_foreign_checkpoint_is_refused(methods, tied, spoil, words, stopped, make, tiny_model):
+    model = tiny_model(tied=False)
+    if tied is None:
+        torch.nn.init.normal_(model.lm_head.weight)
+    if spoil:
+        (stopped / "holdfast" / "plan.json").unlink()
+    again = make(Trainer, methods, steps=2, given={"model": model})
+    with pytest.raises(HoldfastError, match=words):
+        again.train(resume_from_checkpoint=str(stopped))
+
+
+def test_nothing_to_resume(make):
+    with pytest.raises(HoldfastError, match="no checkpoint"):
+        make(Trainer, []).train(resume_from_checkpoint=True)
+
+
+# ---- several processes
+
+WORKER = """
+import sys
+import torch
+from datasets import load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+from holdfast import Plan, with_plan
+from holdfast import methods as hf
+
+torch.set_num_threads(1)
+folder = sys.argv[1]
+plan = Plan([hf.LoRA(r=4), hf.KLToBase(weight=2.0), hf.ICLAnchor(pool=8, weight=5.0), hf.L2ToInit(alpha=10.0)])
+config = SFTConfig(
+    f"{folder}/out", max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=1, seed=0,
+    learning_rate=3e-3, train_sampling_strategy="sequential", use_cpu=True, bf16=False, save_strategy="no",
+    logging_steps=1, disable_tqdm=True, warmup_steps=0, max_grad_norm=0.5, weight_decay=0.1,
+)
+trainer = with_plan(SFTTrainer)(
+    AutoModelForCausalLM.from_pretrained(f"{folder}/base"), config, plan=plan,
+    train_dataset=load_from_disk(f"{folder}/data"), processing_class=AutoTokenizer.from_pretrained(f"{folder}/base"),
+)
+trainer.train()
+if trainer.accelerator.process_index == 1:
+    trainer.model.save_pretrained(f"{folder}/two")
+    assert trainer.session.realised["ICLAnchor/examples"] == 0, "the one prompt of a step belongs to the first process"
+"""
+
+
+def test_two_processes_equal_one(make, base, data, tokenizer, tmp_path):
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    data.save_to_disk(str(tmp_path / "data"))
+    methods = [
+        hf.LoRA(r=4),
+        hf.KLToBase(weight=2.0),
+        hf.ICLAnchor(pool=8, weight=5.0),
+        hf.L2ToInit(alpha=10.0),
+    ]
+    one = make(SFTTrainer, methods, steps=4, warmup_steps=0)
+    one.train()
+    port = str(29500 + os.getpid() % 400)
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1",
+    }
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", WORKER, str(tmp_path)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    for job in jobs:
+        said, _ = job.communicate(timeout=300)
+        assert job.returncode == 0, said[-3000:]
+    two = load_file(tmp_path / "two" / "adapter_model.safetensors")
+    own = {n: p for n, p in one.model.named_parameters() if "lora" in n}
+    assert len(two) == len(own)
+    for name, p in own.items():
+        torch.testing.assert_close(two[name.replace(".default", "")], p.detach(), atol=1e-6, rtol=0)
+
+
+# ---- refusals
+
+
+def refused(build: Callable[[], Any], *words: str) -> None:
+    with pytest.raises(PlanError) as caught:
+        build()
+    for word in words:
+        assert word in str(caught.value)
+
+
+REFUSED = {
+    "packing": (SFTTrainer, [hf.ProMoT()], {"packing": True}, {}, ("ProMoT", "SFTTrainer", "packing=False")),
+    "padding free": (SFTTrainer, [hf.ProMoT()], {"padding_free": True}, {}, ("ProMoT", "SFTTrainer")),
+    "peft_config": (SFTTrainer, [], {}, {"peft_config": LoraConfig()}, ("SFTTrainer", "LoRA")),
+    "loss": (Trainer, [], {}, {"compute_loss_func": len}, ("Trainer", "compute_loss_func")),
+    "smoothing": (Trainer, [], {"label_smoothing_factor": 0.1}, {}, ("Trainer", "label_smoothing_factor")),
+    "dft": (SFTTrainer, [], {"loss_type": "dft"}, {}, ("SFTTrainer", "DFT()")),
+    "batch size": (Trainer, [], {"auto_find_batch_size": True}, {}, ("auto_find_batch_size",)),
+    "model_init": (Trainer, [], {}, {"model": None, "model_init": dict}, ("model=",)),
+    "no tokenizer": (
+        Trainer, [hf.ICLAnchor()], {}, {"processing_class": None, "data_collator": len}, ("processing_class",),
+    ),
+    "plan": (Trainer, [hf.LoRA(), hf.HalfFineTune()], {}, {}, ("LoRA", "HalfFineTune")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name, make):
+    kind, methods, options, given, words = REFUSED[name]
+    refused(lambda: make(kind, methods, given=given, **options), *words)
+
+
+def test_an_adapter_from_outside_is_refused(make, base):
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"))
+    refused(lambda: make(SFTTrainer, [], given={"model": adapted}), "SFTTrainer", "LoRA")
+
+
+def test_a_quantised_base_is_refused_for_dense_methods(make, base):
+    base.is_loaded_in_4bit = True
+    refused(lambda: make(SFTTrainer, [hf.HalfFineTune()]), "HalfFineTune", "4 or 8 bits")
+
+
+def test_deepspeed_hides_gradients(base, data, tmp_path):
+    config = TrainingArguments(str(tmp_path), use_cpu=True)
+    config.deepspeed_plugin = SimpleNamespace(zero_stage=2)
+    plan = Plan([hf.OrthogonalSubspace()])
+    refused(
+        lambda: with_plan(Trainer)(base, config, train_dataset=data, plan=plan),
+        "OrthogonalSubspace",
+        "DeepSpeed",
+    )
+    config.deepspeed_plugin.zero_stage = 3
+    refused(lambda: with_plan(Trainer)(base, config, train_dataset=data, plan=Plan()), "Trainer", "ZeRO-3")
+
+
+@pytest.mark.parametrize(
+    ("method", "words"), [(hf.LoRA(r=4), "lacks"), (hf.Freeze(layers=1), "learning rates")]
+)
+def test_an_optimizer_made_too_early_is_refused(method, words, make, base):
+    own = torch.optim.AdamW(base.parameters(), lr=1e-3)
+    trainer = make(Trainer, [method], given={"optimizers": (own, None)})
+    refused(trainer.train, words)
+
+
+def test_a_collator_that_relabels_is_refused(make, tokenizer):
+    given = {"data_collator": DataCollatorForLanguageModeling(tokenizer, mlm=False)}
+    refused(lambda: make(Trainer, [hf.InContextMix(pool=8)], given=given), "InContextMix", "DataCollator")
+
+
+def test_a_stream_cannot_be_mixed(make, data):
+    given = {"train_dataset": data.to_iterable_dataset()}
+    refused(lambda: make(SFTTrainer, [hf.InContextMix(pool=8)], given=given), "stream", "SFTTrainer")
+
+
+def test_no_trainer_class(base):
+    refused(lambda: with_plan(dict), "dict")
+    assert with_plan(SFTTrainer) is with_plan(SFTTrainer)
+
+
+def test_one_trainer_trains_once(make):
+    trainer = make(Trainer, [], steps=1)
+    trainer.train()
+    refused(trainer.train, "already")
+
+
+def test_a_method_without_effect_is_noticed(make):
+    trainer = make(Trainer, [Idle()], steps=1)
+    with pytest.raises(HoldfastError, match="Idle"):
+        trainer.train()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make, base):
+    with torch.no_grad():
+        base.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(HoldfastError, match="step 1"):
+        make(Trainer, []).train()
+
+
+# ---- other trainers
+
+
+@pytest.fixture
+def preferences(rows) -> Dataset:
+    return Dataset.from_list(
+        [{"prompt": r.prompt, "chosen": r.completion, "rejected": " nothing"} for r in rows[:8]]
+    )
+
+
+def dpo(model: Any, tokenizer: Any, preferences: Dataset, folder: Any, methods: Sequence[Method]) -> Any:
+    config = DPOConfig(
+        str(folder), max_steps=2, use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
+        per_device_train_batch_size=2, learning_rate=1e-2, seed=0,
+    )  # fmt: skip
+    return with_plan(DPOTrainer)(
+        model=model, args=config, train_dataset=preferences, processing_class=tokenizer, plan=Plan(methods)
+    )
+
+
+def test_dpo_takes_what_leaves_its_loss_alone(tiny_model, tokenizer, preferences, tmp_path):
+    runs = []
+    for merge in ([], [hf.WiSEFT(alpha=0.25)]):
+        model = copy.deepcopy(tiny_model(tied=False))
+        trainer = dpo(model, tokenizer, preferences, tmp_path, [hf.LoRA(r=4), hf.Freeze(layers=1), *merge])
+        trainer.train()
+        runs.append({n: p.detach() for n, p in trainer.model.named_parameters() if "lora_B.default" in n})
+    for name, whole in runs[0].items():
+        torch.testing.assert_close(runs[1][name], whole * 0.25)
+        assert bool(whole.abs().sum()) == ("layers.1" in name)
+
+
+def test_dpo_refuses_losses(tiny_model, tokenizer, preferences, tmp_path):
+    build = lambda m: lambda: dpo(tiny_model(tied=False), tokenizer, preferences, tmp_path, [hf.LoRA(), m])  # noqa: E731
+    refused(build(hf.DFT()), "DFT", "DPOTrainer")
+    refused(build(hf.InContextMix()), "InContextMix", "DPOTrainer")
+
+
+# ---- the words of the module
+
+
+def test_the_two_lines_of_the_docstring(base, rows, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = host.__doc__.split("\n\n")[1].splitlines()
+    names = {
+        "model": base,
+        "data": Dataset.from_list([{"prompt": r.prompt, "completion": r.completion} for r in rows[:8]]),
+        "tokenizer": tokenizer,
+        "plan": Plan([hf.LoRA(), hf.ICLAnchor(pool=4), hf.InContextMix(source="task"), hf.WiSEFT()]),
+        "SFTConfig": SFTConfig,
+        "SFTTrainer": SFTTrainer,
+    }  # fmt: skip
+    exec("\n".join(line[4:] for line in lines), names)
+    trainer = names["trainer"]
+    assert trainer.session.realised["InContextMix/examples"] and trainer.session.realised["task/examples"]
+    assert any("loss" in entry or "train_loss" in entry for entry in trainer.state.log_history)
+
+
+def test_a_model_by_name(base, rows, tokenizer, tmp_path):
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    data = Dataset.from_list([{"text": r.prompt + r.completion} for r in rows[:8]])
+    config = SFTConfig(
+        str(tmp_path / "out"), max_steps=1, use_cpu=True, model_init_kwargs={"dtype": "bfloat16"}, save_strategy="no",
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = with_plan(SFTTrainer)(
+        str(tmp_path / "base"), config, train_dataset=data, plan=Plan([hf.LoRA(r=4)])
+    )
+    trainer.train()
+    assert trainer.model.get_base_model().lm_head.weight.dtype == torch.bfloat16
+    assert config.model_init_kwargs == {"dtype": "bfloat16"}

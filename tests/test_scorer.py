@@ -1,0 +1,277 @@
+"""The one scorer against plain forwards of single requests."""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from holdfast.errors import HoldfastError
+from holdfast.measure.scorer import Scorer, chunks, grow, supports_tree
+
+
+def plain(model, encoded, prompt=None):
+    """(log-probability, greedy, tokens) of each request by one forward each."""
+    out = []
+    for ids, start in encoded:
+        inputs = torch.tensor(ids[:-1])[None]
+        with torch.no_grad():
+            if prompt is None:
+                logits = model(input_ids=inputs, use_cache=False).logits[0]
+            else:
+                embedded = torch.cat([prompt, model.get_input_embeddings()(inputs)[0]])[None]
+                logits = model(inputs_embeds=embedded, use_cache=False).logits[0, len(prompt) :]
+        logp = logits[start - 1 :].log_softmax(-1)
+        target = torch.tensor(ids[start:])
+        picked = logp.gather(1, target[:, None])[:, 0]
+        out.append((picked.sum().item(), bool((logp.argmax(-1) == target).all()), len(target)))
+    return out
+
+
+def assert_same(scores, expected, within=1e-5):
+    assert len(scores) == len(expected)
+    for score, (logprob, greedy, num_tokens) in zip(scores, expected, strict=True):
+        assert score.logprob == pytest.approx(logprob, abs=within * max(1, num_tokens))
+        assert (score.greedy, score.num_tokens) == (greedy, num_tokens)
+
+
+def greedy_tokens(model, ids, count):
+    ids = list(ids)
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids
+
+
+@pytest.fixture(scope="module")
+def encoded(tiny_model):
+    """A tree with shared prefixes at several depths, nested requests, duplicates and greedy continuations."""
+    draw = random.Random(0)
+    word = lambda n: [draw.randrange(5, 300) for _ in range(n)]  # noqa: E731
+    shots = [word(40), word(25)]
+    out = []
+    for shot in shots:
+        for _ in range(4):
+            query = shot + word(draw.randint(1, 9))
+            out += [(query + word(n), len(query)) for n in (1, 2, 5)]
+            out.append((greedy_tokens(tiny_model(False), query, 2), len(query)))
+    out += [(word(30), 1), (shots[0] + word(1), 20), (shots[0][:21], 20), ([7, 8], 1), out[3]]
+    return out
+
+
+def families(tiny_model):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+                           num_attention_heads=4, num_key_value_heads=2, sliding_window=6,
+                           max_position_embeddings=256)  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MistralForCausalLM(config).eval()
+
+
+def test_tree_is_one_by_one(tiny_model, tokenizer, encoded):
+    model = tiny_model(tied=False)
+    assert supports_tree(model)
+    expected = plain(model, encoded)
+    assert sum(greedy for _, greedy, _ in expected) >= 8  # both kinds of flag are tested
+    assert sum(not greedy for _, greedy, _ in expected) >= 8
+    assert_same(Scorer(model, tokenizer).score_tokens(encoded), expected)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 3, 17, 64, 4096])
+def test_batch_size_does_not_matter(tiny_model, tokenizer, encoded, batch_tokens):
+    model = tiny_model(tied=False)
+    assert_same(
+        Scorer(model, tokenizer, batch_tokens=batch_tokens).score_tokens(encoded), plain(model, encoded)
+    )
+
+
+def test_order_and_duplicates_do_not_matter(tiny_model, tokenizer, encoded):
+    scorer = Scorer(tiny_model(tied=False), tokenizer)
+    first = scorer.score_tokens(encoded)
+    unique = scorer.num_unique_tokens
+    order = list(range(len(encoded))) * 2
+    random.Random(1).shuffle(order)
+    again = scorer.score_tokens([encoded[n] for n in order])
+    assert [again[i] for i in range(len(order))] == [
+        first[n] for n in order
+    ]  # bit for bit: the tree is the same
+    assert scorer.num_unique_tokens == unique
+
+
+def test_each_score_depends_on_its_own_request_alone(tiny_model, tokenizer, encoded):
+    model = tiny_model(tied=False)
+    together = Scorer(model, tokenizer).score_tokens(encoded)
+    alone = [Scorer(model, tokenizer).score_tokens([e])[0] for e in encoded]
+    assert_same(together, [(s.logprob, s.greedy, s.num_tokens) for s in alone])
+
+
+def test_unique_tokens_by_hand(tiny_model, tokenizer):
+    # inputs are all tokens but the last: (5 6 7), (5 6 8 9), (5 6 7) again, (10)
+    # tree: 5, 6, then 7 | 8, 9, and 10: six nodes
+    scorer = Scorer(tiny_model(), tokenizer)
+    scorer.score_tokens([([5, 6, 7, 20], 3), ([5, 6, 8, 9, 20], 3), ([5, 6, 7, 21], 3), ([10, 20], 1)])
+    assert scorer.num_unique_tokens == 6
+
+
+def trees():
+    draw = random.Random(3)
+    bushy = [([draw.randrange(3) for _ in range(draw.randint(2, 9))], 1) for _ in range(60)]
+    chain = [(list(range(200)), 1)]
+    comb = [(list(range(n)) + [999], 1) for n in range(1, 60)]
+    forked = [(list(range(100)) + [500 + n] * 30, 100) for n in range(3)]
+    return [bushy, chain, comb, forked, [([1, 2], 1)]]
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 50, 10_000])
+@pytest.mark.parametrize("sequences", trees())
+def test_chunks_visit_every_node_once_parents_first(sequences, most):
+    """Walk the chunks as the scorer does: what a path shares with the cache is not computed again."""
+    tree = grow(sequences)
+    done, held = Counter(), []
+    for path, nodes in chunks(tree, most):
+        same = 0
+        while same < min(len(held), len(path)) and held[same] == path[same]:
+            same += 1
+        assert all(done[n] for n in path[:same])
+        for node in (*path[same:], *nodes):
+            above = tree.parent[node]
+            assert above == 0 or above in path[: path.index(node)] if node in path else True
+            assert above == 0 or done[above]
+            done[node] += 1
+        for node in nodes:  # all ancestors stand in the path or in the same row
+            while node:
+                assert node in path or node in nodes
+                node = tree.parent[node]
+        assert len(nodes) <= most
+        held = path
+    assert done == Counter(range(1, len(tree)))
+
+
+def test_tree_structure_by_hand():
+    tree = grow([([5, 6, 9], 2), ([5, 7, 9], 1), ([5, 6, 8], 2)])
+    assert tree.token == [-1, 5, 6, 7]
+    assert tree.parent == [-1, 0, 1, 1]
+    assert tree.depth == [-1, 0, 1, 1]
+    assert tree.end == [4, 4, 3, 4]
+    assert {n: sorted(w) for n, w in tree.wanted.items()} == {2: [(0, 9), (2, 8)], 1: [(1, 7)], 3: [(1, 9)]}
+
+
+def test_long_chains(tiny_model, tokenizer):
+    draw = random.Random(0)
+    ids = [draw.randrange(5, 300) for _ in range(700)]
+    requests = [(ids, 1), (ids[:500] + [7, 8], 500), (ids[:300] + [9], 300)]
+    model = tiny_model()
+    assert_same(Scorer(model, tokenizer, batch_tokens=32).score_tokens(requests), plain(model, requests))
+
+
+def test_empty_context_starts_at_bos(tiny_model, tokenizer):
+    scorer, bos = Scorer(tiny_model(), tokenizer), tokenizer.bos_token_id
+    tail = tokenizer.encode(" yes", add_special_tokens=False)
+    assert scorer.encode(("", " yes")) == ([bos, *tail], 1)
+    assert scorer.encode(("", "<|bos|> yes")) == ([bos, *tail], 1)  # not twice
+    assert_same(scorer.score([("", " yes")]), plain(scorer.model, [([bos, *tail], 1)]))
+
+
+def test_trailing_space_moves_to_the_continuation(tiny_model, tokenizer):
+    scorer = Scorer(tiny_model(), tokenizer)
+    assert scorer.encode(("Q: 12\nA: ", "3")) == scorer.encode(("Q: 12\nA:", " 3"))
+    ids, start = scorer.encode(("Q: 12\nA:", " 3"))
+    assert ids == tokenizer.encode("Q: 12\nA: 3")
+    assert tokenizer.decode(ids[start:]) == " 3"
+
+
+def test_bos_in_the_text_is_not_doubled(tiny_model, tokenizer):
+    ids, start = Scorer(tiny_model(), tokenizer).encode(("<|bos|>Q:", " 3"))
+    assert ids == tokenizer.encode("Q: 3")
+    assert start == len(tokenizer.encode("Q:"))
+
+
+def test_a_continuation_without_token_is_refused(tiny_model, tokenizer):
+    for context in ("Q:", ""):
+        with pytest.raises(ValueError, match="adds no token"):
+            Scorer(tiny_model(), tokenizer).encode((context, ""))
+
+
+def test_truncation_keeps_the_last_tokens(tiny_model, tokenizer):
+    """lm-evaluation-harness: (context + continuation)[-(max_length + 1):], then all but the last go in."""
+    scorer = Scorer(tiny_model(), tokenizer)
+    assert scorer.max_length == 1024
+    text = "".join(f" {n}" for n in range(900))
+    whole = tokenizer.encode(text + " yes")
+    start = len(tokenizer.encode(text))
+    ids, at = scorer.encode((text, " yes"))
+    assert len(whole) > 1025
+    assert ids == whole[-1025:]
+    assert len(ids) - at == len(whole) - start
+    assert_same(scorer.score([(text, " yes")]), plain(scorer.model, [(ids, at)]), within=1e-4)
+
+
+@pytest.mark.parametrize("context", ["", "Q:"])
+def test_a_continuation_that_cannot_fit_is_refused(tiny_model, tokenizer, context):
+    with pytest.raises(HoldfastError, match="the model reads 1024"):
+        Scorer(tiny_model(), tokenizer).encode((context, " 1" * 3000))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 16, 512])
+def test_sliding_window_falls_back(tiny_model, tokenizer, encoded, batch_tokens):
+    model = families(tiny_model)
+    assert not supports_tree(model)
+    scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens)
+    assert_same(scorer.score_tokens(encoded), plain(model, encoded))
+    assert scorer.num_unique_tokens == sum(len(ids) - 1 for ids, _ in encoded)
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_soft_prompt_stands_before_everything(tiny_model, tokenizer, encoded, fallback):
+    model = families(tiny_model) if fallback else tiny_model(tied=False)
+    soft = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    scorer = Scorer(model, tokenizer, soft_prompt=soft, batch_tokens=50)
+    assert_same(scorer.score_tokens(encoded), plain(model, encoded, soft))
+    assert scorer.max_length == model.config.max_position_embeddings - 4
+    bare = Scorer(model, tokenizer).score_tokens(encoded)
+    pairs = zip(bare, scorer.score_tokens(encoded), strict=True)
+    assert max(abs(a.logprob - b.logprob) for a, b in pairs) > 1e-3
+
+
+def test_a_lora_model(tiny_model, tokenizer, encoded):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model(tied=False), config).eval()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(p.numel()))
+    assert supports_tree(model)
+    assert_same(Scorer(model, tokenizer).score_tokens(encoded), plain(model, encoded))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_is_left_over(tiny_model, tokenizer, encoded, training):
+    """Dropout is off while scoring, the mode comes back, and no gradient is kept."""
+    model = tiny_model(tied=False).train(training)
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    scores = Scorer(model, tokenizer).score_tokens(encoded)
+    assert model.training is training
+    assert_same(scores, plain(model.eval(), encoded))
+    assert all(torch.equal(p, weights[n]) and p.grad is None for n, p in model.named_parameters())
+
+
+def test_the_mode_comes_back_after_an_error(tiny_model, tokenizer):
+    model = tiny_model().train()
+    with pytest.raises(IndexError):
+        Scorer(model, tokenizer).score_tokens([([5, 999_999, 6], 1)])
+    assert model.training
+
+
+def test_progress_ends_at_one_and_nothing_gives_nothing(tiny_model, tokenizer, encoded):
+    for model in (tiny_model(), families(tiny_model)):
+        seen = []
+        scorer = Scorer(model, tokenizer, batch_tokens=32, progress=seen.append)
+        scorer.score_tokens(encoded)
+        assert seen == sorted(seen)
+        assert seen[-1] == 1.0
+        assert scorer.score([]) == []
