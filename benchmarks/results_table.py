@@ -101,7 +101,7 @@ def write(folder: Path, docs: Path) -> None:
         "do not edit by hand. `make results` goes on where it stopped.",
         "",
         f"Every run: {results.STEPS} steps of {results.BATCH} rows, AdamW, linear schedule, bf16 compute; the same rows in",
-        f"the same order for every method. Task accuracy on {results.TEST} test rows (likeliest label). In-context learning",
+        f"the same order for every method. Task accuracy on {results.TEST['sst2']} test rows (tickets, RTE, AG News: {results.TEST['tickets']}; likeliest label). In-context learning",
         f"(ICL): greedy exact match at 8 shots; held-out: the built-in held-out tasks in three formats each",
         f"(base {next(iter(base.values())):.3f}); other authors': 12 tasks of the function-vectors data, in their own format.",
         "Kept: tuned over base, corrected for chance, 95 % interval over items (tasks whose base is not above chance are",

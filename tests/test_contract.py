@@ -352,6 +352,14 @@ ZEROS = [c for c in CASES if c.zero_at_base]
 MORE = [hf.KLToBase(direction="reverse"), hf.KLToBase(on="replay", sources=(GENERAL,)), hf.ICLAnchor(pool=4)]
 
 
+@torch.no_grad()
+def shake(session):
+    """Move everything that trains."""
+    draw = torch.Generator().manual_seed(1)
+    for p in session.params.values():
+        p += 0.05 * torch.randn(p.shape, generator=draw)
+
+
 @pytest.mark.parametrize("on", ["dense", "lora", "unknown rows", "unknown rows, lora"])
 @pytest.mark.parametrize("method", [*[c.method for c in ZEROS], *MORE], ids=lambda m: repr(m)[:50])
 def test_11_distance_is_0_at_the_base(method, on, tiny_model, tokenizer, rows):
@@ -368,28 +376,29 @@ def test_11_distance_is_0_at_the_base(method, on, tiny_model, tokenizer, rows):
     assert abs(parts[method.name]) <= (
         0 if method.name == "L2ToInit" else 1e-7 * getattr(method, "weight", 1)
     )
-    session.model.requires_grad_(False)
-    for p in session.params.values():
-        p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-        p.requires_grad_(True)
+    shake(session)
     assert session.probe(task[:3])[method.name] > 1e-4
 
 
-def test_11_the_teacher_stays_the_base_when_the_adapter_sits_on_the_head(tiny_model, tokenizer, rows):
-    """Stored hidden states go through the base's head, not through the adapter on it."""
+HEAD_LORA = hf.LoRA(r=4, target_modules=("lm_head", "q_proj"))
+
+
+@pytest.mark.parametrize(
+    "extra, known", [((), True), ((), False), ((HEAD_LORA,), True), ((HEAD_LORA,), False)]
+)
+def test_11_the_teacher_stays_the_base(extra, known, tiny_model, tokenizer, rows):
+    """Whatever trains, the head and an adapter on it too: stored answers, frozen copy, adapter switched off."""
     model = tiny_model(tied=False)
-    lora = hf.LoRA(r=4, target_modules=("lm_head", "q_proj"))
     ctx = Context(model, tokenizer, 0, rows, max_length=512, total_steps=4)
-    session = Session(Plan([lora, hf.KLToBase()]), model, ctx, knows_rows=True)
+    session = Session(Plan([*extra, hf.KLToBase()]), model, ctx, knows_rows=known)
     task = token_rows(rows, tokenizer)[:3]
-    session.prepare(task)
     base = forward(model, task)[1].log_softmax(-1)
+    session.prepare(task if known else ())
     session.enter(session.stages[0])
-    with torch.no_grad():
-        for p in session.params.values():
-            p += 0.1
+    shake(session)
     got = session.teacher.logp(session.model, task)
     torch.testing.assert_close(got, base, rtol=0, atol=1e-5)
+    assert (forward(session.model, task)[1].log_softmax(-1) - base).abs().max() > 0.01
 
 
 # ---- 12 the export loads in plain transformers and PEFT

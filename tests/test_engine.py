@@ -159,7 +159,7 @@ def test_very_different_lengths_are_grouped():
 def test_padding_gets_no_gradient():
     """Spread x, weigh every cell (padding too), gather: the gradient is the weight of the real cell alone."""
     layout = pack(make_rows((5, 4))).layout
-    ((index, real, b, width),) = layout.blocks
+    ((_index, real, b, width),) = layout.blocks
     assert (b, width, int((~real).sum())) == (2, 5, 1)
     x = torch.randn(9, 2, requires_grad=True)
     spread = _Spread.apply(x, layout)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -206,7 +206,7 @@ def test_stages_equal_plain(kind, make, plain):
     )  # the second stage starts with the first row again
     out = trainer.train()
     expected = plain(methods, steps=2 * STEPS)
-    assert distance(weights_of(trainer.model), expected) < 1e-6
+    assert distance(weights_of(trainer.model), expected) < 1e-5  # the prompt learns at 0.05
     assert "holdfast_prompt" in expected and out.global_step == STEPS and trainer.args.max_steps == 2 * STEPS
 
 
@@ -449,7 +449,9 @@ def test_plan_state_comes_from_the_checkpoint(stopped, make, tiny_model):
     kept = again.session.state["OrthogonalSubspace"][name.split("/", 2)[2]]
     assert (kept == 7.0).all()
     before = json.loads((stopped / "holdfast" / "plan.json").read_text())["effects"]
-    assert again.session.effects["OrthogonalSubspace"] == before["OrthogonalSubspace"] > 0
+    assert (
+        again.session.effects["OrthogonalSubspace"] == before["OrthogonalSubspace"] > 0
+    )  # not one step more
 
 
 @pytest.mark.parametrize(
@@ -601,6 +603,14 @@ def test_deepspeed_hides_gradients(base, data, tmp_path):
     refused(lambda: with_plan(Trainer)(base, config, train_dataset=data, plan=Plan()), "Trainer", "ZeRO-3")
 
 
+def test_sharded_weights_and_expert_losses_are_refused(make, base, data, tmp_path):
+    config = TrainingArguments(str(tmp_path), use_cpu=True)
+    config.fsdp = "full_shard"
+    refused(lambda: with_plan(Trainer)(base, config, train_dataset=data, plan=Plan()), "Trainer", "FSDP")
+    base.config.output_router_logits = True
+    refused(lambda: make(Trainer, []), "Trainer", "experts")
+
+
 @pytest.mark.parametrize(
     ("method", "words"), [(hf.LoRA(r=4), "lacks"), (hf.Freeze(layers=1), "learning rates")]
 )
@@ -654,6 +664,9 @@ def preferences(rows) -> Dataset:
     )
 
 
+ONE = r".*layers\.1\..*_proj"
+
+
 def dpo(model: Any, tokenizer: Any, preferences: Dataset, folder: Any, methods: Sequence[Method]) -> Any:
     config = DPOConfig(
         str(folder), max_steps=2, use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
@@ -667,13 +680,23 @@ def dpo(model: Any, tokenizer: Any, preferences: Dataset, folder: Any, methods: 
 def test_dpo_takes_what_leaves_its_loss_alone(tiny_model, tokenizer, preferences, tmp_path):
     runs = []
     for merge in ([], [hf.WiSEFT(alpha=0.25)]):
-        model = copy.deepcopy(tiny_model(tied=False))
-        trainer = dpo(model, tokenizer, preferences, tmp_path, [hf.LoRA(r=4), hf.Freeze(layers=1), *merge])
+        model = tiny_model(tied=False)
+        trainer = dpo(model, tokenizer, preferences, tmp_path, [hf.LoRA(r=4, target_modules=ONE), *merge])
         trainer.train()
         runs.append({n: p.detach() for n, p in trainer.model.named_parameters() if "lora_B.default" in n})
+    assert runs[0]
     for name, whole in runs[0].items():
         torch.testing.assert_close(runs[1][name], whole * 0.25)
-        assert bool(whole.abs().sum()) == ("layers.1" in name)
+        assert "layers.1" in name and whole.abs().sum()
+
+
+def test_dpo_refuses_adapters_in_part(tiny_model, tokenizer, preferences, tmp_path):
+    methods = [hf.LoRA(r=4), hf.Freeze(layers=1)]
+    refused(
+        lambda: dpo(tiny_model(tied=False), tokenizer, preferences, tmp_path, methods),
+        "DPOTrainer",
+        "layers.0",
+    )
 
 
 def test_dpo_refuses_losses(tiny_model, tokenizer, preferences, tmp_path):
@@ -693,7 +716,7 @@ def test_the_two_lines_of_the_docstring(base, rows, tokenizer, tmp_path, monkeyp
         "data": Dataset.from_list([{"prompt": r.prompt, "completion": r.completion} for r in rows[:8]]),
         "tokenizer": tokenizer,
         "plan": Plan([hf.LoRA(), hf.ICLAnchor(pool=4), hf.InContextMix(source="task"), hf.WiSEFT()]),
-        "SFTConfig": SFTConfig,
+        "SFTConfig": partial(SFTConfig, use_cpu=True),
         "SFTTrainer": SFTTrainer,
     }  # fmt: skip
     exec("\n".join(line[4:] for line in lines), names)

@@ -46,7 +46,7 @@ def test_a_long_plan_runs(tiny_model, tokenizer, rows):
         hf.InContextMix(share=0.2, pool=4),
         hf.Replay(share=0.2, sources=("holdfast:general/text.jsonl",), max_tokens=16),
         hf.DFT(),
-        hf.ICLAnchor(pool=4, shots=(1, 2)),
+        hf.ICLAnchor(every=1, pool=4, shots=(1, 2)),
         hf.KLToBase(on="replay", max_tokens=16),
         hf.L2ToInit(),
         hf.ProMoT(num_virtual_tokens=3),

@@ -119,7 +119,7 @@ def trees():
     draw = random.Random(3)
     bushy = [([draw.randrange(3) for _ in range(draw.randint(2, 9))], 1) for _ in range(60)]
     chain = [(list(range(200)), 1)]
-    comb = [(list(range(n)) + [999], 1) for n in range(1, 60)]
+    comb = [([*list(range(n)), 999], 1) for n in range(1, 60)]
     forked = [(list(range(100)) + [500 + n] * 30, 100) for n in range(3)]
     return [bushy, chain, comb, forked, [([1, 2], 1)]]
 
@@ -161,7 +161,7 @@ def test_tree_structure_by_hand():
 def test_long_chains(tiny_model, tokenizer):
     draw = random.Random(0)
     ids = [draw.randrange(5, 300) for _ in range(700)]
-    requests = [(ids, 1), (ids[:500] + [7, 8], 500), (ids[:300] + [9], 300)]
+    requests = [(ids, 1), ([*ids[:500], 7, 8], 500), ([*ids[:300], 9], 300)]
     model = tiny_model()
     assert_same(Scorer(model, tokenizer, batch_tokens=32).score_tokens(requests), plain(model, requests))
 

@@ -44,12 +44,7 @@ def shared_with_anchors(task):
     return set(task.items) & {pair for t in anchor_tasks() for pair in t.items}
 
 
-KNOWN = pytest.mark.xfail(strict=True, reason="42 of its 148 pairs stand in the anchor task country_language")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=KNOWN) if n == "nationality" else n for n in HELD_OUT]
-)
+@pytest.mark.parametrize("name", HELD_OUT)
 def test_anchors_do_not_teach_the_answers_of_held_out_tasks(name):
     (task,) = held_out_tasks((name,))
     assert len(shared_with_anchors(task)) < MOST_SHARED * len(task.items)

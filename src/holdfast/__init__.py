@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from holdfast.errors import HoldfastError
+    from holdfast.hosts.hf import with_plan
+    from holdfast.method import Method
+    from holdfast.plan import Plan
+    from holdfast.run import tune
 
 __version__ = "0.1.0"
 
@@ -13,7 +20,7 @@ _WHERE = {
     "Method": "holdfast.method",
     "HoldfastError": "holdfast.errors",
 }
-__all__ = ["HoldfastError", "Method", "Plan", "__version__", "tune", "with_plan"]  # noqa: F822
+__all__ = ["HoldfastError", "Method", "Plan", "__version__", "tune", "with_plan"]
 
 
 def __getattr__(name: str) -> Any:  # heavy libraries are imported only where used

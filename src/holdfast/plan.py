@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -103,7 +104,8 @@ class Plan:
         dense = next((m for m in self.active if "dense" in m.needs), None)
         if wrapper and dense:
             raise PlanError(
-                f"{dense.name} works on the model's own weights, but {wrapper.name} freezes them and trains an adapter.",
+                f"{dense.name} works on the model's own weights, but {wrapper.name} freezes them and trains an "
+                "adapter.",
                 f"Keep {dense.name} and drop {wrapper.name}, or the other way round.",
             )
 
@@ -111,15 +113,13 @@ class Plan:
         for a in self.active:
             for b in self.active:
                 if a is not b and b.name in a.refuses:
-                    raise PlanError(
-                        f"{a.name} and {b.name} do not fit: {a.refuses[b.name]}", "Keep one of them."
-                    )
+                    raise PlanError(f"{a.name} and {b.name} do not fit: {a.refuses[b.name]}", "Keep one of them.")
         phases = [(PHASES.index(m.phase), m) for m in self.active if "grad" in m.sites()]
-        for (i, a), (j, b) in zip(phases, phases[1:], strict=False):
+        for (i, a), (j, b) in pairwise(phases):
             if i > j:
                 raise PlanError(
-                    f"{a.name} ({a.phase}) stands before {b.name} ({b.phase}), but gradients are masked, then rescaled, "
-                    "then projected.",
+                    f"{a.name} ({a.phase}) stands before {b.name} ({b.phase}), but gradients are masked, then "
+                    "rescaled, then projected.",
                     f"Put {b.name} before {a.name}.",
                 )
 
@@ -127,14 +127,14 @@ class Plan:
         for m in self.active:
             if host.packing and "stages" in m.sites():
                 raise PlanError(
-                    f"{m.name} puts a soft prompt before every example, but {host.name} packs several examples into one "
-                    "row, where only the first would get it.",
+                    f"{m.name} puts a soft prompt before every example, but {host.name} packs several examples into "
+                    "one row, where only the first would get it.",
                     "Set packing=False and padding_free=False.",
                 )
             if host.hides_gradients and {"grad", "update"} & set(m.sites()):
                 raise PlanError(
                     f"{m.name} changes gradients or steps, but {host.name} under DeepSpeed does not show them.",
-                    "Use FSDP or DDP with this method.",
+                    "Use DDP with this method.",
                 )
             if host.quantised and "dense" in m.needs:
                 raise PlanError(

@@ -1,7 +1,8 @@
-"""Live progress of a run: one bar per phase, with the time left."""
+"""Live progress of a run: one bar per phase on a terminal, plain lines everywhere else."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +17,12 @@ NAMES = {
 }
 
 
-class Bars:
+def progress_on(console: Console) -> Bars | Lines:
+    """What fits the console: bars that move on a terminal, lines in a pipe or a log."""
+    return Bars(console) if console.is_terminal else Lines(console)
+
+
+class Bars(AbstractContextManager["Bars"]):
     """A context manager whose `tell(phase, share, words)` moves the phase's bar."""
 
     def __init__(self, console: Console):
@@ -27,7 +33,7 @@ class Bars:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[words]}"),
+            TextColumn("{task.fields[words]}", markup=False),
             console=console,
         )
         self._bars: dict[str, Any] = {}
@@ -49,3 +55,27 @@ class Bars:
                 self._progress.update(bar, completed=1.0)
             self._bars[phase] = self._progress.add_task(NAMES.get(phase, phase), total=1.0, words="")
         self._progress.update(self._bars[phase], completed=share, words=words)
+
+
+class Lines(AbstractContextManager["Lines"]):
+    """The same without a terminal: a line when a phase starts, and one for every tenth of the training."""
+
+    def __init__(self, console: Console):
+        self._console, self._phase, self._tenth = console, "", 0
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def tell(self, phase: str, share: float, words: str) -> None:
+        if phase == "done":
+            return
+        if phase != self._phase:
+            self._phase, self._tenth = phase, 0
+            self._print(NAMES.get(phase, phase))
+        tenth = int(10 * share + 1e-9)
+        if phase == "tune" and tenth > self._tenth:
+            self._tenth = tenth
+            self._print(f"  {share:4.0%}  {words}")
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -57,9 +57,7 @@ def locate(path: str, base_dir: str | Path) -> Path | None:
 class Section(BaseModel):
     """Strict, frozen base of every section."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 def _whole_from_one(value: float) -> float:
@@ -71,16 +69,10 @@ def _whole_from_one(value: float) -> float:
 class Model(Section):
     """The base model."""
 
-    model_name_or_path: str = Field(
-        min_length=1, description="Hub id, folder, or GGUF file of the base model."
-    )
+    model_name_or_path: str = Field(min_length=1, description="Hub id, folder, or GGUF file of the base model.")
     model_revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Weights' type."
-    )
-    attn_implementation: str | None = Field(
-        default=None, description="eager, sdpa, flash_attention_2; null: library."
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="Weights' type.")
+    attn_implementation: str | None = Field(default=None, description="eager, sdpa, flash_attention_2; null: library.")
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
 
 
@@ -101,25 +93,17 @@ class Source(Section):
 class Data(Section):
     """The task."""
 
-    name: str = Field(
-        default="", pattern=r"^[\w .-]*$", description="Name shown in reports; default from the file."
-    )
+    name: str = Field(default="", pattern=r"^[\w .-]*$", description="Name shown in reports; default from the file.")
     train: Source = Field(description="File (beside the recipe, then here), hub id, or holdfast:<shipped>.")
-    validation: Source | None = Field(
-        default=None, description="null: validation_size rows are cut from train."
-    )
+    validation: Source | None = Field(default=None, description="null: validation_size rows are cut from train.")
     test: Source | None = Field(default=None, description="null: the report uses validation, and says so.")
-    validation_size: float = Field(
-        default=0.1, ge=0, description="Rows cut from train: fraction (<1) or count."
-    )
+    validation_size: float = Field(default=0.1, ge=0, description="Rows cut from train: fraction (<1) or count.")
     train_size: int | None = Field(default=None, ge=1, description="Use only so many training rows (seeded).")
     test_size: int | None = Field(default=None, ge=1, description="Use only so many test rows (seeded).")
     prompt: str | None = Field(
         default=None, description="Template over columns, e.g. '{text}\\nQueue:'; null: detect."
     )
-    completion: str | None = Field(
-        default=None, description="Template over columns, e.g. ' {queue}'; null: detect."
-    )
+    completion: str | None = Field(default=None, description="Template over columns, e.g. ' {queue}'; null: detect.")
     max_length: int = Field(default=1024, ge=2, description="Longest row in tokens.")
 
     _size = check("validation_size")(_whole_from_one)
@@ -150,34 +134,22 @@ class Training(Section):
     per_device_train_batch_size: int = Field(default=16, ge=1, description="Rows in one forward pass.")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Forward passes in one step.")
     num_train_epochs: float = Field(default=1.0, gt=0, description="Passes over the training rows.")
-    max_steps: int = Field(
-        default=-1, ge=-1, description="Stop after so many steps; -1: num_train_epochs decides."
-    )
+    max_steps: int = Field(default=-1, ge=-1, description="Stop after so many steps; -1: num_train_epochs decides.")
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
         default="linear", description="Course of the learning rate."
     )
-    warmup_steps: float = Field(
-        default=0.05, ge=0, description="Warm-up: steps, or below 1 a share of all steps."
-    )
+    warmup_steps: float = Field(default=0.05, ge=0, description="Warm-up: steps, or below 1 a share of all steps.")
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
     max_grad_norm: float = Field(default=1.0, ge=0, description="Gradient clipping; 0: none.")
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW beta 1.")
     adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW beta 2.")
     adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW epsilon.")
-    optim: Literal["adamw_torch", "adamw_torch_fused"] = Field(
-        default="adamw_torch", description="Optimiser."
-    )
+    optim: Literal["adamw_torch", "adamw_torch_fused"] = Field(default="adamw_torch", description="Optimiser.")
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of everything that is drawn.")
-    data_seed: int | None = Field(
-        default=None, ge=0, lt=2**32, description="Seed of the row order; null: seed."
-    )
-    bf16: bool | None = Field(
-        default=None, description="Mixed precision; null: where the device does it well."
-    )
+    data_seed: int | None = Field(default=None, ge=0, lt=2**32, description="Seed of the row order; null: seed.")
+    bf16: bool | None = Field(default=None, description="Mixed precision; null: where the device does it well.")
     gradient_checkpointing: bool = Field(default=False, description="Less memory for more time.")
-    packing: bool | None = Field(
-        default=None, description="Several rows in one sequence; null: decided for you."
-    )
+    packing: bool | None = Field(default=None, description="Several rows in one sequence; null: decided for you.")
     logging_steps: int = Field(default=5, ge=1, description="Steps between two lines of the log.")
     save_steps: int = Field(default=50, ge=1, description="Steps between two checkpoints.")
     save_total_limit: int | None = Field(default=1, ge=1, description="Checkpoints kept; null: all.")
@@ -198,7 +170,7 @@ class Measure(Section):
 
     suites: list[str] = Field(default=["in-context"], description="Suites of abilities to measure.")
     num_fewshot: int = Field(default=8, ge=0, description="Demonstrations in a few-shot prompt.")
-    limit: int | None = Field(default=None, ge=1, description="Items of each task; null: all.")
+    limit: int | None = Field(default=None, ge=1, description="Items of each task; null: 48.")
     batch_tokens: int = Field(default=1024, ge=1, description="Tokens scored in one forward pass.")
     keep: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         default={"in-context": KEEP_FRAC},
@@ -312,7 +284,7 @@ def recipe_from(data: Mapping[str, Any], *, where: Where | None = None) -> Recip
 
 
 def recipe_schema() -> str:
-    """Return every key with its default and description, one a line, for `holdfast recipe --keys`."""
+    """Return every key with its default and description, one a line, for `holdfast recipe`."""
     lines = []
     for section, field in Recipe.model_fields.items():
         inner = _model_of(field.annotation)
@@ -324,11 +296,7 @@ def recipe_schema() -> str:
 
 
 def _key_line(key: str, field: Any) -> str:
-    default = (
-        "required"
-        if field.is_required()
-        else yaml.dump(field.default, Dumper=_Dumper, default_flow_style=True)
-    )
+    default = "required" if field.is_required() else yaml.dump(field.default, Dumper=_Dumper, default_flow_style=True)
     default = default.removesuffix("\n").removesuffix("\n...")
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     listed = f" One of: {', '.join(map(str, choices))}." if len(choices) > 1 else ""

@@ -11,15 +11,17 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import holdfast
-from holdfast.errors import HoldfastError, RecipeError, TrainingError
-from holdfast.recipe import Recipe, load_recipe
+from holdfast.errors import HoldfastError, ModelError, PlanError, RecipeError, TrainingError
+from holdfast.recipe import KEEP_FRAC, Recipe, _resolved, load_recipe
 
 Tell = Callable[[str, float, str], None]  # phase, share done (0..1), words beside the bar
+WORK = {"before.json", "checkpoint", "checkpoint.old", "model", "training.json"}  # what a mended recipe would spoil
 
 
 def default_plan() -> list[Any]:
@@ -35,10 +37,24 @@ def tune(recipe: str | Path | Recipe, overrides: list[str] | None = None, *, tel
     Raises:
         HoldfastError: one clear message for anything a user can mend, before long work where possible.
     """
-    base_dir = Path.cwd()
-    if not isinstance(recipe, Recipe):
-        base_dir, recipe = Path(recipe).resolve().parent, load_recipe(recipe, overrides or ())
+    if isinstance(recipe, Recipe):
+        base_dir, recipe = Path.cwd(), _resolved(recipe, Path.cwd())
+    else:
+        base_dir, recipe = Path(recipe).absolute().parent, load_recipe(recipe, overrides or ())
     return Run(recipe, base_dir, tell or (lambda *_: None)).go()
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe checked on its real model and data; nothing is measured or trained yet."""
+
+    source: Any  # models.ModelSource
+    model: Any
+    tokenizer: Any
+    task: Any  # task.TaskData
+    session: Any
+    training: Any  # hosts.plain.Training
+    mix: Any
 
 
 class Run:
@@ -47,6 +63,7 @@ class Run:
     def __init__(self, recipe: Recipe, base_dir: Path, tell: Tell):
         self.recipe, self.base_dir, self.tell = recipe, base_dir, tell
         self.folder = Path(recipe.training.output_dir)
+        self.export = Path(recipe.export.folder) if recipe.export.folder else self.folder / "model"
         self.timing: dict[str, float] = {}
 
     # ---- files
@@ -63,41 +80,59 @@ class Run:
         return (self.folder / "report.json").is_file() and self._same_recipe()
 
     def _same_recipe(self) -> bool:
-        from holdfast.recipe import load_recipe
-
         path = self.folder / "recipe.yaml"
         return path.is_file() and load_recipe(path) == self.recipe
 
     def _open(self) -> None:
-        """Claim the folder for this recipe and check that there is room."""
-        if (self.folder / "recipe.yaml").is_file():
-            if not self._same_recipe():
+        """Claim the folder for this recipe. A run that failed before any work leaves it to a mended recipe."""
+        try:
+            there = {p.name for p in self.folder.iterdir()} if self.folder.is_dir() else set()
+            if there & WORK and "recipe.yaml" in there and not self._same_recipe():
                 raise RecipeError(
                     f"The run folder {self.folder} holds a run of another recipe (see its recipe.yaml).",
                     "Choose another training.output_dir, or remove the folder.",
                 )
-            return
-        if self.folder.exists() and any(self.folder.iterdir()):
-            raise RecipeError(
-                f"The folder {self.folder} is not empty and holds no Holdfast run.", "Choose another output_dir."
-            )
-        try:
+            if there - {"recipe.yaml.new"} and "recipe.yaml" not in there:
+                raise RecipeError(
+                    f"The folder {self.folder} is not empty and holds no Holdfast run.",
+                    "Choose another training.output_dir.",
+                )
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.recipe.save(self.folder / "recipe.yaml")
+            self.recipe.save(self.folder / "recipe.yaml.new")
+            os.replace(self.folder / "recipe.yaml.new", self.folder / "recipe.yaml")
         except OSError as e:
             raise RecipeError(
-                f"The run folder {self.folder} cannot be written: {e.strerror or e}.", "Check the path and its rights."
+                f"The run folder {self.folder} cannot be written: {e.strerror or e}.",
+                "Check training.output_dir, its rights and the free disk space.",
             ) from e
 
-    def _check_room(self, model: Any) -> None:
-        """Two copies of the weights (checkpoint and export) must fit."""
-        need = 2 * sum(p.numel() * p.element_size() for p in model.parameters())
+    def _claim(self, job: Job) -> None:
+        """A run goes on only with the model and the rows it began with."""
+        rows = [[r.prompt, r.completion] for r in (*job.task.train, *job.task.test)]
+        now = {"model": job.source.sha, "data": content_key(rows)}
+        work = any((self.folder / name).exists() for name in WORK)
+        began = self._read("inputs.json") if work else None
+        for what in began or ():
+            if began[what] != now[what]:
+                raise RecipeError(
+                    f"The {what} of this recipe is no longer what the run in {self.folder} began with.",
+                    "Choose another training.output_dir, or put it back as it was.",
+                )
+        self._write("inputs.json", now)
+        self._write("plan.json", job.session.plan.explain())
+
+    def _check_room(self, job: Job) -> None:
+        """At the most two checkpoints (weights and two moments in fp32) of what trains, and the export."""
+        count = sum(p.numel() for p in job.model.parameters())
+        own = sum(p.numel() * p.element_size() for p in job.model.parameters())
+        adapter = any(m.wraps for m in job.session.methods)
+        need = own if adapter else 2 * 12 * count + own
         free = shutil.disk_usage(self.folder).free
         if free < need:
             raise TrainingError(
-                f"{self.folder} has {free / 1e9:.1f} GB free, but this model's checkpoint and export need up to "
-                f"{need / 1e9:.1f} GB.",
-                "Free some space or choose another training.output_dir.",
+                f"{self.folder} has {free / 1e9:.1f} GB free, but checkpoints and export of {job.source.name} "
+                f"need up to {need / 1e9:.1f} GB.",
+                "Free some disk space or choose another training.output_dir.",
             )
 
     @contextmanager
@@ -112,55 +147,105 @@ class Run:
         if self.finished:
             self.tell("done", 1.0, f"This run is finished: {self.folder}")
             return self.folder
+        self._open()
+        job = self.checked()
+        self._check_room(job)
+        self._claim(job)
+        before = None if self.recipe.measure.skip_before else self._measured("before", job, job.model)
+        tuned, soft = self._tuned(job)
+        after = self._measured("after", job, tuned, soft)
+        return self._report(job, tuned, before, after)
+
+    def checked(self) -> Job:
+        """Check everything, the cheap before the dear: settings, plan, rows, prompts, weights. Writes nothing."""
         from holdfast import models
+        from holdfast.measure.suites import check_suite
         from holdfast.task import read_task
 
-        self._open()
-        recipe = self.recipe
+        r, m = self.recipe, self.recipe.measure
+        self._check_settings()
+        plan = self._plan()
         with self._timed("load"):
-            self.tell("load", 0.0, recipe.model.model_name_or_path)
-            source = models.resolve(recipe.model.model_name_or_path, recipe.model.model_revision)
-            model, tokenizer = models.load(
-                source,
-                dtype=_dtype(recipe.model.dtype),
-                trust_remote_code=recipe.model.trust_remote_code,
-                attn_implementation=recipe.model.attn_implementation,
-                merge_adapter=True,
-            )
-        self._check_room(model)
-        longest = int(getattr(model.config, "max_position_embeddings", None) or 1 << 20)
-        task = read_task(recipe, tokenizer, self.base_dir, longest)
-        session, training, mix = self._planned(model, tokenizer, task)
-        sha = models.fingerprint(source)
-        before = self._measured("before", model, tokenizer, task, sha)
-        tuned = self._tuned(source, model, tokenizer, task, session, training, mix)
-        after = self._measured("after", tuned[0], tokenizer, task, None, tuned[1])
-        return self._report(source, sha, tuned[0], tokenizer, task, before, after)
+            self.tell("load", 0.0, r.model.model_name_or_path)
+            source = models.resolve(r.model.model_name_or_path, r.model.model_revision)
+            tokenizer = models._load_tokenizer(source, r.model.trust_remote_code)
+            longest = context_length(source, r.model.trust_remote_code)
+            task = read_task(r, tokenizer, self.base_dir, longest)
+            for suite in m.suites:
+                check_suite(suite, tokenizer, num_fewshot=m.num_fewshot, limit=m.limit, longest=longest)
+            model, tokenizer = self._load(source, merge_adapter=True)
+            _check_finite(model, source.name)
+        session, training, mix = self._planned(plan, model, tokenizer, task, longest)
+        return Job(source, model, tokenizer, task, session, training, mix)
 
-    def _planned(self, model: Any, tokenizer: Any, task: Any, write: bool = True) -> tuple[Any, Any, Any]:
+    def _check_settings(self) -> None:
+        """Settings that this host cannot follow are refused, never skipped."""
+        from holdfast import models
+        from holdfast.measure.suites import suite_tasks
+
+        t = self.recipe.training
+        for suite in self.recipe.measure.suites:
+            suite_tasks(suite)
+        if t.save_total_limit != 1:
+            raise RecipeError(
+                f"training.save_total_limit is {t.save_total_limit}, but holdfast tune keeps one checkpoint.",
+                "Remove training.save_total_limit.",
+            )
+        dtype = self.recipe.model.dtype
+        if t.bf16 is False and dtype == "bfloat16":
+            raise RecipeError("training.bf16 is false, but model.dtype is bfloat16.", "Remove one of the two.")
+        if self.recipe.export.folder and not (self.folder / "recipe.yaml").is_file():
+            models._may_replace(None, self.export.expanduser().resolve())
+
+    def _plan(self) -> Any:
+        """The plan, checked as far as that needs no model."""
+        from holdfast.plan import Plan
+
+        plan = Plan(default_plan()) if self.recipe.plan is None else Plan.from_recipe(self.recipe.plan)
+        plan._check_owners()
+        plan._check_meaning()
+        return plan
+
+    def _load(self, source: Any, *, merge_adapter: bool) -> tuple[Any, Any]:
+        from holdfast import models
+
+        spec = self.recipe.model
+        plain = spec.dtype == "auto" and self.recipe.training.bf16 is False
+        return models.load(
+            source,
+            dtype="float32" if plain else spec.dtype,
+            trust_remote_code=spec.trust_remote_code,
+            attn_implementation=spec.attn_implementation,
+            merge_adapter=merge_adapter,
+        )
+
+    def _planned(self, plan: Any, model: Any, tokenizer: Any, task: Any, longest: int) -> tuple[Any, Any, Any]:
         """Check the whole plan on the real model before anything long."""
         import torch
 
         from holdfast.hosts.plain import Training
-        from holdfast.plan import Host, Plan
+        from holdfast.plan import Host
         from holdfast.services import Context
         from holdfast.session import Session
 
         t = self.recipe.training
-        plan = Plan(default_plan()) if self.recipe.plan is None else Plan.from_recipe(self.recipe.plan)
-        ctx = Context(
-            model, tokenizer, t.seed, task.train, max_length=self.recipe.data.max_length, base_dir=self.base_dir
-        )
+        most = min(self.recipe.data.max_length, longest)
+        ctx = Context(model, tokenizer, t.seed, task.train, max_length=most, base_dir=self.base_dir)
         if t.packing and any("stages" in m.sites() for m in plan.active):
             plan.check(Host("training.packing: true", packing=True), ctx)
         plan.check(Host("holdfast tune"), ctx)
-        compute = model.dtype
-        session = Session(plan, model, ctx, compute_dtype=compute, knows_rows=True)
+        session = Session(plan, model, ctx, compute_dtype=model.dtype, knows_rows=True)
         mix = session.mix(task.token_rows)
         size = t.per_device_train_batch_size * t.gradient_accumulation_steps
         steps = t.max_steps if t.max_steps > 0 else math.ceil(mix.num_rows(t.num_train_epochs) / size)
+        if steps < len(session.stages):
+            owner = next(m.name for m in plan.active if "stages" in m.sites())
+            raise PlanError(
+                f"{owner} splits the run into {len(session.stages)} stages, but the run has {steps} step.",
+                "Raise training.max_steps or num_train_epochs, or lower the batch size.",
+            )
         ctx.total_steps = steps
-        half = compute in (torch.bfloat16, torch.float16)
+        half = model.dtype if model.dtype in (torch.bfloat16, torch.float16) else None
         training = Training(
             num_steps=steps,
             batch_size=t.per_device_train_batch_size,
@@ -173,96 +258,85 @@ class Run:
             adam_beta1=t.adam_beta1,
             adam_beta2=t.adam_beta2,
             adam_epsilon=t.adam_epsilon,
-            seed=t.seed,
-            autocast=compute if half and t.bf16 is not False else None,
+            seed=t.seed if t.data_seed is None else t.data_seed,  # of the order of rows (and of dropout)
+            autocast=torch.bfloat16 if t.bf16 else half,
             save_steps=t.save_steps,
             folder=self.folder,
         )
-        if write:
-            self._write("plan.json", plan.explain())
         return session, training, mix
-
-    def plan_only(self) -> tuple[Any, Any, Any]:
-        """(session, training, task) of a checked plan; nothing is written or trained."""
-        from holdfast import models
-        from holdfast.task import read_task
-
-        source = models.resolve(self.recipe.model.model_name_or_path, self.recipe.model.model_revision)
-        model, tokenizer = models.load(source, trust_remote_code=self.recipe.model.trust_remote_code)
-        longest = int(getattr(model.config, "max_position_embeddings", None) or 1 << 20)
-        task = read_task(self.recipe, tokenizer, self.base_dir, longest)
-        session, training, _ = self._planned(model, tokenizer, task, write=False)
-        return session, training, task
 
     # ---- measuring
 
-    def _measured(
-        self, when: str, model: Any, tokenizer: Any, task: Any, sha: str | None, soft_prompt: Any = None
-    ) -> dict[str, Any] | None:
-        """Abilities and task of one model; the base's half is cached by content across runs."""
-        if when == "before" and self.recipe.measure.skip_before:
-            return None
+    def _measured(self, when: str, job: Job, model: Any, soft_prompt: Any = None) -> dict[str, Any]:
+        """Abilities and task of one model; the base's half is kept by content for later runs."""
         found = self._read(f"{when}.json")
         if found:
             return found
-        from holdfast.measure.suites import measure_suite
+        from holdfast.measure.suites import measure_suite, remembered
         from holdfast.task import score_task
 
-        m, out = self.recipe.measure, {}
+        m, task, out = self.recipe.measure, job.task, {}
+        sha = job.source.sha if when == "before" else None
+
+        def tell(start: float, share: float, words: str) -> Callable[[float], None]:
+            return lambda x: self.tell(f"measure {when}", start + share * x, words)
+
+        tell(0.0, 0.0, "")(0.0)
         with self._timed(f"measure {when}"):
+            part = 0.7 / max(1, len(m.suites))
             out["abilities"] = [
                 measure_suite(
                     suite,
                     model,
-                    tokenizer,
+                    job.tokenizer,
                     num_fewshot=m.num_fewshot,
                     limit=m.limit,
                     batch_tokens=m.batch_tokens,
                     cache_key=sha,
-                    progress=lambda x: self.tell(f"measure {when}", 0.7 * x, "abilities"),
+                    progress=tell(n * part, part, suite),
                 )
-                for suite in m.suites
+                for n, suite in enumerate(m.suites)
             ]
-            out["task"] = score_task(
-                model,
-                tokenizer,
-                task.test,
-                task.labels,
-                soft_prompt=soft_prompt,
-                batch_tokens=m.batch_tokens,
-                progress=lambda x: self.tell(f"measure {when}", 0.7 + 0.3 * x, "task"),
+            rows = [[r.where, r.prompt, r.completion] for r in task.test]
+            out["task"] = remembered(
+                sha and content_key(sha, rows, task.labels, str(model.dtype), str(model.device.type), versions()),
+                lambda: score_task(
+                    model,
+                    job.tokenizer,
+                    task.test,
+                    task.labels,
+                    soft_prompt=soft_prompt,
+                    batch_tokens=m.batch_tokens,
+                    progress=tell(0.7, 0.3, "task"),
+                ),
             )
-        self.tell(f"measure {when}", 1.0, "")
+        tell(1.0, 0.0, "")(1.0)
         self._write(f"{when}.json", out)
         return out
 
     # ---- training
 
-    def _tuned(
-        self, source: Any, model: Any, tokenizer: Any, task: Any, session: Any, training: Any, mix: Any
-    ) -> tuple[Any, Any]:
+    def _tuned(self, job: Job) -> tuple[Any, Any]:
         """Train and export, or load the export of a run that got this far. Returns (model, soft prompt or None)."""
-        from holdfast import models
+        if self._read("training.json"):
+            return self._exported()
+        from holdfast.engine.forward import inner
+        from holdfast.hosts.checkpoint import Checkpoint
         from holdfast.hosts.plain import train
         from holdfast.task import score_task
 
-        if self._read("training.json"):
-            tuned, _ = models.load(str(self.folder / "model"), dtype=model.dtype, merge_adapter=False)
-            soft = self.folder / "prompt" / "adapter_model.safetensors"
-            if soft.is_file():
-                from safetensors.torch import load_file
-
-                return tuned, next(iter(load_file(soft).values())).to(tuned.device)
-            return tuned, None
-        compute = model.dtype
+        session, training, task = job.session, job.training, job.task
+        base_dtype, start = job.model.dtype, time.perf_counter()
         with self._timed("prepare"):
-            order = mix.draw(training.seed)
+            self.tell("prepare", 0.0, "")
+            order = job.mix.draw(training.seed)
             rows = min(training.num_steps * training.batch_size * training.gradient_accumulation_steps, 1 << 20)
             drawn = [next(order) for _ in range(rows)]
             session.prepare(drawn, lambda x: self.tell("prepare", x, "base answers"))
             session.enter(session.stages[-1])
             session.probe(drawn[:2], training.autocast)
-        start = time.perf_counter()
+            if self.recipe.training.gradient_checkpointing:
+                inner(session.model).gradient_checkpointing_enable({"use_reentrant": False})
 
         def on_step(step: int, of: int, parts: dict[str, float]) -> None:
             words = "  ".join(f"{k} {v:.3f}" for k, v in parts.items())
@@ -270,56 +344,78 @@ class Run:
 
         def evaluate(m: Any) -> float:
             rows = task.validation[:64] or task.train[:64]
-            soft = session.soft_prompt()
-            scored = score_task(m, tokenizer, rows, task.labels, soft_prompt=soft)
+            scored = score_task(m, job.tokenizer, rows, task.labels, soft_prompt=session.soft_prompt())
             return sum(i["correct"] for i in scored) + 1e-3 * sum(i["logprob"] for i in scored) / len(scored)
 
-        log = train(session, mix, training, on_step=on_step, evaluate=evaluate)
+        log = train(session, job.mix, training, on_step=on_step, evaluate=evaluate)
         session.merge()
         session.finish()
-        tuned, soft = session.finished_model(compute)
+        _check_finite(session.model, "the tuned model")
+        tuned, soft = session.finished_model(base_dtype)
+        if self.recipe.export.merge and hasattr(tuned, "merge_and_unload"):
+            tuned = tuned.merge_and_unload()
         self.timing["tune"] = log.seconds
-        with self._timed("export"):
-            models.save_model(tuned, tokenizer, self.folder / "model", card=None)
+        self._save_export(job, tuned, soft)
+        self._write("training.json", self._training_part(log, training, time.perf_counter() - start))
+        Checkpoint(self.folder).clear()
+        return tuned, soft
+
+    def _exported(self) -> tuple[Any, Any]:
+        """The tuned model of this folder, and its soft prompt or None."""
+        from holdfast import models
+        from holdfast.hosts.checkpoint import Checkpoint
+
+        Checkpoint(self.folder).clear()
+        tuned, _ = self._load(models.resolve(str(self.export)), merge_adapter=False)
+        soft = self.folder / "prompt" / "adapter_model.safetensors"
+        if not soft.is_file():
+            return tuned, None
+        from safetensors.torch import load_file
+
+        return tuned, next(iter(load_file(soft).values())).to(tuned.device)
+
+    def _save_export(self, job: Job, tuned: Any, soft: Any) -> None:
+        from holdfast import models
+        from holdfast.hosts.checkpoint import writing
+
+        with self._timed("export"), writing(f"The tuned model in {self.export}"):
+            models.save_model(tuned, job.tokenizer, self.export, card=None)
             if soft is not None:
-                save_prompt(tuned, soft, self.folder / "prompt", self.folder / "model")
+                save_prompt(tuned, soft, self.folder / "prompt", self.export)
+
+    def _training_part(self, log: Any, training: Any, seconds: float) -> dict[str, Any]:
+        """What the report says about the training; see `report.schema.TrainingPart`."""
         realised: dict[str, dict[str, int]] = {}
         for key, count in log.realised.items():
             name, unit = key.rsplit("/", 1)
             realised.setdefault(name, {})[unit] = count
         terms = {k for _, p in log.loss for k in p} - {"task"}
-        self._write(
-            "training.json",
-            {
-                "steps": training.num_steps,
-                "seconds": log.seconds,
-                "seconds_with_prepare": time.perf_counter() - start + self.timing["prepare"],
-                "tokens": log.tokens,
-                "tokens_per_second": log.tokens / max(log.seconds, 1e-9),
-                "loss": [[s, p["task"]] for s, p in log.loss],
-                "terms": {t: [[s, p[t]] for s, p in log.loss if t in p] for t in sorted(terms)},
-                "realised_mix": realised,
-                "timing": self.timing,
-            },
-        )
-        shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
-        return tuned, soft
+        return {
+            "steps": training.num_steps,
+            "seconds": log.seconds,
+            "seconds_with_prepare": seconds,
+            "tokens": log.tokens,
+            "tokens_per_second": log.tokens / max(log.seconds, 1e-9),
+            "loss": [[s, p["task"]] for s, p in log.loss],
+            "terms": {t: [[s, p[t]] for s, p in log.loss if t in p] for t in sorted(terms)},
+            "realised_mix": realised,
+            "timing": self.timing,
+        }
 
     # ---- the end
 
-    def _report(
-        self, source: Any, sha: str, model: Any, tokenizer: Any, task: Any, before: Any, after: Any
-    ) -> Path:
-        from holdfast.compare import ability, estimates, verdict
+    def _report(self, job: Job, model: Any, before: Any, after: Any) -> Path:
+        from holdfast.compare import ability, estimates, only_after, verdict
         from holdfast.model_card import model_card
         from holdfast.report import markdown, page
 
-        keep = self.recipe.measure.keep
+        task, source, floors = job.task, job.source, self.recipe.measure.keep
         training = self._read("training.json")
-        pairs = zip(before["abilities"], after["abilities"], strict=True) if before else ()
-        abilities = [ability(b, a, keep[b["suite"]]) for b, a in pairs]
-        if not before:
-            abilities = [{**ability(a, None, keep[a["suite"]]), "status": None} for a in after["abilities"]]
+        if before:
+            pairs = zip(before["abilities"], after["abilities"], strict=True)
+            abilities = [ability(b, a, floors.get(b["suite"], KEEP_FRAC)) for b, a in pairs]
+        else:
+            abilities = [only_after(a, floors.get(a["suite"], KEEP_FRAC)) for a in after["abilities"]]
         part = {
             "name": task.name,
             "metric": task.metric,
@@ -329,18 +425,23 @@ class Run:
             **estimates(before and before["task"], after["task"]),
         }
         with self._timed("examples"):
-            shown = examples(model, tokenizer, before, after, self.recipe) if before else []
+            shown = examples(model, job.tokenizer, before, after, self.recipe) if before else []
         report = {
             "holdfast_version": holdfast.__version__,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "kind": "tune",
             "verdict": verdict(abilities, part),
-            "model": {"name": source.name, "revision": source.revision, "sha": sha, "dtype": str(model.dtype)[6:]},
-            "tuned": {"name": task.name, "path": str(self.folder / "model"), "sha": None},
+            "model": {
+                "name": source.name,
+                "revision": source.revision,
+                "sha": source.sha,
+                "dtype": str(model.dtype).removeprefix("torch."),
+            },
+            "tuned": {"name": task.name, "path": str(self.export), "sha": None},
             "task": part,
             "abilities": abilities,
             "plan": self._read("plan.json"),
-            "data": {"name": task.name, "rows": len(task.train)},
+            "data": {"name": task.name, "train": self.recipe.data.train.path, "rows": len(task.train)},
             "training": training,
             "examples": shown,
             "timing": {**training.get("timing", {}), **self.timing},
@@ -352,8 +453,8 @@ class Run:
             },
             "recipe": (self.folder / "recipe.yaml").read_text(encoding="utf-8"),
         }
-        adapter = (self.folder / "model" / "adapter_config.json").is_file()
-        write_text(self.folder / "model" / "README.md", model_card(report, adapter=adapter))
+        adapter = (self.export / "adapter_config.json").is_file()
+        write_text(self.export / "README.md", model_card(report, adapter=adapter))
         page.write(report, self.folder / "report.html")
         write_text(self.folder / "report.md", markdown.summary(report))
         self._write("report.json", report)
@@ -364,9 +465,37 @@ class Run:
 # ---- pieces
 
 
-def planned(recipe: Recipe, base_dir: Path) -> tuple[Any, Any, Any]:
-    """(session, training settings, task) of a recipe, checked on the real model; nothing is written."""
-    return Run(recipe, base_dir, lambda *_: None).plan_only()
+def planned(recipe: Recipe, base_dir: Path) -> Job:
+    """The job of a recipe, checked on the real model; nothing is written."""
+    return Run(recipe, base_dir, lambda *_: None).checked()
+
+
+def context_length(source: Any, trust_remote_code: bool = False) -> int:
+    """Positions a model reads, from its configuration alone; a huge number where it names none."""
+    from transformers import AutoConfig
+
+    while source.base is not None:  # an adapter reads what its base reads
+        source = source.base
+    try:
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        return 1 << 20  # loading the weights explains what is wrong
+    config = getattr(config, "text_config", None) or config
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+
+
+def _check_finite(model: Any, name: str) -> None:
+    """A NaN weight makes every number below it NaN; say which one instead."""
+    import torch
+
+    for key, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            what = f"The weight {key} of {name} is not finite, so the model can give no probabilities."
+            if name == "the tuned model":
+                raise TrainingError(
+                    what, "Start again with a lower training.learning_rate in another training.output_dir."
+                )
+            raise ModelError(what, "Copy or download the model again.")
 
 
 def examples(model: Any, tokenizer: Any, before: Any, after: Any, recipe: Recipe, most: int = 6) -> list[dict]:
@@ -443,12 +572,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all; NaN is refused."""
     write_text(path, json.dumps(value, allow_nan=False, indent=1))
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    return "auto" if name == "auto" else getattr(torch, name)
 
 
 def content_key(*parts: Any) -> str:

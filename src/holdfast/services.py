@@ -153,8 +153,11 @@ class Teacher:
         was_training = model.training
         model.eval()  # dropout off: a teacher that rolls dice is no teacher
         wrapped = getattr(model, "module", model)
+        frozen = [p for p in model.parameters() if not p.requires_grad]
         with wrapped.disable_adapter():
             logits = forward(model, rows)[1]
+        for p in frozen:  # switching the adapter on again makes all of it trainable
+            p.requires_grad_(False)
         model.train(was_training)
         return logits.float().log_softmax(-1)
 

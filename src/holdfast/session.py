@@ -72,7 +72,7 @@ class Session:
         if any("base_logits" in m.needs for m in self.methods):
             self.teacher = Teacher(self.model)
             used = [r for m in self.methods for r in self._used_asides(m)]
-            on_task = any("base_logits" in m.needs and not m.asides(self.ctx) for m in self.methods)
+            on_task = any("base_logits" in m.needs and m.name not in self.asides for m in self.methods)
             known = [*used, *(teacher_rows if on_task else ())]
             self.teacher.learn(self.model, known, progress=progress)
             adapter = any(m.wraps for m in self.methods)
@@ -125,7 +125,7 @@ class Session:
             inner(self.model).get_parameter(SOFT_PROMPT).requires_grad_(True)
         else:
             for name, p in self.model.named_parameters():
-                p.requires_grad_(self._wrapped is None or name in self._wrapped)
+                p.requires_grad_(p.is_floating_point() and (self._wrapped is None or name in self._wrapped))
             for m in sorted(self.methods, key=lambda m: not m.wraps):
                 before = _trainable(self.model)
                 if not (m.wraps and self._wrapped):
@@ -182,7 +182,9 @@ class Session:
     def pick(self, rows: Sequence[TokenRow], step: int) -> Sequence[TokenRow]:
         """The batch site."""
         for m in self.methods:
+            before = rows
             rows = m.batch(rows, step, self.ctx)
+            self.effects[m.name] += rows is not before
         return rows
 
     def loss(

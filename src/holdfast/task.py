@@ -72,11 +72,9 @@ def read_task(recipe: Recipe, tokenizer: Any, base_dir: Path, longest: int) -> T
         notes.append(f"{shared} test prompts also stand in train")
     most = min(spec.max_length, longest)
     tokens = tuple(tokenize(r, tokenizer, most) for r in train)
-    for r in test:
+    for r in (*(validation or ()), *test):
         tokenize(r, tokenizer, most)
-    return TaskData(
-        spec.name, tuple(train), tuple(validation or ()), tuple(test), labels, tokens, "; ".join(notes)
-    )
+    return TaskData(spec.name, tuple(train), tuple(validation or ()), tuple(test), labels, tokens, "; ".join(notes))
 
 
 def score_task(
@@ -101,7 +99,7 @@ def score_task(
     for n, row in enumerate(rows):
         mine = scores[n * len(asked) : (n + 1) * len(asked)]
         if labels:
-            best = max(range(len(labels)), key=lambda i: mine[i].logprob)  # noqa: B023
+            best = max(range(len(labels)), key=lambda i: mine[i].logprob)
             right = labels.index(row.completion)
             item = {"correct": int(best == right), "logprob": mine[right].logprob, "answer": labels[best]}
         else:

@@ -1,7 +1,8 @@
 """One forward for everything: rows in, logits at their scored positions out.
 
 Three paths give the same numbers: packed attention without padding (models with plain full attention), padding on the
-right (every other causal LM, and gradient checkpointing), and either with a soft prompt before the task's rows (ProMoT).
+right (every other causal LM, and gradient checkpointing), and either with a soft prompt before the task's rows
+(ProMoT).
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def forward(model: Any, rows: Sequence[TokenRow], *, hidden: bool = False) -> tu
     With `hidden`, (N, D) inputs of the output head come back instead of logits.
     """
     soft = getattr(inner(model), SOFT_PROMPT, None)
-    prompts = [len(soft) if soft is not None and r.owner == "task" else 0 for r in rows]
+    prompts = [len(soft) if soft is not None and r.owner == r.source == "task" else 0 for r in rows]
     device = next(model.parameters()).device
     packed = pack(rows, device, prompts)
     call = _packed if can_pack(model) and not _recomputes(model) else _padded

@@ -42,7 +42,7 @@ class TokenRow:
         return int(self.scored.sum())
 
 
-def token_row(ids: Sequence[int], start: int, owner: str = "task", source: str = "task") -> TokenRow:
+def token_row(ids: Sequence[int] | np.ndarray, start: int, owner: str = "task", source: str = "task") -> TokenRow:
     """A row whose targets are `ids[start:]`; start >= 1."""
     array = np.asarray(ids, dtype=np.int64)
     scored = np.zeros(len(array), dtype=bool)
@@ -63,7 +63,7 @@ class Layout:
 
 @dataclass
 class Packed:
-    """One packed forward: ids, positions (1, T); where (N,) scored positions; target (N,); row (N,) index of its row."""
+    """One packed forward: ids, positions (1, T); where (N,) scored positions; target (N,); row (N,) of its row."""
 
     ids: torch.Tensor
     positions: torch.Tensor
@@ -166,19 +166,16 @@ def packed_attention(
     packed_layout: Layout | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each packed row; returns (1, T, H, D). Padding stands after the row, so causality hides it."""
+    """Causal attention inside each packed row; returns (1, T, H, D). Padding follows a row: causality hides it."""
     layout = packed_layout
     if layout is None:
-        raise RuntimeError(
-            f"Attention {ATTENTION!r} needs packed_layout; call the model through engine.forward."
-        )
+        raise RuntimeError(f"Attention {ATTENTION!r} needs packed_layout; call the model through engine.forward.")
     spread = [_Spread.apply(x[0].transpose(0, 1).flatten(1), layout) for x in (query, key, value)]
     heads = [query.shape[1], key.shape[1], value.shape[1]]
     outs, at = [], 0
     for _index, _real, b, width in layout.blocks:
         q, k, v = (
-            s[at : at + b * width].view(b, width, h, -1).transpose(1, 2)
-            for s, h in zip(spread, heads, strict=True)
+            s[at : at + b * width].view(b, width, h, -1).transpose(1, 2) for s, h in zip(spread, heads, strict=True)
         )
         at += b * width
         out = F.scaled_dot_product_attention(

@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,20 @@ import torch
 
 from holdfast.engine.forward import SOFT_PROMPT, inner
 from holdfast.errors import TrainingError
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turn a failed write into a TrainingError; safetensors reports a full disk as an error of its own."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        raise TrainingError(
+            f"{what} could not be written: {getattr(e, 'strerror', None) or e}.",
+            "Free some disk space and start the same command again; it goes on from the last checkpoint.",
+        ) from e
 
 
 class Checkpoint:
@@ -31,6 +47,13 @@ class Checkpoint:
             return
         from safetensors.torch import save_file
 
+        bad = next((n for n, p in session.params.items() if not torch.isfinite(p).all()), None)
+        if bad:  # a checkpoint to go on from must not hold the damage
+            raise TrainingError(
+                f"The weight {bad} is not finite after step {done + step}; the last good checkpoint is kept.",
+                "Start again with a lower training.learning_rate in another training.output_dir.",
+            )
+
         tensors = {f"param/{n}": p.detach() for n, p in session.params.items()}
         soft = getattr(inner(session.model), SOFT_PROMPT, None)
         if soft is not None:
@@ -43,6 +66,8 @@ class Checkpoint:
         if self._best:
             tensors |= {f"best/{n}": v for n, v in self._best[1].items()}
         tensors["rng"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng_cuda"] = torch.cuda.get_rng_state()
         meta = {
             "done": done,
             "step": step,
@@ -55,23 +80,20 @@ class Checkpoint:
             "best": self._best[0] if self._best else None,
         }
         fresh = self.folder.with_name("checkpoint.new")
-        try:
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir(parents=True)
-            save_file({k: v.contiguous().clone() for k, v in tensors.items()}, fresh / "state.safetensors")
-            (fresh / "state.json").write_text(json.dumps(meta))
-            old = self.folder.with_name("checkpoint.old")
-            shutil.rmtree(old, ignore_errors=True)
-            if self.folder.exists():
-                os.replace(self.folder, old)
-            os.replace(fresh, self.folder)
-            shutil.rmtree(old, ignore_errors=True)
-        except OSError as e:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise TrainingError(
-                f"The checkpoint of step {done + step} could not be written to {self.folder}: {e.strerror or e}.",
-                "Free some disk space and start the same command again; it goes on from the checkpoint before.",
-            ) from e
+        old = self.folder.with_name("checkpoint.old")
+        with writing(f"The checkpoint of step {done + step} in {self.folder}"):
+            try:
+                shutil.rmtree(fresh, ignore_errors=True)
+                fresh.mkdir(parents=True)
+                save_file({k: v.contiguous().clone() for k, v in tensors.items()}, fresh / "state.safetensors")
+                (fresh / "state.json").write_text(json.dumps(meta))
+                shutil.rmtree(old, ignore_errors=True)
+                if self.folder.exists():
+                    os.replace(self.folder, old)
+                os.replace(fresh, self.folder)
+                shutil.rmtree(old, ignore_errors=True)
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
 
     def _read(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
         if not self.folder:
@@ -83,10 +105,14 @@ class Checkpoint:
             self.folder.with_name("checkpoint.old"),
         ):  # .old: killed between two renames
             if (folder / "state.json").is_file() and (folder / "state.safetensors").is_file():
-                return json.loads((folder / "state.json").read_text()), load_file(
-                    folder / "state.safetensors"
-                )
+                return json.loads((folder / "state.json").read_text()), load_file(folder / "state.safetensors")
         return None
+
+    def clear(self) -> None:
+        """Remove what is on disk: the run is trained and exported."""
+        if self.folder:
+            for name in ("checkpoint", "checkpoint.old", "checkpoint.new"):
+                shutil.rmtree(self.folder.with_name(name), ignore_errors=True)
 
     def restore(self, session: Any, optimizer: Any, schedule: Any, log: Any, done: int, steps: int) -> int:
         """Load what belongs to this stage; returns the step to start at (`steps` when the stage is behind us)."""
@@ -112,11 +138,11 @@ class Checkpoint:
             best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
             self._best = (meta["best"], best)
         schedule.last_epoch = meta["step"]
-        for group, lr, factor in zip(
-            optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-        ):
+        for group, lr, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = lr * factor(meta["step"])
         torch.set_rng_state(tensors["rng"])
+        if "rng_cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["rng_cuda"])
         return int(meta["step"])
 
     def consider(self, session: Any, score: float) -> None:

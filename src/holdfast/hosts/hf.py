@@ -219,9 +219,16 @@ class PlannedTrainer(_Base):
         self._mix_in()
 
     def _refuse_late(self) -> None:
-        """What only the built trainer knows."""
+        """What only the built trainer, or the wrapped model, shows."""
         config, name = inner(self.session.model).config.get_text_config(), self._kind.__name__
         sharded = self.is_fsdp_enabled or getattr(self.accelerator, "parallelism_config", None) is not None
+        named = self.session.model.named_parameters()
+        thawed = [n for n, p in named if ".lora_" in n and ".default" in n and not p.requires_grad]
+        if thawed and not self._loss_is_ours:
+            raise PlanError(
+                f"{name} switches adapters and makes them trainable again, but the plan freezes {thawed[0]}.",
+                "Choose the layers with LoRA.target_modules (a regular expression) instead of Freeze.",
+            )
         if sharded:
             raise PlanError(
                 f"{name} with a plan cannot use weights or rows that are cut over processes.", "Use DDP."
@@ -357,7 +364,8 @@ class PlannedTrainer(_Base):
                     model, inputs, bool(kwargs.get("return_outputs") or args[:1] == (True,))
                 )
             return super().compute_loss(model, inputs, *args, **kwargs)
-        loss, parts = self.session.loss(model, micro.rows, micro.counts, micro.step, micro.share)
+        with self.accelerator.autocast():  # the terms and the teacher too, as in the plain host
+            loss, parts = self.session.loss(model, micro.rows, micro.counts, micro.step, micro.share)
         self._parts.update(parts)
         if not self.args.fp16 and not math.isfinite(sum(parts.values())):
             raise TrainingError(
@@ -466,7 +474,7 @@ class PlannedTrainer(_Base):
         folder = self._resume_folder(resume_from_checkpoint, stages)
         at = self._restore(folder) if folder else stages[0].name
         if len(stages) == 1:
-            out = super().train(folder, *args, **kwargs)
+            out = self._train_from(folder, *args, **kwargs)
         else:
             out = self._train_stages(stages, at, folder)
         self._trained = True
@@ -474,6 +482,17 @@ class PlannedTrainer(_Base):
         self._sum_effects()
         self.session.finish()
         return out
+
+    def _train_from(self, folder: str | None, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's own `train`, but not one step more when the checkpoint is the last (the trainer takes one)."""
+        from transformers.trainer_utils import TrainOutput
+
+        if folder:
+            done = json.loads((Path(folder) / "trainer_state.json").read_text())["global_step"]
+            if done >= (self.args.max_steps if self.args.max_steps > 0 else self._whole_steps()):
+                self._load_from_checkpoint(folder)
+                return TrainOutput(done, 0.0, {})
+        return super().train(folder, *args, **kwargs)
 
     def _train_stages(self, stages: Sequence[Stage], at: str, folder: str | None) -> Any:
         """One `train` per stage; checkpoints of all but the last go to stage-<name>."""
@@ -485,7 +504,7 @@ class PlannedTrainer(_Base):
                 if names.index(stage.name) >= names.index(at):
                     self._begin(stage)
                     self.args.max_steps, self.args.output_dir = steps, _stage_folder(place, stage, stages)
-                    out = super().train(folder if stage.name == at else None)
+                    out = self._train_from(folder if stage.name == at else None)
                 self._done += steps
         finally:
             self.args.max_steps, self.args.output_dir = wanted, place
@@ -763,7 +782,7 @@ def _host(kind: type, options: Any, model: Any) -> Host:
 
 def _place(model: Any, options: Any) -> None:
     """Put the model where it will train, so that what is prepared from it lies there too."""
-    own = getattr(model, "hf_device_map", None) or _quantised(model) or options.deepspeed_plugin is not None
+    own = getattr(model, "hf_device_map", None) or _quantised(model) or options.deepspeed_plugin
     if not own and getattr(options, "place_model_on_device", None) is not False:
         model.to(options.device)
 

@@ -75,9 +75,7 @@ def items_of(
     for n, query in enumerate(asked[:limit]):
         form = forms[n % len(forms)]
         shots = pick_shots(pool, task.labels, num_fewshot, f"{task.name}/{form.name}/{seed}")
-        prompt = build(
-            form, shots, query, instruction=task.instruction, names=task.names, tokenizer=tokenizer
-        )
+        prompt = build(form, shots, query, instruction=task.instruction, names=task.names, tokenizer=tokenizer)
         out.append(Item(task.name, f"{task.name}/{n}", f"{task.name}/{form.name}", prompt))
     return out
 
@@ -107,7 +105,8 @@ def measure(
     longest = max(len(ids) for ids, _ in encoded)
     if longest >= scorer.max_length:  # lm_eval would silently drop shots from the left
         raise HoldfastError(
-            f"The in-context suite at {num_fewshot} shots needs {longest} tokens, the model reads {scorer.max_length}.",
+            f"The in-context suite at {num_fewshot} shots needs {longest} tokens, the model reads "
+            f"{scorer.max_length}.",
             "Ask for fewer shots (num_fewshot).",
         )
     scores = scorer.score_tokens(encoded)

@@ -186,10 +186,7 @@ class Scorer:
                 np.logical_and.at(greedy, request, (logp.argmax(-1) == target).cpu().numpy())
         finally:
             self.model.train(was_training)
-        return [
-            Score(float(total[n]), bool(greedy[n]), len(ids) - start)
-            for n, (ids, start) in enumerate(encoded)
-        ]
+        return [Score(float(total[n]), bool(greedy[n]), len(ids) - start) for n, (ids, start) in enumerate(encoded)]
 
     def _walk_tree(self, encoded: Sequence[tuple[list[int], int]]) -> Iterator[Any]:
         from transformers import DynamicCache

@@ -27,9 +27,7 @@ from scipy.special import bdtr, bdtri, ndtr, ndtri, stdtr, stdtrit
 
 from holdfast.errors import HoldfastError
 
-Task = tuple[
-    ArrayLike, ArrayLike, "ArrayLike | None"
-]  # base scores (N,), tuned scores (N,), clusters (N,) or None
+Task = tuple[ArrayLike, ArrayLike, "ArrayLike | None"]  # base scores (N,), tuned scores (N,), clusters (N,) or None
 _FEW_VALUES = 32  # up to here multinomial counts of distinct rows are faster than drawing indices
 
 
@@ -103,9 +101,7 @@ def _numbers(x: ArrayLike, name: str) -> np.ndarray:
         )
     if not np.isfinite(out).all():
         at = int(np.flatnonzero(~np.isfinite(out))[0])
-        raise HoldfastError(
-            f"{name} has the value {out[at]} at item {at}.", "Remove the item or mend its score."
-        )
+        raise HoldfastError(f"{name} has the value {out[at]} at item {at}.", "Remove the item or mend its score.")
     return out
 
 
@@ -125,9 +121,7 @@ def _groups(clusters: ArrayLike | None, n: int) -> tuple[np.ndarray, int]:
         return np.arange(n), n
     names, index = np.unique(np.asarray(clusters), return_inverse=True)
     if index.size != n:
-        raise HoldfastError(
-            f"There are {index.size} cluster names for {n} scores.", "Give one cluster per item."
-        )
+        raise HoldfastError(f"There are {index.size} cluster names for {n} scores.", "Give one cluster per item.")
     return index.reshape(-1), names.size
 
 
@@ -143,14 +137,10 @@ def _alpha(level: float) -> float:
 
 def _chance(chance: Mapping[str, float] | float, name: str) -> float:
     if isinstance(chance, Mapping) and name not in chance:
-        raise HoldfastError(
-            f"Task {name!r} has no chance level.", f"Add {name!r} to the chance levels (0 if open)."
-        )
+        raise HoldfastError(f"Task {name!r} has no chance level.", f"Add {name!r} to the chance levels (0 if open).")
     c = float(chance[name] if isinstance(chance, Mapping) else chance)
     if not 0 <= c < 1:
-        raise HoldfastError(
-            f"The chance level of {name!r} is {c}.", "Give 1/choices or the majority rate, below 1."
-        )
+        raise HoldfastError(f"The chance level of {name!r} is {c}.", "Give 1/choices or the majority rate, below 1.")
     return c
 
 
@@ -196,9 +186,7 @@ def mean(x: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95) -
     return replace(t, low=max(t.low, 0.0), high=min(t.high, 1.0))
 
 
-def paired(
-    base: ArrayLike, tuned: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95
-) -> Estimate:
+def paired(base: ArrayLike, tuned: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95) -> Estimate:
     """Return the mean of tuned - base over the same items (N,) with its t interval; [0, 0] if all are equal.
 
     Raises HoldfastError if the lengths differ.
@@ -213,9 +201,7 @@ def mcnemar(base: ArrayLike, tuned: ArrayLike) -> float:
     """Return the exact two-sided p of 'gains and losses are equally likely' for 0/1 scores (N,)."""
     b, t = _pair(base, tuned)
     if not _binary(b, t):
-        raise HoldfastError(
-            "McNemar's test got scores other than 0 and 1.", "Use paired() for graded scores."
-        )
+        raise HoldfastError("McNemar's test got scores other than 0 and 1.", "Use paired() for graded scores.")
     gains, losses = int((t > b).sum()), int((t < b).sum())
     return min(1.0, 2 * float(bdtr(min(gains, losses), gains + losses, 0.5)))
 
@@ -260,9 +246,7 @@ def _resample(rows: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndar
     return out
 
 
-def _task_draws(
-    task: Task, draws: int, rng: np.random.Generator
-) -> tuple[float, float, np.ndarray, np.ndarray, int]:
+def _task_draws(task: Task, draws: int, rng: np.random.Generator) -> tuple[float, float, np.ndarray, np.ndarray, int]:
     """Return mean base, mean difference, draws (draws,) of both from the same resampled clusters, and N.
 
     Deviations are widened by sqrt(G/(G-1)), the factor a plain bootstrap lacks. With one cluster there is no
@@ -399,9 +383,7 @@ def _tango(gains: float, losses: float, n: float, diff: float) -> float:
     c = -losses * diff * (1 - diff)
     q = (math.sqrt(max(b * b - 8 * n * c, 0.0)) - b) / (4 * n)  # P(loss) at its likeliest under H0
     top, variance = gains - losses - n * diff, n * (2 * q + diff * (1 - diff))
-    return (
-        0.0 if top == 0 else top / math.sqrt(variance) if variance > 1e-12 else math.copysign(math.inf, top)
-    )
+    return 0.0 if top == 0 else top / math.sqrt(variance) if variance > 1e-12 else math.copysign(math.inf, top)
 
 
 def _crossing(f: Callable[[float], float], low: float, high: float) -> float:
@@ -429,9 +411,7 @@ def _score_test(
     return p, p_loss, lower, upper if p_loss < alpha else max(upper, 0.0)
 
 
-def _t_test(
-    value: float, se: float, dof: int, margin: float, alpha: float
-) -> tuple[float, float, float, float]:
+def _t_test(value: float, se: float, dof: int, margin: float, alpha: float) -> tuple[float, float, float, float]:
     """Return p, p_loss, lower, upper for graded scores or clusters."""
     if math.isinf(se):
         return 1.0, 1.0, -math.inf, math.inf
@@ -454,9 +434,7 @@ def _status(value: float, lower: float, upper: float, margin: float) -> str:
 
 def _margin(margin: float) -> float:
     if not margin >= 0:
-        raise HoldfastError(
-            f"The margin is {margin}.", "Give the loss you can bear as a number >= 0, such as 0.02."
-        )
+        raise HoldfastError(f"The margin is {margin}.", "Give the loss you can bear as a number >= 0, such as 0.02.")
     return float(margin)
 
 

@@ -36,7 +36,7 @@ class Task:
 
     @property
     def chance(self) -> float:
-        """Accuracy of the best constant answer: the honest floor (C_stats rule 5)."""
+        """Accuracy of the best constant answer: the honest floor."""
         if self.labels is None:
             return 0.0
         outputs = [y for _, y in self.items]

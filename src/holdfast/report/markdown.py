@@ -34,9 +34,7 @@ def _table(report: dict[str, Any]) -> list[str]:
         rows.append(_row(name, {**task, "retention": None}, "task"))
     for ability in report.get("abilities") or []:
         word = escape(schema.ability_status(ability).word.lower())
-        rows.append(
-            _row(escape(ability.get("name") or "?"), ability, f"**{word}**" if word == "lost" else word)
-        )
+        rows.append(_row(escape(ability.get("name") or "?"), ability, f"**{word}**" if word == "lost" else word))
     if not rows:
         return []
     return ["| | before | after | change | kept | status |", "|:--|--:|--:|--:|--:|:--|", *rows, ""]
@@ -52,9 +50,7 @@ def summary(report: dict[str, Any]) -> str:
     lines = [f"### {look.icon} {escape(look.word)}" + (f": {subject}" if subject else ""), ""]
     lines += [sentence, ""] if sentence else []
     lines += _table(r)
-    lines.append(
-        f"<sub>Holdfast {escape(r.get('holdfast_version') or '')}; in brackets: 95 % intervals.</sub>"
-    )
+    lines.append(f"<sub>Holdfast {escape(r.get('holdfast_version') or '')}; in brackets: 95 % intervals.</sub>")
     return "\n".join(lines) + "\n"
 
 

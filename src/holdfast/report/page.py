@@ -63,9 +63,7 @@ def _panels(report: dict[str, Any]) -> list[dict[str, Any]]:
     heads = [({**task, "name": f"Your task: {(task.get('name') or '?')}"}, [])] if task else []
     heads += [(a, a.get("tasks") or []) for a in report.get("abilities") or []]
     blocks = [rows for rows in (_panel(head, tasks) for head, tasks in heads) if rows]
-    shared = plots.share_axis(
-        v for rows in blocks for v in _numbers_of(rows) if plots.is_share(_numbers_of(rows))
-    )
+    shared = plots.share_axis(v for rows in blocks for v in _numbers_of(rows) if plots.is_share(_numbers_of(rows)))
     panels = []
     for rows in blocks:
         axis = shared if plots.is_share(_numbers_of(rows)) else plots.nice_axis(_numbers_of(rows))
@@ -81,9 +79,7 @@ def _task_card(task: dict[str, Any] | None) -> dict[str, Any] | None:
     if not task or not there:
         return None
     gain = task.get("difference") if schema.has(task.get("difference")) else None
-    lines = [
-        f"{(task.get('metric') or 'score')} on {task['name']}" if task.get("name") else task.get("metric", "")
-    ]
+    lines = [f"{(task.get('metric') or 'score')} on {task['name']}" if task.get("name") else task.get("metric", "")]
     if gain:
         span = schema.interval(gain, sign=True)
         lines.append(f"{schema.number(gain['value'], True)}" + (f" (95 % interval {span})" if span else ""))
@@ -121,9 +117,7 @@ def _kept_card(abilities: list[dict[str, Any]]) -> dict[str, Any] | None:
         }
     least = min(rated, key=lambda a: a["retention"]["value"])
     span = schema.percent_interval(least["retention"])
-    of = f"of {(least.get('name') or '?')}" + (
-        " is kept" if len(abilities) == 1 else ", the least kept ability"
-    )
+    of = f"of {(least.get('name') or '?')}" + (" is kept" if len(abilities) == 1 else ", the least kept ability")
     lines = [of, f"95 % interval {span}" if span else "", f"all abilities: {_counts(abilities)}"]
     lines = [x for x in lines[: 2 if len(abilities) == 1 else 3] if x]
     return {"title": "Abilities kept", "big": schema.percent(least["retention"]["value"]), "lines": lines}

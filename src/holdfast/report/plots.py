@@ -138,12 +138,9 @@ def _frame(y: Axis, x_ticks: Sequence[tuple[float, str]], x_name: str) -> str:
         parts.append(f'<text class="tick" x="-10" y="{h + 4}" text-anchor="end">{t:,g}</text>')
     for at, label in x_ticks:
         parts.append(
-            f'<text class="tick" x="{at:.2f}%" y="{CHART_HEIGHT + 18}" text-anchor="middle">'
-            f"{escape(label)}</text>"
+            f'<text class="tick" x="{at:.2f}%" y="{CHART_HEIGHT + 18}" text-anchor="middle">{escape(label)}</text>'
         )
-    parts.append(
-        f'<text class="tick" x="50%" y="{CHART_HEIGHT + 36}" text-anchor="middle">{escape(x_name)}</text>'
-    )
+    parts.append(f'<text class="tick" x="50%" y="{CHART_HEIGHT + 36}" text-anchor="middle">{escape(x_name)}</text>')
     return "".join(parts)
 
 
@@ -165,8 +162,7 @@ def shots_svg(curve: dict[str, Any], label: str) -> Markup:
         line = "".join(_pillar(a, e, y, kind) for a, e in there if has_interval(e))
         line += _line(kind, [(a, 100 - y.at(e["value"])) for a, e in there])
         line += "".join(
-            f'<circle class="dot {kind}" cx="{a:.2f}%" cy="{_down(e["value"], y)}" r="4.5"/>'
-            for a, e in there
+            f'<circle class="dot {kind}" cx="{a:.2f}%" cy="{_down(e["value"], y)}" r="4.5"/>' for a, e in there
         )
         # Two pixels to either side, so that equal scores do not hide each other.
         body += f'<g transform="translate({-2.5 if kind == "before" else 2.5} 0)">{line}</g>'
@@ -191,9 +187,7 @@ def series_svg(points: Sequence[Sequence[float | None]], label: str) -> Markup:
     first, last = line[0][0], line[-1][0]
     x = Axis(first, last if last > first else first + 1, ())
     ends = [(0.0, f"{first:,.0f}"), (50.0, f"{(first + last) / 2:,.0f}"), (100.0, f"{last:,.0f}")]
-    return _chart(
-        label, _frame(y, ends, "step") + _line("after", [(x.at(s), 100 - y.at(v)) for s, v in line])
-    )
+    return _chart(label, _frame(y, ends, "step") + _line("after", [(x.at(s), 100 - y.at(v)) for s, v in line]))
 
 
 # --- the trade-off plot --------------------------------------------------------------------------------
@@ -274,9 +268,7 @@ def _cost(box: Box, x: float, y: float, taken: Sequence[Box], lines: Sequence[Bo
     return 50 * _outside(box) + 50 * hit + 60 * crossed + 25 * covered + _gap(box, x, y)[0]
 
 
-def place_labels(
-    dots: Sequence[tuple[float, float]], names: Sequence[str], lines: Sequence[Box] = ()
-) -> list[Box]:
+def place_labels(dots: Sequence[tuple[float, float]], names: Sequence[str], lines: Sequence[Box] = ()) -> list[Box]:
     """A box (left, top, right, bottom) in pixels for every label.
 
     Labels keep clear of each other, of every dot and of the frame, and of the interval lines where they can.
@@ -295,11 +287,7 @@ def _scene(points: Sequence[dict[str, Any]]) -> tuple[list[Mark], Axis, Axis]:
     points = [p for p in clean(list(points)) if has(p.get("task")) and has(p.get("kept"))]
     across = nice_axis([v for p in points for v in est_values(p["task"])], goal=6)
     shares = [v for p in points for v in est_values(p["kept"])]
-    down = (
-        share_axis([v * 1.02 + 0.04 for v in shares] + shares)
-        if is_share(shares)
-        else nice_axis([*shares, 0.0])
-    )
+    down = share_axis([v * 1.02 + 0.04 for v in shares] + shares) if is_share(shares) else nice_axis([*shares, 0.0])
 
     def px(v: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * across.at(v) / 100
@@ -308,12 +296,8 @@ def _scene(points: Sequence[dict[str, Any]]) -> tuple[list[Mark], Axis, Axis]:
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * down.at(v) / 100
 
     dots = [(px(p["task"]["value"]), py(p["kept"]["value"])) for p in points]
-    spans = [
-        (px(p["task"]["low"]), px(p["task"]["high"])) if has_interval(p["task"]) else None for p in points
-    ]
-    falls = [
-        (py(p["kept"]["high"]), py(p["kept"]["low"])) if has_interval(p["kept"]) else None for p in points
-    ]
+    spans = [(px(p["task"]["low"]), px(p["task"]["high"])) if has_interval(p["task"]) else None for p in points]
+    falls = [(py(p["kept"]["high"]), py(p["kept"]["low"])) if has_interval(p["kept"]) else None for p in points]
     lines = [(s[0], y - 1, s[1], y + 1) for s, (_, y) in zip(spans, dots, strict=True) if s]
     lines += [(x - 1, f[0], x + 1, f[1]) for f, (x, _) in zip(falls, dots, strict=True) if f]
     names = [one_line(p.get("name") or "") for p in points]
@@ -351,20 +335,16 @@ def _mark_svg(m: Mark) -> str:
     tone, out = (" h" if m.highlight else ""), []
     if m.across:
         out.append(
-            f'<line class="i{tone}" x1="{m.across[0]:.1f}" x2="{m.across[1]:.1f}" '
-            f'y1="{m.y:.1f}" y2="{m.y:.1f}"/>'
+            f'<line class="i{tone}" x1="{m.across[0]:.1f}" x2="{m.across[1]:.1f}" y1="{m.y:.1f}" y2="{m.y:.1f}"/>'
         )
     if m.down:
-        out.append(
-            f'<line class="i{tone}" x1="{m.x:.1f}" x2="{m.x:.1f}" y1="{m.down[0]:.1f}" y2="{m.down[1]:.1f}"/>'
-        )
+        out.append(f'<line class="i{tone}" x1="{m.x:.1f}" x2="{m.x:.1f}" y1="{m.down[0]:.1f}" y2="{m.down[1]:.1f}"/>')
     if end := _leader(m):
         out.append(f'<line class="w" x1="{m.x:.1f}" y1="{m.y:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}"/>')
     x, side = _anchor(m)
     out.append(f'<circle class="d{tone}" cx="{m.x:.1f}" cy="{m.y:.1f}" r="{6 if m.highlight else 5}"/>')
     out.append(
-        f'<text class="n{tone}" x="{x:.1f}" y="{m.box[3] - 4:.1f}" text-anchor="{side}">'
-        f"{escape(m.name)}</text>"
+        f'<text class="n{tone}" x="{x:.1f}" y="{m.box[3] - 4:.1f}" text-anchor="{side}">{escape(m.name)}</text>'
     )
     return "".join(out)
 
@@ -379,13 +359,9 @@ def _axes_svg(across: Axis, down: Axis, x_name: str, y_name: str) -> str:
         y = bottom - (bottom - TOP) * down.at(t) / 100
         out.append(f'<line class="g" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         out.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{100 * t:g} %</text>')
-    out.append(
-        f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 12}" text-anchor="middle">{escape(x_name)}</text>'
-    )
+    out.append(f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 12}" text-anchor="middle">{escape(x_name)}</text>')
     at = (TOP + bottom) / 2
-    out.append(
-        f'<text transform="translate(14 {at}) rotate(-90)" text-anchor="middle">{escape(y_name)}</text>'
-    )
+    out.append(f'<text transform="translate(14 {at}) rotate(-90)" text-anchor="middle">{escape(y_name)}</text>')
     return "".join(out)
 
 

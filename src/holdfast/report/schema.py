@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict, TypeGuard
 
 Verdict = Literal["kept", "lost", "unclear", "not checked"]
 AbilityStatus = Literal["kept", "lost", "unclear", "not measurable"]
@@ -242,7 +242,7 @@ def status_of(part: Any, kind: str | None = None) -> Status:
     return STATUS.get(name, Status(one_line(name).capitalize(), "\u2013", "none"))
 
 
-def has(est: Any) -> bool:
+def has(est: Any) -> TypeGuard[dict[str, Any]]:
     """Whether there is an estimate with a value."""
     return bool(est) and est.get("value") is not None
 
@@ -312,9 +312,7 @@ def ability_words(ability: Any) -> str:
     there = next((e for e in (before, after) if has(e)), None)
     if there is None:
         return f"{name}, no score"
-    return f"{name} {number(there['value'])}" + (
-        f" (95 % interval {interval(there)})" if has_interval(there) else ""
-    )
+    return f"{name} {number(there['value'])}" + (f" (95 % interval {interval(there)})" if has_interval(there) else "")
 
 
 def ability_status(ability: Any) -> Status:

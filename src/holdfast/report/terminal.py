@@ -24,11 +24,7 @@ def _cell(value: str, span: str) -> Text:
 
 
 def _score(est: Any) -> Text:
-    return (
-        _cell(schema.number(est["value"]), schema.interval(est))
-        if schema.has(est)
-        else Text("-", style="dim")
-    )
+    return _cell(schema.number(est["value"]), schema.interval(est)) if schema.has(est) else Text("-", style="dim")
 
 
 def _kept(ratio: Any) -> Text:
@@ -49,9 +45,7 @@ def _table(report: dict[str, Any]) -> Table:
         name.append(f"\n{schema.one_line(task.get('metric') or 'score')}", style="dim")
         gain = task.get("difference")
         change = f"{schema.number(gain['value'], True)}" if schema.has(gain) else ""
-        table.add_row(
-            name, _score(task.get("before")), _score(task.get("after")), "", Text(change), end_section=True
-        )
+        table.add_row(name, _score(task.get("before")), _score(task.get("after")), "", Text(change), end_section=True)
     for ability in report.get("abilities") or []:
         look = schema.ability_status(ability)
         name = Text(schema.one_line(ability.get("name") or "?"))

@@ -29,32 +29,66 @@ def measure_suite(
         HoldfastError: the suite is unknown, or its prompts do not fit the model.
     """
     from holdfast.measure.incontext import measure
-    from holdfast.models import cache_dir
-    from holdfast.run import content_key, versions, write_json
+    from holdfast.run import content_key, versions
 
     tasks = suite_tasks(suite)
     limit = limit or DEFAULT_LIMIT
-    path = None
-    if cache_key:
-        facts = (cache_key, suite, num_fewshot, limit, str(model.dtype), str(model.device.type))
-        key = content_key(*facts, [(t.name, t.version, len(t.items)) for t in tasks], versions())
-        path = cache_dir() / "measurements" / f"{key}.json"
-        if path.is_file():
-            return json.loads(path.read_text(encoding="utf-8"))
-    out = measure(
-        model,
-        tokenizer,
-        tasks,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_tokens=batch_tokens,
-        progress=progress,
-    )
-    out["suite"] = suite
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, out)
+
+    def make() -> dict[str, Any]:
+        out = measure(
+            model,
+            tokenizer,
+            tasks,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+        return {**out, "suite": suite}
+
+    if not cache_key:
+        return make()
+    facts = (cache_key, suite, num_fewshot, limit, str(model.dtype), str(model.device.type))
+    return remembered(content_key(*facts, [(t.name, t.version, len(t.items)) for t in tasks], versions()), make)
+
+
+def remembered(key: str | None, make: Callable[[], Any]) -> Any:
+    """What `make` gives (plain data), kept in the cache folder under `key`; no key, nothing is kept."""
+    if not key:
+        return make()
+    from holdfast.models import cache_dir
+    from holdfast.run import write_json
+
+    path = cache_dir() / "measurements" / f"{key}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or damaged: made anew
+        out = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, out)
     return out
+
+
+def check_suite(suite: str, tokenizer: Any, *, num_fewshot: int, limit: int | None, longest: int) -> None:
+    """Refuse a suite whose prompts a model of `longest` positions cannot read, before any forward.
+
+    Raises:
+        HoldfastError: the suite is unknown, too small for the shots, or too long for the model.
+    """
+    from holdfast.measure.incontext import items_of
+
+    asked = [
+        item
+        for task in suite_tasks(suite)
+        for item in items_of(task, tokenizer=tokenizer, num_fewshot=num_fewshot, limit=limit or DEFAULT_LIMIT)
+    ]
+    texts = [i.prompt.context + i.prompt.answer + i.prompt.stop for i in asked]
+    most = max(len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    if most >= longest:
+        raise HoldfastError(
+            f"The suite {suite!r} at {num_fewshot} shots needs {most} tokens, the model reads {longest}.",
+            "Lower measure.num_fewshot, or use a model that reads more.",
+        )
 
 
 def suite_tasks(suite: str) -> Any:
@@ -65,7 +99,7 @@ def suite_tasks(suite: str) -> Any:
         return held_out_tasks()
     if suite == "anchors":
         return anchor_tasks()
-    raise HoldfastError(f"There is no suite {suite!r}.", suggest(suite, SUITES))
+    raise HoldfastError(f"measure.suites names {suite!r}, which is not a suite.", suggest(suite, SUITES))
 
 
 def prompt_of(suite: str, task: str, item: str, tokenizer: Any, measured: dict[str, Any]) -> Any:

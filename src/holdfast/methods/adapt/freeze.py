@@ -4,9 +4,9 @@
     learning rate of block l of L (1..L):  lr * decay^(L - l);   embeddings: lr * decay^L;   head and final norm: lr
 
 `layer_decay` 1 and nothing frozen is the plain run, bit for bit. Frozen tensors get requires_grad=False before the
-optimizer exists, so weight decay and momentum cannot move them; the hidden state after block `layers` stays the base's.
-Freezing the embeddings also freezes a tied head. Re-initialising top layers (paper [54]) destroys knowledge and is not
-offered. Cost: saves gradients, state and the backward pass below the frozen blocks.
+optimizer exists, so weight decay and momentum cannot move them; the hidden state after block `layers` stays the
+base's. Freezing the embeddings also freezes a tied head. Re-initialising top layers (in the paper) destroys knowledge
+and is not offered. Cost: saves gradients, state and the backward pass below the frozen blocks.
 Combine with: everything, LoRA too (adapters of frozen blocks do not train).
 """
 
@@ -28,9 +28,9 @@ class Freeze(Method):
     """
 
     layers: int = 0  # bottom blocks to freeze; Telly sweeps 0..L
-    embeddings: bool = False  # frozen too (unverified for Telly, marked in the card)
+    embeddings: bool = False  # ours: frozen too, not verified for Telly
     patterns: tuple[str, ...] = ()  # regular expressions searched in parameter names
-    layer_decay: float = 0.9  # region used in [54] (from memory in the card)
+    layer_decay: float = 0.9  # near the paper's range, which was not verified
 
     paper: ClassVar = Paper(
         "Fine-tuning large neural language models for biomedical natural language processing",
@@ -47,17 +47,13 @@ class Freeze(Method):
 
         whole = int(getattr(inner(ctx.model).config, "num_hidden_layers", 0))
         if self.layers > whole:
-            raise PlanError(
-                f"Freeze.layers is {self.layers}, but the model has {whole} blocks.", "Freeze fewer."
-            )
+            raise PlanError(f"Freeze.layers is {self.layers}, but the model has {whole} blocks.", "Freeze fewer.")
         names = [canonical(n) for n, _ in ctx.model.named_parameters()]
         for pattern in self.patterns:
             try:
                 matched = any(re.search(pattern, n) for n in names)
             except re.error as e:
-                raise PlanError(
-                    f"Freeze.patterns: {pattern!r} is no regular expression ({e}).", "Mend it."
-                ) from e
+                raise PlanError(f"Freeze.patterns: {pattern!r} is no regular expression ({e}).", "Mend it.") from e
             if not matched:
                 raise PlanError(
                     f"Freeze.patterns: {pattern!r} matches no parameter.",

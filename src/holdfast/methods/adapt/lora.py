@@ -29,7 +29,7 @@ class LoRA(Method):
     """
 
     r: int = 16  # usual for language models; PEFT's own default is 8
-    lora_alpha: float = 32  # 2 r, as in the seed recipe of B_icl_mixing
+    lora_alpha: float = 32  # ours: 2 r
     lora_dropout: float = 0.0  # PEFT
     target_modules: str | tuple[str, ...] = "all-linear"
     use_rslora: bool = False
@@ -53,13 +53,13 @@ class LoRA(Method):
     def adapt(self, model: Any, ctx: Context) -> Any:
         from peft import LoraConfig, get_peft_model
 
+        alpha = int(self.lora_alpha) if float(self.lora_alpha).is_integer() else self.lora_alpha
         config = LoraConfig(
             r=self.r,
-            lora_alpha=int(self.lora_alpha) if float(self.lora_alpha).is_integer() else self.lora_alpha,
+            # PEFT says int, but scales by any number
+            lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=self.lora_dropout,
-            target_modules=self.target_modules
-            if isinstance(self.target_modules, str)
-            else list(self.target_modules),
+            target_modules=self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules),
             use_rslora=self.use_rslora,
             use_dora=self.use_dora,
             task_type="CAUSAL_LM",

@@ -1,8 +1,8 @@
 """InContextMix: add few-shot prompts with gold answers to the training data.
 
 Of all examples, `share` are few-shot prompts; N = n_task / (1 - share), every task row is still seen once an epoch.
-Demonstrations come from anchor tasks ("anchors"), from the task itself ("task"), or half of each ("both"). The query is
-never its own demonstration; the number of shots and the format vary from row to row. supervision "final": only the
+Demonstrations come from anchor tasks ("anchors"), from the task itself ("task"), or half of each ("both"). The query
+is never its own demonstration; the number of shots and the format vary from row to row. supervision "final": only the
 last answer carries loss; "all": every answer.
 Paper evidence: few-shot rows of the same task alone do not protect other tasks (ProMoT, Table: 0.03 on TriviaQA), so
 "anchors" is the default. Shares count examples (`unit`); a 4-shot row is some five times longer than its query.
@@ -25,12 +25,12 @@ from holdfast.services import Context
 
 @dataclass(frozen=True, kw_only=True)
 class InContextMix(Method):
-    """Few-shot-format mixing, after arXiv 2310.13448 (ratios from the seed page, unverified)."""
+    """Few-shot-format mixing, after arXiv 2310.13448 (the ratios are ours)."""
 
-    share: float = 0.2  # seed page
+    share: float = 0.2  # ours: from no paper
     source: str = "anchors"
-    shots: tuple[int, int] = (1, 4)  # card: uniform 1..k_max instead of a fixed 3
-    supervision: str = "final"  # seed page
+    shots: tuple[int, int] = (1, 4)  # ours: uniform, instead of a fixed 3
+    supervision: str = "final"  # ours
     unit: str = "examples"
     tasks: tuple[str, ...] | None = None
     pool: int = 1024
@@ -49,9 +49,7 @@ class InContextMix(Method):
         if self.supervision not in ("final", "all"):
             raise PlanError(f"InContextMix.supervision is {self.supervision!r}.", "Use 'final' or 'all'.")
         if not 0 <= self.share < 1:
-            raise PlanError(
-                f"InContextMix.share is {self.share}.", "Use a part of the mix, 0 or more and below 1."
-            )
+            raise PlanError(f"InContextMix.share is {self.share}.", "Use a part of the mix, 0 or more and below 1.")
         if len(self.shots) != 2 or not 1 <= self.shots[0] <= self.shots[1]:
             raise PlanError(f"InContextMix.shots is {self.shots}.", "Give fewest and most, such as [1, 4].")
         known = len({r.prompt for r in ctx.rows})
@@ -109,9 +107,7 @@ def _task_row(picked: list, ctx: Context, every_answer: bool, source: str) -> To
         ids: list[int] = []
         scored: list[bool] = []
         for n, row in enumerate(picked):
-            lead = ctx.tokenizer.encode(
-                row.prompt if n == 0 else "\n\n" + row.prompt, add_special_tokens=n == 0
-            )
+            lead = ctx.tokenizer.encode(row.prompt if n == 0 else "\n\n" + row.prompt, add_special_tokens=n == 0)
             answer = ctx.tokenizer.encode(row.completion, add_special_tokens=False)
             ids += lead + answer
             scored += [False] * len(lead) + [every_answer or n == len(picked) - 1] * len(answer)

@@ -1,9 +1,9 @@
 """Replay: mix general text and instructions into the task's data.
 
-Of the whole mix, `share` (counted in examples or tokens) comes from `sources`, each with its own weight; sources shorter
-than needed are repeated, and the run reports what was realised. Text rows carry loss on every token, instruction rows
-on the answer. Default sources are the small general set shipped with Holdfast; give your own (json, jsonl, csv,
-parquet, hub id). A general set below the model's own quality degrades it.
+Of the whole mix, `share` (counted in examples or tokens) comes from `sources`, each with its own weight; sources
+shorter than needed are repeated, and the run reports what was realised. Text rows carry loss on every token,
+instruction rows on the answer. Default sources are the small general set shipped with Holdfast; give your own (json,
+jsonl, csv, parquet, hub id). A general set below the model's own quality degrades it.
 Paper: union of general and task data regularises (cocktail effect); its exact ratios were not readable.
 Cost: share / (1 - share) more rows. The folklore cure: see the results page before trusting it.
 Combine with: everything.
@@ -28,7 +28,7 @@ GENERAL = ("holdfast:general/instructions.jsonl", "holdfast:general/text.jsonl")
 class Replay(Method):
     """General-data mixing (Brief et al. 2024), arXiv 2410.01109."""
 
-    share: float = 0.1  # seed page; the paper's own ratios were not readable
+    share: float = 0.1  # ours; the paper's ratios were not readable
     sources: tuple[str, ...] = GENERAL
     weights: tuple[float, ...] | None = None  # of the sources among themselves; None is equal
     unit: str = "examples"
@@ -45,9 +45,7 @@ class Replay(Method):
     def check(self, ctx: Context) -> None:
         if not 0 <= self.share < 1:
             raise PlanError(f"Replay.share is {self.share}.", "Use a part of the mix, 0 or more and below 1.")
-        if self.weights and (
-            len(self.weights) != len(self.sources) or min(self.weights) < 0 or not sum(self.weights)
-        ):
+        if self.weights and (len(self.weights) != len(self.sources) or min(self.weights) < 0 or not sum(self.weights)):
             raise PlanError(
                 f"Replay has {len(self.sources)} sources but weights {list(self.weights)}.",
                 "Give one weight of 0 or more for each source, not all 0.",
@@ -59,10 +57,7 @@ class Replay(Method):
         weights = self.weights or (1.0,) * len(self.sources)
         for path, weight in zip(self.sources, weights, strict=True):
             rows = read_sources((path,), ctx, owner="task", source=f"Replay:{Path(path).stem}")
-            cut = [
-                TokenRow(r.ids[: self.max_tokens], r.scored[: self.max_tokens], r.owner, r.source)
-                for r in rows
-            ]
+            cut = [TokenRow(r.ids[: self.max_tokens], r.scored[: self.max_tokens], r.owner, r.source) for r in rows]
             usable = [r for r in cut if r.scored.any()]
             mix = mix.add(Source(f"Replay:{path}", usable, self.share * weight / sum(weights), self.unit))
         return mix
@@ -75,11 +70,6 @@ def read_sources(
     from holdfast.rows import read_rows
     from holdfast.tokens import tokenize
 
-    rows = [
-        r for s in sources for r in read_rows(s, base_dir=ctx.base_dir or Path.cwd(), tokenizer=ctx.tokenizer)
-    ]
+    rows = [r for s in sources for r in read_rows(s, base_dir=ctx.base_dir or Path.cwd(), tokenizer=ctx.tokenizer)]
     random.Random(f"replay/{ctx.seed}").shuffle(rows)
-    return [
-        tokenize(r, ctx.tokenizer, None, owner=owner, source=source or owner, all_tokens=all_tokens)
-        for r in rows
-    ]
+    return [tokenize(r, ctx.tokenizer, None, owner=owner, source=source or owner, all_tokens=all_tokens) for r in rows]

@@ -45,9 +45,7 @@ class KLToBase(Method):
     def refuses(self):  # type: ignore[override]
         if self.on != "task":
             return {}
-        return {
-            "ProMoT": "ProMoT reads the task with a soft prompt, which the base it would be compared with lacks."
-        }
+        return {"ProMoT": "ProMoT reads the task with a soft prompt, which the base it would be compared with lacks."}
 
     def off(self) -> bool:
         return self.weight == 0
@@ -64,9 +62,7 @@ class KLToBase(Method):
         if self.on == "task":
             return ()
         rows = read_sources(self.sources, ctx, owner=self.name, all_tokens=True)
-        return [
-            TokenRow(r.ids[: self.max_tokens], r.scored[: self.max_tokens], r.owner, r.source) for r in rows
-        ]
+        return [TokenRow(r.ids[: self.max_tokens], r.scored[: self.max_tokens], r.owner, r.source) for r in rows]
 
     def asides_at(self, step: int, pool: int) -> Sequence[int]:
         return [(step * self.rows_per_step + i) % pool for i in range(self.rows_per_step)]

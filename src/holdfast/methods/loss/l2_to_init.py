@@ -4,14 +4,15 @@
     loss += (alpha / 2) * sum_modules s^2 tr((B^T B)(A A^T))    LoRA: the same sum over s B A, from two r x r Grams
 
 AdamW's weight decay pulls to zero instead, which hurts a pre-trained model: leave it at 0. Adam rescales the penalty's
-gradient like every other gradient. Paper [166] penalises attention only, in a vision model; here every trained weight (`patterns` narrows it).
+gradient like every other gradient. The paper penalises attention only, in a vision model; here every trained weight
+(`patterns` narrows it).
 Cost: dense: one copy of the trained weights. LoRA: nothing.
 Combine with: everything at parameter level.
 """
 
 import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -55,6 +56,7 @@ class L2ToInit(Method):
 def _lora_pairs(model: torch.nn.Module) -> list[tuple[str, torch.Tensor, torch.Tensor, float]]:
     """(name, A (r, n), B (m, r), scale) of every LoRA module whose A or B trains."""
     out = []
+    module: Any  # PEFT's layers: torch's types know no lora_A
     for name, module in model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight

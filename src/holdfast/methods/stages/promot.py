@@ -36,9 +36,7 @@ class ProMoT(Method):
     prompt_share: float = 0.5  # ours; paper: five sixths of the steps
     seed: int = 0
 
-    paper: ClassVar = Paper(
-        "Two-stage LLM Fine-tuning with Less Specialization and More Generalization", "2211.00635"
-    )
+    paper: ClassVar = Paper("Two-stage LLM Fine-tuning with Less Specialization and More Generalization", "2211.00635")
     does: ClassVar = "trains a soft prompt first and the model second, and drops the prompt for other tasks"
 
     def check(self, ctx: Context) -> None:

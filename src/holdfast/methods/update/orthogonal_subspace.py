@@ -4,8 +4,9 @@
     step <- step - U_h (U_h^T step V_h) V_h^T          mode "block" (the paper)
     step <- (I - U_h U_h^T) step (I - V_h V_h^T)       mode "factored" (stricter, the libraries' meaning)
 
-The paper projects the gradient; under AdamW that leaks (measured 0.16 of the change stays inside), because Adam rescales
-element by element. Here the optimizer's step itself is projected, weight decay included: nothing leaks (1e-6).
+The paper projects the gradient; under AdamW that leaks (measured 0.16 of the change stays inside), because Adam
+rescales element by element. Here the optimizer's step itself is projected, weight decay included: nothing leaks
+(1e-6).
 The paper's adaptive ranks (from layer-input similarity) are not offered; rank_frac is one number, as in PEFT.
 Only matrices inside decoder blocks are projected; embeddings, norms and head train freely unless frozen.
 Cost: one SVD of every matrix at the start (seconds for 135M), two thin bases per matrix, four thin products a step.

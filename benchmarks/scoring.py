@@ -1,0 +1,76 @@
+"""How fast the default in-context suite is measured, against the floor of its matrix products.
+
+    python benchmarks/scoring.py          # writes benchmarks/results/scoring.json
+
+floor = unique tokens * 2 * parameters in matrix products / measured matmul rate. The rate is that of the model's own
+largest layer at 512 rows, in the model's dtype, measured right before and after in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+HERE = Path(__file__).parent
+
+
+def matmul_rate(model: Any, rows: int = 512, seconds: float = 1.0) -> float:
+    """FLOP/s of x @ W^T with the model's largest block matrix."""
+    weights = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
+    w = max(weights, key=lambda p: p.numel())
+    x = torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device)
+    for _ in range(10):
+        F.linear(x, w)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        F.linear(x, w)
+        count += 1
+    return 2 * rows * w.numel() * count / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    from holdfast import models
+    from holdfast.measure.suites import measure_suite
+
+    model, tokenizer = models.load(args.model)
+    parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    took, ratio, got = [], [], {}
+    with torch.inference_mode():
+        for _ in range(args.repeats):
+            rate = matmul_rate(model)
+            start = time.perf_counter()
+            got = measure_suite("in-context", model, tokenizer)
+            took.append(time.perf_counter() - start)
+            rate = (rate + matmul_rate(model)) / 2
+            ratio.append(took[-1] / (got["num_unique_tokens"] * 2 * parameters / rate))
+            print(f"{took[-1]:.1f} s, {ratio[-1]:.2f} times the floor at {rate / 1e9:.0f} GFLOP/s", flush=True)
+    items = sum(len(t["items"]) for t in got["tasks"])
+    out = {
+        "seconds": statistics.median(took),
+        "times_the_floor": statistics.median(ratio),
+        "items": items,
+        "unique_tokens": got["num_unique_tokens"],
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "dtype": str(model.dtype),
+        "torch": torch.__version__,
+    }
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "results" / "scoring.json").write_text(json.dumps(out, indent=1), encoding="utf-8")
+    print(json.dumps(out, indent=1))
+
+
+if __name__ == "__main__":
+    main()

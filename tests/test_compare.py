@@ -1,0 +1,161 @@
+"""Two measurements of the same items: differences, shares kept, and verdicts that are earned."""
+
+import copy
+import random
+
+import pytest
+
+from holdfast.compare import ability, estimates, only_after, verdict
+from holdfast.errors import HoldfastError
+
+KEEP = 0.95
+
+
+def measured(scores: dict[str, list[int]], chance: float = 0.0) -> dict:
+    """A measurement as `measure.incontext.measure` writes it."""
+    tasks = [
+        {
+            "name": name,
+            "version": 1,
+            "chance": chance,
+            "metric": "exact",
+            "items": [
+                {"id": f"{name}/{n}", "cluster": name, "correct": x, "logprob": -1.0} for n, x in enumerate(row)
+            ],
+        }
+        for name, row in scores.items()
+    ]
+    return {"suite": "in-context", "num_fewshot": 8, "limit": 48, "seed": 0, "tasks": tasks}
+
+
+def drawn(tasks: int, items: int, p: float = 0.7, seed: int = 0) -> dict[str, list[int]]:
+    draw = random.Random(seed)
+    return {f"t{i}": [int(draw.random() < p) for _ in range(items)] for i in range(tasks)}
+
+
+def damaged(measurement: dict, share: float) -> dict:
+    """The same with `share` of the right answers now wrong."""
+    out, draw = copy.deepcopy(measurement), random.Random(1)
+    for item in (i for t in out["tasks"] for i in t["items"]):
+        if item["correct"] and draw.random() < share:
+            item["correct"] = 0
+    return out
+
+
+@pytest.mark.parametrize(("tasks", "items"), [(1, 4), (1, 20), (3, 8), (6, 48), (20, 48)])
+def test_a_model_against_itself_loses_exactly_nothing(tasks, items):
+    base = measured(drawn(tasks, items, p=0.8))
+    part = ability(base, copy.deepcopy(base), KEEP)
+    differences = [t["difference"]["value"] for t in part["tasks"]]
+    assert differences == [0.0] * tasks
+    if part["status"] != "not measurable":
+        assert part["difference"]["value"] == part["difference"]["low"] == part["difference"]["high"] == 0.0
+        assert part["retention"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+        assert part["before"] == part["after"]
+
+
+@pytest.mark.parametrize(("tasks", "items", "status"), [(1, 20, "unclear"), (20, 48, "kept")])
+def test_no_change_is_proof_only_with_enough_items(tasks, items, status):
+    base = measured(drawn(tasks, items))
+    assert ability(base, base, KEEP)["status"] == status
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_planted_damage_is_lost(share):
+    base = measured(drawn(8, 48))
+    part = ability(base, damaged(base, share), KEEP)
+    assert part["status"] == "lost"
+    assert part["retention"]["high"] < KEEP
+    assert part["difference"]["high"] < 0
+
+
+def test_a_real_loss_inside_the_margin_is_not_lost():
+    base = measured(drawn(20, 100))
+    part = ability(base, damaged(base, 0.02), 0.9)
+    assert part["difference"]["value"] < 0
+    assert part["status"] == "kept"
+
+
+def test_few_damaged_items_are_unclear():
+    base = measured({"a": [1] * 14 + [0] * 2})
+    after = copy.deepcopy(base)
+    after["tasks"][0]["items"][0]["correct"] = 0
+    assert ability(base, after, KEEP)["status"] == "unclear"
+
+
+def test_the_share_kept_is_counted_above_chance():
+    # task a: 0.9 -> 0.7 at chance 0.5 is 0.8 -> 0.4 of what can be gained; task b the same without loss
+    base = measured({"a": [1] * 90 + [0] * 10, "b": [1] * 90 + [0] * 10}, chance=0.5)
+    after = measured({"a": [1] * 70 + [0] * 30, "b": [1] * 90 + [0] * 10}, chance=0.5)
+    part = ability(base, after, KEEP)
+    assert part["retention"]["value"] == pytest.approx((0.4 + 0.8) / (0.8 + 0.8))
+    assert part["before"]["value"] == pytest.approx(0.9)  # plain, not above chance
+    assert part["after"]["value"] == pytest.approx(0.8)
+    assert part["difference"]["value"] == pytest.approx(-0.1)
+    assert part["margin"] == pytest.approx(0.05)
+
+
+def test_a_task_at_chance_does_not_count():
+    base = measured({"good": [1] * 40 + [0] * 8, "noise": [1, 0] * 24}, chance=0.5)
+    part = ability(base, damaged(base, 0.5), KEEP)
+    assert [t["status"] for t in part["tasks"]] == [None, "not measurable"]
+    assert part["note"] == "1 of 2 tasks are not measurable with this model and do not count"
+    assert part["before"]["value"] == pytest.approx(40 / 48)  # of the good task alone
+
+
+def test_an_ability_the_base_does_not_have_is_not_judged():
+    base = measured({"a": [0] * 20, "b": [0] * 20})
+    part = ability(base, base, KEEP)
+    assert part["status"] == "not measurable"
+    assert part["retention"] is None
+    assert verdict([part], None)["status"] == "not checked"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m["tasks"][0]["items"].pop(), "'t0' do not hold the same items"),
+        (lambda m: m["tasks"].pop(), "'t1' do not hold the same items"),  # a missing task must not count as kept
+        (lambda m: m["tasks"].append({**m["tasks"][0], "name": "new"}), "'new' do not hold the same items"),
+        (lambda m: m.update(num_fewshot=4), "num_fewshot 8, the other 4"),
+        (lambda m: m.update(seed=1), "seed 0, the other 1"),
+        (lambda m: m.update(suite="anchors"), "suite 'in-context', the other 'anchors'"),
+    ],
+    ids=["item", "task", "more", "shots", "seed", "suite"],
+)
+def test_other_questions_cannot_be_paired(change, words):
+    base = measured(drawn(2, 20))
+    after = copy.deepcopy(base)
+    change(after)
+    with pytest.raises(HoldfastError, match=words) as caught:
+        ability(base, after, KEEP)
+    assert "same version, suite, shots and limit" in caught.value.cure
+
+
+def test_estimates_leave_out_the_side_that_is_missing():
+    items = measured({"a": [1, 1, 1, 0]})["tasks"][0]["items"]
+    both = estimates(items, items)
+    assert both["before"]["value"] == both["after"]["value"] == 0.75
+    assert both["difference"]["value"] == 0
+    assert estimates(None, items)["before"] is estimates(None, items)["difference"] is None
+    assert estimates(items, None)["after"] is None
+
+
+def test_a_tuned_model_alone_stands_in_the_column_after():
+    part = only_after(measured(drawn(4, 48)), KEEP)
+    assert part["before"] is None and part["difference"] is None and part["status"] is None
+    assert 0.5 < part["after"]["value"] < 0.9
+    assert all(t["before"] is None and t["after"]["n"] == 48 for t in part["tasks"])
+
+
+def test_one_loss_decides_the_verdict():
+    base = measured(drawn(8, 48))
+    kept = {**ability(base, base, KEEP), "name": "kept one"}
+    lost = {**ability(base, damaged(base, 0.5), KEEP), "name": "lost one"}
+    task = estimates([{"correct": 0}] * 4, [{"correct": 1}] * 4)
+    told = verdict([kept, lost], task)
+    assert told["status"] == "lost"
+    assert told["sentence"].startswith("Lost: lost one 0.")
+    assert "kept one" not in told["sentence"]
+    assert told["sentence"].endswith("The task went from 0.00 to 1.00.")
+    assert verdict([kept], None)["sentence"].startswith("Kept: kept one")

@@ -1,0 +1,431 @@
+"""The flow end to end: files, exports, starting again, going on after a kill, and what is computed once."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from tiny_run import make_world, recipe_data, write_recipe, write_rows
+from transformers import AutoModelForCausalLM
+
+from holdfast.compare import ability
+from holdfast.errors import PlanError, RecipeError
+from holdfast.recipe import load_recipe, recipe_from
+from holdfast.run import Run, examples, planned, tune
+
+LORA = [{"LoRA": {"r": 2, "lora_dropout": 0.1}}, {"ICLAnchor": {"pool": 4, "every": 1}}]
+PROMOT = [{"ProMoT": {"num_virtual_tokens": 3}}]
+PLANS = {"dense": [], "lora": LORA, "promot": PROMOT, "promot + lora": [*PROMOT, {"LoRA": {"r": 2}}]}
+FILES = ("recipe.yaml", "inputs.json", "plan.json", "before.json", "training.json", "after.json", "report.json",
+         "report.html", "report.md", "model/README.md")  # fmt: skip
+RESULT = ("steps", "loss", "terms", "tokens", "realised_mix")  # of training.json, without the times
+
+
+class Kept(Run):
+    """A run that remembers the tuned model in memory."""
+
+    def _measured(self, when, job, model, soft_prompt=None):
+        self.tuned, self.soft = model, soft_prompt
+        return super()._measured(when, job, model, soft_prompt)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_model, tokenizer, rows):
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOLDFAST_HOME", str(folder / "home"))
+        yield make_world(folder, tiny_model(), tokenizer, rows)
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """whole(plan) is the finished run of that plan, made once: (run, folder)."""
+    done = {}
+
+    def run_of(name: str) -> Kept:
+        if name not in done:
+            out = tmp_path_factory.mktemp("whole") / "run"
+            run = Kept(recipe(world, out, plan=PLANS[name]), world.folder, lambda *_: None)
+            run.go()
+            done[name] = run
+        return done[name]
+
+    return run_of
+
+
+def recipe(world, out: Path, **changes):
+    return load_recipe(write_recipe(out.parent / "recipe.yaml", recipe_data(world, out, **changes)))
+
+
+def load(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def logits(model, **inputs):
+    with torch.no_grad():
+        return model.eval()(**inputs).logits
+
+
+# ---- what a run leaves
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_run_leaves_everything(whole, plan):
+    folder = whole(plan).folder
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    assert missing == []
+    assert not [p for p in folder.iterdir() if p.name.startswith("checkpoint") or p.suffix == ".new"]
+    report = load(folder / "report.json")
+    assert report["verdict"]["status"] == "not checked"  # a random model has no ability to lose
+    assert report["verdict"]["sentence"]
+    assert [row["method"] for row in report["plan"]] == [next(iter(m)) for m in PLANS[plan]]
+    assert report["task"]["before"]["n"] == report["task"]["after"]["n"] == 6
+    assert report["task"]["split"] == "validation" and "validation" in report["task"]["note"]
+    training = load(folder / "training.json")
+    assert training["steps"] == len(training["loss"]) == 8
+    assert training["realised_mix"]["task"]["examples"] == 8 * 4
+    assert load_recipe(folder / "recipe.yaml") == whole(plan).recipe
+
+
+def test_the_card_has_front_matter(whole):
+    text = (whole("lora").folder / "model" / "README.md").read_text(encoding="utf-8")
+    _, front, body = text.split("---\n", 2)
+    card = yaml.safe_load(front)
+    assert card["library_name"] == "peft"
+    assert card["model-index"][0]["results"][0]["metrics"][0]["type"] == "accuracy"
+    assert "## Before and after" in body and "## Recipe" in body
+    dense = (whole("dense").folder / "model" / "README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(dense.split("---\n", 2)[1])["library_name"] == "transformers"
+
+
+def test_training_learns(whole):
+    loss = [value for _, value in load(whole("dense").folder / "training.json")["loss"]]
+    assert loss[-1] < loss[0] - 0.5
+
+
+# ---- the export, loaded without Holdfast
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_export_is_the_tuned_model(whole, world, plan):
+    run = whole(plan)
+    name = run.folder / "model"
+    if "lora" in plan:
+        plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.base), name)
+    else:
+        plain = AutoModelForCausalLM.from_pretrained(name)
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(logits(plain, input_ids=ids), logits(run.tuned, input_ids=ids))
+    base = AutoModelForCausalLM.from_pretrained(world.base)
+    assert not torch.allclose(logits(base, input_ids=ids), logits(plain, input_ids=ids), atol=1e-3)
+
+
+def test_the_exported_prompt_gives_the_task_model(whole):
+    run = whole("promot")
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(run.folder / "model"), run.folder / "prompt"
+    )
+    ids = torch.arange(5, 25)[None]
+    soft = run.soft[None]
+    embedded = torch.cat([soft, run.tuned.get_input_embeddings()(ids)], dim=1)
+    expected = logits(run.tuned, inputs_embeds=embedded)
+    torch.testing.assert_close(logits(plain, input_ids=ids), expected, atol=1e-6, rtol=1e-5)
+    bare = logits(run.tuned, input_ids=ids)
+    assert not torch.allclose(expected[:, soft.shape[1] :], bare, atol=1e-3)
+
+
+def test_export_merged_and_elsewhere(world, tmp_path):
+    run = Kept(
+        recipe(world, tmp_path / "run", export={"merge": True, "folder": str(tmp_path / "out")}),
+        world.folder,
+        lambda *_: None,
+    )
+    run.go()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(logits(plain, input_ids=ids), logits(run.tuned, input_ids=ids))
+    assert (tmp_path / "out" / "README.md").is_file()
+    assert not (tmp_path / "run" / "model").exists()
+    assert load(tmp_path / "run" / "report.json")["tuned"]["path"] == str(tmp_path / "out")
+
+
+def test_a_run_in_bfloat16(world, tmp_path):
+    run = Kept(recipe(world, tmp_path / "run", plan=[], model={"dtype": "bfloat16"}), world.folder, lambda *_: None)
+    run.go()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert plain.dtype == torch.bfloat16
+    mine = dict(run.tuned.named_parameters())
+    assert all(torch.equal(p, mine[name]) for name, p in plain.named_parameters())
+    assert load(tmp_path / "run" / "report.json")["model"]["dtype"] == "bfloat16"
+
+
+# ---- started again
+
+
+def test_a_finished_run_does_nothing(whole, world):
+    run = whole("lora")
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.folder.rglob("*") if p.is_file()}
+    told = []
+    assert tune(run.folder / "recipe.yaml", tell=lambda *args: told.append(args)) == run.folder
+    after = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.folder.rglob("*") if p.is_file()}
+    assert after == before
+    assert [phase for phase, _, _ in told] == ["done"]
+    assert "is finished" in told[0][2]
+
+
+def test_a_recipe_in_python_finds_its_own_run(world, tmp_path):
+    data = recipe_data(world, tmp_path / "run")
+    tune(recipe_from(data))
+    told = []
+    tune(recipe_from(data), tell=lambda *args: told.append(args[0]))
+    assert told == ["done"]
+
+
+def test_a_folder_is_for_one_recipe(whole, world):
+    run = whole("lora")
+    other = recipe(world, run.folder, plan=LORA, training={"seed": 5})
+    with pytest.raises(RecipeError, match="another recipe") as caught:
+        tune(other)
+    assert "output_dir" in caught.value.cure
+
+
+def test_a_mended_recipe_may_use_the_folder(world, tmp_path):
+    wrong = recipe(world, tmp_path / "run", data={"max_length": 4})
+    with pytest.raises(ValueError, match="max_length"):
+        tune(wrong)
+    tune(recipe(world, tmp_path / "run", training={"max_steps": 1}))
+    assert (tmp_path / "run" / "report.json").is_file()
+
+
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_what_changed_under_a_run_is_noticed(world, tmp_path, what, rows, tiny_model, tokenizer):
+    here = make_world(tmp_path, tiny_model(), tokenizer, rows)
+    stop_at(recipe(here, tmp_path / "run"), "tune", 1)
+    if what == "data":
+        write_rows(here.train, rows[:-1])
+    else:
+        make_world(tmp_path, tiny_model(layers=1), tokenizer, rows)
+    with pytest.raises(RecipeError, match=f"The {what} of this recipe is no longer"):
+        tune(load_recipe(tmp_path / "recipe.yaml"))
+
+
+# ---- killed and started again
+
+
+class Killed(BaseException):
+    """As sudden as Ctrl-C."""
+
+
+def stop_at(recipe, phase: str, call: int) -> None:
+    """Run until the `call`-th word (1: first) from `phase`, then die there."""
+    seen = []
+
+    def tell(name, share, words):
+        if name == phase:
+            seen.append(share)
+            if len(seen) == call:
+                raise Killed
+
+    with pytest.raises(Killed):
+        tune(recipe, tell=tell)
+
+
+KILLS = [
+    ("lora", "load", 1),
+    ("lora", "measure before", 1),
+    ("lora", "measure before", 3),
+    ("lora", "prepare", 1),
+    ("lora", "tune", 1),
+    ("lora", "tune", 5),
+    ("lora", "measure after", 1),
+    ("lora", "done", 1),
+    ("dense", "tune", 7),
+    ("promot", "tune", 3),  # in the stage of the prompt
+    ("promot", "tune", 4),  # just before the boundary of the stages
+    ("promot", "tune", 7),  # in the stage of the model
+    ("promot + lora", "tune", 7),
+    ("promot", "measure after", 1),
+]
+
+
+@pytest.mark.parametrize(("plan", "phase", "call"), KILLS)
+def test_a_killed_run_goes_on_to_the_same_end(whole, world, tmp_path, plan, phase, call):
+    one = recipe(world, tmp_path / "run", plan=PLANS[plan])
+    stop_at(one, phase, call)
+    started = []
+    tune(one, tell=lambda *args: started.append(args))
+    if phase == "tune" and call > 2:  # it did go on, and did not begin anew
+        assert min(share for name, share, _ in started if name == "tune") > 2 / 8
+    assert_same_end(tmp_path / "run", whole(plan).folder)
+
+
+def assert_same_end(folder: Path, other: Path) -> None:
+    mine, yours = load(folder / "training.json"), load(other / "training.json")
+    assert {k: mine[k] for k in RESULT} == {k: yours[k] for k in RESULT}
+    for name in ("before.json", "after.json"):
+        assert load(folder / name) == load(other / name)
+    assert not (folder / "checkpoint").exists()
+
+
+def test_killed_between_two_checkpoints(whole, world, tmp_path):
+    one = recipe(world, tmp_path / "run", plan=LORA)
+    stop_at(one, "tune", 5)
+    os.replace(tmp_path / "run" / "checkpoint", tmp_path / "run" / "checkpoint.old")  # between the two renames
+    tune(one)
+    assert_same_end(tmp_path / "run", whole("lora").folder)
+
+
+def test_killed_after_the_export(whole, world, tmp_path):
+    one = recipe(world, tmp_path / "run", plan=PROMOT)
+    stop_at(one, "measure after", 1)
+    (tmp_path / "run" / "training.json").unlink()  # as if it had died just before
+    tune(one)
+    assert_same_end(tmp_path / "run", whole("promot").folder)
+
+
+# ---- computed once
+
+
+def count_forwards(recipe) -> dict[str, int]:
+    """Forwards of the language model by phase."""
+    phase, count = ["start"], {}
+
+    def hook(module, *_):
+        if type(module).__name__ == "LlamaForCausalLM":
+            count[phase[0]] = count.get(phase[0], 0) + 1
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
+    try:
+        tune(recipe, tell=lambda name, *_: phase.__setitem__(0, name))
+    finally:
+        handle.remove()
+    return count
+
+
+def test_the_base_is_measured_once(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
+    first = count_forwards(recipe(world, tmp_path / "one"))
+    moved = shutil.copytree(world.base, tmp_path / "same weights elsewhere")
+    second = count_forwards(
+        recipe(world, tmp_path / "two", model={"model_name_or_path": str(moved)}, training={"seed": 3})
+    )
+    assert first["measure before"] > 0 and first["measure after"] > 0
+    assert "measure before" in first and "measure before" not in second
+    assert second["measure after"] > 0
+    assert load(tmp_path / "one" / "before.json") == load(tmp_path / "two" / "before.json")
+    other = count_forwards(recipe(world, tmp_path / "three", measure={"limit": 3}))
+    assert other["measure before"] > 0  # other questions are asked anew
+
+
+def test_a_damaged_cache_is_made_anew(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
+    tune(recipe(world, tmp_path / "one"))
+    for file in (tmp_path / "home" / "measurements").iterdir():
+        file.write_text("{")
+    tune(recipe(world, tmp_path / "two"))
+    assert load(tmp_path / "one" / "before.json") == load(tmp_path / "two" / "before.json")
+
+
+# ---- settings that must not be skipped
+
+
+def test_gradient_checkpointing_changes_memory_only(whole, world, tmp_path):
+    used = []
+    one = recipe(world, tmp_path / "run", plan=PLANS["dense"], training={"gradient_checkpointing": True})
+
+    class Watched(Run):
+        def _tuned(self, job):
+            out = super()._tuned(job)
+            used.append(job.model.is_gradient_checkpointing)
+            return out
+
+    Watched(one, world.folder, lambda *_: None).go()
+    assert used == [True]
+    mine, plain = (load(f / "training.json")["loss"] for f in (tmp_path / "run", whole("dense").folder))
+    torch.testing.assert_close(torch.tensor(mine), torch.tensor(plain), atol=2e-4, rtol=0)
+
+
+def test_the_data_seed_orders_the_rows(world, tmp_path):
+    losses = []
+    for n, seed in enumerate((None, 0, 7)):
+        tune(recipe(world, tmp_path / str(n), training={"data_seed": seed, "max_steps": 2}))
+        losses.append(load(tmp_path / str(n) / "training.json")["loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_without_a_measurement_before(world, tmp_path):
+    tune(recipe(world, tmp_path / "run", measure={"skip_before": True}))
+    assert not (tmp_path / "run" / "before.json").exists()
+    report = load(tmp_path / "run" / "report.json")
+    assert report["task"]["before"] is None and report["task"]["after"]["n"] == 6
+    assert report["verdict"]["status"] == "not checked"
+    for task in report["abilities"][0]["tasks"]:
+        assert task["before"] is None and task["after"]["n"] == 2
+
+
+def test_two_suites_and_one_floor(world, tmp_path):
+    seen = []
+    one = recipe(world, tmp_path / "run", measure={"suites": ["in-context", "anchors"], "keep": {"anchors": 0.9}})
+    tune(one, tell=lambda phase, share, _: seen.append((phase, share)))
+    floors = {a["name"]: a["margin"] for a in load(tmp_path / "run" / "report.json")["abilities"]}
+    assert floors == pytest.approx({"in-context": 0.05, "anchors": 0.1})
+    for when in ("measure before", "measure after"):
+        shares = [share for phase, share in seen if phase == when]
+        assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1  # a bar never goes back
+
+
+def test_free_text_is_scored_by_exact_match(world, tmp_path, rows):
+    data = {"train": str(write_rows(tmp_path / "few.jsonl", rows[:8])), "validation_size": 3}
+    tune(recipe(world, tmp_path / "run", data=data))
+    report = load(tmp_path / "run" / "report.json")
+    assert report["task"]["metric"] == "exact match" and report["task"]["chance"] == 0
+    assert report["task"]["after"]["n"] == 3
+
+
+def test_plain_text_can_be_tuned_on(world, tmp_path):
+    texts = [json.dumps({"text": f"Ticket {n}: please help me."}) for n in range(9)]
+    (tmp_path / "text.jsonl").write_text("\n".join(texts))
+    data = {"train": str(tmp_path / "text.jsonl"), "prompt": None, "completion": None, "validation_size": 3}
+    tune(recipe(world, tmp_path / "run", data=data))
+    assert load(tmp_path / "run" / "report.json")["task"]["after"]["n"] == 3
+
+
+def test_a_stage_needs_a_step(world, tmp_path):
+    with pytest.raises(PlanError, match="ProMoT splits the run into 2 stages, but the run has 1 step"):
+        tune(recipe(world, tmp_path / "run", plan=PROMOT, training={"max_steps": 1}))
+
+
+def test_explaining_writes_nothing(world, tmp_path):
+    one = recipe(world, tmp_path / "run", plan=LORA)
+    before = sorted(tmp_path.rglob("*"))
+    job = planned(one, world.folder)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert job.session.plan.names == ("LoRA", "ICLAnchor") and job.training.num_steps == 8
+
+
+# ---- the examples of a report
+
+
+def test_examples_show_what_broke(world, tmp_path, whole, tokenizer):
+    run = whole("dense")
+    before, after = load(run.folder / "before.json"), load(run.folder / "after.json")
+    task = before["abilities"][0]["tasks"][3]
+    task["items"][1]["correct"], after["abilities"][0]["tasks"][3]["items"][1]["correct"] = 1, 0
+    (shown,) = examples(run.tuned, tokenizer, before, after, run.recipe)
+    assert shown["task"] == task["name"]
+    assert shown["prompt"].strip() and shown["expected"] == shown["before"] != ""
+    assert shown["after"] != shown["expected"] and "\n" not in shown["after"]
+    assert examples(run.tuned, tokenizer, before, before, run.recipe) == []
+
+
+def test_a_measured_model_against_itself_is_never_lost(whole):
+    for part in load(whole("dense").folder / "before.json")["abilities"]:
+        for n, item in enumerate(i for t in part["tasks"] for i in t["items"]):
+            item["correct"] = int(n % 5 > 0)  # as if the model could do something
+        told = ability(part, part, 0.95)
+        assert told["status"] in ("kept", "unclear")
+        assert told["difference"]["value"] == 0 and told["retention"]["value"] == 1

@@ -1,0 +1,197 @@
+"""Write docs/methods.md and docs/recipe.md from the code, so that they cannot say something else.
+
+python tools/make_docs.py            # write both pages
+python tools/make_docs.py --check    # write nothing; exit 1 if a page is not what the code says
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import io
+import json
+import re
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from holdfast.method import SITES, Method
+from holdfast.methods import all_methods
+from holdfast.recipe import recipe_schema
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+GENERATED = "<!-- Written by tools/make_docs.py: change the code and run it again. -->\n\n"
+NEEDS = {
+    "base_logits": "the base model's answers, computed once before training",
+    "base_weights": "a copy of the base weights",
+    "dense": "the model's own weights (not an adapter, not 4 or 8 bits)",
+    "hidden": "hidden states",
+}
+HEADINGS = "Cost|Combine with|Do not combine with|Differences|Export|Packing in one row"
+METHODS_INTRO = """# Methods
+
+A method is one entry of a plan. In a recipe it is a name, or a name with settings:
+
+```yaml
+plan:
+  - LoRA: {r: 8}
+  - ICLAnchor
+```
+
+In Python it is a class of `holdfast.methods` with the same settings as keyword arguments. The order of a plan matters
+only where [the design](design.md) says so. The last column of a table of settings says where a default comes from;
+"ours" means that we chose it.
+
+"""
+RECIPE_INTRO = """# Recipe
+
+A recipe is one YAML file. `holdfast tune RECIPE` runs it and `holdfast explain RECIPE` shows what it would do. Only
+`model.model_name_or_path` and `data.train` are required. A key that does not exist, a key given twice and a value of
+the wrong kind are refused, with the line. `--set training.seed=1` changes a key for one run, as often as needed;
+`--set plan.0.LoRA.r=8` reaches into the list of methods.
+
+Files are looked for beside the recipe first and in the working directory second. `holdfast:` names a file that comes
+with the package.
+
+"""
+
+
+def methods_page() -> str:
+    """The whole of docs/methods.md."""
+    kinds = all_methods()
+    lines = ["| method | sites | what it does |", "|---|---|---|"]
+    for name, kind in kinds.items():
+        lines.append(f"| [{name}](#{name.lower()}) | {', '.join(kind().sites())} | {kind.does} |")
+    sections = [_section(kind) for kind in sorted(kinds.values(), key=_place)]
+    return GENERATED + METHODS_INTRO + "\n".join([*lines, "", *sections])
+
+
+def _place(kind: type[Method]) -> tuple[int, str]:
+    """Methods of one folder stand together, the folders in the order of the sites."""
+    return SITES.index(kind.__module__.split(".")[2]), kind.__name__
+
+
+def _section(kind: type[Method]) -> str:
+    doc = inspect.getdoc(sys.modules[kind.__module__]) or ""
+    parts = [f"## {kind.__name__}", "", _prose(doc), "", *_settings(kind), *_facts(kind), ""]
+    return "\n".join(parts)
+
+
+def _prose(doc: str) -> str:
+    """A module docstring as Markdown: indented formulas are code already, its labels start paragraphs."""
+    doc = doc.split(":", 1)[1].strip() if re.match(r"\w+: ", doc) else doc
+    doc = doc[0].upper() + doc[1:]
+    doc = re.sub(rf"(?m)(?:^|(?<=[.;)] ))({HEADINGS}):", r"\n\n**\1:**", doc)
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"(?m) +$", "", doc))
+
+
+def _settings(kind: type[Method]) -> list[str]:
+    fields = dataclasses.fields(kind)
+    if not fields:
+        return ["It has no settings.", ""]
+    comments = comments_of(kind)
+    rows = [f"| `{f.name}` | {_code(json.dumps(f.default))} | {_words(comments.get(f.name, ''))} |" for f in fields]
+    return ["| setting | default | source |", "|---|---|---|", *rows, ""]
+
+
+def comments_of(kind: type) -> dict[str, str]:
+    """Field name -> the comment behind its default, which says where the default comes from."""
+    source = inspect.getsource(kind)
+    notes = {
+        t.start[0]: t.string.lstrip("# ")
+        for t in tokenize.generate_tokens(io.StringIO(source).readline)
+        if t.type == tokenize.COMMENT
+    }
+    out = {}
+    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            out[node.target.id] = " ".join(notes[n] for n in lines if n in notes)
+    return out
+
+
+def _facts(kind: type[Method]) -> Iterator[str]:
+    yield f"- Sites: {', '.join(f'`{s}`' for s in kind().sites())}."
+    if kind.wraps:
+        yield "- Wraps the model's layers: one such method a plan, and none that needs the model's own weights."
+    for need in sorted(kind.needs):
+        yield f"- Needs {NEEDS[need]}."
+    for other, why in _clashes(kind):
+        yield f"- Refused with {other}: {why}"
+    if kind.paper:
+        link = f"[arXiv {kind.paper.arxiv}](https://arxiv.org/abs/{kind.paper.arxiv})" if kind.paper.arxiv else ""
+        note = f" ({kind.paper.note})" if kind.paper.note else ""
+        yield f"- Paper: {kind.paper.title}, {link}{note}."
+
+
+def _clashes(kind: type[Method]) -> Iterator[tuple[str, str]]:
+    """(other method, why) in both directions, also those that one switch turns on."""
+    for other in all_methods().values():
+        for a, b in ((kind, other), (other, kind)):
+            for switch, method in _variants(a):
+                if b.__name__ in method.refuses:
+                    yield f"`{other.__name__}`{f' (if {switch})' if switch else ''}", method.refuses[b.__name__]
+
+
+def _variants(kind: type[Method]) -> Iterator[tuple[str, Method]]:
+    """The method as it is, then with each switch turned the other way where that changes what it refuses."""
+    plain: Any = kind()
+    yield "", plain
+    for f in dataclasses.fields(kind):
+        if isinstance(f.default, bool):
+            turned: Any = kind(**{f.name: not f.default})
+            if turned.refuses != plain.refuses:
+                yield f"`{f.name}: {json.dumps(not f.default)}`", turned
+
+
+def recipe_page() -> str:
+    """The whole of docs/recipe.md."""
+    out, section = [], ""
+    for line in recipe_schema().splitlines():
+        found = re.fullmatch(r"(\S+)\s+(.+?)\s{2,}(.+)", line)
+        if not found:
+            raise SystemExit(f"recipe_schema() gives a line this page cannot read: {line!r}")
+        key, default, words = found.groups()
+        if key.split(".")[0] != section:
+            section = key.split(".")[0]
+            out += ["", f"## {section}", "", "| key | default | meaning |", "|---|---|---|"]
+        shown = default if default == "required" else _code(default)
+        out.append(f"| `{key}` | {shown} | {_words(words)} |")
+    return GENERATED + RECIPE_INTRO + "\n".join(out).lstrip() + "\n"
+
+
+def _code(text: str) -> str:
+    return f"`{text}`".replace("|", "\\|")
+
+
+def _words(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def pages() -> dict[Path, str]:
+    """Path -> text of every generated page."""
+    return {DOCS / "methods.md": methods_page(), DOCS / "recipe.md": recipe_page()}
+
+
+def stale() -> list[str]:
+    """Names of the pages that are not what the code says."""
+    return [p.name for p, text in pages().items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
+    if parser.parse_args().check:
+        found = stale()
+        sys.exit(f"Out of date: {', '.join(found)}. Run python tools/make_docs.py." if found else 0)
+    DOCS.mkdir(exist_ok=True)
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
