@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from tiny_run import make_world, recipe_data, write_recipe, write_rows
 from transformers import AutoModelForCausalLM
 
 from holdfast.compare import ability
 from holdfast.errors import PlanError, RecipeError
 from holdfast.recipe import load_recipe, recipe_from
 from holdfast.run import Run, examples, planned, tune
+from tiny_run import make_world, recipe_data, write_recipe, write_rows
 
 LORA = [{"LoRA": {"r": 2, "lora_dropout": 0.1}}, {"ICLAnchor": {"pool": 4, "every": 1}}]
 PROMOT = [{"ProMoT": {"num_virtual_tokens": 3}}]
@@ -253,7 +253,9 @@ KILLS = [
 
 
 @pytest.mark.parametrize(("plan", "phase", "call"), KILLS)
-def test_a_killed_run_goes_on_to_the_same_end(whole, world, tmp_path, plan, phase, call):
+def test_a_killed_run_goes_on_to_the_same_end(whole, world, tmp_path, monkeypatch, plan, phase, call):
+    if phase == "measure before":
+        monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))  # or all of it is in the cache
     one = recipe(world, tmp_path / "run", plan=PLANS[plan])
     stop_at(one, phase, call)
     started = []
@@ -311,10 +313,10 @@ def test_the_base_is_measured_once(world, tmp_path, monkeypatch):
     first = count_forwards(recipe(world, tmp_path / "one"))
     moved = shutil.copytree(world.base, tmp_path / "same weights elsewhere")
     second = count_forwards(
-        recipe(world, tmp_path / "two", model={"model_name_or_path": str(moved)}, training={"seed": 3})
+        recipe(world, tmp_path / "two", model={"model_name_or_path": str(moved)}, training={"learning_rate": 0.02})
     )
-    assert first["measure before"] > 0 and first["measure after"] > 0
-    assert "measure before" in first and "measure before" not in second
+    assert first["measure before"] > 0
+    assert "measure before" not in second
     assert second["measure after"] > 0
     assert load(tmp_path / "one" / "before.json") == load(tmp_path / "two" / "before.json")
     other = count_forwards(recipe(world, tmp_path / "three", measure={"limit": 3}))
