@@ -606,6 +606,7 @@ def sized(name, *lengths):
 
 
 SHARES = [(0.2,), (0.01,), (0.9,), (0.2, 0.05, 0.05), (0.1,) * 5, (0.3, 0.3, 0.3), (0.45, 0.02, 0.02, 0.5)]
+SHARES += [(0.472, 0.086, 0.006, 0.006, 0.014)]  # dealing by largest deficit misses by 1.1 rows here
 
 
 @pytest.mark.parametrize("shares", SHARES, ids=str)
@@ -614,10 +615,11 @@ def test_shares_in_examples_are_exact_at_every_prefix(shares):
     for n, share in enumerate(shares):
         mix = mix.add(Source(f"s{n}", sized(f"s{n}", 2, 9), share))
     wanted = {f"s{n}": s for n, s in enumerate(shares)} | {"task": mix.task_share}
+    bound = 1 - 1 / (2 * len(wanted) - 2)  # Tijdeman 1980
     got, order = Counter(), mix.draw(0)
-    for n in range(1, 500):
+    for n in range(1, 600):
         got[next(order).source] += 1
-        assert all(abs(got[k] - s * n) <= 1 + 1e-9 for k, s in wanted.items()), (n, got)
+        assert all(abs(got[k] - s * n) <= bound + 1e-6 for k, s in wanted.items()), (n, got)
 
 
 @pytest.mark.parametrize("shares", [(0.2,), (0.5,), (0.05, 0.3)], ids=str)

@@ -102,7 +102,7 @@ def _turn(sources: Sequence[Source], used: Sequence[float], total: dict[str, flo
 
     Shares of tokens: whoever is furthest behind, if anybody is. Shares of examples: Tijdeman's rule (The chairman
     assignment problem, 1980), the earliest deadline among those at least 1 / (2k - 2) rows behind, which keeps each of
-    k sources within one row of its share; the largest deficit alone does not, from three sources on.
+    k sources within 1 - 1 / (2k - 2) rows of its share; the largest deficit alone can miss by more than one row.
     """
     late = {i: s.share * (total["tokens"] + 1) - used[i] for i, s in enumerate(sources) if s.unit == "tokens"}
     if late and max(late.values()) >= 0.5:

@@ -174,7 +174,10 @@ class Run:
             for suite in m.suites:
                 check_suite(suite, tokenizer, num_fewshot=m.num_fewshot, limit=m.limit, longest=longest)
             model, tokenizer = self._load(source, merge_adapter=True)
-            _check_finite(model, source.name)
+            bad = not_finite(model)
+            if bad:
+                what = f"The weight {bad} of {source.name} is not finite, so the model can give no probabilities."
+                raise ModelError(what, "Copy or download the model again.")
         session, training, mix = self._planned(plan, model, tokenizer, task, longest)
         return Job(source, model, tokenizer, task, session, training, mix)
 
@@ -194,7 +197,7 @@ class Run:
         dtype = self.recipe.model.dtype
         if t.bf16 is False and dtype == "bfloat16":
             raise RecipeError("training.bf16 is false, but model.dtype is bfloat16.", "Remove one of the two.")
-        if self.recipe.export.folder and not (self.folder / "recipe.yaml").is_file():
+        if self.recipe.export.folder and not (self.folder / "training.json").is_file():
             models._may_replace(None, self.export.expanduser().resolve())
 
     def _plan(self) -> Any:
@@ -350,7 +353,10 @@ class Run:
         log = train(session, job.mix, training, on_step=on_step, evaluate=evaluate)
         session.merge()
         session.finish()
-        _check_finite(session.model, "the tuned model")
+        bad = not_finite(session.model)
+        if bad:
+            what = f"The weight {bad} of the tuned model is not finite; it is not exported."
+            raise TrainingError(what, "Start again with a lower training.learning_rate and another output_dir.")
         tuned, soft = session.finished_model(base_dtype)
         if self.recipe.export.merge and hasattr(tuned, "merge_and_unload"):
             tuned = tuned.merge_and_unload()
@@ -484,18 +490,11 @@ def context_length(source: Any, trust_remote_code: bool = False) -> int:
     return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
 
 
-def _check_finite(model: Any, name: str) -> None:
-    """A NaN weight makes every number below it NaN; say which one instead."""
+def not_finite(model: Any) -> str | None:
+    """The first weight that holds NaN or infinity: every number computed from it would too."""
     import torch
 
-    for key, p in model.named_parameters():
-        if not torch.isfinite(p).all():
-            what = f"The weight {key} of {name} is not finite, so the model can give no probabilities."
-            if name == "the tuned model":
-                raise TrainingError(
-                    what, "Start again with a lower training.learning_rate in another training.output_dir."
-                )
-            raise ModelError(what, "Copy or download the model again.")
+    return next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
 
 
 def examples(model: Any, tokenizer: Any, before: Any, after: Any, recipe: Recipe, most: int = 6) -> list[dict]:

@@ -26,9 +26,6 @@ weights, not its best.
 
 from __future__ import annotations
 
-import copy
-import hashlib
-import inspect
 import json
 import math
 import os
@@ -46,12 +43,25 @@ import torch
 
 from holdfast.engine.forward import SOFT_PROMPT, attention, can_pack, forward, inner
 from holdfast.engine.pack import ATTENTION, TokenRow
-from holdfast.errors import DataError, NoEffect, PlanError, TrainingError
+from holdfast.errors import NoEffect, PlanError, TrainingError
+from holdfast.hosts.hf_batches import dataset_rows, rows_of
+from holdfast.hosts.hf_refuse import refuse
+from holdfast.hosts.hf_setup import (
+    by_name,
+    context_of,
+    default_args,
+    fingerprint,
+    host_of,
+    load_named,
+    mixes,
+    place,
+    rows_a_step,
+    stage_folder,
+    steps_of,
+)
 from holdfast.hosts.plain import split_steps
-from holdfast.method import Method, Stage
-from holdfast.plan import Host, Plan
-from holdfast.rows import Row
-from holdfast.services import Context
+from holdfast.method import Stage
+from holdfast.plan import Plan
 from holdfast.session import Session
 
 if TYPE_CHECKING:
@@ -62,93 +72,6 @@ else:
 CARRIED = "holdfast"  # the key under which a batch carries its Micro to compute_loss
 FOLDER = "holdfast"  # the plan's part of a checkpoint
 LOSSES = ("transformers.trainer", "trl.trainer.sft_trainer")  # whose compute_loss is plain cross-entropy
-ONLY_WITH_LOSS = ("data", "batch", "token_weight", "loss", "stages")
-TENSORS = frozenset(
-    "input_ids labels shift_labels attention_mask position_ids cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k "
-    "seq_idx token_type_ids".split()
-)
-
-
-# ---- from batches to rows
-
-
-def rows_of(batch: Mapping[str, Any], sources: Mapping[bytes, str] | None = None) -> list[TokenRow]:
-    """One row per document of a collated batch: (B, T) input_ids and unshifted labels, -100 where nothing is scored.
-
-    Documents end with the attention mask, and where position_ids start again or cu_seq_lens_q says so. Rows without a
-    target are left out (one is kept when none has any). `sources` names where a row came from, by its key.
-
-    Raises:
-        DataError: the batch has no token ids, has parts that are no text, or labels that are not its own tokens.
-    """
-    if "input_ids" not in batch or set(batch) - TENSORS:
-        strange = sorted(set(batch) - TENSORS) or ["no input_ids"]
-        raise DataError(
-            f"The collator gives a batch with {', '.join(strange)}, but a plan trains on token ids alone.",
-            "Use a text-only dataset with input_ids and labels.",
-        )
-    ids = _array(batch["input_ids"])  # (B, T)
-    labels, starts = _labels(batch, ids), _starts(batch, ids)
-    real = _like(batch, "attention_mask", ids).astype(bool) if "attention_mask" in batch else ids >= 0
-    out = []
-    for i, label, start, mask in zip(ids, labels, starts, real, strict=True):
-        cuts = np.flatnonzero(start[mask])
-        cuts = cuts[cuts > 0]
-        for part, target in zip(np.split(i[mask], cuts), np.split(label[mask], cuts), strict=True):
-            if len(part):
-                out.append(_row(part, target, sources or {}))
-    return [r for r in out if r.num_scored] or out[:1]
-
-
-def _row(ids: np.ndarray, labels: np.ndarray, sources: Mapping[bytes, str]) -> TokenRow:
-    scored = labels != -100
-    scored[0] = False  # nothing stands before the first token
-    if (labels[scored] != ids[scored]).any():
-        raise DataError(
-            "The collator gives labels that are not the tokens themselves (already shifted, or replaced).",
-            "Give labels at the places of their own tokens, -100 where there is no loss.",
-        )
-    ids = ids.astype(np.int64)
-    return TokenRow(ids, scored, "task", sources.get(ids.tobytes() + scored.tobytes(), "task"))
-
-
-def _array(value: Any) -> np.ndarray:
-    return value.cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-
-
-def _like(batch: Mapping[str, Any], name: str, ids: np.ndarray) -> np.ndarray:
-    value = _array(batch[name])
-    if value.shape != ids.shape:
-        raise DataError(
-            f"{name} of a batch has shape {value.shape}, but input_ids has {ids.shape}.",
-            "Use a collator that gives one number per token.",
-        )
-    return value
-
-
-def _labels(batch: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
-    if "shift_labels" in batch:
-        shifted = _like(batch, "shift_labels", ids)
-        return np.concatenate([np.full_like(shifted[:, :1], -100), shifted[:, :-1]], axis=1)
-    if "labels" not in batch:
-        raise DataError(
-            "The collator gives batches without labels, so nothing says what to learn.",
-            "Use a collator with labels, such as DataCollatorForLanguageModeling(tokenizer, mlm=False).",
-        )
-    return _like(batch, "labels", ids)
-
-
-def _starts(batch: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
-    """(B, T) bool: where a document starts inside a row."""
-    if "position_ids" in batch:
-        return _like(batch, "position_ids", ids) == 0
-    starts = np.zeros(ids.shape, dtype=bool)
-    if "cu_seq_lens_q" in batch:  # one flat row; the last entry is its length
-        starts[0, _array(batch["cu_seq_lens_q"])[:-1]] = True
-    return starts
-
-
-# ---- the class
 
 
 @cache
@@ -196,14 +119,14 @@ class PlannedTrainer(_Base):
     session: Session
 
     def __init__(self, *args: Any, plan: Plan, **kwargs: Any):
-        given = _by_name(self._kind, args, kwargs)
-        given["args"] = options = given.get("args") or _default_args(self._kind, given.get("model"))
-        _load_named(self._kind, given)
+        given = by_name(self._kind, args, kwargs)
+        given["args"] = options = given.get("args") or default_args(self._kind, given.get("model"))
+        load_named(self._kind, given)
         model = given["model"]
-        _refuse(self._kind, plan, given, self._loss_is_ours)
-        ctx = _context(self._kind, plan, given)
-        plan.check(_host(self._kind, options, model), ctx)
-        _place(model, options)
+        refuse(self._kind, plan, given, self._loss_is_ours)
+        ctx = context_of(self._kind, plan, given)
+        plan.check(host_of(self._kind, options, model), ctx)
+        place(model, options)
         self.session = Session(plan, model, ctx)
         self._base = fingerprint(model)
         self._frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -230,9 +153,7 @@ class PlannedTrainer(_Base):
                 "Choose the layers with LoRA.target_modules (a regular expression) instead of Freeze.",
             )
         if sharded:
-            raise PlanError(
-                f"{name} with a plan cannot use weights or rows that are cut over processes.", "Use DDP."
-            )
+            raise PlanError(f"{name} with a plan cannot use weights or rows that are cut over processes.", "Use DDP.")
         if self._loss_is_ours and getattr(config, "output_router_logits", False):
             raise PlanError(
                 f"{name} would add the model's load-balancing loss for experts, which the plan's loss leaves out.",
@@ -273,9 +194,7 @@ class PlannedTrainer(_Base):
 
     def _grouped_optimizer(self) -> Any:
         """The trainer's optimizer over the plan's groups, which have learning rates of their own."""
-        kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(
-            self.args, self.model
-        )
+        kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         if not (isinstance(kind, type) and {"params", "model", "optimizer_dict"}.isdisjoint(settings)):
             raise PlanError(
                 f"A method of the plan sets learning rates, but optim={self.args.optim!r} makes its own groups.",
@@ -326,9 +245,7 @@ class PlannedTrainer(_Base):
         picked = self.session.pick(drawn, step)
         if picked is drawn:
             return micro
-        idle = [
-            TokenRow(drawn[0].ids, np.zeros_like(drawn[0].scored))
-        ]  # every process takes part in every backward
+        idle = [TokenRow(drawn[0].ids, np.zeros_like(drawn[0].scored))]  # every process takes part in every backward
         return [picked[n :: len(micro)] or idle for n in range(len(micro))]
 
     def _count(self, micro: Sequence[Sequence[TokenRow]], asides: Sequence[TokenRow]) -> Counter[str]:
@@ -360,9 +277,7 @@ class PlannedTrainer(_Base):
         micro = inputs.pop(CARRIED, None)
         if micro is None or not model.training:
             if self._loss_is_ours and not model.training and hasattr(inner(model), SOFT_PROMPT):
-                return self._prompted_loss(
-                    model, inputs, bool(kwargs.get("return_outputs") or args[:1] == (True,))
-                )
+                return self._prompted_loss(model, inputs, bool(kwargs.get("return_outputs") or args[:1] == (True,)))
             return super().compute_loss(model, inputs, *args, **kwargs)
         with self.accelerator.autocast():  # the terms and the teacher too, as in the plain host
             loss, parts = self.session.loss(model, micro.rows, micro.counts, micro.step, micro.share)
@@ -374,9 +289,7 @@ class PlannedTrainer(_Base):
                 + ").",
                 "Lower learning_rate, or look at the rows of this step; the last checkpoint is kept.",
             )
-        return (
-            loss * self.accelerator.num_processes
-        )  # DDP averages gradients, the loss is a sum over processes
+        return loss * self.accelerator.num_processes  # DDP averages gradients, the loss is a sum over processes
 
     def _prompted_loss(self, model: Any, inputs: Any, outputs: bool) -> Any:
         """Mean loss of an evaluation batch read with the soft prompt, which the trainer's own forward leaves out."""
@@ -401,14 +314,14 @@ class PlannedTrainer(_Base):
 
     def _mix_in(self) -> None:
         """Replace the prepared dataset by the plan's mix, in its drawn order, when a method adds or changes rows."""
-        if not any(_mixes(m) for m in self.session.methods):
+        if not any(mixes(m) for m in self.session.methods):
             return
         if not hasattr(self.train_dataset, "__len__"):
             raise PlanError(
                 f"A method of the plan mixes rows into the data, but {self._kind.__name__} was given a stream.",
                 "Give a dataset with a length.",
             )
-        mix = self.session.mix(_dataset_rows(self.train_dataset))
+        mix = self.session.mix(dataset_rows(self.train_dataset))
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         rows = mix.num_rows(1)
         epochs = self._epochs(len(self._as_dataset(list(islice(mix.draw(seed), rows)))))
@@ -420,7 +333,7 @@ class PlannedTrainer(_Base):
     def _epochs(self, rows: int) -> int:
         if self.args.max_steps <= 0:
             return math.ceil(self.args.num_train_epochs)
-        return math.ceil(self.args.max_steps / _steps(self.args, rows))
+        return math.ceil(self.args.max_steps / steps_of(self.args, rows))
 
     def _as_dataset(self, rows: Sequence[TokenRow]) -> Any:
         """Rows in the columns the trainer reads, packed again when they were."""
@@ -458,8 +371,8 @@ class PlannedTrainer(_Base):
 
     def _first_row(self) -> int:
         """Where the epoch that starts (or is resumed) now begins in the mix, after the rows of earlier stages."""
-        epoch = self.state.global_step // _steps(self.args, self._rows_an_epoch)
-        return self._done * _rows_a_step(self.args) + epoch * self._rows_an_epoch
+        epoch = self.state.global_step // steps_of(self.args, self._rows_an_epoch)
+        return self._done * rows_a_step(self.args) + epoch * self._rows_an_epoch
 
     # ---- the run
 
@@ -503,7 +416,7 @@ class PlannedTrainer(_Base):
             for stage, steps in split_steps(stages, total):
                 if names.index(stage.name) >= names.index(at):
                     self._begin(stage)
-                    self.args.max_steps, self.args.output_dir = steps, _stage_folder(place, stage, stages)
+                    self.args.max_steps, self.args.output_dir = steps, stage_folder(place, stage, stages)
                     out = self._train_from(folder if stage.name == at else None)
                 self._done += steps
         finally:
@@ -525,18 +438,12 @@ class PlannedTrainer(_Base):
         if self.accelerator.num_processes > 1:
             names = [m.name for m in self.session.methods]
             own = torch.tensor([self.session.effects[n] for n in names], device=self.args.device)
-            self.session.effects = Counter(
-                dict(zip(names, self.accelerator.reduce(own, "sum").tolist(), strict=True))
-            )
+            self.session.effects = Counter(dict(zip(names, self.accelerator.reduce(own, "sum").tolist(), strict=True)))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._parts:
             names, steps = sorted(self._parts), max(1, self._steps_in_parts)
-            names = (
-                names
-                if self.accelerator.num_processes == 1
-                else ["task", *(m.name for m in self.session.methods)]
-            )
+            names = names if self.accelerator.num_processes == 1 else ["task", *(m.name for m in self.session.methods)]
             values = torch.tensor([self._parts[n] for n in names], device=self.args.device)
             values = self.accelerator.reduce(values, "sum") / steps
             logs.update({f"loss/{n}": v for n, v in zip(names, values.tolist(), strict=True)})
@@ -579,7 +486,7 @@ class PlannedTrainer(_Base):
         if not wanted or not isinstance(wanted, bool):
             return str(wanted) if wanted else None
         for stage in reversed(stages):
-            place = _stage_folder(self.args.output_dir, stage, stages)
+            place = stage_folder(self.args.output_dir, stage, stages)
             found = get_last_checkpoint(place) if os.path.isdir(place) else None
             if found:
                 return found
@@ -637,240 +544,3 @@ class _InOrder(torch.utils.data.Sampler):
     def __iter__(self) -> Iterator[int]:
         first = self.first()
         return iter([(first + n) % self.whole for n in range(self.size)])
-
-
-# ---- what cannot work together
-
-
-def _refuse(kind: type, plan: Plan, given: Mapping[str, Any], ours: bool) -> None:
-    """Raise PlanError for the first argument of the trainer that a plan cannot live with."""
-    own_loss = next((m for m in plan.active if not ours and set(ONLY_WITH_LOSS) & set(m.sites())), None)
-    if own_loss:
-        raise PlanError(
-            f"{own_loss.name} changes the training loss or its data, but {kind.__name__} has a loss of its own.",
-            f"Use it with SFTTrainer; {kind.__name__} takes methods that freeze, wrap, change steps or merge.",
-        )
-    for wrong, what, cure in (*_wrong_args(given), *(_wrong_losses(given) if ours else ())):
-        if wrong:
-            raise PlanError(f"{kind.__name__} with a plan cannot use {what}.", cure)
-    gradients = next((m for m in plan.active if "grad" in m.sites()), None)
-    if gradients and given["args"].fp16:
-        raise PlanError(
-            f"{gradients.name} changes gradients, but {kind.__name__} scales them under fp16.",
-            "Set bf16=True instead.",
-        )
-
-
-def _wrong_args(given: Mapping[str, Any]) -> Iterator[tuple[Any, str, str]]:
-    options, model = given["args"], given["model"]
-    deepspeed = getattr(options, "deepspeed_plugin", None)
-    adapter = given.get("peft_config") is not None or hasattr(model, "get_base_model")
-    yield (
-        adapter,
-        "another adapter: the plan decides what trains",
-        "Pass the base model and put LoRA into the plan.",
-    )
-    yield (
-        options.n_gpu > 1,
-        "nn.DataParallel, which several visible GPUs in one process mean",
-        "Start it with torchrun or accelerate launch, or show it one GPU.",
-    )
-    yield options.auto_find_batch_size, "auto_find_batch_size, which starts the run anew", "Set it to False."
-    yield options.fsdp, "FSDP, which cuts the weights the plan works on", "Use DDP."
-    yield (
-        getattr(options, "parallelism_config", None) is not None,
-        "tensor, context or sequence parallelism, which cut its rows",
-        "Use DDP.",
-    )
-    yield (
-        deepspeed is not None and deepspeed.zero_stage == 3,
-        "DeepSpeed ZeRO-3, which cuts the weights the plan works on",
-        "Use ZeRO-2 or DDP.",
-    )
-    yield (
-        inner(model).config.is_encoder_decoder if hasattr(inner(model), "config") else True,
-        "a model that is no causal language model",
-        "Use one loaded with AutoModelForCausalLM.",
-    )
-
-
-def _wrong_losses(given: Mapping[str, Any]) -> Iterator[tuple[Any, str, str]]:
-    options = given["args"]
-    yield (
-        given.get("compute_loss_func"),
-        "compute_loss_func, because the plan makes the loss",
-        "Leave it out.",
-    )
-    yield (
-        options.label_smoothing_factor,
-        "label_smoothing_factor, because the plan makes the loss",
-        "Set it to 0.",
-    )
-    yield (
-        getattr(options, "loss_type", None) not in (None, "nll"),
-        f"loss_type={getattr(options, 'loss_type', None)!r}, because the plan makes the loss",
-        "Leave it out; DFT() in the plan is the same loss as 'dft'.",
-    )
-
-
-# ---- before the trainer exists
-
-
-def fingerprint(model: Any) -> str:
-    """Identity of a model's weights: a hash over the first numbers of every parameter, by name."""
-    digest = hashlib.sha256()
-    for name, p in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(p.detach().flatten()[:64].double().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _by_name(kind: type, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a trainer by name, also for subclasses that pass *args on."""
-    inits = (inspect.signature(vars(c)["__init__"]).parameters for c in kind.__mro__ if "__init__" in vars(c))
-    names = next(list(p)[1:] for p in inits if "model" in p)
-    return dict(zip(names, args, strict=False)) | kwargs
-
-
-def _is_sft(kind: type) -> bool:
-    return any(c.__module__ == "trl.trainer.sft_trainer" for c in kind.__mro__)
-
-
-def _default_args(kind: type, model: Any) -> Any:
-    if _is_sft(kind):
-        from trl import SFTConfig
-
-        name = model if isinstance(model, str) else inner(model).config._name_or_path
-        return SFTConfig(f"{str(name).rstrip('/').split('/')[-1]}-SFT")
-    if kind.__module__ == "transformers.trainer":
-        from transformers import TrainingArguments
-
-        return TrainingArguments("tmp_trainer")
-    raise PlanError(f"with_plan({kind.__name__}) was given no args.", "Pass args=, such as DPOConfig('out').")
-
-
-def _load_named(kind: type, given: dict[str, Any]) -> None:
-    """Load a model given by name as TRL does (fp32 unless asked otherwise), and SFTTrainer's default tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model, options, more = given.get("model"), given["args"], {}
-    if isinstance(model, str):
-        given["args"] = options = copy.copy(options)
-        more = dict(getattr(options, "model_init_kwargs", None) or {})
-        options.model_init_kwargs = None  # used here
-        if given.get("quantization_config") is not None:
-            more["quantization_config"] = given.pop("quantization_config")
-        given["model"] = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **more})
-    if given.get("model") is None:
-        raise PlanError(f"with_plan({kind.__name__}) was given no model.", "Pass model=, not model_init=.")
-    if given.get("processing_class") is None and _is_sft(kind):
-        name = model if isinstance(model, str) else inner(model).config._name_or_path
-        given["processing_class"] = AutoTokenizer.from_pretrained(name, revision=more.get("revision", "main"))
-
-
-def _quantised(model: Any) -> bool:
-    return any(getattr(model, n, False) for n in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"))
-
-
-def _host(kind: type, options: Any, model: Any) -> Host:
-    packing = bool(getattr(options, "packing", False) or getattr(options, "padding_free", False))
-    return Host(
-        kind.__name__, packing, getattr(options, "deepspeed_plugin", None) is not None, _quantised(model),
-        options.weight_decay,
-    )  # fmt: skip
-
-
-def _place(model: Any, options: Any) -> None:
-    """Put the model where it will train, so that what is prepared from it lies there too."""
-    own = getattr(model, "hf_device_map", None) or _quantised(model) or options.deepspeed_plugin
-    if not own and getattr(options, "place_model_on_device", None) is not False:
-        model.to(options.device)
-
-
-class _NoTokenizer:
-    """Stands for a missing tokenizer and says so when a method wants it."""
-
-    def __init__(self, host: str):
-        self._host = host
-
-    def __getattr__(self, name: str) -> Any:
-        raise PlanError(
-            f"A method of the plan writes rows of text, but {self._host} was given no tokenizer.",
-            "Pass processing_class=tokenizer.",
-        )
-
-    def __call__(self, *_: Any, **__: Any) -> Any:
-        return self.encode
-
-
-def _context(kind: type, plan: Plan, given: Mapping[str, Any]) -> Context:
-    options, tokenizer = given["args"], given.get("processing_class")
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    limit = int(
-        getattr(inner(given["model"]).config.get_text_config(), "max_position_embeddings", None) or 1024
-    )
-    return Context(
-        given["model"],
-        _NoTokenizer(kind.__name__) if tokenizer is None else tokenizer,
-        options.seed,
-        _text_rows(given.get("train_dataset")),
-        _most_steps(options, plan, given.get("train_dataset")),
-        getattr(options, "max_length", None) or min(limit, 1024),
-        Path.cwd(),
-    )
-
-
-def _text_rows(dataset: Any) -> list[Row]:
-    """prompt/completion text of the task, for methods that build prompts from it."""
-    if not hasattr(dataset, "__len__") or not {"prompt", "completion"} <= set(
-        getattr(dataset, "column_names", None) or ()
-    ):
-        return []
-    pairs = zip(dataset["prompt"], dataset["completion"], strict=True)
-    return [Row(p, c) for p, c in pairs if isinstance(p, str) and isinstance(c, str)]
-
-
-def _dataset_rows(dataset: Any) -> list[TokenRow]:
-    """Rows of a tokenised dataset, packed ones taken apart."""
-    out = []
-    for item in dataset:
-        if "input_ids" not in item:
-            raise PlanError(
-                "A method of the plan mixes rows into the data, but the dataset has no input_ids.",
-                "Tokenise it, or use SFTTrainer, which does.",
-            )
-        ids = _array(item["input_ids"])
-        labels = _array(item["labels"]) if "labels" in item else ids
-        cuts = np.cumsum(item.get("seq_lengths") or [len(ids)])[:-1]
-        parts = zip(np.split(ids, cuts), np.split(labels, cuts), strict=True)
-        out += [_row(a, b, {}) for a, b in parts if len(a)]
-    return out
-
-
-def _mixes(method: Method) -> bool:
-    return type(method).data is not Method.data
-
-
-def _rows_a_step(options: Any) -> int:
-    return options.train_batch_size * options.gradient_accumulation_steps * max(1, options.world_size)
-
-
-def _steps(options: Any, rows: int) -> int:
-    """Optimizer steps of one epoch, counted as the trainer does."""
-    each = options.train_batch_size * max(1, options.world_size)
-    batches = rows // each if options.dataloader_drop_last else math.ceil(rows / each)
-    return max(1, math.ceil(batches / options.gradient_accumulation_steps))
-
-
-def _most_steps(options: Any, plan: Plan, dataset: Any) -> int:
-    """An upper bound of the run's steps, 0 when unknown (a stream; rows that packing cuts or a method adds)."""
-    if options.max_steps > 0:
-        return options.max_steps
-    grows = getattr(options, "packing", False) or any(_mixes(m) for m in plan.active)
-    if grows or not hasattr(dataset, "__len__"):
-        return 0
-    return math.ceil(_steps(options, len(dataset)) * options.num_train_epochs)
-
-
-def _stage_folder(place: str, stage: Stage, stages: Sequence[Stage]) -> str:
-    return place if stage == stages[-1] else os.path.join(place, f"stage-{stage.name}")

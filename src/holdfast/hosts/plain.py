@@ -127,9 +127,7 @@ def _step(
         if not rows:
             continue
         device = next(session.model.parameters()).device.type
-        with torch.autocast(
-            device, settings.autocast or torch.bfloat16, enabled=settings.autocast is not None
-        ):
+        with torch.autocast(device, settings.autocast or torch.bfloat16, enabled=settings.autocast is not None):
             loss, here = session.loss(session.model, rows, counts, step, share=1 / n)
         if not math.isfinite(loss.item()):
             raise TrainingError(

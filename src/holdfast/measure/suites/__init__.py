@@ -99,7 +99,7 @@ def suite_tasks(suite: str) -> Any:
         return held_out_tasks()
     if suite == "anchors":
         return anchor_tasks()
-    raise HoldfastError(f"measure.suites names {suite!r}, which is not a suite.", suggest(suite, SUITES))
+    raise HoldfastError(f"There is no suite {suite!r}.", suggest(suite, SUITES))
 
 
 def prompt_of(suite: str, task: str, item: str, tokenizer: Any, measured: dict[str, Any]) -> Any:

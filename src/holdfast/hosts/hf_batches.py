@@ -1,0 +1,121 @@
+"""From a trainer's batches and datasets to token rows, one per document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from holdfast.engine.pack import TokenRow
+from holdfast.errors import DataError, PlanError
+from holdfast.rows import Row
+
+TENSORS = frozenset(
+    "input_ids labels shift_labels attention_mask position_ids cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k "
+    "seq_idx token_type_ids".split()
+)
+
+
+def rows_of(batch: Mapping[str, Any], sources: Mapping[bytes, str] | None = None) -> list[TokenRow]:
+    """One row per document of a collated batch: (B, T) input_ids and unshifted labels, -100 where nothing is scored.
+
+    Documents end with the attention mask, and where position_ids start again or cu_seq_lens_q says so. Rows without a
+    target are left out (one is kept when none has any). `sources` names where a row came from, by its key.
+
+    Raises:
+        DataError: the batch has no token ids, has parts that are no text, or labels that are not its own tokens.
+    """
+    if "input_ids" not in batch or set(batch) - TENSORS:
+        strange = sorted(set(batch) - TENSORS) or ["no input_ids"]
+        raise DataError(
+            f"The collator gives a batch with {', '.join(strange)}, but a plan trains on token ids alone.",
+            "Use a text-only dataset with input_ids and labels.",
+        )
+    ids = as_array(batch["input_ids"])  # (B, T)
+    labels, starts = _labels(batch, ids), _starts(batch, ids)
+    real = _like(batch, "attention_mask", ids).astype(bool) if "attention_mask" in batch else ids >= 0
+    out = []
+    for i, label, start, mask in zip(ids, labels, starts, real, strict=True):
+        cuts = np.flatnonzero(start[mask])
+        cuts = cuts[cuts > 0]
+        for part, target in zip(np.split(i[mask], cuts), np.split(label[mask], cuts), strict=True):
+            if len(part):
+                out.append(row_of(part, target, sources or {}))
+    return [r for r in out if r.num_scored] or out[:1]
+
+
+def row_of(ids: np.ndarray, labels: np.ndarray, sources: Mapping[bytes, str]) -> TokenRow:
+    scored = labels != -100
+    scored[0] = False  # nothing stands before the first token
+    if (labels[scored] != ids[scored]).any():
+        raise DataError(
+            "The collator gives labels that are not the tokens themselves (already shifted, or replaced).",
+            "Give labels at the places of their own tokens, -100 where there is no loss.",
+        )
+    ids = ids.astype(np.int64)
+    return TokenRow(ids, scored, "task", sources.get(ids.tobytes() + scored.tobytes(), "task"))
+
+
+def as_array(value: Any) -> np.ndarray:
+    return value.cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
+
+
+def _like(batch: Mapping[str, Any], name: str, ids: np.ndarray) -> np.ndarray:
+    value = as_array(batch[name])
+    if value.shape != ids.shape:
+        raise DataError(
+            f"{name} of a batch has shape {value.shape}, but input_ids has {ids.shape}.",
+            "Use a collator that gives one number per token.",
+        )
+    return value
+
+
+def _labels(batch: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
+    if "shift_labels" in batch:
+        shifted = _like(batch, "shift_labels", ids)
+        return np.concatenate([np.full_like(shifted[:, :1], -100), shifted[:, :-1]], axis=1)
+    if "labels" not in batch:
+        raise DataError(
+            "The collator gives batches without labels, so nothing says what to learn.",
+            "Use a collator with labels, such as DataCollatorForLanguageModeling(tokenizer, mlm=False).",
+        )
+    return _like(batch, "labels", ids)
+
+
+def _starts(batch: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
+    """(B, T) bool: where a document starts inside a row."""
+    if "position_ids" in batch:
+        return _like(batch, "position_ids", ids) == 0
+    starts = np.zeros(ids.shape, dtype=bool)
+    if "cu_seq_lens_q" in batch:  # one flat row; the last entry is its length
+        starts[0, as_array(batch["cu_seq_lens_q"])[:-1]] = True
+    return starts
+
+
+def text_rows(dataset: Any) -> list[Row]:
+    """prompt/completion text of the task, for methods that build prompts from it."""
+    if not hasattr(dataset, "__len__") or not {"prompt", "completion"} <= set(
+        getattr(dataset, "column_names", None) or ()
+    ):
+        return []
+    pairs = zip(dataset["prompt"], dataset["completion"], strict=True)
+    return [Row(p, c) for p, c in pairs if isinstance(p, str) and isinstance(c, str)]
+
+
+def dataset_rows(dataset: Any) -> list[TokenRow]:
+    """Rows of a tokenised dataset, packed ones taken apart."""
+    out = []
+    for item in dataset:
+        if "input_ids" not in item:
+            raise PlanError(
+                "A method of the plan mixes rows into the data, but the dataset has no input_ids.",
+                "Tokenise it, or use SFTTrainer, which does.",
+            )
+        ids = as_array(item["input_ids"])
+        labels = as_array(item["labels"]) if "labels" in item else ids
+        cuts = np.cumsum(item.get("seq_lengths") or [len(ids)])[:-1]
+        parts = zip(np.split(ids, cuts), np.split(labels, cuts), strict=True)
+        out += [row_of(a, b, {}) for a, b in parts if len(a)]
+    return out
