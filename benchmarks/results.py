@@ -190,13 +190,16 @@ def run(task: str, method: str, seed: int, shared: Path) -> None:
         return
     kept = {n: p.detach().clone() for n, p in session.params.items()}
     for name, merge in (("full", None), *merges.items()):
-        model.float()
+        for p in model.parameters():
+            p.data = p.data.float()
         with torch.no_grad():
             for n, p in session.params.items():
                 base = session.base_weights[n].float()
                 p.copy_(kept[n] if merge is None else merge.merge(n, base, kept[n].float(), session.num_layers))
-        model.to(compute)
-        write_json(path_of(task, name, seed), facts | {"method": name} | measure(model, tokenizer, test, labels, shared))
+        for p in model.parameters():  # not model.to(): buffers keep their precision
+            p.data = p.data.to(compute)
+        measured = measure(model, tokenizer, test, labels, shared)
+        write_json(path_of(task, name, seed), facts | {"method": name} | measured)
 
 
 def work(queue: Any, shared: Path, threads: int) -> None:

@@ -52,7 +52,8 @@ def rows(runs: dict, data: str, overhead: dict[str, float]) -> list[str]:
 
     base = runs[data, "base"][0]
     names = [*results.TABLE, *(n for n in results.plans() if " lr " in n)]
-    out = ["| training | seeds | task accuracy | held-out ICL kept | other authors' ICL kept | time |", "|---|---|---|---|---|---|"]
+    out = ["| training | seeds | task accuracy | held-out ICL kept | other authors' ICL kept | time |"]
+    out.append("|---|---|---|---|---|---|")
     for name in names:
         found = runs.get((data, name))
         if not found:
@@ -100,13 +101,14 @@ def write(folder: Path, docs: Path) -> None:
         "What each method learns and what it keeps, on SmolLM2-135M-Instruct. Produced by `benchmarks/results.py`;",
         "do not edit by hand. `make results` goes on where it stopped.",
         "",
-        f"Every run: {results.STEPS} steps of {results.BATCH} rows, AdamW, linear schedule, bf16 compute; the same rows in",
-        f"the same order for every method. Task accuracy on {results.TEST['sst2']} test rows (tickets, RTE, AG News: {results.TEST['tickets']}; likeliest label). In-context learning",
-        f"(ICL): greedy exact match at 8 shots; held-out: the built-in held-out tasks in three formats each",
-        f"(base {next(iter(base.values())):.3f}); other authors': 12 tasks of the function-vectors data, in their own format.",
-        "Kept: tuned over base, corrected for chance, 95 % interval over items (tasks whose base is not above chance are",
-        "left out). With two seeds the interval clusters the seeds' answers to the same item; the spread between runs is",
-        "given beside the accuracy. Two seeds are few: differences within the spread are noise.",
+        f"Every run: {results.STEPS} steps of {results.BATCH} rows, AdamW, linear schedule, bf16 compute; the same rows",
+        f"in the same order for every method. Task accuracy on {results.TEST['sst2']} test rows (tickets, RTE, AG News:",
+        f"{results.TEST['tickets']}; likeliest label). In-context learning (ICL): greedy exact match at 8 shots; held-out:",
+        f"the built-in held-out tasks in three formats each (base {next(iter(base.values())):.3f}); other authors': 12",
+        "tasks of the function-vectors data, in their own format.",
+        "Kept: tuned over base, corrected for chance, 95 % interval over items (tasks whose base is not above chance",
+        "are left out). With two seeds the interval clusters the seeds' answers to the same item; the spread between",
+        "runs is given beside the accuracy. Two seeds are few: differences within the spread are noise.",
         "",
         "time: training time relative to the plain tuning of the same kind (full or LoRA), base answers included;",
         "measured separately, alternating on a quiet machine. " + overhead.get("note", ""),

@@ -46,9 +46,7 @@ def token_rows(rows: Sequence[Any], tokenizer: Any) -> list[Any]:
     return [tokenize(r, tokenizer, 512) for r in rows]
 
 
-def start(
-    plan: Plan, model: Any, tokenizer: Any, rows: Sequence[Any], settings: Training
-) -> tuple[Session, Mix]:
+def start(plan: Plan, model: Any, tokenizer: Any, rows: Sequence[Any], settings: Training) -> tuple[Session, Mix]:
     """A session and its mix after everything that comes before training, as `holdfast tune` does it."""
     steps, seed = settings.num_steps, settings.seed
     ctx = Context(model, tokenizer, seed, rows, max_length=512, total_steps=steps)
@@ -194,9 +192,7 @@ def anchor_holds(seen: Seen) -> None:
 
 
 def task_kl_holds(seen: Seen) -> None:
-    assert kl(seen.base_model, seen.result.model, seen.task) < 0.8 * kl(
-        seen.base_model, seen.plain.model, seen.task
-    )
+    assert kl(seen.base_model, seen.result.model, seen.task) < 0.8 * kl(seen.base_model, seen.plain.model, seen.task)
 
 
 def token_loss_holds(seen: Seen) -> None:
@@ -207,8 +203,7 @@ def token_loss_holds(seen: Seen) -> None:
 
 def pull_holds(seen: Seen) -> None:
     near, far = (
-        sum((r.weights[n] - w).square().sum() for n, w in seen.base.items())
-        for r in (seen.result, seen.plain)
+        sum((r.weights[n] - w).square().sum() for n, w in seen.base.items()) for r in (seen.result, seen.plain)
     )
     assert 0 < near < 0.8 * far
 
@@ -314,8 +309,6 @@ CASES = (
         off=(hf.Replay(share=0.0),),
         no_zero=NO_TERM,
     ),
-    Case(
-        hf.WiSEFT(alpha=0.5), line_holds(lambda m, _n: m.alpha), off=(hf.WiSEFT(alpha=1.0),), no_zero=NO_TERM
-    ),
+    Case(hf.WiSEFT(alpha=0.5), line_holds(lambda m, _n: m.alpha), off=(hf.WiSEFT(alpha=1.0),), no_zero=NO_TERM),
 )
 BY_NAME = {c.name: c for c in CASES}

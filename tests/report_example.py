@@ -198,7 +198,4 @@ def points() -> list[dict[str, Any]]:
         ("full + EWC", 0.855, 0.96),
         ("full + L2-SP", 0.85, 0.97),
     ]
-    return [
-        {"name": n, "task": est(t, 300), "kept": est(k, 300, 0.04), "highlight": "ICL" in n}
-        for n, t, k in rows
-    ]
+    return [{"name": n, "task": est(t, 300), "kept": est(k, 300, 0.04), "highlight": "ICL" in n} for n, t, k in rows]

@@ -90,9 +90,7 @@ def test_3_changes_the_run(case, finished):
 @each
 def test_3_defaults_change_the_run(case, tiny_model, tokenizer, rows, finished):
     """As they are, with no setting made easy for the tiny model."""
-    with_it = run(
-        [type(case.method)()], tiny_model(), tokenizer, rows, 8, batch_size=2, gradient_accumulation_steps=1
-    )
+    with_it = run([type(case.method)()], tiny_model(), tokenizer, rows, 8, batch_size=2, gradient_accumulation_steps=1)
     without = finished(steps=8, batch_size=2, gradient_accumulation_steps=1)
     assert any(not torch.equal(w, with_it.weights.get(n, w[:0])) for n, w in without.weights.items())
 
@@ -266,9 +264,7 @@ def test_8_without_step_projection_the_subspace_moves(mode, tiny_model, tokenize
     assert inside(finished(steps=20, **HARD)) > 0.1
 
 
-@pytest.mark.parametrize(
-    "method", [hf.WiSEFT(alpha=0.0), hf.LiNeS(alpha=0.0, beta=0.0)], ids=lambda m: m.name
-)
+@pytest.mark.parametrize("method", [hf.WiSEFT(alpha=0.0), hf.LiNeS(alpha=0.0, beta=0.0)], ids=lambda m: m.name)
 def test_8_a_line_of_0_is_the_base_exactly(method, tiny_model, finished):
     base = weights_of(tiny_model())
     assert all(torch.equal(w, base[n]) for n, w in finished(method, steps=20, **HARD).weights.items())
@@ -278,8 +274,7 @@ def test_8_the_line_is_exact_on_an_adapter(finished):
     """Scaling B by alpha equals averaging the merged weights with the base."""
     lora = hf.LoRA(r=4, lora_alpha=8)
     whole, half = (
-        copy.deepcopy(finished(*m, steps=8).model).merge_and_unload()
-        for m in ((lora,), (lora, hf.WiSEFT(alpha=0.25)))
+        copy.deepcopy(finished(*m, steps=8).model).merge_and_unload() for m in ((lora,), (lora, hf.WiSEFT(alpha=0.25)))
     )
     base = finished(lora, steps=8).weights
     for name, value in half.named_parameters():
@@ -301,9 +296,7 @@ def test_9_nothing_else_moved(case, tiny_model, tokenizer, rows):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in result.model.modules())
     assert not hasattr(tuned, SOFT_PROMPT) and not result.model.training
     if not case.method.wraps:
-        assert {n: p.shape for n, p in before.named_parameters()} == {
-            n: p.shape for n, p in tuned.named_parameters()
-        }
+        assert {n: p.shape for n, p in before.named_parameters()} == {n: p.shape for n, p in tuned.named_parameters()}
         assert tuned.lm_head.weight is tuned.model.embed_tokens.weight  # still tied
     assert all(p.dtype == torch.float32 and p.grad is None for p in result.model.parameters())
     assert tokenizer.backend_tokenizer.to_str() == words and rows == kept_rows
@@ -373,9 +366,7 @@ def test_11_distance_is_0_at_the_base(method, on, tiny_model, tokenizer, rows):
     session.enter(session.stages[0])
     parts = session.probe(task[:3])
     # the penalty is exact; a KL of two forwards packed differently differs by rounding of the logits
-    assert abs(parts[method.name]) <= (
-        0 if method.name == "L2ToInit" else 1e-7 * getattr(method, "weight", 1)
-    )
+    assert abs(parts[method.name]) <= (0 if method.name == "L2ToInit" else 1e-7 * getattr(method, "weight", 1))
     shake(session)
     assert session.probe(task[:3])[method.name] > 1e-4
 
@@ -383,9 +374,7 @@ def test_11_distance_is_0_at_the_base(method, on, tiny_model, tokenizer, rows):
 HEAD_LORA = hf.LoRA(r=4, target_modules=("lm_head", "q_proj"))
 
 
-@pytest.mark.parametrize(
-    "extra, known", [((), True), ((), False), ((HEAD_LORA,), True), ((HEAD_LORA,), False)]
-)
+@pytest.mark.parametrize("extra, known", [((), True), ((), False), ((HEAD_LORA,), True), ((HEAD_LORA,), False)])
 def test_11_the_teacher_stays_the_base(extra, known, tiny_model, tokenizer, rows):
     """Whatever trains, the head and an adapter on it too: stored answers, frozen copy, adapter switched off."""
     model = tiny_model(tied=False)
@@ -424,9 +413,7 @@ def test_12_export_gives_the_same_logits(case, base_folder, tokenizer, rows, tmp
     loaded = PeftModel.from_pretrained(plain_model, folder) if wraps else plain_model
     with torch.no_grad():
         assert torch.equal(loaded.eval()(ids).logits, result.model(ids).logits)
-        assert not torch.equal(
-            loaded(ids).logits, AutoModelForCausalLM.from_pretrained(base_folder)(ids).logits
-        )
+        assert not torch.equal(loaded(ids).logits, AutoModelForCausalLM.from_pretrained(base_folder)(ids).logits)
     assert AutoTokenizer.from_pretrained(folder).encode(rows[0].prompt) == tokenizer.encode(rows[0].prompt)
 
 
@@ -444,9 +431,7 @@ def test_12_the_prompt_is_a_peft_adapter(base_folder, tokenizer, rows, tmp_path)
     row = token_rows(rows, tokenizer)[0]
     prompted = copy.deepcopy(result.model)
     prompted.register_parameter(SOFT_PROMPT, torch.nn.Parameter(result.soft))
-    loaded = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(folder), tmp_path / "prompt"
-    ).eval()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "prompt").eval()
     with torch.no_grad():
         packed, ours = forward(prompted, [row])
         theirs = loaded(torch.as_tensor(row.ids)[None]).logits[0]
@@ -691,9 +676,7 @@ def test_an_empty_source_is_named():
 
 def test_maps_run_in_order_over_every_row():
     mix = Mix(sized("task", 5)).add(Source("more", sized("more", 7), 0.5))
-    cut = mix.map(lambda r: sized(r.source, len(r.ids) - 1)[0]).map(
-        lambda r: sized(r.source, len(r.ids) * 2)[0]
-    )
+    cut = mix.map(lambda r: sized(r.source, len(r.ids) - 1)[0]).map(lambda r: sized(r.source, len(r.ids) * 2)[0])
     order = cut.draw(0)
     assert {len(next(order).ids) for _ in range(10)} == {8, 12}
 

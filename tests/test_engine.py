@@ -230,9 +230,7 @@ def test_the_models_own_attention_comes_back(tiny_model):
 def test_a_lora_model_packs(tiny_model):
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(
-        tiny_model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    ).eval()
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(p.numel()))

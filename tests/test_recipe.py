@@ -222,9 +222,7 @@ def test_local_data_is_found_beside_the_recipe_then_here(tmp_path, monkeypatch):
         (folder / "both.jsonl").touch()
     (here / "one.jsonl").touch()
     monkeypatch.chdir(here)
-    text = (
-        "model: {model_name_or_path: m}\ndata: {train: both.jsonl, test: one.jsonl, validation: none.jsonl}"
-    )
+    text = "model: {model_name_or_path: m}\ndata: {train: both.jsonl, test: one.jsonl, validation: none.jsonl}"
     data = load_recipe(write(beside, text)).data
     assert data.test is not None and data.validation is not None
     assert [data.train.path, data.test.path] == [str(beside / "both.jsonl"), str(here / "one.jsonl")]

@@ -21,8 +21,7 @@ from report_example import est, example, points
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 NASTY = (
-    "<script>alert(1)</script></pre></title></svg>{{7*7}}{% raw %}"
-    + "\x1b[31m\x00\u202e\ud800\" onload='x' ]]> & | `"
+    "<script>alert(1)</script></pre></title></svg>{{7*7}}{% raw %}" + "\x1b[31m\x00\u202e\ud800\" onload='x' ]]> & | `"
 )
 STATUSES = ("kept", "lost", "unclear", "not measurable")
 
@@ -117,9 +116,7 @@ def test_page_loads_nothing(report):
     source = page.render(report)
     made = Balance(source)
     assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form"} & set(made.tags)
-    assert not [
-        a for a in made.attributes if a[1] in ("src", "srcset", "data", "action") or a[1].startswith("on")
-    ]
+    assert not [a for a in made.attributes if a[1] in ("src", "srcset", "data", "action") or a[1].startswith("on")]
     links = [v for _, k, v in made.attributes if k == "href"]
     assert all(v.startswith("https://arxiv.org/abs/") for v in links)
     style = source[source.index("<style>") : source.index("</style>")]
@@ -130,10 +127,7 @@ def test_untrusted_text_is_shown_as_text():
     clean, bad = Balance(page.render(example())), Balance(page.render(poison(example())))
     made = page.render(poison(example()))
     assert "<script" not in made and "49{%" not in made
-    assert (
-        "<script>alert(1)</script></pre></title></svg>{{7*7}}{% raw %}\\x1b[31m\\x00\\u202e\\ud800"
-        in bad.text
-    )
+    assert "<script>alert(1)</script></pre></title></svg>{{7*7}}{% raw %}\\x1b[31m\\x00\\u202e\\ud800" in bad.text
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\ud800]", made)
     assert made.encode("utf-8")
     # The paper link is gone, for its number is no arXiv number now; nothing else may differ in structure.
@@ -146,9 +140,7 @@ def test_arxiv_numbers_become_links(number):
     assert page.arxiv_url(number) == "https://arxiv.org/abs/" + number.removeprefix("arXiv:")
 
 
-@pytest.mark.parametrize(
-    "number", ["", None, "javascript:alert(1)", "2401.0123\n4", "1/2", '2401.01234"x', 7]
-)
+@pytest.mark.parametrize("number", ["", None, "javascript:alert(1)", "2401.0123\n4", "1/2", '2401.01234"x', 7])
 def test_other_paper_numbers_do_not(number):
     assert page.arxiv_url(number) is None
 
@@ -333,9 +325,7 @@ def test_duration(s, words):
     assert schema.duration(s) == words
 
 
-@pytest.mark.parametrize(
-    "values", [[0.2, 0.9], [3.0, 18.2], [-4.0, -4.0], [1e-6, 2e-6], [0.0], [], [5e8, 6e8]]
-)
+@pytest.mark.parametrize("values", [[0.2, 0.9], [3.0, 18.2], [-4.0, -4.0], [1e-6, 2e-6], [0.0], [], [5e8, 6e8]])
 def test_axis_reaches_around_its_values(values):
     axis = plots.nice_axis(values)
     assert axis.low < axis.high and len(axis.ticks) <= 8
@@ -404,9 +394,7 @@ onload = () => {{ document.body.innerHTML = [...document.querySelectorAll("ifram
 </script>"""
 
 
-@pytest.mark.skipif(
-    CHROMIUM is None, reason="chromium is not installed: the width of the page is not looked at"
-)
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: the width of the page is not looked at")
 @pytest.mark.parametrize("report", [example(), poison(example())], ids=["plain", "poisoned"])
 def test_page_fits_phone_and_desktop(report, tmp_path):
     report["examples"][0]["after"] = "x" * 5000

@@ -87,10 +87,7 @@ def test_each_schema_is_detected(name, tmp_path, tokenizer):
 def test_alpaca_without_a_chat_template(tmp_path):
     row = {"instruction": "add", "input": "1 2", "output": "3"}
     (found,) = read(tmp_path, "a.jsonl", [row])
-    assert (
-        found.prompt == "### Instruction:\nadd\n\n### Input:\n1 2\n\n### Response:\n"
-        and found.completion == "3"
-    )
+    assert found.prompt == "### Instruction:\nadd\n\n### Input:\n1 2\n\n### Response:\n" and found.completion == "3"
 
 
 KINDS = {  # each holds the same two rows; the lines differ

@@ -82,9 +82,7 @@ def test_tree_is_one_by_one(tiny_model, tokenizer, encoded):
 @pytest.mark.parametrize("batch_tokens", [1, 3, 17, 64, 4096])
 def test_batch_size_does_not_matter(tiny_model, tokenizer, encoded, batch_tokens):
     model = tiny_model(tied=False)
-    assert_same(
-        Scorer(model, tokenizer, batch_tokens=batch_tokens).score_tokens(encoded), plain(model, encoded)
-    )
+    assert_same(Scorer(model, tokenizer, batch_tokens=batch_tokens).score_tokens(encoded), plain(model, encoded))
 
 
 def test_order_and_duplicates_do_not_matter(tiny_model, tokenizer, encoded):
@@ -94,9 +92,7 @@ def test_order_and_duplicates_do_not_matter(tiny_model, tokenizer, encoded):
     order = list(range(len(encoded))) * 2
     random.Random(1).shuffle(order)
     again = scorer.score_tokens([encoded[n] for n in order])
-    assert [again[i] for i in range(len(order))] == [
-        first[n] for n in order
-    ]  # bit for bit: the tree is the same
+    assert [again[i] for i in range(len(order))] == [first[n] for n in order]  # bit for bit: the tree is the same
     assert scorer.num_unique_tokens == unique
 
 

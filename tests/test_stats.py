@@ -22,9 +22,7 @@ def binary_pairs(rng, n, loss, gain, sims=1):
 
 
 def rate(status, base, tuned, **kw):
-    return np.mean(
-        [stats.noninferiority(b, t, **kw).status == status for b, t in zip(base, tuned, strict=True)]
-    )
+    return np.mean([stats.noninferiority(b, t, **kw).status == status for b, t in zip(base, tuned, strict=True)])
 
 
 # ---------------------------------------------------------------- one mean
@@ -221,9 +219,7 @@ def test_clusters_and_chunks_of_the_bootstrap():
     d, names = rng.normal(size=6000), np.repeat(np.arange(3000), 2)
     drawn = stats.macro_draws({"a": (np.zeros(6000), d, names)}, {"a": 0.0}, draws=2000)[2]
     se = d.reshape(3000, 2).mean(1).std(ddof=1) / math.sqrt(3000)
-    assert drawn.std() == pytest.approx(se, rel=0.08) and drawn.mean() == pytest.approx(
-        d.mean(), abs=3 * se / 40
-    )
+    assert drawn.std() == pytest.approx(se, rel=0.08) and drawn.mean() == pytest.approx(d.mean(), abs=3 * se / 40)
 
 
 @pytest.mark.parametrize("graded", [False, True])

@@ -87,12 +87,8 @@ Houston Denver Miami Lima Bogota Quito Santiago Melbourne Glasgow""".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 JOBS = """teacher baker doctor farmer painter pilot lawyer driver gardener tailor plumber writer nurse sailor
 carpenter waiter""".split()
-THINGS = (
-    "scarf bag car umbrella jacket bicycle vase chair boat lamp hat blanket notebook kettle box door".split()
-)
-PLURALS = (
-    "books apples tickets chairs letters eggs bottles stamps candles boxes lamps coins plates shirts".split()
-)
+THINGS = "scarf bag car umbrella jacket bicycle vase chair boat lamp hat blanket notebook kettle box door".split()
+PLURALS = "books apples tickets chairs letters eggs bottles stamps candles boxes lamps coins plates shirts".split()
 SPOTS = "market station library harbour museum school garden bakery office park hotel church".split()
 
 NAME_FORMS = """{name} left the {thing} on the train.

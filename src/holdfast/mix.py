@@ -41,9 +41,7 @@ class Source:
                 count += 1
                 yield row
             if not count:
-                raise PlanError(
-                    f"Source {self.name!r} of the mix has no rows.", "Give it rows or set its share to 0."
-                )
+                raise PlanError(f"Source {self.name!r} of the mix has no rows.", "Give it rows or set its share to 0.")
             turn += 1
 
 

@@ -561,7 +561,7 @@ def load(
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     with _no_bars():
-        tokenizer = _load_tokenizer(source, trust_remote_code)
+        tokenizer = load_tokenizer(source, trust_remote_code)
         model = _load_any(source, options, merge_adapter)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -611,13 +611,13 @@ def _cpu_computes_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _load_tokenizer(source: ModelSource, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, or the base's for an adapter that brings none; padding falls back to eos."""
     from transformers import AutoTokenizer
 
     has_own = any((Path(source.path) / f).is_file() for f in ("tokenizer_config.json", *TOKENIZER_FILES))
     if source.base is not None and not has_own:
-        return _load_tokenizer(source.base, trust_remote_code)
+        return load_tokenizer(source.base, trust_remote_code)
     if not has_own:
         raise ModelError(f"{source.label} has no tokenizer in {source.path}.", "Copy the tokenizer's files there.")
     try:
@@ -686,7 +686,7 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Pat
         ModelError: `folder` holds more than an older model, or is the base of this adapter.
     """
     target = Path(folder).expanduser().resolve()
-    _may_replace(model, target)
+    may_replace(model, target)
     with _fresh_folder(target, replace=True) as part, _no_bars():
         _mend_generation(model)
         if hasattr(model, "peft_config"):
@@ -700,7 +700,7 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Pat
     return target
 
 
-def _may_replace(model: Any, target: Path) -> None:
+def may_replace(model: Any, target: Path) -> None:
     """Raise ModelError if writing `target` would destroy something else than an older model."""
     cure = "Choose another folder."
     for config in getattr(model, "peft_config", {}).values():

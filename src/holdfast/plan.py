@@ -85,9 +85,13 @@ class Plan:
         """Raise PlanError for the first thing that cannot work, naming both parties and the cure."""
         for m in self.active:
             m.check(ctx)
+        self.check_together()
+        self._check_host(host)
+
+    def check_together(self) -> None:
+        """The part of `check` that needs no model: ownership, order and meaning."""
         self._check_owners()
         self._check_meaning()
-        self._check_host(host)
 
     def _check_owners(self) -> None:
         for what, owners in (

@@ -106,9 +106,7 @@ def split(rows: Sequence[Row], size: float, seed: int) -> tuple[list[Row], list[
         if len(cut) + len(group) <= asked:
             cut.update(group)
     if asked and not 0 < len(cut) < len(rows):
-        what = (
-            f"Cannot cut {asked} of {len(rows)} rows ({len(groups)} distinct) and leave rows on both sides."
-        )
+        what = f"Cannot cut {asked} of {len(rows)} rows ({len(groups)} distinct) and leave rows on both sides."
         raise DataError(what, "Change data.validation_size, or give a validation file.")
     return [r for i, r in enumerate(rows) if i not in cut], [r for i, r in enumerate(rows) if i in cut]
 
@@ -193,9 +191,7 @@ def _decoded(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{path.name}: cannot be read ({error.strerror}).", "Check its permissions."
-        ) from None
+        raise DataError(f"{path.name}: cannot be read ({error.strerror}).", "Check its permissions.") from None
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -205,9 +201,7 @@ def _decoded(path: Path) -> str:
 
 def _record(value: Any, place: str) -> Record:
     if not isinstance(value, dict):
-        raise DataError(
-            f"{place}: {_kind(value)}, not an object.", "Write {'column': value, ...} in each row."
-        )
+        raise DataError(f"{place}: {_kind(value)}, not an object.", "Write {'column': value, ...} in each row.")
     return place, value
 
 
@@ -322,9 +316,7 @@ def _from_hub(source: Source, folder: Path | None, base_dir: Path) -> Iterator[R
     import datasets
 
     try:
-        found = datasets.load_dataset(
-            str(folder or path), source.name, split=source.split, revision=source.revision
-        )
+        found = datasets.load_dataset(str(folder or path), source.name, split=source.split, revision=source.revision)
     except Exception as error:  # the library raises a dozen unrelated types, httpx's among them
         problem = str(error).splitlines()[0] if str(error) else type(error).__name__
         kind = "folder" if folder else "hub data set (and no local file)"
@@ -405,9 +397,7 @@ def _detected(first: Record, tokenizer: Any) -> Build:
     if fitting == ["text"] and names - {"text"} - NOTES:
         fitting = []  # text beside a label column: training on the text alone would be a silent mistake
     if len(fitting) != 1:
-        what = (
-            f"{place}: the columns {', '.join(map(str, columns))} fit {' and '.join(fitting) or 'no schema'}."
-        )
+        what = f"{place}: the columns {', '.join(map(str, columns))} fit {' and '.join(fitting) or 'no schema'}."
         known = "; ".join(f"{name} ({', '.join(sorted(need))})" for name, need in SCHEMAS.items())
         raise DataError(what, f"{TEMPLATES_CURE} Known without templates: {known}.")
     (schema,) = fitting

@@ -111,8 +111,8 @@ class Run:
         rows = [[r.prompt, r.completion] for r in (*job.task.train, *job.task.test)]
         now = {"model": job.source.sha, "data": content_key(rows)}
         work = any((self.folder / name).exists() for name in WORK)
-        began = self._read("inputs.json") if work else None
-        for what in began or ():
+        began = (work and self._read("inputs.json")) or {}
+        for what in began:
             if began[what] != now[what]:
                 raise RecipeError(
                     f"The {what} of this recipe is no longer what the run in {self.folder} began with.",
@@ -168,7 +168,7 @@ class Run:
         with self._timed("load"):
             self.tell("load", 0.0, r.model.model_name_or_path)
             source = models.resolve(r.model.model_name_or_path, r.model.model_revision)
-            tokenizer = models._load_tokenizer(source, r.model.trust_remote_code)
+            tokenizer = models.load_tokenizer(source, r.model.trust_remote_code)
             longest = context_length(source, r.model.trust_remote_code)
             task = read_task(r, tokenizer, self.base_dir, longest)
             for suite in m.suites:
@@ -198,15 +198,14 @@ class Run:
         if t.bf16 is False and dtype == "bfloat16":
             raise RecipeError("training.bf16 is false, but model.dtype is bfloat16.", "Remove one of the two.")
         if self.recipe.export.folder and not (self.folder / "training.json").is_file():
-            models._may_replace(None, self.export.expanduser().resolve())
+            models.may_replace(None, self.export.expanduser().resolve())
 
     def _plan(self) -> Any:
         """The plan, checked as far as that needs no model."""
         from holdfast.plan import Plan
 
         plan = Plan(default_plan()) if self.recipe.plan is None else Plan.from_recipe(self.recipe.plan)
-        plan._check_owners()
-        plan._check_meaning()
+        plan.check_together()
         return plan
 
     def _load(self, source: Any, *, merge_adapter: bool) -> tuple[Any, Any]:
@@ -237,7 +236,7 @@ class Run:
         if t.packing and any("stages" in m.sites() for m in plan.active):
             plan.check(Host("training.packing: true", packing=True), ctx)
         plan.check(Host("holdfast tune"), ctx)
-        session = Session(plan, model, ctx, compute_dtype=model.dtype, knows_rows=True)
+        session = Session(plan, model, ctx, compute_dtype=model.dtype, knows_rows=True, packing=t.packing is not False)
         mix = session.mix(task.token_rows)
         size = t.per_device_train_batch_size * t.gradient_accumulation_steps
         steps = t.max_steps if t.max_steps > 0 else math.ceil(mix.num_rows(t.num_train_epochs) / size)
@@ -261,6 +260,7 @@ class Run:
             adam_beta1=t.adam_beta1,
             adam_beta2=t.adam_beta2,
             adam_epsilon=t.adam_epsilon,
+            fused=t.optim == "adamw_torch_fused",
             seed=t.seed if t.data_seed is None else t.data_seed,  # of the order of rows (and of dropout)
             autocast=torch.bfloat16 if t.bf16 else half,
             save_steps=t.save_steps,
@@ -341,7 +341,11 @@ class Run:
             if self.recipe.training.gradient_checkpointing:
                 inner(session.model).gradient_checkpointing_enable({"use_reentrant": False})
 
+        every = self.recipe.training.logging_steps
+
         def on_step(step: int, of: int, parts: dict[str, float]) -> None:
+            if step % every == 0 or step == of:
+                self._log({"step": step, "of": of, **parts})
             words = "  ".join(f"{k} {v:.3f}" for k, v in parts.items())
             self.tell("tune", step / of, f"step {step}/{of}  {words}")
 
@@ -407,6 +411,11 @@ class Run:
             "realised_mix": realised,
             "timing": self.timing,
         }
+
+    def _log(self, line: dict[str, Any]) -> None:
+        """One line of log.jsonl. A resumed run writes the steps after its checkpoint again; the last line counts."""
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     # ---- the end
 

@@ -31,6 +31,7 @@ class Session:
         ctx: what the run knows.
         compute_dtype: what frozen weights are kept in; what trains is kept in fp32. None leaves dtypes alone.
         knows_rows: the host will give all rows to `learn` before training (then no copy of the base is needed).
+        packing: lay rows end to end (exact); False pads them instead.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Session:
         *,
         compute_dtype: torch.dtype | None = None,
         knows_rows: bool = False,
+        packing: bool = True,
     ):
         self.plan, self.model, self.ctx = plan, model, ctx
         self.methods = plan.active
-        self.compute_dtype, self.knows_rows = compute_dtype, knows_rows
+        self.compute_dtype, self.knows_rows, self.packing = compute_dtype, knows_rows, packing
         self.state: dict[str, State] = {}
         self.asides: dict[str, Sequence[TokenRow]] = {}
         self.effects: Counter[str] = Counter()
@@ -59,9 +61,7 @@ class Session:
 
     # ---- before training
 
-    def prepare(
-        self, teacher_rows: Sequence[TokenRow] = (), progress: Callable[[float], None] | None = None
-    ) -> None:
+    def prepare(self, teacher_rows: Sequence[TokenRow] = (), progress: Callable[[float], None] | None = None) -> None:
         """Run `prepare` and gather asides on the untouched base, then the teacher's answers."""
         for m in self.methods:
             if m.name not in self.state:
@@ -199,7 +199,7 @@ class Session:
 
         Returns: (loss, its parts as plain numbers).
         """
-        packed, logits = forward(model, rows)
+        packed, logits = forward(model, rows, packing=self.packing)
         self.effects.update(self._source_of[r.source] for r in rows if r.source in self._source_of)
         shared: dict[str, Any] = {}
         views = {m.name: self._view(m, packed, logits, model, step, shared) for m in self.methods}
@@ -314,7 +314,8 @@ class Session:
             soft = soft.clone()
             delattr(inner(self.model), SOFT_PROMPT)
         if not any(m.wraps for m in self.methods):
-            self.model.to(dtype)
+            for p in self.model.parameters():  # not model.to(dtype): that would round buffers such as inv_freq
+                p.data = p.data.to(dtype)
         self.model.requires_grad_(False)
         return self.model.eval(), soft
 
@@ -350,9 +351,7 @@ class Session:
         for p in self.params.values():
             p.grad = None
         if not reached:
-            raise NoEffect(
-                "No gradient reaches any trainable weight.", "Check what the plan freezes and wraps."
-            )
+            raise NoEffect("No gradient reaches any trainable weight.", "Check what the plan freezes and wraps.")
         return parts
 
 

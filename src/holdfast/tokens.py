@@ -37,9 +37,5 @@ def tokenize(
             f"{row.where or 'A row'} has {len(ids)} tokens, more than max_length {max_length}.",
             "Raise data.max_length (up to the model's own limit), or shorten or drop the row.",
         )
-    start = (
-        1
-        if all_tokens or not row.prompt
-        else len(tokenizer.encode(row.prompt, add_special_tokens=not rendered))
-    )
+    start = 1 if all_tokens or not row.prompt else len(tokenizer.encode(row.prompt, add_special_tokens=not rendered))
     return token_row(ids, start, owner, source or row.source)

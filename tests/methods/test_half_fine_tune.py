@@ -70,9 +70,7 @@ def test_half_of_the_norms_and_all_embeddings(tiny_model):
 
 
 def test_exactly_half_of_all_block_matrices(tiny_model):
-    size = {
-        n: s for n, s in sizes(tiny_model(layers=4)).items() if layer_of(n) is not None and "norm" not in n
-    }
+    size = {n: s for n, s in sizes(tiny_model(layers=4)).items() if layer_of(n) is not None and "norm" not in n}
     for seed in range(4):
         chosen = HalfFineTune(seed=seed).choose(list(size))
         assert sum(size[n] for n in chosen) * 2 == sum(size.values())
@@ -89,9 +87,7 @@ def test_seeds_draw_different_halves_and_a_seed_repeats(tiny_model):
 def test_optimizer_holds_only_the_chosen_half(tiny_model, start):
     session = start([HalfFineTune()], tiny_model())
     chosen = HalfFineTune().choose([n for n, _ in session.model.named_parameters()])
-    assert (
-        {n for n, p in session.model.named_parameters() if p.requires_grad} == chosen == set(session.params)
-    )
+    assert {n for n, p in session.model.named_parameters() if p.requires_grad} == chosen == set(session.params)
     held = sum(len(g["params"]) for g in session.param_groups(1e-3, 0.1))
     assert held == len(chosen)
 

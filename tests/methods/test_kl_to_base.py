@@ -32,9 +32,7 @@ def test_hand_values(toy_view, direction, expected):
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_a_constant_on_all_logits_changes_nothing(toy_view, direction):
     values = [
-        KLToBase(direction=direction)
-        .loss(toy_view(torch.tensor(TUNED).log() + c, [0], base=BASE))
-        .value.item()
+        KLToBase(direction=direction).loss(toy_view(torch.tensor(TUNED).log() + c, [0], base=BASE)).value.item()
         for c in (0.0, 7.0)
     ]
     assert values[0] == pytest.approx(values[1], abs=1e-6)
@@ -72,9 +70,7 @@ def test_doubling_the_weight_doubles_its_gradient(tiny_model, start, token_rows,
 
 
 def test_lora_at_its_start_steps_like_the_plain_run(tiny_model, start, token_rows, gradients):
-    one = gradients(
-        start([LoRA(r=2), KLToBase(weight=5.0)], tiny_model(), teacher_rows=token_rows), token_rows
-    )
+    one = gradients(start([LoRA(r=2), KLToBase(weight=5.0)], tiny_model(), teacher_rows=token_rows), token_rows)
     two = gradients(start([LoRA(r=2)], tiny_model()), token_rows)
     assert one[0] == pytest.approx(two[0], abs=1e-5)
     for name in two[1]:

@@ -39,9 +39,7 @@ def test_hand_value():
     from peft import LoraConfig, get_peft_model
 
     chosen = LoRA(r=1, lora_alpha=3)
-    wrapped = get_peft_model(
-        model, LoraConfig(r=chosen.r, lora_alpha=chosen.lora_alpha, target_modules=["0"])
-    )
+    wrapped = get_peft_model(model, LoraConfig(r=chosen.r, lora_alpha=chosen.lora_alpha, target_modules=["0"]))
     with torch.no_grad():
         wrapped.base_model.model[0].lora_A["default"].weight.copy_(torch.tensor([[1.0, 2.0]]))
         wrapped.base_model.model[0].lora_B["default"].weight.copy_(torch.tensor([[1.0], [0.0]]))

@@ -46,9 +46,7 @@ def test_positions_shift_by_the_prompt_and_it_is_never_scored(token_rows):
     packed = pack([row], prompts=[5])
     assert packed.ids.shape == (1, 21)
     assert packed.positions[0].tolist() == list(range(21))
-    assert packed.where.tolist() == list(
-        range(5, 20)
-    )  # position 5 reads the first token and predicts the second
+    assert packed.where.tolist() == list(range(5, 20))  # position 5 reads the first token and predicts the second
     assert packed.target.tolist() == list(range(6, 21))
 
 
@@ -100,9 +98,7 @@ def test_asides_wait_for_the_second_stage_and_go_without_the_prompt(tiny_model, 
     session.enter(session.stages[1])
     (aside,) = session.rows_of(0)
     packed, _ = forward(session.model, [token_rows[0], aside])
-    assert packed.ids.shape[1] == 3 + len(token_rows[0].ids) + len(
-        aside.ids
-    )  # one prompt, before the task's row
+    assert packed.ids.shape[1] == 3 + len(token_rows[0].ids) + len(aside.ids)  # one prompt, before the task's row
 
 
 def test_packing_hosts_are_refused(tiny_model, tokenizer):

@@ -49,9 +49,7 @@ def test_share_in_tokens(ctx, share):
     drawn = list(islice(mix.draw(0), 300))
     mine = sum(len(r.ids) for r in drawn if r.source != "task")
     assert abs(mine - share * sum(len(r.ids) for r in drawn)) <= 2 * max(len(r.ids) for r in drawn)
-    assert sum(r.source != "task" for r in drawn) / 300 != pytest.approx(
-        share, abs=0.02
-    )  # rows are not tokens
+    assert sum(r.source != "task" for r in drawn) / 300 != pytest.approx(share, abs=0.02)  # rows are not tokens
 
 
 def test_a_weight_of_zero_leaves_a_source_out(ctx):

@@ -62,16 +62,18 @@ def attention(model: Any, name: str) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def forward(model: Any, rows: Sequence[TokenRow], *, hidden: bool = False) -> tuple[Packed, torch.Tensor]:
+def forward(
+    model: Any, rows: Sequence[TokenRow], *, hidden: bool = False, packing: bool = True
+) -> tuple[Packed, torch.Tensor]:
     """Run `rows` once. Returns the packing and (N, V) logits at the scored positions, in row order.
 
-    With `hidden`, (N, D) inputs of the output head come back instead of logits.
+    With `hidden`, (N, D) inputs of the output head come back instead of logits. Without `packing` rows are padded.
     """
     soft = getattr(inner(model), SOFT_PROMPT, None)
     prompts = [len(soft) if soft is not None and r.owner == r.source == "task" else 0 for r in rows]
     device = next(model.parameters()).device
     packed = pack(rows, device, prompts)
-    call = _packed if can_pack(model) and not _recomputes(model) else _padded
+    call = _packed if packing and can_pack(model) and not _recomputes(model) else _padded
     return packed, call(model, packed, prompts, soft, hidden)
 
 

@@ -255,7 +255,7 @@ class PlannedTrainer(_Base):
             counts[row.owner] += row.num_scored
         own, ranks = sum(r.num_scored for rows in micro for r in rows), self.accelerator.num_processes
         if ranks > 1 and self.args.average_tokens_across_devices:
-            own = int(self.accelerator.reduce(torch.tensor(own, device=self.args.device), "sum"))
+            own = int(self._summed(torch.tensor(own, device=self.args.device)))
         elif ranks > 1:
             own *= ranks  # the user wants the mean of each process's own mean
         counts["task"] += own
@@ -350,8 +350,9 @@ class PlannedTrainer(_Base):
         if getattr(self.args, "packing", False):
             from trl import pack_dataset
 
+            options: Any = self.args  # an SFTConfig, which has these two
             packed = made.select_columns(["input_ids", "labels"])
-            return pack_dataset(packed, self.args.max_length, self.args.packing_strategy)
+            return pack_dataset(packed, options.max_length, options.packing_strategy)
         return made
 
     def _check_collator(self, rows: Sequence[TokenRow], made: Any) -> None:
@@ -416,7 +417,7 @@ class PlannedTrainer(_Base):
             for stage, steps in split_steps(stages, total):
                 if names.index(stage.name) >= names.index(at):
                     self._begin(stage)
-                    self.args.max_steps, self.args.output_dir = steps, stage_folder(place, stage, stages)
+                    self.args.max_steps, self.args.output_dir = steps, stage_folder(str(place), stage, stages)
                     out = self._train_from(folder if stage.name == at else None)
                 self._done += steps
         finally:
@@ -433,19 +434,24 @@ class PlannedTrainer(_Base):
     def _whole_steps(self) -> int:
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
+    def _summed(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over processes."""
+        out: Any = self.accelerator.reduce(value, "sum")
+        return out
+
     def _sum_effects(self) -> None:
         """A method may have worked on other processes only."""
         if self.accelerator.num_processes > 1:
             names = [m.name for m in self.session.methods]
             own = torch.tensor([self.session.effects[n] for n in names], device=self.args.device)
-            self.session.effects = Counter(dict(zip(names, self.accelerator.reduce(own, "sum").tolist(), strict=True)))
+            self.session.effects = Counter(dict(zip(names, self._summed(own).tolist(), strict=True)))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._parts:
             names, steps = sorted(self._parts), max(1, self._steps_in_parts)
             names = names if self.accelerator.num_processes == 1 else ["task", *(m.name for m in self.session.methods)]
             values = torch.tensor([self._parts[n] for n in names], device=self.args.device)
-            values = self.accelerator.reduce(values, "sum") / steps
+            values = self._summed(values) / steps
             logs.update({f"loss/{n}": v for n, v in zip(names, values.tolist(), strict=True)})
             self._parts.clear()
             self._steps_in_parts = 0
@@ -486,7 +492,7 @@ class PlannedTrainer(_Base):
         if not wanted or not isinstance(wanted, bool):
             return str(wanted) if wanted else None
         for stage in reversed(stages):
-            place = stage_folder(self.args.output_dir, stage, stages)
+            place = stage_folder(str(self.args.output_dir), stage, stages)
             found = get_last_checkpoint(place) if os.path.isdir(place) else None
             if found:
                 return found

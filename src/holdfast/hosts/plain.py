@@ -39,6 +39,7 @@ class Training:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
+    fused: bool = True
     seed: int = 0
     autocast: torch.dtype | None = None
     save_steps: int = 50
@@ -77,7 +78,7 @@ def train(
             session.param_groups(settings.learning_rate, settings.weight_decay),
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
-            fused=True,
+            fused=settings.fused,
         )
         session.hook(optimizer)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -134,7 +135,7 @@ def _step(
                 f"The loss is {loss.item()} at step {step + 1} ("
                 + ", ".join(f"{k} {v:.4g}" for k, v in here.items())
                 + "); the last good checkpoint is kept.",
-                "Lower training.learning_rate, or look at the rows of this step; the same command goes on from there.",
+                "Lower training.learning_rate (in a new output_dir), or look at the rows of this step.",
             )
         loss.backward()
         parts.update(here)

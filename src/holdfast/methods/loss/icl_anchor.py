@@ -79,7 +79,13 @@ class ICLAnchor(Method):
                 tokenizer=ctx.tokenizer,
             )
             out.append(encode_shots(prompt, ctx.tokenizer, self.name, every_token=self.on == "all"))
-        return [r for r in out if len(r.ids) <= ctx.max_length]
+        fits = [r for r in out if len(r.ids) <= ctx.max_length]
+        if not fits:
+            raise PlanError(
+                f"Every prompt of ICLAnchor is longer than data.max_length {ctx.max_length}.",
+                "Raise it, or ask for fewer ICLAnchor.shots.",
+            )
+        return fits
 
     def asides_at(self, step: int, pool: int) -> Sequence[int]:
         if step % self.every:

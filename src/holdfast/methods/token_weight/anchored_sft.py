@@ -31,7 +31,7 @@ class AnchoredSFT(Method):
     needs: ClassVar = frozenset({"base_logits"})
     refuses: ClassVar = {
         "DFT": "AnchoredSFT already contains DFT's weight, and twice would be p squared.",
-        "KLToBase": "AnchoredSFT already contains a KL to the base on the same tokens.",
+        "KLToBase": "AnchoredSFT already contains a KL to the base; ICLAnchor is the one to add for other prompts.",
         "ProMoT": "ProMoT reads the task with a soft prompt, which the base it would be compared with does not have.",
     }
 
