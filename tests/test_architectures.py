@@ -100,7 +100,7 @@ def test_scores_are_the_models_own(name, tokenizer):
     scores = Scorer(model, tokenizer).score_tokens(
         [(r.ids.tolist(), int(r.scored.argmax())) for r in (*asked, shared)]
     )
-    for row, score in zip(asked, scores, strict=True):
+    for row, score in zip((*asked, shared), scores, strict=True):
         logp = plain_logits(model, row).log_softmax(-1)
         expected = logp.gather(1, torch.tensor(row.ids[row.scored])[:, None]).sum().item()
         assert score.logprob == pytest.approx(expected, abs=2e-4)
@@ -113,7 +113,7 @@ def test_sliding_windows_are_never_packed(name):
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")  # PEFT on GPT-2's transposed layers, and right
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # PEFT on fused experts
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # PEFT on fused experts
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_plans_train(name, plan, tokenizer):
