@@ -72,8 +72,7 @@ def wanted(seeds: int) -> list[tuple[str, str, int]]:
     names.sort(key=lambda n: n not in core)
     sweep = [n for n in plans() if " lr " in n]
     rest = [n for n in names if n not in core]
-    order = [("sst2", n, 0) for n in (*core, *rest)] + [("tickets", n, 0) for n in (*core, *rest)]
-    order += [(t, n, 0) for t in ("sst2", "tickets") for n in sweep]
+    order = [("sst2", n, 0) for n in (*core, *sweep, *rest)] + [("tickets", n, 0) for n in (*core, *sweep, *rest)]
     order += [(t, n, 0) for t in ("rte", "agnews") for n in core]
     return first + order + [(t, n, s) for s in range(1, seeds) for t in ("sst2", "tickets") for n in names]
 

