@@ -30,15 +30,17 @@ TASKS = {
     "rte": {"prompt": "{sentence}\nLabel:", "completion": " {label}"},
     "agnews": {"prompt": "{sentence}\nTopic:", "completion": " {label}"},
 }
-FULL, LORA = 2e-5, 3e-4
+FULL, LORA, DEFAULT = 2e-5, 3e-4, 1e-3
 
 
 def plans() -> dict[str, tuple[list[Any], float]]:
     """name -> (methods, learning rate)."""
     from holdfast import methods as M
+    from holdfast.run import default_plan
 
-    anchor = M.ICLAnchor()
+    anchor = M.ICLAnchor(weight=1.0)
     return {
+        "default": (default_plan(), DEFAULT),
         "full": ([], FULL),
         "full lr 1e-5": ([], 1e-5),
         "full lr 5e-5": ([], 5e-5),
@@ -51,26 +53,27 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "promot": ([M.ProMoT()], FULL),
         "l2 to init": ([M.L2ToInit()], FULL),
         "kl to base (task)": ([M.KLToBase()], FULL),
-        "anchor, full": ([anchor], FULL),
-        "anchor, lora": ([M.LoRA(), anchor], LORA),
+        "anchor (weight 1), full": ([anchor], FULL),
+        "anchor (weight 1), lora": ([M.LoRA(), anchor], LORA),
         "orthogonal subspace": ([M.OrthogonalSubspace()], FULL),
-        "anchor, lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
-        "anchor, full lr 5e-5": ([anchor], 5e-5),
+        "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
+        "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
 
 
 AFTERWARDS = ("wise-ft", "lines")  # closed-form merges of the "full" run: no training of their own
-TABLE = ["base", *("full", "lora", "lora + replay", "in-context mix", "half fine-tuning", "promot", "l2 to init",
-         "kl to base (task)", "anchor, full", "anchor, lora", "orthogonal subspace"), *AFTERWARDS]  # fmt: skip
+TABLE = ["base", "default", *("full", "lora", "lora + replay", "in-context mix", "half fine-tuning", "promot", "l2 to init",
+         "kl to base (task)", "anchor (weight 1), full", "anchor (weight 1), lora",
+         "orthogonal subspace"), *AFTERWARDS]  # fmt: skip
 
 
 def wanted(seeds: int) -> list[tuple[str, str, int]]:
     """(task, method, seed) in the order of need."""
     first = [(t, "base", 0) for t in TASKS]
     names = [n for n in plans() if " lr " not in n]
-    core = ("anchor, lora", "full", "lora")
+    core = ("default", "lora lr 1e-3", "full", "lora")
     names.sort(key=lambda n: n not in core)
-    sweep = [n for n in plans() if " lr " in n]
+    sweep = [n for n in plans() if " lr " in n and n not in core]
     rest = [n for n in names if n not in core]
     order = [("sst2", n, 0) for n in (*core, *sweep, *rest)] + [("tickets", n, 0) for n in (*core, *sweep, *rest)]
     order += [(t, n, 0) for t in ("rte", "agnews") for n in core]
@@ -78,7 +81,7 @@ def wanted(seeds: int) -> list[tuple[str, str, int]]:
 
 
 def path_of(task: str, method: str, seed: int) -> Path:
-    return OUT / f"{task}.{method.replace(' ', '_').replace(',', '')}.{seed}.json"
+    return OUT / f"{task}.{method.replace(' ', '_').replace(',', '').replace('(', '').replace(')', '')}.{seed}.json"
 
 
 # ---- one run

@@ -81,7 +81,7 @@ def points(runs: dict, data: str, names: list[str]) -> list[dict[str, Any]]:
                     "name": name,
                     "task": accuracy(found).to_dict(),
                     "kept": {"value": r.value, "low": r.low, "high": r.high, "n": 0},
-                    "highlight": name == "anchor, lora",
+                    "highlight": name == "default",
                 }
             )
     return out

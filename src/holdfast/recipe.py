@@ -130,7 +130,11 @@ class Training(Section):
     """The training run; names of transformers.TrainingArguments."""
 
     output_dir: str = Field(default="runs/tuned", min_length=1, description="Run folder.")
-    learning_rate: float = Field(default=3e-4, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(
+        default=1e-3,
+        gt=0,
+        description="Peak learning rate; measured for LoRA on a 135M model. Usual: 2e-4 above 1B, 2e-5 without LoRA.",
+    )
     per_device_train_batch_size: int = Field(default=16, ge=1, description="Rows in one forward pass.")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Forward passes in one step.")
     num_train_epochs: float = Field(default=1.0, gt=0, description="Passes over the training rows.")

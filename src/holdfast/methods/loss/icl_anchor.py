@@ -32,7 +32,7 @@ from holdfast.services import Context, View
 class ICLAnchor(Method):
     """KL to the base on few-shot prompts (our definition; related: arXiv 2310.13448)."""
 
-    weight: float = 1.0  # ours, from the first measurements
+    weight: float = 2.0  # ours: 1.0 kept 0.96 of other authors' tasks at learning rate 1e-3, 2.0 kept 0.98
     prompts_per_step: int = 1  # ours
     every: int = 3  # ours: every third step keeps as much as every step (docs/results.md)
     shots: tuple[int, int] = (3, 8)  # ours: fewest and most demonstrations
