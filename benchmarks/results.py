@@ -62,9 +62,23 @@ def plans() -> dict[str, tuple[list[Any], float]]:
 
 
 AFTERWARDS = ("wise-ft", "lines")  # closed-form merges of the "full" run: no training of their own
-TABLE = ["base", "default", *("full", "lora", "lora + replay", "in-context mix", "half fine-tuning", "promot", "l2 to init",
-         "kl to base (task)", "anchor (weight 1), full", "anchor (weight 1), lora",
-         "orthogonal subspace"), *AFTERWARDS]  # fmt: skip
+TABLE = [
+    "base",
+    "default",
+    "full",
+    "lora",
+    "lora lr 1e-3",
+    "lora + replay",
+    "in-context mix",
+    "half fine-tuning",
+    "promot",
+    "l2 to init",
+    "kl to base (task)",
+    "anchor (weight 1), full",
+    "anchor (weight 1), lora",
+    "orthogonal subspace",
+    *AFTERWARDS,
+]
 
 
 def wanted(seeds: int) -> list[tuple[str, str, int]]:

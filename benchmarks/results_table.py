@@ -10,6 +10,19 @@ from typing import Any
 from holdfast.measure import stats
 from holdfast.report import plots
 
+MARKS = ("<!-- results -->", "<!-- end of results -->")
+SHORT = {
+    "base": "none (base)",
+    "full": "full fine-tuning",
+    "lora lr 1e-3": "LoRA at its best learning rate",
+    "lora + replay": "LoRA + 10 % general data",
+    "half fine-tuning": "half fine-tuning",
+    "kl to base (task)": "KL to the base on the task",
+    "wise-ft": "WiSE-FT, alpha 0.5",
+    "promot": "ProMoT",
+    "in-context mix": "few-shot rows of other tasks",
+    "default": "LoRA + ICLAnchor, the default of `holdfast tune`",
+}
 NAMES = {"tickets": "Tickets", "sst2": "SST-2", "rte": "RTE", "agnews": "AG News"}
 
 
@@ -51,7 +64,7 @@ def rows(runs: dict, data: str, overhead: dict[str, float]) -> list[str]:
     import results
 
     base = runs[data, "base"][0]
-    names = [*results.TABLE, *(n for n in results.plans() if " lr " in n)]
+    names = [*results.TABLE, *(n for n in results.plans() if " lr " in n and n not in results.TABLE)]
     out = ["| training | seeds | task accuracy | held-out ICL kept | other authors' ICL kept | time |"]
     out.append("|---|---|---|---|---|---|")
     for name in names:
@@ -87,8 +100,25 @@ def points(runs: dict, data: str, names: list[str]) -> list[dict[str, Any]]:
     return out
 
 
+def readme(runs: dict, path: Path) -> None:
+    """Put the short table on the first screen of the README, between its marks."""
+    base, lines = (
+        runs["sst2", "base"][0],
+        ["| training | SST-2 accuracy | in-context learning kept |", "|---|---|---|"],
+    )
+    for name in SHORT:
+        found = runs.get(("sst2", name))
+        if found:
+            share_kept = "1.00" if name == "base" else share(kept(base, found, "held_out"))
+            bold = "**" if name == "default" else ""
+            lines.append(f"| {bold}{SHORT[name]}{bold} | {accuracy(found).value:.2f} | {share_kept} |")
+    head, rest = path.read_text(encoding="utf-8").split(MARKS[0])
+    text = f"{head}{MARKS[0]}\n" + "\n".join(lines) + f"\n{MARKS[1]}" + rest.split(MARKS[1])[1]
+    path.write_text(text, encoding="utf-8")
+
+
 def write(folder: Path, docs: Path) -> None:
-    """Write docs/results.md and docs/tradeoff.png."""
+    """Write docs/results.md, docs/tradeoff.png and the README's table."""
     import results
 
     runs = load(folder)
@@ -119,4 +149,5 @@ def write(folder: Path, docs: Path) -> None:
             text += [f"## {title}", "", *rows(runs, data, overhead["ratio"]), ""]
     (docs / "results.md").write_text("\n".join(text), encoding="utf-8")
     best = points(runs, "sst2", results.TABLE)
+    readme(runs, docs.parent / "README.md")
     plots.save_png(best, docs / "tradeoff.png", x_name="SST-2 accuracy", y_name="in-context learning kept")

@@ -250,7 +250,7 @@ def test_every_key_is_listed_with_default_and_description():
     assert len(keys) == len(set(keys)) > 40 and "plan" in keys
     assert all(len(line.split(maxsplit=2)) == 3 and line.rstrip().endswith(".") for line in lines)
     rate = next(line for line in lines if line.startswith("training.learning_rate "))
-    assert "0.0003" in rate and "Peak" in rate
+    assert "0.001" in rate and "Peak" in rate
     assert any("model.model_name_or_path" in line and "required" in line for line in lines)
     assert any("lr_scheduler_type" in line and "constant_with_warmup" in line for line in lines)
 

@@ -34,7 +34,7 @@ class ICLAnchor(Method):
 
     weight: float = 2.0  # ours: 1.0 kept 0.96 of other authors' tasks at learning rate 1e-3, 2.0 kept 0.98
     prompts_per_step: int = 1  # ours
-    every: int = 3  # ours: every third step keeps as much as every step (docs/results.md)
+    every: int = 2  # ours: at every third step and weight 1, tickets kept 0.96 and 0.91
     shots: tuple[int, int] = (3, 8)  # ours: fewest and most demonstrations
     tasks: tuple[str, ...] | None = None  # anchor tasks; None is all
     formats: tuple[str, ...] | None = None  # None is all; keeping one format keeps that format best
