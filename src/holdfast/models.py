@@ -589,7 +589,7 @@ def _auto_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
-        found = getattr(torch, dtype, None)
+        found: Any = getattr(torch, dtype, None)
         if not isinstance(found, torch.dtype) or not found.is_floating_point:
             raise ModelError(f"dtype {dtype!r} is not one of torch.", "Use auto, float32, bfloat16 or float16.")
         return found

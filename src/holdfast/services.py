@@ -140,10 +140,11 @@ class Teacher:
     def logp(self, model: Any, rows: Sequence[TokenRow]) -> torch.Tensor:
         """(M, V) fp32 log-probabilities of the base at the scored positions of `rows`."""
         if self._store and all(r.key in self._store for r in rows):
-            if self._joined is None:
-                self._joined = torch.cat(self._hidden)
-                self._hidden = [self._joined]
-            spans = [self._joined[a : a + n] for a, n in (self._store[r.key] for r in rows)]
+            joined = self._joined
+            if joined is None:
+                self._joined = joined = torch.cat(self._hidden)
+                self._hidden = [joined]
+            spans = [joined[a : a + n] for a, n in (self._store[r.key] for r in rows)]
             head = self._head or inner(model).get_output_embeddings()
             head = getattr(head, "base_layer", head)  # an adapter on the head is not the base's
             return head(torch.cat(spans)).float().log_softmax(-1)
