@@ -76,7 +76,7 @@ METHODS: dict[str, Sequence[Method]] = {
     "HalfFineTune": [hf.HalfFineTune()],
     "KLToBase": [hf.KLToBase(weight=2.0)],
     "KLToBase LoRA": [hf.LoRA(r=4), hf.KLToBase(weight=2.0)],
-    "ICLAnchor": [hf.ICLAnchor(pool=8, weight=5.0)],
+    "ICLAnchor": [hf.ICLAnchor(pool=8, weight=5.0, every=3)],
     "DFT": [hf.DFT()],
     "L2ToInit": [hf.L2ToInit(alpha=10.0)],
     "OrthogonalSubspace": [hf.OrthogonalSubspace()],
