@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,6 @@ class Context:
     total_steps: int = 0
     max_length: int = 1024
     base_dir: Any = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -162,28 +160,6 @@ class Teacher:
         model.train(was_training)
         return logits.float().log_softmax(-1)
 
-    def save(self) -> State:
-        """The stored answers as tensors (hidden states and row identities)."""
-        if not self._store:
-            return {}
-        keys = [np.frombuffer(k, dtype=np.uint8) for k in self._store]
-        return {
-            "hidden": torch.cat(self._hidden),
-            "span": torch.tensor(list(self._store.values())),
-            "keys": torch.from_numpy(np.concatenate(keys).copy()),
-            "key_length": torch.tensor([len(k) for k in keys]),
-        }
-
-    def load(self, state: State) -> None:
-        """The reverse of `save`."""
-        if not state:
-            return
-        self._hidden = [state["hidden"]]
-        raw, at = state["keys"].numpy().tobytes(), 0
-        for length, (start, count) in zip(state["key_length"].tolist(), state["span"].tolist(), strict=True):
-            self._store[raw[at : at + length]] = (start, count)
-            at += length
-
 
 def _batches(rows: Sequence[TokenRow], most: int) -> Any:
     batch: list[TokenRow] = []
@@ -227,7 +203,3 @@ class BaseWeights(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._weights)
-
-    @cached_property
-    def num_bytes(self) -> int:
-        return sum(w.numel() * w.element_size() for w in self._weights.values())

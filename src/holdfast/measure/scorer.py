@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from holdfast.engine.forward import can_pack
 from holdfast.errors import HoldfastError
 
 Request = tuple[str, str]
@@ -280,14 +281,6 @@ class Scorer:
 
 
 def supports_tree(model: Any) -> bool:
-    """True for causal LMs whose every layer is plain full attention over a croppable cache and a 4-D mask."""
+    """True for models that can be packed and whose attention takes the tree's 4-D mask."""
     config = getattr(model.config, "text_config", None) or model.config
-    kinds = getattr(config, "layer_types", None) or ()
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return (
-        getattr(inner, "_supports_attention_backend", False)
-        and all(k == "full_attention" for k in kinds)
-        and not window
-        and config._attn_implementation in ("sdpa", "eager")
-    )
+    return can_pack(model) and config._attn_implementation in ("sdpa", "eager")
