@@ -136,7 +136,7 @@ def shared_items(shared: Path) -> list[tuple[str, Any]]:
 
 def measure(model: Any, tokenizer: Any, test: list[Any], labels: Any, shared: Path, soft: Any = None) -> dict:
     """Everything the table needs, per item."""
-    from holdfast.measure.incontext import measure as in_context
+    from holdfast.measure.suites.in_context import measure as in_context
     from holdfast.measure.scorer import Scorer
     from holdfast.measure.tasks import held_out_tasks
     from holdfast.task import score_task

@@ -12,7 +12,7 @@ KEEP = 0.95
 
 
 def measured(scores: dict[str, list[int]], chance: float = 0.0) -> dict:
-    """A measurement as `measure.incontext.measure` writes it."""
+    """A measurement as `measure.suites.in_context.measure` writes it."""
     tasks = [
         {
             "name": name,

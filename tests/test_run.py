@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from holdfast.compare import ability
 from holdfast.errors import PlanError, RecipeError
 from holdfast.recipe import load_recipe, recipe_from
-from holdfast.run import Run, examples, planned, tune
+from holdfast.report.examples import examples
+from holdfast.run import Run, planned, tune
 from tiny_run import make_world, recipe_data, write_recipe, write_rows
 
 LORA = [{"LoRA": {"r": 2, "lora_dropout": 0.1}}, {"ICLAnchor": {"pool": 4, "every": 1}}]
@@ -417,11 +418,11 @@ def test_examples_show_what_broke(world, tmp_path, whole, tokenizer):
     before, after = load(run.folder / "before.json"), load(run.folder / "after.json")
     task = before["abilities"][0]["tasks"][3]
     task["items"][1]["correct"], after["abilities"][0]["tasks"][3]["items"][1]["correct"] = 1, 0
-    (shown,) = examples(run.tuned, tokenizer, before, after, run.recipe)
+    (shown,) = examples(run.tuned, tokenizer, before["abilities"], after["abilities"])
     assert shown["task"] == task["name"]
     assert shown["prompt"].strip() and shown["expected"] == shown["before"] != ""
     assert shown["after"] != shown["expected"] and "\n" not in shown["after"]
-    assert examples(run.tuned, tokenizer, before, before, run.recipe) == []
+    assert examples(run.tuned, tokenizer, before["abilities"], before["abilities"]) == []
 
 
 def test_a_measured_model_against_itself_is_never_lost(whole):

@@ -6,7 +6,7 @@ import pytest
 
 from holdfast.errors import HoldfastError
 from holdfast.fewshot import FORMATS
-from holdfast.measure.incontext import items_of, measure, pick_shots
+from holdfast.measure.suites.in_context import items_of, measure, pick_shots
 from holdfast.measure.tasks import AnchorTask, HeldOutTask, anchor_tasks, held_out_tasks, tasks
 
 ALL = sorted(tasks())

@@ -32,10 +32,9 @@ def measure(
     Returns {"model": {...}, "vocabulary": identity of the tokenizer, "suites": [measurements]}.
     """
     from holdfast import models
-    from holdfast.measure.suites import measure_suite, suite_tasks
+    from holdfast.measure.suites import measure_suite, names_of
 
-    for suite in suites:
-        suite_tasks(suite)  # a wrong name is found before the model is loaded
+    suites = names_of(suites)  # a wrong name is found before the model is loaded
     tell(phase, 0.0, name)
     source = models.resolve(name, revision)
     model, tokenizer = models.load(source, trust_remote_code=trust_remote_code, merge_adapter=True)

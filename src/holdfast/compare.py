@@ -44,7 +44,7 @@ def estimates(before: Sequence[Mapping] | None, after: Sequence[Mapping] | None)
 
 
 def ability(before: Part, after: Part | None, keep: float) -> Part:
-    """One ability of the report from its measurements (`measure.incontext.measure`).
+    """One ability of the report from its measurements (`measure.suites.in_context.measure`).
 
     kept: the one-sided 95 % bound of the share kept lies above `keep`. lost: the bound of the loss excludes 0 and the
     estimate lies below `keep`. Tasks whose base is not 2 standard errors above chance do not enter.

@@ -159,6 +159,7 @@ class Run:
     def checked(self) -> Job:
         """Check everything, the cheap before the dear: settings, plan, rows, prompts, weights. Writes nothing."""
         from holdfast import models
+        from holdfast.measure.probe import Ask
         from holdfast.measure.suites import check_suite
         from holdfast.task import read_task
 
@@ -172,7 +173,7 @@ class Run:
             longest = context_length(source, r.model.trust_remote_code)
             task = read_task(r, tokenizer, self.base_dir, longest)
             for suite in m.suites:
-                check_suite(suite, tokenizer, num_fewshot=m.num_fewshot, limit=m.limit, longest=longest)
+                check_suite(suite, Ask(tokenizer, m.num_fewshot, m.limit, labels=task.labels or ()), longest)
             model, tokenizer = self._load(source, merge_adapter=True)
             bad = not_finite(model)
             if bad:
@@ -184,11 +185,10 @@ class Run:
     def _check_settings(self) -> None:
         """Settings that this host cannot follow are refused, never skipped."""
         from holdfast import models
-        from holdfast.measure.suites import suite_tasks
+        from holdfast.measure.suites import names_of
 
         t = self.recipe.training
-        for suite in self.recipe.measure.suites:
-            suite_tasks(suite)
+        names_of(self.recipe.measure.suites)
         if t.save_total_limit != 1:
             raise RecipeError(
                 f"training.save_total_limit is {t.save_total_limit}, but holdfast tune keeps one checkpoint.",
@@ -294,6 +294,7 @@ class Run:
                     job.tokenizer,
                     num_fewshot=m.num_fewshot,
                     limit=m.limit,
+                    labels=task.labels or (),
                     batch_tokens=m.batch_tokens,
                     cache_key=sha,
                     progress=tell(n * part, part, suite),
@@ -439,8 +440,10 @@ class Run:
             "note": task.note or None,
             **estimates(before and before["task"], after["task"]),
         }
+        from holdfast.report.examples import examples
+
         with self._timed("examples"):
-            shown = examples(model, job.tokenizer, before, after, self.recipe) if before else []
+            shown = examples(model, job.tokenizer, before["abilities"], after["abilities"]) if before else []
         report = {
             "holdfast_version": holdfast.__version__,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -504,32 +507,6 @@ def not_finite(model: Any) -> str | None:
     import torch
 
     return next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
-
-
-def examples(model: Any, tokenizer: Any, before: Any, after: Any, recipe: Recipe, most: int = 6) -> list[dict]:
-    """Items of the abilities that were right before and are wrong now, with what the tuned model says."""
-    from holdfast.measure.suites import prompt_of
-
-    out: list[dict] = []
-    for b, a in zip(before["abilities"], after["abilities"], strict=True):
-        for tb, ta in zip(b["tasks"], a["tasks"], strict=True):
-            pairs = zip(tb["items"], ta["items"], strict=True)
-            broken = [i["id"] for i, j in pairs if i["correct"] and not j["correct"]]
-            if broken and len(out) < most:
-                prompt = prompt_of(b["suite"], tb["name"], broken[0], tokenizer, b)
-                ids = tokenizer(prompt.context, return_tensors="pt").to(model.device)
-                got = model.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-                text = tokenizer.decode(got[0, ids["input_ids"].shape[1] :])
-                out.append(
-                    {
-                        "task": tb["name"],
-                        "prompt": prompt.context[-400:],
-                        "expected": prompt.answer.strip(),
-                        "before": prompt.answer.strip(),
-                        "after": text.strip().split("\n")[0],
-                    }
-                )
-    return out
 
 
 def save_prompt(model: Any, soft_prompt: Any, folder: Path, base: Path) -> None:

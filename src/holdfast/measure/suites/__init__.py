@@ -1,24 +1,60 @@
-"""Suites by name: what can be measured, and the cache of what was measured before."""
+"""Suites by name: what can be measured, and the cache of what was measured before.
+
+One file a suite, each with `build_suite(ask) -> Suite`; the data lies in `data/` and `incontext/` beside them.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from holdfast.errors import HoldfastError, suggest
+from holdfast.measure.probe import Ask, Probe, Suite, score_suite
 
-DEFAULT_LIMIT = 48
-SUITES = ("in-context", "anchors")
+SUITES = {
+    "in-context": "in_context:build_suite",
+    "anchors": "in_context:build_anchors",
+}
+DEFAULT = ("in-context",)
+
+
+def names_of(asked: Sequence[str]) -> tuple[str, ...]:
+    """The suites meant by `asked`: "default" and "all" are several; checked, each once.
+
+    Raises:
+        HoldfastError: a suite is unknown.
+    """
+    several = {"default": DEFAULT, "all": tuple(s for s in SUITES if s != "anchors")}
+    names = tuple(dict.fromkeys(n for a in asked for n in several.get(a, (a,))))
+    for name in names:
+        if name not in SUITES and not name.startswith(("lm_eval:", "jsonl:")):
+            cure = suggest(name, (*SUITES, *several))
+            raise HoldfastError(f"There is no suite {name!r}.", f"{cure} Or use lm_eval:<task> or jsonl:<path>.")
+    return names
+
+
+def build(name: str, ask: Ask) -> Suite:
+    """The probes of one suite."""
+    if name.startswith("jsonl:"):
+        from holdfast.measure.jsonl import read_suite
+
+        return read_suite(name.removeprefix("jsonl:"), ask)
+    names_of([name])
+    module, function = SUITES[name].split(":")
+    return getattr(importlib.import_module(f"holdfast.measure.suites.{module}"), function)(ask)
 
 
 def measure_suite(
-    suite: str,
+    name: str,
     model: Any,
     tokenizer: Any,
     *,
     num_fewshot: int = 8,
     limit: int | None = None,
+    seed: int = 0,
+    labels: Sequence[str] = (),
     batch_tokens: int = 512,
     cache_key: str | None = None,
     progress: Callable[[float], None] | None = None,
@@ -28,28 +64,23 @@ def measure_suite(
     Raises:
         HoldfastError: the suite is unknown, or its prompts do not fit the model.
     """
-    from holdfast.measure.incontext import measure
     from holdfast.run import content_key, versions
 
-    tasks = suite_tasks(suite)
-    limit = limit or DEFAULT_LIMIT
+    where = (cache_key, str(model.dtype), model.device.type, versions())
+    if name.startswith("lm_eval:"):
+        from holdfast.measure.lm_eval import measure_task
+
+        def bridge() -> dict[str, Any]:
+            return measure_task(model, tokenizer, name, limit=limit, progress=progress)
+
+        return remembered(cache_key and content_key(*where, name, limit), bridge)
+    suite = build(name, Ask(tokenizer, num_fewshot, limit, seed, tuple(labels)))
 
     def make() -> dict[str, Any]:
-        out = measure(
-            model,
-            tokenizer,
-            tasks,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch_tokens=batch_tokens,
-            progress=progress,
-        )
-        return {**out, "suite": suite}
+        return score_suite(model, tokenizer, suite, batch_tokens=batch_tokens, progress=progress)
 
-    if not cache_key:
-        return make()
-    facts = (cache_key, suite, num_fewshot, limit, str(model.dtype), str(model.device.type))
-    return remembered(content_key(*facts, [(t.name, t.version, len(t.items)) for t in tasks], versions()), make)
+    asked = [[p.id, p.context, p.answers, p.right, p.max_tokens] for p in suite.probes]
+    return remembered(cache_key and content_key(*where, name, suite.settings, asked), make)
 
 
 def remembered(key: str | None, make: Callable[[], Any]) -> Any:
@@ -69,49 +100,30 @@ def remembered(key: str | None, make: Callable[[], Any]) -> Any:
     return out
 
 
-def check_suite(suite: str, tokenizer: Any, *, num_fewshot: int, limit: int | None, longest: int) -> None:
+def check_suite(name: str, ask: Ask, longest: int) -> None:
     """Refuse a suite whose prompts a model of `longest` positions cannot read, before any forward.
 
     Raises:
         HoldfastError: the suite is unknown, too small for the shots, or too long for the model.
     """
-    from holdfast.measure.incontext import items_of
-
-    asked = [
-        item
-        for task in suite_tasks(suite)
-        for item in items_of(task, tokenizer=tokenizer, num_fewshot=num_fewshot, limit=limit or DEFAULT_LIMIT)
-    ]
-    texts = [i.prompt.context + i.prompt.answer + i.prompt.stop for i in asked]
-    most = max(len(ids) for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    if name.startswith("lm_eval:"):
+        return
+    probes = build(name, ask).probes
+    texts = [p.context + max(p.answers, key=len, default="") for p in probes]
+    spoken = [p.max_tokens if p.kind == "generate" else 0 for p in probes]
+    lengths = [len(ids) for ids in ask.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    most = max(n + m for n, m in zip(lengths, spoken, strict=True))
     if most >= longest:
         raise HoldfastError(
-            f"The suite {suite!r} at {num_fewshot} shots needs {most} tokens, the model reads {longest}.",
+            f"The suite {name!r} at {ask.num_fewshot} shots needs {most} tokens, the model reads {longest}.",
             "Lower measure.num_fewshot, or use a model that reads more.",
         )
 
 
-def suite_tasks(suite: str) -> Any:
-    """The tasks of a suite."""
-    from holdfast.measure.tasks import anchor_tasks, held_out_tasks
-
-    if suite == "in-context":
-        return held_out_tasks()
-    if suite == "anchors":
-        return anchor_tasks()
-    raise HoldfastError(f"There is no suite {suite!r}.", suggest(suite, SUITES))
-
-
-def prompt_of(suite: str, task: str, item: str, tokenizer: Any, measured: dict[str, Any]) -> Any:
-    """The prompt of one measured item, for showing it."""
-    from holdfast.measure.incontext import items_of
-    from holdfast.measure.tasks import tasks
-
-    found = items_of(
-        tasks()[task],
-        tokenizer=tokenizer,
-        num_fewshot=measured["num_fewshot"],
-        limit=measured["limit"],
-        seed=measured["seed"],
-    )
-    return next(i.prompt for i in found if i.id == item)
+def probes_of(measured: dict[str, Any], tokenizer: Any) -> dict[str, Probe]:
+    """The probes of a measurement by id, for showing them; none for another tool's tasks."""
+    if measured["suite"].startswith("lm_eval:"):
+        return {}
+    settings = {k: measured[k] for k in ("num_fewshot", "limit", "seed") if k in measured}
+    suite = build(measured["suite"], Ask(tokenizer, **settings, labels=tuple(measured.get("labels", ()))))
+    return {p.id: p for p in suite.probes}

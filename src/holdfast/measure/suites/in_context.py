@@ -15,9 +15,10 @@ from typing import Any
 
 from holdfast.errors import HoldfastError
 from holdfast.fewshot import Format, Pair, Prompt, build, formats_for
-from holdfast.measure.scorer import Scorer
-from holdfast.measure.tasks import Task
+from holdfast.measure.probe import Ask, Group, Probe, Suite, score_suite
+from holdfast.measure.tasks import Task, anchor_tasks, held_out_tasks
 
+LIMIT = 48  # items of each task
 NUM_FORMATS = 3  # formats per task; more would cost a shared prefix each
 
 
@@ -80,55 +81,49 @@ def items_of(
     return out
 
 
+def suite_of(tasks: Sequence[Task], ask: Ask, formats: Sequence[str] | None = None, name: str = "in-context") -> Suite:
+    """`tasks` as a suite, items in a fixed order."""
+    limit = ask.limit or LIMIT
+    items = [
+        item
+        for task in tasks
+        for item in items_of(
+            task, tokenizer=ask.tokenizer, num_fewshot=ask.num_fewshot, limit=limit, formats=formats, seed=ask.seed
+        )
+    ]
+    return Suite(
+        name,
+        tuple(Group(t.name, t.version, t.chance, "exact") for t in tasks),
+        tuple(
+            Probe(i.task, i.id, "exact", i.prompt.context, (i.prompt.answer + i.prompt.stop,), cluster=i.cluster)
+            for i in items
+        ),
+        {"num_fewshot": ask.num_fewshot, "limit": limit, "seed": ask.seed},
+    )
+
+
+def build_suite(ask: Ask) -> Suite:
+    """The held-out tasks: what `in-context` measures."""
+    return suite_of(held_out_tasks(), ask)
+
+
+def build_anchors(ask: Ask) -> Suite:
+    """The anchor tasks, which a plan may have trained on: how well the anchors themselves are kept."""
+    return suite_of(anchor_tasks(), ask, name="anchors")
+
+
 def measure(
     model: Any,
     tokenizer: Any,
     tasks: Sequence[Task],
     *,
     num_fewshot: int = 8,
-    limit: int | None = 48,
+    limit: int | None = LIMIT,
     formats: Sequence[str] | None = None,
     seed: int = 0,
     batch_tokens: int = 512,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
-    """Score `tasks`; returns the measurement as plain data (see `report.schema`), items in a fixed order."""
-    items = [
-        item
-        for task in tasks
-        for item in items_of(
-            task, tokenizer=tokenizer, num_fewshot=num_fewshot, limit=limit, formats=formats, seed=seed
-        )
-    ]
-    scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, progress=progress)
-    encoded = [scorer.encode((i.prompt.context, i.prompt.answer + i.prompt.stop)) for i in items]
-    longest = max(len(ids) for ids, _ in encoded)
-    if longest >= scorer.max_length:  # lm_eval would silently drop shots from the left
-        raise HoldfastError(
-            f"The in-context suite at {num_fewshot} shots needs {longest} tokens, the model reads "
-            f"{scorer.max_length}.",
-            "Ask for fewer shots (num_fewshot).",
-        )
-    scores = scorer.score_tokens(encoded)
-    by_task: dict[str, list[dict[str, Any]]] = {t.name: [] for t in tasks}
-    for item, score in zip(items, scores, strict=True):
-        by_task[item.task].append(
-            {"id": item.id, "cluster": item.cluster, "correct": int(score.greedy), "logprob": score.logprob}
-        )
-    return {
-        "suite": "in-context",
-        "num_fewshot": num_fewshot,
-        "limit": limit,
-        "seed": seed,
-        "num_unique_tokens": scorer.num_unique_tokens,
-        "tasks": [
-            {
-                "name": t.name,
-                "version": t.version,
-                "chance": t.chance,
-                "metric": "exact",
-                "items": by_task[t.name],
-            }
-            for t in tasks
-        ],
-    }
+    """Score some tasks by hand; returns what `score_suite` returns."""
+    suite = suite_of(tasks, Ask(tokenizer, num_fewshot, limit, seed), formats)
+    return score_suite(model, tokenizer, suite, batch_tokens=batch_tokens, progress=progress)

@@ -1,0 +1,219 @@
+"""Probes: what every suite is made of, and the one way to score them.
+
+A suite is a list of probes, sorted into tasks. A probe is a context and what may follow it; its kind says how the
+model's answer becomes a score between 0 and 1:
+
+    exact      1 if the greedy answer is exactly answers[right] (no generation needed)
+    choice     1 if answers[right] is the likeliest of `answers`
+    calibrated 1 - Brier / 2 of the probabilities of `answers`: 1 is sure and right, 0 is sure and wrong
+    likelihood probability of a token of answers[right], its geometric mean: exp(-loss)
+    generate   what `judge` says of the greedy text
+
+Scores of two models on the same suite are paired item by item (`compare`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from holdfast.errors import HoldfastError
+from holdfast.measure.generate import generate
+from holdfast.measure.scorer import Score, Scorer
+
+Kind = Literal["exact", "choice", "calibrated", "likelihood", "generate"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One question.
+
+    Attributes:
+        task: the task of the suite it belongs to.
+        id: unique in the suite and the same in every version of it.
+        kind: how it is scored, see above.
+        context: what the model reads.
+        answers: what may follow; the closed set for "choice" and "calibrated", none for "generate", else one.
+        right: index of the right one.
+        cluster: what it shares with other probes (demonstrations, a fact asked in several ways).
+        shots: number of demonstrations in the context, where a curve over them is wanted.
+        judge: for "generate": output -> score in [0, 1].
+        expected: for "generate": in words, what a good answer is.
+        max_tokens: for "generate": longest answer.
+        answer_lengths: for "choice": divide each log-likelihood by this many units (bytes, tokens); None sums.
+    """
+
+    task: str
+    id: str
+    kind: Kind
+    context: str
+    answers: tuple[str, ...] = ()
+    right: int = 0
+    cluster: str = ""
+    shots: int | None = None
+    judge: Callable[[str], float] | None = None
+    expected: str = ""
+    max_tokens: int = 48
+    answer_lengths: tuple[int, ...] | None = None
+
+    @property
+    def answer(self) -> str:
+        """What a good answer is, for showing."""
+        return self.answers[self.right] if self.answers else self.expected
+
+
+@dataclass(frozen=True)
+class Group:
+    """One task of a suite; `clustered`: its probes of one cluster are not independent."""
+
+    name: str
+    version: int
+    chance: float
+    metric: str
+    clustered: bool = False
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Named probes. `settings` is whatever else decided them; two measurements pair only if it is equal."""
+
+    name: str
+    groups: tuple[Group, ...]
+    probes: tuple[Probe, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a suite is built from.
+
+    Attributes:
+        tokenizer: of the model (formats and chat template depend on it; both models of a pair must share it).
+        num_fewshot: demonstrations, where a suite has them.
+        limit: items of each task; None is the suite's own default.
+        seed: draws the items and demonstrations.
+        labels: the answers of the tuned task, where a suite looks for them in other answers.
+    """
+
+    tokenizer: Any
+    num_fewshot: int = 8
+    limit: int | None = None
+    seed: int = 0
+    labels: tuple[str, ...] = ()
+
+    def chat(self, request: str) -> str:
+        """`request` as one user turn, in the model's own chat template or as plain text."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return f"Question: {request}\nAnswer:"
+        turns = [{"role": "user", "content": request}]
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    def lead(self, answer: str) -> str:
+        """`answer` as it follows `chat`: with a blank where the context ends in a colon."""
+        return answer if getattr(self.tokenizer, "chat_template", None) else f" {answer}"
+
+
+def score_suite(
+    model: Any,
+    tokenizer: Any,
+    suite: Suite,
+    *,
+    batch_tokens: int = 512,
+    progress: Callable[[float], None] | None = None,
+) -> dict[str, Any]:
+    """Score every probe; returns plain data: {"suite", "tasks": [{"name", ..., "items": [...]}], ...}.
+
+    Every item has "id", "cluster" and "correct" (its score in [0, 1]); further keys by kind.
+
+    Raises:
+        HoldfastError: a probe is longer than the model reads.
+    """
+    tell = progress or (lambda _: None)
+    spoken = [p for p in suite.probes if p.kind == "generate"]
+    scored = [p for p in suite.probes if p.kind != "generate"]
+    share = len(scored) / max(1, len(scored) + 8 * len(spoken))  # an answer costs some eight times a likelihood
+    scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, progress=lambda x: tell(x * share))
+    encoded = [scorer.encode((p.context, a)) for p in scored for a in p.answers]
+    _check_lengths(suite, encoded, scorer.max_length)
+    scores = iter(scorer.score_tokens(encoded))
+    results = {p.id: _RESULTS[p.kind](p, [next(scores) for _ in p.answers]) for p in scored}
+    outputs = generate(model, tokenizer, spoken, progress=lambda x: tell(share + x * (1 - share)))
+    for p, output in zip(spoken, outputs, strict=True):
+        assert p.judge is not None, "a generate probe has a judge"
+        results[p.id] = {"correct": p.judge(output), "output": output}
+    items: dict[str, list[dict[str, Any]]] = {g.name: [] for g in suite.groups}
+    for p in suite.probes:
+        extra = {} if p.shots is None else {"shots": p.shots}
+        items[p.task].append({"id": p.id, "cluster": p.cluster, **results[p.id], **extra})
+    return {
+        "suite": suite.name,
+        **suite.settings,
+        "num_unique_tokens": scorer.num_unique_tokens,
+        "tasks": [
+            {
+                "name": g.name,
+                "version": g.version,
+                "chance": g.chance,
+                "metric": g.metric,
+                "clustered": g.clustered,
+                "items": items[g.name],
+            }
+            for g in suite.groups
+        ],
+    }
+
+
+def _check_lengths(suite: Suite, encoded: Sequence[tuple[list[int], int]], longest: int) -> None:
+    most = max((len(ids) for ids, _ in encoded), default=0)
+    if most >= longest:  # lm_eval would silently drop tokens from the left
+        raise HoldfastError(
+            f"The suite {suite.name!r} needs {most} tokens, the model reads {longest}.",
+            "Ask for fewer shots (num_fewshot), or use a model that reads more.",
+        )
+
+
+def _exact(_: Probe, scores: Sequence[Score]) -> dict[str, Any]:
+    return {"correct": int(scores[0].greedy), "logprob": scores[0].logprob}
+
+
+def _choice(p: Probe, scores: Sequence[Score]) -> dict[str, Any]:
+    lengths = p.answer_lengths or (1,) * len(scores)
+    per_unit = [s.logprob / n for s, n in zip(scores, lengths, strict=True)]
+    top = max(per_unit)
+    weights = [math.exp(x - top) for x in per_unit]
+    prob = [w / sum(weights) for w in weights]
+    best = per_unit.index(top)
+    return {
+        "correct": int(best == p.right),
+        "logprob": scores[p.right].logprob,
+        "picked": best,
+        "prob": prob[p.right],
+        "confidence": prob[best],
+        "brier": sum((q - (n == p.right)) ** 2 for n, q in enumerate(prob)),
+    }
+
+
+def _calibrated(p: Probe, scores: Sequence[Score]) -> dict[str, Any]:
+    out = _choice(p, scores)
+    return {**out, "hit": out["correct"], "correct": 1 - out["brier"] / 2}
+
+
+def _likelihood(p: Probe, scores: Sequence[Score]) -> dict[str, Any]:
+    s = scores[0]
+    loss = -s.logprob / s.num_tokens
+    return {
+        "correct": math.exp(-loss),
+        "logprob": s.logprob,
+        "num_tokens": s.num_tokens,
+        "num_bytes": len(p.answers[0].encode()),
+    }
+
+
+_RESULTS: dict[str, Callable[[Probe, Sequence[Score]], dict[str, Any]]] = {
+    "exact": _exact,
+    "choice": _choice,
+    "calibrated": _calibrated,
+    "likelihood": _likelihood,
+}

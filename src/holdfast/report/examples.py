@@ -1,0 +1,41 @@
+"""The worst changed answers, side by side: what the base got right and the tuned model gets wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+
+def examples(
+    model: Any, tokenizer: Any, before: Sequence[Any], after: Sequence[Any], most: int = 6
+) -> list[dict[str, str]]:
+    """At most one item of each task, the greatest drop first; `model` is the tuned one and is asked for its words.
+
+    Args:
+        before, after: measurements of the same suites (`measure.probe.score_suite`).
+    """
+    from holdfast.measure.generate import generate
+    from holdfast.measure.suites import probes_of
+
+    chosen = []
+    for b, a in zip(before, after, strict=True):
+        probes = probes_of(b, tokenizer)
+        for tb, ta in zip(b["tasks"], a["tasks"], strict=True):
+            drops = [(i["correct"] - j["correct"], i, j) for i, j in zip(tb["items"], ta["items"], strict=True)]
+            drop, i, j = max(drops, key=lambda d: d[0])
+            if drop > 0 and i["id"] in probes and probes[i["id"]].kind != "likelihood":
+                chosen.append((drop, probes[i["id"]], i, j))
+    chosen = sorted(chosen, key=lambda c: -c[0])[:most]
+    unsaid = [replace(p, max_tokens=12) for _, p, _, j in chosen if "output" not in j]
+    said = dict(zip([p.id for p in unsaid], generate(model, tokenizer, unsaid), strict=True))
+    return [
+        {
+            "task": p.task,
+            "prompt": p.context[-400:],
+            "expected": p.answer.strip(),
+            "before": i.get("output", p.answer.strip()),
+            "after": j["output"] if "output" in j else said[p.id].split("\n")[0],
+        }
+        for _, p, i, j in chosen
+    ]
