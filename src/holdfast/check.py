@@ -87,7 +87,7 @@ def check(
     Raises:
         ModelError: the two models do not read text the same way, so their scores cannot be paired.
     """
-    from holdfast.compare import ability, verdict
+    from holdfast.compare import abilities, verdict
     from holdfast.recipe import KEEP_FRAC
     from holdfast.run import versions
 
@@ -109,17 +109,16 @@ def check(
             f"{base} and {tuned} have different tokenizers, so the same text is not the same task for them.",
             "Check a tuned model against the base it was tuned from, with its tokenizer unchanged.",
         )
-    pairs = zip(before["suites"], after["suites"], strict=True)
-    abilities = [ability(b, a, keep.get(b["suite"], KEEP_FRAC)) for b, a in pairs]
+    judged = abilities(before["suites"], after["suites"], keep, KEEP_FRAC)
     return {
         "holdfast_version": holdfast.__version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kind": "check",
-        "verdict": verdict(abilities, None),
+        "verdict": verdict(judged, None),
         "model": before["model"],
         "tuned": {"name": after["model"]["name"], "path": tuned, "sha": after["model"]["sha"]},
         "task": None,
-        "abilities": abilities,
+        "abilities": judged,
         "versions": versions(),
         "settings": {k: before["suites"][0][k] for k in ("num_fewshot", "limit", "seed")},
     }

@@ -10,6 +10,7 @@ from holdfast.measure import stats
 from holdfast.report.schema import ability_words
 
 Part = dict[str, Any]
+ALPHA = 0.05
 WORDS = {"lost": "Lost", "unclear": "Not shown to be kept", "kept": "Kept"}  # the worst first: one loss decides
 
 
@@ -17,10 +18,15 @@ def _correct(items: Sequence[Mapping[str, Any]]) -> list[float]:
     return [float(i["correct"]) for i in items]
 
 
+def _clusters(task: Mapping[str, Any]) -> list[str] | None:
+    """What each item shares with others, where the task says that this makes them dependent."""
+    return [str(i["cluster"]) for i in task["items"]] if task.get("clustered") else None
+
+
 def _check_pair(before: Part, after: Part) -> None:
     """Only the same questions, asked in the same way, can be paired."""
     cure = "Measure both models with the same version, suite, shots and limit."
-    for key in ("suite", "num_fewshot", "seed"):
+    for key in ("suite", "num_fewshot", "seed", "labels"):
         if before.get(key) != after.get(key):
             what = f"One measurement has {key} {before.get(key)!r}, the other {after.get(key)!r}."
             raise HoldfastError(what, cure)
@@ -31,27 +37,31 @@ def _check_pair(before: Part, after: Part) -> None:
         raise HoldfastError(what, cure)
 
 
-def estimates(before: Sequence[Mapping] | None, after: Sequence[Mapping] | None) -> Part:
+def estimates(
+    before: Sequence[Mapping] | None, after: Sequence[Mapping] | None, clusters: Sequence[str] | None = None
+) -> Part:
     """before, after and difference of one task as Est dicts; a side that is missing is None."""
     part: Part = {"before": None, "after": None, "difference": None}
     if before is not None:
-        part["before"] = stats.mean(_correct(before)).to_dict()
+        part["before"] = stats.mean(_correct(before), clusters).to_dict()
     if after is not None:
-        part["after"] = stats.mean(_correct(after)).to_dict()
+        part["after"] = stats.mean(_correct(after), clusters).to_dict()
     if before is not None and after is not None:
-        part["difference"] = stats.paired(_correct(before), _correct(after)).to_dict()
+        part["difference"] = stats.paired(_correct(before), _correct(after), clusters).to_dict()
     return part
 
 
 def ability(before: Part, after: Part | None, keep: float) -> Part:
-    """One ability of the report from its measurements (`measure.suites.in_context.measure`).
+    """One ability of the report from its measurements (`measure.probe.score_suite`).
 
     kept: the one-sided 95 % bound of the share kept lies above `keep`. lost: the bound of the loss excludes 0 and the
     estimate lies below `keep`. Tasks whose base is not 2 standard errors above chance do not enter.
     """
     chance = {t["name"]: t["chance"] for t in before["tasks"]}
     rows = {t["name"]: t["items"] for t in before["tasks"]}
-    measurable = [n for n in rows if stats.measurable(_correct(rows[n]), None, chance[n])]
+    clusters = {t["name"]: _clusters(t) for t in before["tasks"]}
+    metric = {t["name"]: t["metric"] for t in before["tasks"]}
+    measurable = [n for n in rows if stats.measurable(_correct(rows[n]), clusters[n], chance[n])]
     later = {t["name"]: t["items"] for t in after["tasks"]} if after else {}
     if after:
         _check_pair(before, after)
@@ -60,9 +70,9 @@ def ability(before: Part, after: Part | None, keep: float) -> Part:
             "name": name,
             "n": len(items),
             "chance": chance[name],
-            "metric": "exact",
+            "metric": metric[name],
             "status": None if name in measurable else "not measurable",
-            **estimates(items, later.get(name) if after else None),
+            **estimates(items, later.get(name) if after else None, clusters[name]),
         }
         for name, items in rows.items()
     ]
@@ -72,7 +82,7 @@ def ability(before: Part, after: Part | None, keep: float) -> Part:
         part["note"] = f"{left_out} of {len(rows)} tasks are not measurable with this model and do not count"
     if not measurable:
         return {**part, "before": None, "after": None, "difference": None, "status": "not measurable"}
-    pooled = {n: (_correct(rows[n]), _correct(later.get(n, rows[n])), None) for n in measurable}
+    pooled = {n: (_correct(rows[n]), _correct(later.get(n, rows[n])), clusters[n]) for n in measurable}
     part |= _macro(pooled, chance)
     if after is None:
         return {**part, "after": None, "difference": None, "status": None}
@@ -83,7 +93,23 @@ def ability(before: Part, after: Part | None, keep: float) -> Part:
     (base, _), base_draws, change, n = stats.macro_draws(pooled, chance)
     good = base_draws > 0
     verdict = stats.noninferiority_draws(change[good] / base_draws[good], 1 - keep, ratio.value - 1, n)
-    return {**part, "status": _few(pooled, verdict.status, (1 - keep) * base)}
+    return {**part, "status": _few(pooled, verdict.status, (1 - keep) * base), "p_loss": verdict.p_loss}
+
+
+def abilities(before: Sequence[Part], after: Sequence[Part], floors: Mapping[str, float], floor: float) -> list[Part]:
+    """Every ability of two models' measurements of the same suites, judged together.
+
+    An alarm goes off if any ability is lost, so the loss of each needs a p-value that survives Holm's correction over
+    all of them; "kept" claims all of them at once and needs none (`stats.verdicts` says why).
+    """
+    parts = [ability(b, a, floors.get(b["suite"], floor)) for b, a in zip(before, after, strict=True)]
+    known = {p["name"]: p["p_loss"] for p in parts if "p_loss" in p}
+    adjusted = stats.holm(known) if known else {}
+    for p in parts:
+        p["p_loss"] = adjusted.get(p["name"])
+        if p["status"] == "lost" and adjusted[p["name"]] >= ALPHA:
+            p["status"] = "unclear"
+    return parts
 
 
 def only_after(after: Part, keep: float) -> Part:
@@ -118,7 +144,8 @@ def _few(pooled: Mapping[str, Any], status: str, margin: float) -> str:
     base = [x for b, _, _ in pooled.values() for x in b]
     tuned = [x for _, t, _ in pooled.values() for x in t]
     if base == tuned:
-        return stats.noninferiority(base, tuned, margin).status
+        groups = [f"{name}/{c}" for name, (b, _, cs) in pooled.items() for c in (cs or range(len(b)))]
+        return stats.noninferiority(base, tuned, margin, groups).status
     return status
 
 

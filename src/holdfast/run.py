@@ -421,17 +421,16 @@ class Run:
     # ---- the end
 
     def _report(self, job: Job, model: Any, before: Any, after: Any) -> Path:
-        from holdfast.compare import ability, estimates, only_after, verdict
+        from holdfast.compare import abilities, estimates, only_after, verdict
         from holdfast.model_card import model_card
         from holdfast.report import markdown, page
 
         task, source, floors = job.task, job.source, self.recipe.measure.keep
         training = self._read("training.json")
         if before:
-            pairs = zip(before["abilities"], after["abilities"], strict=True)
-            abilities = [ability(b, a, floors.get(b["suite"], KEEP_FRAC)) for b, a in pairs]
+            judged = abilities(before["abilities"], after["abilities"], floors, KEEP_FRAC)
         else:
-            abilities = [only_after(a, floors.get(a["suite"], KEEP_FRAC)) for a in after["abilities"]]
+            judged = [only_after(a, floors.get(a["suite"], KEEP_FRAC)) for a in after["abilities"]]
         part = {
             "name": task.name,
             "metric": task.metric,
@@ -448,7 +447,7 @@ class Run:
             "holdfast_version": holdfast.__version__,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "kind": "tune",
-            "verdict": verdict(abilities, part),
+            "verdict": verdict(judged, part),
             "model": {
                 "name": source.name,
                 "revision": source.revision,
@@ -457,7 +456,7 @@ class Run:
             },
             "tuned": {"name": task.name, "path": str(self.export), "sha": None},
             "task": part,
-            "abilities": abilities,
+            "abilities": judged,
             "plan": self._read("plan.json"),
             "data": {"name": task.name, "train": self.recipe.data.train.path, "rows": len(task.train)},
             "training": training,

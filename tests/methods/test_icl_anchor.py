@@ -1,7 +1,9 @@
 """ICLAnchor: KL to the base on few-shot prompts of anchor tasks."""
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +19,26 @@ def test_hand_value(toy_view):
     term = ICLAnchor(weight=2.0, every=3).loss(view)
     assert term.owner == "ICLAnchor"
     assert term.value.item() == pytest.approx(6 * math.log(1.25), rel=1e-5)
+
+
+def test_hand_value_of_the_gold_answers(toy_view):
+    """Two targets, the second is an answer with p = 1/4: the mean over answers is ln 4, the KL to itself is 0."""
+    same = [[0.5, 0.25, 0.25], [0.5, 0.25, 0.25]]
+    view = toy_view(torch.tensor(same).log(), [0, 2], base=same, owner="ICLAnchor")
+    row = dataclasses.replace(view.packed.rows[0], gold=np.array([False, False, True]))
+    view.packed.rows = [row]
+    term = ICLAnchor(gold=0.5, every=2).loss(view)
+    assert term.value.sum().item() / 2 == pytest.approx(2 * 0.5 * math.log(4), rel=1e-5)
+    assert ICLAnchor(gold=0.0).loss(view).value.abs().max().item() < 1e-6
+
+
+def test_gold_marks_the_answers(tiny_model, tokenizer):
+    """The tokens marked as gold are those that `on: answers` scores."""
+    ctx = Context(tiny_model(), tokenizer)
+    every, only = (ICLAnchor(pool=20, on=on).asides(ctx) for on in ("all", "answers"))
+    for a, b in zip(every, only, strict=True):
+        assert (a.gold == b.scored).all() and a.num_scored == len(a.ids) - 1
+        assert 3 <= b.num_scored < a.num_scored / 2
 
 
 def test_task_tokens_are_not_compared(toy_view):
@@ -90,7 +112,8 @@ def test_prompts_that_do_not_fit_are_left_out(tiny_model, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"direction": "x"}, {"on": "x"}, {"shots": (3, 1)}, {"every": 0}, {"pool": 0}, {"weight": -1.0}]
+    "wrong",
+    [{"direction": "x"}, {"on": "x"}, {"shots": (3, 1)}, {"every": 0}, {"pool": 0}, {"weight": -1.0}, {"gold": -1.0}],
 )
 def test_values_that_make_no_sense(wrong, tiny_model, tokenizer):
     with pytest.raises(PlanError, match="ICLAnchor"):

@@ -25,6 +25,7 @@ class TokenRow:
         scored: (T,) bool, True where the token is a target; the first is never one.
         owner: "task" if its targets carry the task's cross-entropy, else the method that asked for the row.
         source: where it came from, for the realised mix.
+        gold: (T,) bool, True where the target is part of a right answer; for methods that tell these apart.
         key: content identity; a stored teacher finds its answers by it.
     """
 
@@ -32,6 +33,7 @@ class TokenRow:
     scored: np.ndarray
     owner: str = "task"
     source: str = "task"
+    gold: np.ndarray | None = None
 
     @property
     def key(self) -> bytes:

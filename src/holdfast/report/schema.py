@@ -90,7 +90,7 @@ class AbilityTask(TypedDict, total=False):
 
 
 class AbilityPart(TypedDict, total=False):
-    """One ability; `margin` is the drop the recipe accepts, in the unit of the score."""
+    """One ability; `margin` is the share of the base's score that may go, `p_loss` Holm-adjusted over abilities."""
 
     name: str
     before: Est | None
@@ -98,6 +98,7 @@ class AbilityPart(TypedDict, total=False):
     difference: Est | None
     retention: Ratio | None
     margin: float
+    p_loss: float | None
     status: AbilityStatus
     note: str | None
     curve: CurvePart | None
