@@ -418,11 +418,11 @@ def test_examples_show_what_broke(world, tmp_path, whole, tokenizer):
     before, after = load(run.folder / "before.json"), load(run.folder / "after.json")
     task = before["abilities"][0]["tasks"][3]
     task["items"][1]["correct"], after["abilities"][0]["tasks"][3]["items"][1]["correct"] = 1, 0
-    (shown,) = examples(run.tuned, tokenizer, before["abilities"], after["abilities"])
+    (shown,) = examples(lambda: run.tuned, tokenizer, before["abilities"], after["abilities"])
     assert shown["task"] == task["name"]
     assert shown["prompt"].strip() and shown["expected"] == shown["before"] != ""
     assert shown["after"] != shown["expected"] and "\n" not in shown["after"]
-    assert examples(run.tuned, tokenizer, before["abilities"], before["abilities"]) == []
+    assert examples(lambda: run.tuned, tokenizer, before["abilities"], before["abilities"]) == []
 
 
 def test_a_measured_model_against_itself_is_never_lost(whole):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from holdfast.callback import RetentionCallback
     from holdfast.errors import HoldfastError
     from holdfast.hosts.hf import with_plan
     from holdfast.method import Method
@@ -19,8 +20,9 @@ _WHERE = {
     "with_plan": "holdfast.hosts.hf",
     "Method": "holdfast.method",
     "HoldfastError": "holdfast.errors",
+    "RetentionCallback": "holdfast.callback",
 }
-__all__ = ["HoldfastError", "Method", "Plan", "__version__", "tune", "with_plan"]
+__all__ = ["HoldfastError", "Method", "Plan", "RetentionCallback", "__version__", "tune", "with_plan"]
 
 
 def __getattr__(name: str) -> Any:  # heavy libraries are imported only where used

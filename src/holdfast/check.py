@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,58 +16,115 @@ EXIT = {"kept": 0, "lost": 1, "unclear": 3, "not checked": 3}
 Tell = Callable[[str, float, str], None]
 
 
+class Subject:
+    """One model to be measured: its files, its tokenizer, and its weights once somebody needs them.
+
+    Args:
+        name: hub id, folder, adapter, GGUF file or alias.
+        revision: of a hub id.
+        trust_remote_code: run Python code that comes with the model.
+    """
+
+    def __init__(self, name: str, revision: str | None = None, trust_remote_code: bool = False):
+        from holdfast import models
+
+        self.source = models.resolve(name, revision)
+        self.trust = trust_remote_code
+        self.tokenizer: Any = models.load_tokenizer(self.source, trust_remote_code)
+        self.device, self.dtype = models.auto_place()
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, adapter merged."""
+        from holdfast import models
+
+        return models.load(self.source, trust_remote_code=self.trust, merge_adapter=True)[0]
+
+    @cached_property
+    def sha(self) -> str:
+        """Identity of its content."""
+        from holdfast import models
+
+        return models.fingerprint(self.source)
+
+    @cached_property
+    def kind(self) -> str:
+        """Its architecture, from the configuration alone."""
+        from holdfast.models import read_config
+
+        return read_config(self.source, self.trust).model_type
+
+    @cached_property
+    def vocabulary(self) -> str:
+        """Identity of what text becomes: vocabulary and a few encoded strings."""
+        from holdfast.run import content_key
+
+        probes = ["Q: 12 apples\n\nA: pears", "  def f(x):\n\treturn x", "\u00dcber \u4f60\u597d"]
+        return content_key(sorted(self.tokenizer.get_vocab().items()), [self.tokenizer.encode(p) for p in probes])
+
+    def measure(
+        self,
+        suites: Sequence[str],
+        *,
+        num_fewshot: int = 8,
+        limit: int | None = None,
+        labels: Sequence[str] = (),
+        batch_tokens: int = 512,
+        phase: str = "measure",
+        tell: Tell = lambda *_: None,
+    ) -> list[dict[str, Any]]:
+        """Measure `suites`; what was measured before on this content is read from the cache."""
+        from holdfast.measure.suites import measure_suite
+        from holdfast.run import content_key
+
+        tell(phase, 0.0, self.source.name)
+        out = [
+            measure_suite(
+                suite,
+                lambda: self.model,
+                self.tokenizer,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                labels=labels,
+                batch_tokens=batch_tokens,
+                cache_key=content_key(self.sha, str(self.dtype), self.device.type),
+                progress=lambda x, n=n, suite=suite: tell(phase, (n + x) / len(suites), suite),
+            )
+            for n, suite in enumerate(suites)
+        ]
+        tell(phase, 1.0, self.source.name)
+        return out
+
+
 def measure(
     name: str,
     *,
     revision: str | None = None,
-    suites: Sequence[str] = ("in-context",),
-    num_fewshot: int = 8,
-    limit: int | None = None,
-    batch_tokens: int = 512,
+    suites: Sequence[str] = ("default",),
     trust_remote_code: bool = False,
-    phase: str = "measure",
     tell: Tell = lambda *_: None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Measure a model's suites. Results are cached by the model's content.
+    """Measure a model's suites; `settings` go to `Subject.measure`.
 
-    Returns {"model": {...}, "vocabulary": identity of the tokenizer, "suites": [measurements]}.
+    Returns {"model": {...}, "suites": [measurements]}.
     """
-    from holdfast import models
-    from holdfast.measure.suites import measure_suite, names_of
+    from holdfast.measure.suites import names_of
 
-    suites = names_of(suites)  # a wrong name is found before the model is loaded
-    tell(phase, 0.0, name)
-    source = models.resolve(name, revision)
-    model, tokenizer = models.load(source, trust_remote_code=trust_remote_code, merge_adapter=True)
-    sha = models.fingerprint(source)
-    measured = [
-        measure_suite(
-            suite,
-            model,
-            tokenizer,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            batch_tokens=batch_tokens,
-            cache_key=sha,
-            progress=lambda x, n=n: tell(phase, (n + x) / len(suites), name),
-        )
-        for n, suite in enumerate(suites)
-    ]
-    tell(phase, 1.0, name)
+    names = names_of(suites)  # a wrong name is found before the model is loaded
+    subject = Subject(name, revision, trust_remote_code)
+    measured = subject.measure(names, tell=tell, **settings)
+    return {"model": _model_part(subject), "suites": measured}
+
+
+def _model_part(subject: Subject) -> dict[str, Any]:
+    source = subject.source
     return {
-        "model": {"name": source.name, "revision": source.revision, "sha": sha, "dtype": str(model.dtype)[6:]},
-        "kind": model.config.model_type,
-        "vocabulary": _vocabulary(tokenizer),
-        "suites": measured,
+        "name": source.name,
+        "revision": source.revision,
+        "sha": subject.sha,
+        "dtype": str(subject.dtype).removeprefix("torch."),
     }
-
-
-def _vocabulary(tokenizer: Any) -> str:
-    """Identity of what text becomes: vocabulary and a few encoded strings."""
-    from holdfast.run import content_key
-
-    probes = ["Q: 12 apples\n\nA: pears", "  def f(x):\n\treturn x", "\u00dcber \u4f60\u597d"]
-    return content_key(sorted(tokenizer.get_vocab().items()), [tokenizer.encode(p) for p in probes])
 
 
 def check(
@@ -76,52 +134,77 @@ def check(
     base_revision: str | None = None,
     tuned_revision: str | None = None,
     keep: Mapping[str, float] | None = None,
-    suites: Sequence[str] = ("in-context",),
+    suites: Sequence[str] = ("default",),
+    why: bool = False,
+    trust_remote_code: bool = False,
     tell: Tell = lambda *_: None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Compare two models on the same items; returns a report (`report.schema`) whose verdict says kept or lost.
 
-    keep: share of each ability that must be left, 0.95 by default. `settings` go to `measure`.
+    keep: share of each ability that must be left, 0.95 by default. why: look for the place of a loss too (both models
+    are in memory then). `settings` go to `Subject.measure`.
 
     Raises:
         ModelError: the two models do not read text the same way, so their scores cannot be paired.
     """
     from holdfast.compare import abilities, verdict
+    from holdfast.measure.suites import names_of
     from holdfast.recipe import KEEP_FRAC
+    from holdfast.report.examples import examples, prompts
     from holdfast.run import versions
 
-    keep = dict(keep or {})
-    unknown = [k for k in keep if k not in suites]
+    names, keep = names_of(suites), dict(keep or {})
+    unknown = [k for k in keep if k not in names]
     if unknown:
         raise HoldfastError(
-            f"--keep names {unknown[0]!r}, but only {', '.join(suites)} is measured.", "Add it with --suite."
+            f"--keep names {unknown[0]!r}, but only {', '.join(names)} is measured.", "Add it with --suite."
         )
-    before = measure(base, revision=base_revision, suites=suites, phase="measure before", tell=tell, **settings)
-    after = measure(tuned, revision=tuned_revision, suites=suites, phase="measure after", tell=tell, **settings)
-    if before["kind"] != after["kind"]:
-        raise ModelError(
-            f"{base} is a {before['kind']} model and {tuned} is a {after['kind']} model.",
-            "Check a tuned model against the base it was tuned from.",
-        )
-    if before["vocabulary"] != after["vocabulary"]:
-        raise ModelError(
-            f"{base} and {tuned} have different tokenizers, so the same text is not the same task for them.",
-            "Check a tuned model against the base it was tuned from, with its tokenizer unchanged.",
-        )
-    judged = abilities(before["suites"], after["suites"], keep, KEEP_FRAC)
+    first = Subject(base, base_revision, trust_remote_code)
+    second = Subject(tuned, tuned_revision, trust_remote_code)
+    _check_pair(base, first, tuned, second)
+    before = first.measure(names, phase="measure before", tell=tell, **settings)
+    if not why:
+        first.__dict__.pop("model", None)  # one model in memory at a time
+    after = second.measure(names, phase="measure after", tell=tell, **settings)
+    judged = abilities(before, after, keep, KEEP_FRAC)
+    shown = examples(lambda: second.model, second.tokenizer, before, after)
     return {
         "holdfast_version": holdfast.__version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kind": "check",
         "verdict": verdict(judged, None),
-        "model": before["model"],
-        "tuned": {"name": after["model"]["name"], "path": tuned, "sha": after["model"]["sha"]},
+        "model": _model_part(first),
+        "tuned": {"name": second.source.name, "path": tuned, "sha": second.sha},
         "task": None,
         "abilities": judged,
+        "examples": shown,
+        "diagnosis": _diagnosis(first, second, before, after, tell) if why else None,
+        "prompts": prompts(second.tokenizer, after),
         "versions": versions(),
-        "settings": {k: before["suites"][0][k] for k in ("num_fewshot", "limit", "seed")},
+        "settings": {
+            m["suite"]: ", ".join(f"{k} {m[k]}" for k in ("num_fewshot", "limit", "seed", "labels") if m.get(k))
+            for m in after
+        },
     }
+
+
+def _check_pair(base: str, first: Subject, tuned: str, second: Subject) -> None:
+    cure = "Check a tuned model against the base it was tuned from"
+    if first.kind != second.kind:
+        raise ModelError(f"{base} is a {first.kind} model and {tuned} is a {second.kind} model.", f"{cure}.")
+    if first.vocabulary != second.vocabulary:
+        raise ModelError(
+            f"{base} and {tuned} have different tokenizers, so the same text is not the same task for them.",
+            f"{cure}, with its tokenizer unchanged.",
+        )
+
+
+def _diagnosis(first: Subject, second: Subject, before: Any, after: Any, tell: Tell) -> list[Any]:
+    from holdfast.diagnose import Case, run
+
+    case = Case(first.model, second.model, second.tokenizer, before, after)
+    return [f.part() for f in run(case, tell=tell)]
 
 
 def write(report: Mapping[str, Any], path: Path) -> None:

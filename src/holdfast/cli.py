@@ -82,9 +82,15 @@ def explain(recipe: Path, set: Set = None, debug: Debug = False) -> None:
 
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-Suites = Annotated[list[str], typer.Option("--suite", help="What to measure; may be repeated.")]
+Suites = Annotated[
+    list[str],
+    typer.Option("--suite", help="default, all, a suite, lm_eval:<task>[:k] or jsonl:<path>; may be repeated."),
+]
+Labels = Annotated[
+    str, typer.Option("--labels", help="Answers of the tuned task, with commas: the format suite looks for them.")
+]
 Shots = Annotated[int, typer.Option("--num-fewshot", help="Demonstrations in a prompt.")]
-Limit = Annotated[int | None, typer.Option("--limit", help="Items of each task (default 48).")]
+Limit = Annotated[int | None, typer.Option("--limit", help="Items of each task (default: each suite's own).")]
 Out = Annotated[
     list[Path] | None, typer.Option("--out", help="Write .json, .html, .md or .xml (JUnit); may be repeated.")
 ]
@@ -95,9 +101,10 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python cod
 def measure(
     model: str,
     revision: Revision = None,
-    suite: Suites = ["in-context"],  # noqa: B006
+    suite: Suites = ["default"],  # noqa: B006
     num_fewshot: Shots = 8,
     limit: Limit = None,
+    labels: Labels = "",
     out: Annotated[Path | None, typer.Option("--out", help="Write the scores of every item as JSON.")] = None,
     trust_remote_code: Trust = False,
     debug: Debug = False,
@@ -105,12 +112,10 @@ def measure(
     """Measure what one model can do."""
     _start(debug)
     from rich.console import Console
-    from rich.table import Table
 
     from holdfast import check as checking
-    from holdfast.compare import ability
     from holdfast.progress import progress_on
-    from holdfast.report.schema import estimate
+    from holdfast.report import terminal
     from holdfast.run import write_json
 
     console = Console()
@@ -121,20 +126,17 @@ def measure(
             suites=suite,
             num_fewshot=num_fewshot,
             limit=limit,
+            labels=_labels(labels),
             trust_remote_code=trust_remote_code,
             tell=progress.tell,
         )
-    for measured in got["suites"]:
-        part = ability(measured, None, 1.0)
-        table = Table("task", "score", "chance", title=f"{measured['suite']}, {num_fewshot} shots")
-        for task in part["tasks"]:
-            note = " (not measurable)" if task["status"] else ""
-            table.add_row(task["name"], estimate(task["before"]) + note, f"{task['chance']:.2f}")
-        if part["before"]:
-            table.add_row("mean of measurable tasks", estimate(part["before"]), "", style="bold")
-        console.print(table)
+    terminal.show_measured(got["suites"], console)
     if out:
         write_json(out, got)
+
+
+def _labels(text: str) -> tuple[str, ...]:
+    return tuple(label.strip() for label in text.split(",") if label.strip())
 
 
 @app.command()
@@ -142,9 +144,11 @@ def check(
     base: str,
     tuned: str,
     keep: Annotated[list[str] | None, typer.Option("--keep", help="Share to keep, such as in-context=0.97.")] = None,
-    suite: Suites = ["in-context"],  # noqa: B006
+    suite: Suites = ["default"],  # noqa: B006
     num_fewshot: Shots = 8,
     limit: Limit = None,
+    labels: Labels = "",
+    why: Annotated[bool, typer.Option("--why", help="Also look for the place and the kind of a loss.")] = False,
     base_revision: Revision = None,
     tuned_revision: Revision = None,
     out: Out = None,
@@ -182,12 +186,16 @@ def check(
             suites=suite,
             num_fewshot=num_fewshot,
             limit=limit,
+            labels=_labels(labels),
+            why=why,
             trust_remote_code=trust_remote_code,
             tell=progress.tell,
         )
     for path in out or []:
         checking.write(report, path)
     terminal.show(report, console)
+    for finding in report["diagnosis"] or ():
+        console.print(f"{finding['name']}: {finding['finding']}", markup=False, highlight=False)
     raise typer.Exit(checking.EXIT[report["verdict"]["status"]])
 
 

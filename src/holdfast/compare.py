@@ -7,6 +7,7 @@ from typing import Any
 
 from holdfast.errors import HoldfastError
 from holdfast.measure import stats
+from holdfast.measure.facts import curve_of, facts_of
 from holdfast.report.schema import ability_words
 
 Part = dict[str, Any]
@@ -77,6 +78,7 @@ def ability(before: Part, after: Part | None, keep: float) -> Part:
         for name, items in rows.items()
     ]
     part: Part = {"name": before["suite"], "margin": 1 - keep, "tasks": tasks, "retention": None, "note": None}
+    part |= {"curve": _curve(before, after), "facts": _facts(before, after)}
     left_out = len(rows) - len(measurable)
     if left_out:
         part["note"] = f"{left_out} of {len(rows)} tasks are not measurable with this model and do not count"
@@ -112,11 +114,29 @@ def abilities(before: Sequence[Part], after: Sequence[Part], floors: Mapping[str
     return parts
 
 
+def _curve(before: Part, after: Part | None) -> Part | None:
+    """Score by number of demonstrations, where the items say how many they had."""
+    sides = [curve_of([t["items"] for t in m["tasks"]]) for m in (before, after) if m]
+    if not all(sides):
+        return None
+    drawn = [[stats.mean(_correct(items)).to_dict() for items in side.values()] for side in sides if side]
+    return {"shots": list(sides[0] or ()), "before": drawn[0], "after": drawn[-1] if after else []}
+
+
+def _facts(before: Part, after: Part | None) -> dict[str, list[float | None]]:
+    """name -> [before, after] of the further figures."""
+    first, second = facts_of(before), facts_of(after) if after else {}
+    return {name: [value, second.get(name)] for name, value in first.items()}
+
+
 def only_after(after: Part, keep: float) -> Part:
     """One ability of a tuned model whose base was not measured: scores in the column 'after', no judgement."""
     part = ability(after, None, keep)
     for one in (part, *part["tasks"]):
         one["before"], one["after"] = None, one["before"]
+    part["facts"] = {name: [None, value] for name, (value, _) in part["facts"].items()}
+    if part["curve"]:
+        part["curve"] |= {"before": [], "after": part["curve"]["before"]}
     return {**part, "status": None}
 
 

@@ -573,6 +573,12 @@ def load(
     return model.to(place).eval(), tokenizer
 
 
+def auto_place() -> tuple[torch.device, torch.dtype]:
+    """Where and in which precision `load` puts a model by default."""
+    place = _auto_device("auto")
+    return place, _auto_dtype("auto", place)
+
+
 def _auto_device(device: str | torch.device) -> torch.device:
     import torch
 
@@ -609,6 +615,28 @@ def _cpu_computes_bf16() -> bool:
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         return any(getattr(torch.cpu, probe, bool)() for probe in probes)
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def read_config(source: ModelSource, trust_remote_code: bool = False) -> Any:
+    """The configuration of the model (of an adapter's base), without its weights."""
+    from transformers import AutoConfig
+
+    while source.base is not None:
+        source = source.base
+    try:
+        return AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load("configuration", source, error) from error
+
+
+def context_length(source: ModelSource, trust_remote_code: bool = False) -> int:
+    """Positions a model reads, from its configuration alone; a huge number where it names none."""
+    try:
+        config = read_config(source, trust_remote_code)
+    except ModelError:
+        return 1 << 20  # loading the weights explains what is wrong
+    config = getattr(config, "text_config", None) or config
+    return getattr(config, "max_position_embeddings", None) or 1 << 20
 
 
 def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -170,7 +170,7 @@ class Run:
             self.tell("load", 0.0, r.model.model_name_or_path)
             source = models.resolve(r.model.model_name_or_path, r.model.model_revision)
             tokenizer = models.load_tokenizer(source, r.model.trust_remote_code)
-            longest = context_length(source, r.model.trust_remote_code)
+            longest = models.context_length(source, r.model.trust_remote_code)
             task = read_task(r, tokenizer, self.base_dir, longest)
             for suite in m.suites:
                 check_suite(suite, Ask(tokenizer, m.num_fewshot, m.limit, labels=task.labels or ()), longest)
@@ -279,7 +279,9 @@ class Run:
         from holdfast.task import score_task
 
         m, task, out = self.recipe.measure, job.task, {}
-        sha = job.source.sha if when == "before" else None
+        key = None
+        if when == "before" and job.source.sha:
+            key = content_key(job.source.sha, str(model.dtype), model.device.type)
 
         def tell(start: float, share: float, words: str) -> Callable[[float], None]:
             return lambda x: self.tell(f"measure {when}", start + share * x, words)
@@ -290,20 +292,20 @@ class Run:
             out["abilities"] = [
                 measure_suite(
                     suite,
-                    model,
+                    lambda: model,
                     job.tokenizer,
                     num_fewshot=m.num_fewshot,
                     limit=m.limit,
                     labels=task.labels or (),
                     batch_tokens=m.batch_tokens,
-                    cache_key=sha,
+                    cache_key=key,
                     progress=tell(n * part, part, suite),
                 )
                 for n, suite in enumerate(m.suites)
             ]
             rows = [[r.where, r.prompt, r.completion] for r in task.test]
             out["task"] = remembered(
-                sha and content_key(sha, rows, task.labels, str(model.dtype), str(model.device.type), versions()),
+                key and content_key(key, rows, task.labels, versions()),
                 lambda: score_task(
                     model,
                     job.tokenizer,
@@ -442,7 +444,7 @@ class Run:
         from holdfast.report.examples import examples
 
         with self._timed("examples"):
-            shown = examples(model, job.tokenizer, before["abilities"], after["abilities"]) if before else []
+            shown = examples(lambda: model, job.tokenizer, before["abilities"], after["abilities"]) if before else []
         report = {
             "holdfast_version": holdfast.__version__,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -485,20 +487,6 @@ class Run:
 def planned(recipe: Recipe, base_dir: Path) -> Job:
     """The job of a recipe, checked on the real model; nothing is written."""
     return Run(recipe, base_dir, lambda *_: None).checked()
-
-
-def context_length(source: Any, trust_remote_code: bool = False) -> int:
-    """Positions a model reads, from its configuration alone; a huge number where it names none."""
-    from transformers import AutoConfig
-
-    while source.base is not None:  # an adapter reads what its base reads
-        source = source.base
-    try:
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError):
-        return 1 << 20  # loading the weights explains what is wrong
-    config = getattr(config, "text_config", None) or config
-    return int(getattr(config, "max_position_embeddings", None) or 1 << 20)
 
 
 def not_finite(model: Any) -> str | None:

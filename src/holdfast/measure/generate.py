@@ -1,4 +1,4 @@
-"""Greedy answers to many prompts, in batches of similar length."""
+"""Answers to many prompts, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from holdfast.measure import shard
+
 if TYPE_CHECKING:
     from holdfast.measure.probe import Probe
 
 BATCH = 32
+GREEDY = {  # whatever the model's generation config says
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+    "repetition_penalty": 1.0,
+}
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     tokenizer: Any,
@@ -27,44 +36,84 @@ def generate(
     Prompts are padded on the left and sorted by length. Greedy text depends on the last bits of the logits, so two
     batch sizes may give other words in bf16; the batches depend on the probes alone, so base and tuned get the same.
     """
-    if not probes:
+    prompts = [(_ids(p.context, tokenizer), p.max_tokens) for p in probes]
+    texts = go_on(model, tokenizer, prompts, batch_size=batch_size, progress=progress, **GREEDY)
+    return [text.strip() for text in texts]
+
+
+@torch.no_grad()
+def go_on(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[tuple[list[int], int]],
+    *,
+    stop: Sequence[str] = (),
+    batch_size: int = BATCH,
+    progress: Callable[[float], None] | None = None,
+    **settings: Any,
+) -> list[str]:
+    """The model's text after each prompt (token ids, most new tokens), without special tokens.
+
+    A text ends soon after it holds one of `stop`; the caller cuts it there. `settings` go to the model's own
+    `generate`, over its generation config. Several processes share the work by whole batches (`measure.shard`).
+    """
+    if not prompts:
         return []
-    device = next(model.parameters()).device
-    encoded = [_ids(p.context, tokenizer) for p in probes]
-    order = sorted(range(len(probes)), key=lambda n: (probes[n].max_tokens, len(encoded[n])))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    out = [""] * len(probes)
+    order = sorted(range(len(prompts)), key=lambda n: (prompts[n][1], len(prompts[n][0])))
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    rank, num = (0, 1) if settings.get("do_sample") else shard.world(model)  # dice are rolled batch after batch
+    mine, texts = batches[rank::num], {}
     was_training = model.training
     model.eval()
     try:
-        for at in range(0, len(order), batch_size):
-            batch = order[at : at + batch_size]
-            width = max(len(encoded[n]) for n in batch)
-            ids = torch.full((len(batch), width), pad)
-            mask = torch.zeros_like(ids)
-            for i, n in enumerate(batch):
-                ids[i, width - len(encoded[n]) :] = torch.tensor(encoded[n])
-                mask[i, width - len(encoded[n]) :] = 1
-            got = model.generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                max_new_tokens=max(probes[n].max_tokens for n in batch),
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=1.0,
-                pad_token_id=pad,
-            )
-            for i, n in enumerate(batch):
-                new = got[i, width : width + probes[n].max_tokens]
-                out[n] = tokenizer.decode(new, skip_special_tokens=True).strip()
+        for at, batch in enumerate(mine, start=1):
+            new = _batch(model, tokenizer, [prompts[n] for n in batch], stop, settings)
+            for n, ids in zip(batch, new, strict=True):
+                texts[n] = tokenizer.decode(ids[: prompts[n][1]], skip_special_tokens=True)
             if progress:
-                progress((at + len(batch)) / len(order))
+                progress(at / len(mine))
     finally:
         model.train(was_training)
-    return out
+    found = [list(texts.items())] if num == 1 else shard.gather(list(texts.items()))
+    whole = {n: text for part in found for n, text in part}
+    return [whole[n] for n in range(len(prompts))]
+
+
+def _batch(
+    model: Any, tokenizer: Any, prompts: Sequence[tuple[list[int], int]], stop: Sequence[str], settings: dict[str, Any]
+) -> torch.Tensor:
+    """(B, new tokens) ids that follow the prompts."""
+    device = next(model.parameters()).device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    width = max(len(ids) for ids, _ in prompts)
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for i, (prompt, _) in enumerate(prompts):
+        ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask[i, width - len(prompt) :] = 1
+    got = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=max(most for _, most in prompts),
+        pad_token_id=pad,
+        stopping_criteria=[_ended(tokenizer, stop, width)] if stop else [],
+        **settings,
+    )
+    return got[:, width:]
+
+
+def _ended(tokenizer: Any, stop: Sequence[str], width: int) -> Callable[..., torch.Tensor]:
+    """A row has ended when its latest new tokens hold a stop string.
+
+    Two tokens more than a stop string has are read: a model may write it in other tokens (lm_eval's rule).
+    """
+    latest = 2 + max(len(tokenizer.encode(text, add_special_tokens=False)) for text in stop)
+
+    def ended(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        texts = tokenizer.batch_decode(ids[:, max(width, ids.shape[1] - latest) :])
+        return torch.tensor([any(s in text for s in stop) for text in texts], device=ids.device)
+
+    return ended
 
 
 def _ids(text: str, tokenizer: Any) -> list[int]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from holdfast.errors import HoldfastError
+from holdfast.measure import shard
 from holdfast.measure.generate import generate
 from holdfast.measure.scorer import Score, Scorer
 
@@ -125,7 +126,8 @@ def score_suite(
 ) -> dict[str, Any]:
     """Score every probe; returns plain data: {"suite", "tasks": [{"name", ..., "items": [...]}], ...}.
 
-    Every item has "id", "cluster" and "correct" (its score in [0, 1]); further keys by kind.
+    Every item has "id", "cluster" and "correct" (its score in [0, 1]); further keys by kind. Under several processes
+    each answers a share of the probes and all return the whole (`measure.shard`).
 
     Raises:
         HoldfastError: a probe is longer than the model reads.
@@ -137,7 +139,8 @@ def score_suite(
     scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, progress=lambda x: tell(x * share))
     encoded = [scorer.encode((p.context, a)) for p in scored for a in p.answers]
     _check_lengths(suite, encoded, scorer.max_length)
-    scores = iter(scorer.score_tokens(encoded))
+    shared = [(p.task, p.cluster or p.id) for p in scored for _ in p.answers]
+    scores = iter(shard.score_tokens(scorer, encoded, shared))
     results = {p.id: _RESULTS[p.kind](p, [next(scores) for _ in p.answers]) for p in scored}
     outputs = generate(model, tokenizer, spoken, progress=lambda x: tell(share + x * (1 - share)))
     for p, output in zip(spoken, outputs, strict=True):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 
 def examples(
-    model: Any, tokenizer: Any, before: Sequence[Any], after: Sequence[Any], most: int = 6
+    model: Callable[[], Any], tokenizer: Any, before: Sequence[Any], after: Sequence[Any], most: int = 6
 ) -> list[dict[str, str]]:
-    """At most one item of each task, the greatest drop first; `model` is the tuned one and is asked for its words.
+    """At most one item of each task, the greatest drop first; `model()` is the tuned one and is asked for its words.
 
     Args:
         before, after: measurements of the same suites (`measure.probe.score_suite`).
@@ -28,7 +28,8 @@ def examples(
                 chosen.append((drop, probes[i["id"]], i, j))
     chosen = sorted(chosen, key=lambda c: -c[0])[:most]
     unsaid = [replace(p, max_tokens=12) for _, p, _, j in chosen if "output" not in j]
-    said = dict(zip([p.id for p in unsaid], generate(model, tokenizer, unsaid), strict=True))
+    words = generate(model(), tokenizer, unsaid) if unsaid else []
+    said = dict(zip([p.id for p in unsaid], words, strict=True))
     return [
         {
             "task": p.task,
@@ -39,3 +40,11 @@ def examples(
         }
         for _, p, i, j in chosen
     ]
+
+
+def prompts(tokenizer: Any, measured: Sequence[Any]) -> list[dict[str, str]]:
+    """One whole prompt of each suite, as the model saw it."""
+    from holdfast.measure.suites import probes_of
+
+    first = [(m["suite"], next(iter(probes_of(m, tokenizer).values()), None)) for m in measured]
+    return [{"task": suite, "text": p.context + p.answer} for suite, p in first if p]

@@ -90,7 +90,11 @@ class AbilityTask(TypedDict, total=False):
 
 
 class AbilityPart(TypedDict, total=False):
-    """One ability; `margin` is the share of the base's score that may go, `p_loss` Holm-adjusted over abilities."""
+    """One ability.
+
+    margin: the share of the base's score that may go. p_loss: of "nothing was lost", Holm-adjusted over abilities.
+    facts: further figures, name -> [before, after].
+    """
 
     name: str
     before: Est | None
@@ -102,6 +106,7 @@ class AbilityPart(TypedDict, total=False):
     status: AbilityStatus
     note: str | None
     curve: CurvePart | None
+    facts: dict[str, list[float | None]]
     tasks: list[AbilityTask]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,3 +80,24 @@ def show(report: dict[str, Any], console: Console, page: str | Path | None = Non
     console.print(line.append(f"  {sentence}" if sentence else "", style="not bold default"), overflow="fold")
     if page is not None:
         console.print(Text(f"Page: {schema.clean(str(page))}"), overflow="fold", soft_wrap=True)
+
+
+def show_measured(suites: Sequence[Any], console: Console) -> None:
+    """Print the scores of one model: a table for each suite, its further figures below it.
+
+    Args:
+        suites: measurements (`measure.probe.score_suite`).
+    """
+    from holdfast.compare import ability
+
+    for measured in suites:
+        part = schema.clean(ability(measured, None, 1.0))
+        table = Table("task", "score", "chance", title=Text(part["name"]), box=box.SIMPLE_HEAD, title_justify="left")
+        for task in part["tasks"]:
+            note = " (not measurable)" if task["status"] else ""
+            table.add_row(Text(task["name"]), schema.estimate(task["before"]) + note, f"{task['chance']:.2f}")
+        if part["before"]:
+            table.add_row("mean of measurable tasks", schema.estimate(part["before"]), "", style="bold")
+        console.print(table)
+        for name, (value, _) in part["facts"].items():
+            console.print(Text(f"  {name}: {schema.number(value)}", style="dim"))

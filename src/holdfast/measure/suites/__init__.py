@@ -15,9 +15,19 @@ from holdfast.measure.probe import Ask, Probe, Suite, score_suite
 
 SUITES = {
     "in-context": "in_context:build_suite",
+    "format": "format:build_suite",
+    "language": "language:build_suite",
+    "knowledge": "knowledge:build_suite",
+    "instructions": "instructions:build_suite",
+    "reasoning": "reasoning:build_suite",
+    "safety": "safety:build_suite",
+    "calibration": "calibration:build_suite",
+    "shots": "shots:build_suite",
+    "recognition": "recognition:build_suite",
+    "copying": "copying:build_suite",
     "anchors": "in_context:build_anchors",
 }
-DEFAULT = ("in-context",)
+DEFAULT = ("in-context", "format", "language", "knowledge", "instructions", "reasoning", "safety")
 
 
 def names_of(asked: Sequence[str]) -> tuple[str, ...]:
@@ -48,7 +58,7 @@ def build(name: str, ask: Ask) -> Suite:
 
 def measure_suite(
     name: str,
-    model: Any,
+    model: Callable[[], Any],
     tokenizer: Any,
     *,
     num_fewshot: int = 8,
@@ -59,31 +69,34 @@ def measure_suite(
     cache_key: str | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure one suite; with `cache_key` (the model's content) an earlier result is reused.
+    """Measure one suite; with `cache_key` (content, dtype and device of the model) an earlier result is reused.
+
+    `model()` gives the model, and is only called if there is something to measure.
 
     Raises:
         HoldfastError: the suite is unknown, or its prompts do not fit the model.
     """
     from holdfast.run import content_key, versions
 
-    where = (cache_key, str(model.dtype), model.device.type, versions())
+    where = (cache_key, versions())
     if name.startswith("lm_eval:"):
         from holdfast.measure.lm_eval import measure_task
 
         def bridge() -> dict[str, Any]:
-            return measure_task(model, tokenizer, name, limit=limit, progress=progress)
+            return measure_task(model(), tokenizer, name, limit=limit, progress=progress)
 
-        return remembered(cache_key and content_key(*where, name, limit), bridge)
+        own_file = ".yaml" in name or ".yml" in name  # it and its data may change between two calls
+        return remembered(cache_key and not own_file and content_key(*where, name, limit), bridge)
     suite = build(name, Ask(tokenizer, num_fewshot, limit, seed, tuple(labels)))
 
     def make() -> dict[str, Any]:
-        return score_suite(model, tokenizer, suite, batch_tokens=batch_tokens, progress=progress)
+        return score_suite(model(), tokenizer, suite, batch_tokens=batch_tokens, progress=progress)
 
     asked = [[p.id, p.context, p.answers, p.right, p.max_tokens] for p in suite.probes]
     return remembered(cache_key and content_key(*where, name, suite.settings, asked), make)
 
 
-def remembered(key: str | None, make: Callable[[], Any]) -> Any:
+def remembered(key: str | bool | None, make: Callable[[], Any]) -> Any:
     """What `make` gives (plain data), kept in the cache folder under `key`; no key, nothing is kept."""
     if not key:
         return make()

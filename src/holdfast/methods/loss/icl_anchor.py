@@ -11,8 +11,8 @@ Anchors are built from anchor tasks only; held-out tasks cannot be named here. o
 prompt, "answers" only the answers of the shots.
 Every `every`-th step gets prompts_per_step * every prompts' worth of weight: the term is scaled so that its mean over
 steps does not depend on `every`.
-The second sum, the right answers of the same prompts, costs no further token: it is InContextMix on rows that are there
-anyway. Without it (gold = 0) in-context ability settles a little below the base's.
+The second sum, the right answers of the same prompts, costs no further token: it is InContextMix on rows that are
+there anyway. Without it (gold = 0) in-context ability settles a little below the base's.
 The base's answers on the fixed prompts are computed once, before training. Cost: the prompts' tokens in a step.
 Combine with: everything. With ProMoT the prompts go without the soft prompt.
 """
