@@ -9,12 +9,9 @@ one-off work (base answers, SVDs) is spread over the steps of a run of `results.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import platform
 import statistics
-import time
-from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +19,15 @@ HERE = Path(__file__).parent
 
 
 def timed(name: str, methods: list[Any], tokens: Any, rows: Any, steps: int, run_steps: int) -> tuple[float, float]:
-    """(median seconds of a step, seconds of one-off work for a whole run)."""
-    import torch
-
+    """(mean seconds of a step, seconds of one-off work for a whole run)."""
+    import _common
     from holdfast import models
-    from holdfast.hosts.plain import Training, train
-    from holdfast.plan import Plan
-    from holdfast.services import Context
-    from holdfast.session import Session
 
     model, tokenizer = models.load("smollm2-135m")
-    ctx = Context(model, tokenizer, 0, rows, total_steps=run_steps)
-    session = Session(Plan(methods), model, ctx, compute_dtype=model.dtype, knows_rows=True)
-    mix = session.mix(tokens)
-    start = time.perf_counter()
-    session.prepare(list(islice(mix.draw(0), run_steps * 8)))
-    once = time.perf_counter() - start
-    stamps: list[float] = []
-    train(
-        session,
-        mix,
-        Training(steps, 8, autocast=torch.bfloat16 if model.dtype == torch.bfloat16 else None, save_steps=0),
-        on_step=lambda *_: stamps.append(time.perf_counter()),
-    )
-    took = [b - a for a, b in pairwise(stamps[1:])]  # the first step warms up
-    del session, model
-    gc.collect()
-    return statistics.mean(took), once
+    job = _common.Job(tokens, steps, 8, "full")  # an adapter is one of `methods`
+    block = _common.ours(model, tokenizer, job, methods, text=rows, run_steps=run_steps)
+    _common.tidy()
+    return statistics.mean(block.seconds), block.prepare_seconds
 
 
 def main() -> None:

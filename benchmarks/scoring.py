@@ -14,26 +14,12 @@ import platform
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
+
+from _common import matmul_rate
 
 HERE = Path(__file__).parent
-
-
-def matmul_rate(model: Any, rows: int = 512, seconds: float = 1.0) -> float:
-    """FLOP/s of x @ W^T with the model's largest block matrix."""
-    weights = [p for n, p in model.named_parameters() if p.ndim == 2 and ".layers." in n]
-    w = max(weights, key=lambda p: p.numel())
-    x = torch.randn(rows, w.shape[1], dtype=w.dtype, device=w.device)
-    for _ in range(10):
-        F.linear(x, w)
-    count, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        F.linear(x, w)
-        count += 1
-    return 2 * rows * w.numel() * count / (time.perf_counter() - start)
 
 
 def main() -> None:

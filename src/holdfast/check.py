@@ -44,8 +44,9 @@ class Subject:
     def sha(self) -> str:
         """Identity of its content."""
         from holdfast import models
+        from holdfast.measure import shard
 
-        return models.fingerprint(self.source)
+        return shard.told(lambda: models.fingerprint(self.source))
 
     @cached_property
     def kind(self) -> str:

@@ -111,6 +111,9 @@ def measure(
 ) -> None:
     """Measure what one model can do."""
     _start(debug)
+    from holdfast.measure import shard
+
+    shard.start()
     from rich.console import Console
 
     from holdfast import check as checking
@@ -131,7 +134,7 @@ def measure(
             tell=progress.tell,
         )
     terminal.show_measured(got["suites"], console)
-    if out:
+    if out and shard.first():
         write_json(out, got)
 
 
@@ -157,6 +160,9 @@ def check(
 ) -> None:
     """Gate: does TUNED keep what BASE can do? Exit 0 kept, 1 lost, 2 usage, 3 not enough evidence."""
     _start(debug)
+    from holdfast.measure import shard
+
+    shard.start()
     from rich.console import Console
 
     from holdfast import check as checking
@@ -191,7 +197,7 @@ def check(
             trust_remote_code=trust_remote_code,
             tell=progress.tell,
         )
-    for path in out or []:
+    for path in (out or []) if shard.first() else []:
         checking.write(report, path)
     terminal.show(report, console)
     for finding in report["diagnosis"] or ():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -128,7 +128,7 @@ def share(x: float) -> str:
 
 
 @contextmanager
-def watching(layers: Sequence[torch.nn.Module], hook: Callable[..., None]) -> Iterator[None]:
+def watching(layers: Iterable[torch.nn.Module], hook: Callable[..., None]) -> Iterator[None]:
     """Call hook(n, args, kwargs, output) after decoder layer n, for the duration."""
     handles = [
         layer.register_forward_hook(lambda _m, args, kw, out, n=n: hook(n, args, kw, out), with_kwargs=True)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from holdfast.diagnose import NOTHING, Case, Finding
 from holdfast.fewshot import FORMATS, Format, Pair, Prompt, build, formats_for
@@ -116,7 +117,7 @@ def scores_of(model: Any, tokenizer: Any, suite: Suite) -> dict[str, list[float]
 # ---- judging
 
 
-def loss_status(base: Sequence[float], tuned: Sequence[float]) -> str:
+def loss_status(base: ArrayLike, tuned: ArrayLike) -> str:
     """'kept', 'lost' or 'unclear' for paired scores (N,), with MARGIN of the base's mean to spare."""
     b, t = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
     if (b == t).all():  # the same answers to all items: nothing to explain, however few they are

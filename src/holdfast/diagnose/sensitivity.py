@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -165,5 +166,6 @@ def _agreement(groups: list[Group]) -> str:
         return ""
     from scipy.stats import spearmanr
 
-    rho = spearmanr([g.drift for g in groups], [g.regained for g in groups]).statistic
+    result: Any = spearmanr([g.drift for g in groups], [g.regained for g in groups])
+    rho = result.statistic
     return f" Size of the change and regained loss correlate at {rho:+.2f} (Spearman)."

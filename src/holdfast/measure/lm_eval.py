@@ -237,7 +237,8 @@ def measure_task(
         loaded = _load(manager, spec)
         for one in loaded.values():
             _check(one, shots)
-        found: Any = simple_evaluate(
+        evaluate: Any = simple_evaluate  # its decorator hides the signature
+        found = evaluate(
             model=lm,
             tasks=list(loaded.values()),
             num_fewshot=shots,
@@ -366,8 +367,8 @@ def _metric(name: str, rows: Sequence[Mapping[str, Any]], higher: Mapping[str, b
     known = rows[0]["metrics"]
     others = [m for m in known if m not in PREFERRED and higher.get(m, True)]
     for metric in (*(m for m in PREFERRED if m in known), *others):
-        values = [r.get(metric) for r in rows]
-        if all(isinstance(v, Real | np.bool_) and 0 <= v <= 1 for v in values):
+        values: list[Any] = [r.get(metric) for r in rows]
+        if all(isinstance(v, Real | np.bool_) and 0 <= float(v) <= 1 for v in values):
             return metric, [float(v) for v in values]
     for metric, unit in ROLLING.items():
         if metric in known:

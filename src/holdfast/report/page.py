@@ -166,6 +166,14 @@ def _numbers(report: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _further(abilities: list[dict[str, Any]]) -> list[list[str]]:
+    return [
+        [f"{a.get('name') or '?'}: {name}", *map(schema.number, values)]
+        for a in abilities
+        for name, values in (a.get("facts") or {}).items()
+    ]
+
+
 @cache
 def _environment() -> Environment:
     env = Environment(
@@ -213,6 +221,7 @@ def render(report: dict[str, Any]) -> str:
             abilities=abilities,
             panels=_panels(r),
             curves=_curves(r),
+            further=_further(abilities),
             losses=_losses(r.get("training")),
             numbers=_numbers(r),
             dots={k: Markup(_LEGEND.format(k)) for k in ("before", "after")},

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from holdfast.errors import HoldfastError, suggest
@@ -100,17 +101,27 @@ def remembered(key: str | bool | None, make: Callable[[], Any]) -> Any:
     """What `make` gives (plain data), kept in the cache folder under `key`; no key, nothing is kept."""
     if not key:
         return make()
+    from holdfast.measure import shard
     from holdfast.models import cache_dir
     from holdfast.run import write_json
 
     path = cache_dir() / "measurements" / f"{key}.json"
+    found = shard.told(lambda: _read(path))  # if only some processes found it, the others would wait for them forever
+    if found is not None:
+        return found
+    out = make()
+    if shard.first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, out)
+    return out
+
+
+def _read(path: Path) -> Any:
+    """Plain data, or None where the file is not there or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or damaged: made anew
-        out = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, out)
-    return out
+    except (OSError, ValueError):
+        return None
 
 
 def check_suite(name: str, ask: Ask, longest: int) -> None:

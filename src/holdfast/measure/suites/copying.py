@@ -80,7 +80,7 @@ def texts(seed: int = 0) -> list[tuple[str, str, str, list[str]]]:
     themes: dict[str, list[str]] = {}
     for p in read_data()[1]["English prose"]:
         themes.setdefault(p.theme, []).append(p.text)
-    order = shuffled(f"texts/{seed}", themes)
+    order = shuffled(f"texts/{seed}", list(themes))
     return [
         (f"{theme}.{n}", theme, themes[theme][n], themes[theme][n + 1 :] + themes[theme][:n])
         for n in range(max(len(passages) for passages in themes.values()))

@@ -51,11 +51,20 @@ class Fact:
 @lru_cache(maxsize=1)
 def _data() -> tuple[int, tuple[Fact, ...]]:
     raw = json.loads(DATA.read_text(encoding="utf-8"))
-    facts = (
-        {k: tuple(v) if isinstance(v, list) else v for k, v in fact.items()} | {"number": n}
-        for n, fact in enumerate(raw["facts"])
+    return raw["version"], tuple(_fact(n, fact) for n, fact in enumerate(raw["facts"]))
+
+
+def _fact(number: int, raw: dict[str, Any]) -> Fact:
+    return Fact(
+        number,
+        raw["level"],
+        raw["area"],
+        raw["answer"],
+        tuple(raw["wrong"]),
+        tuple(raw["questions"]),
+        tuple(raw["clozes"]),
+        raw.get("short", ""),
     )
-    return raw["version"], tuple(Fact(**f) for f in facts)
 
 
 def version() -> int:

@@ -1,0 +1,242 @@
+"""Everything about speed that needs a GPU, in one command and without a download.
+
+    python benchmarks/gpu.py              # writes benchmarks/results/gpu.json
+    python benchmarks/gpu.py --dry-run    # the same on a CPU with tiny models: seconds
+
+Random weights in real shapes: Llama 3.2 1B and SmolLM2-135M; a byte-level tokenizer trained on the shipped texts. For
+each: LoRA and full tuning by the loop of `holdfast tune` against TRL's SFTTrainer (defaults, and without padding and
+checkpointing; with FlashAttention where it is installed), retention overhead, memory, share of the card's rate, and
+scoring against lm-evaluation-harness's HF backend on identical items. Sides alternate; ratios of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import _common as C
+
+# dense bf16 FLOP/s in the makers' data sheets, by a part of the card's name
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "A10G": 70e12}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes of a whole run."""
+
+    models: tuple[str, ...] = ("smollm2-135m", "llama-1b")
+    vocab: int = 4096
+    tokens: tuple[int, ...] = (2048, 16384)  # of a step
+    steps: int = 13
+    cycles: int = 3
+    items: int = 24  # of each in-context task
+    batches: tuple[int, ...] = (16, 64, 256)  # of the harness
+    rate_rows: int = 8192
+    rate_seconds: float = 1.0
+
+
+DRY = Plan(("tiny",), 400, (100,), 2, 1, 1, (2,), 8, 0.01)
+
+
+def retried(side: Callable[[], C.Block]) -> C.Block | None:
+    """A block, or None where the card is too small for it."""
+    try:
+        return side()
+    except torch.OutOfMemoryError:
+        return None
+
+
+def training(model: Any, tokenizer: Any, kind: str, tokens: int, plan: Plan) -> C.Data:
+    """Ours against TRL, and ours with retention against ours without."""
+    from holdfast.methods import ICLAnchor
+
+    rows = C.rows_of("text", None, tokenizer)
+    batch = max(1, round(tokens / statistics.mean(len(r.ids) for r in rows)))
+    job = C.Job(rows, plan.steps, batch, kind)
+    flat = {"gradient_checkpointing": False, "padding_free": True, "max_length": None}
+    sides: dict[str, Callable[[], C.Block]] = {
+        "ours": lambda: C.ours(C.fresh(model), tokenizer, job),
+        "ours + ICLAnchor": lambda: C.ours(C.fresh(model), tokenizer, job, [ICLAnchor()]),
+        "TRL defaults": lambda: C.trl(C.fresh(model), tokenizer, job),
+        "TRL padding-free": lambda: C.trl(_flash(C.fresh(model)), tokenizer, job, flat),
+    }
+    small = [name for name, side in sides.items() if retried(side) is None]  # also warms up
+    C.tidy()
+    blocks = C.alternate({n: s for n, s in sides.items() if n not in small}, plan.cycles)
+    return {"kind": kind, "batch": batch, "too_large": small, **figures(blocks), "blocks": C.as_json(blocks)}
+
+
+def _flash(model: Any) -> Any:
+    """TRL advises FlashAttention for flat batches; without the package the model keeps its own attention."""
+    if model.device.type == "cuda" and importlib.util.find_spec("flash_attn"):
+        model.set_attn_implementation("flash_attention_2")
+    return model
+
+
+def figures(blocks: dict[str, list[C.Block]]) -> C.Data:
+    """Rates, memory, and ratios to "ours"; empty where ours did not fit."""
+    rate = {n: C.middle(b) for n, b in blocks.items()}
+    memory = {n: statistics.median(x.memory for x in b) for n, b in blocks.items() if b[0].memory is not None}
+    own = blocks.get("ours")
+    if not own:
+        return {"rate": rate, "memory": memory, "ratio": {}, "apart": {}, "memory_ratio": {}}
+    others = {n: b for n, b in blocks.items() if n != "ours"}
+    return {
+        "tokens_a_step": statistics.mean(own[0].tokens),
+        "rate": rate,
+        "memory": memory,
+        "ratio": {n: rate["ours"] / rate[n] for n in others},
+        "memory_ratio": {n: memory["ours"] / memory[n] for n in others if n in memory},
+        "apart": {n: C.apart(own[0].loss, b[0].loss) for n, b in others.items()},
+    }
+
+
+def scoring(model: Any, tokenizer: Any, plan: Plan) -> C.Data | None:
+    """Identical items by both scorers, in turn; None where lm-evaluation-harness is not installed."""
+    if not importlib.util.find_spec("lm_eval"):
+        return None
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from holdfast.measure.probe import Ask
+    from holdfast.measure.scorer import Scorer
+    from holdfast.measure.suites import build
+
+    pairs = [(p.context, p.answers[0]) for p in build("in-context", Ask(tokenizer, limit=plan.items)).probes]
+    asked = [Instance("loglikelihood", {}, p, n) for n, p in enumerate(pairs)]
+
+    def theirs(batch: int, requests: list[Any]) -> list[Any]:
+        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch).loglikelihood(requests, disable_tqdm=True)
+
+    tries = {n: timed(lambda n=n: theirs(n, asked[: 4 * n]))[0] / len(asked[: 4 * n]) for n in plan.batches}
+    best = min(tries, key=lambda n: tries[n])
+    took: dict[str, list[float]] = {"ours": [], "harness": []}
+    own, other = [], []
+    for _ in range(plan.cycles):
+        seconds, own = timed(lambda: Scorer(model, tokenizer).score(pairs))
+        took["ours"].append(seconds)
+        seconds, other = timed(lambda: theirs(best, asked))
+        took["harness"].append(seconds)
+    middle = {n: statistics.median(s) for n, s in took.items()}
+    return {
+        "items": len(pairs),
+        "items_per_second": {n: len(pairs) / s for n, s in middle.items()},
+        "ratio": middle["harness"] / middle["ours"],
+        "harness_batch_size": best,
+        "equal": sum(a.greedy == bool(b[1]) for a, b in zip(own, other, strict=True)),
+        "most_apart": max(abs(a.logprob - b[0]) for a, b in zip(own, other, strict=True)),  # natural-log units
+        "seconds": took,
+    }
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """(seconds, answer) of work whose answer is on the CPU, so that nothing is still running."""
+    start = time.perf_counter()
+    out = work()
+    return time.perf_counter() - start, out
+
+
+def measure(plan: Plan) -> C.Data:
+    """All models, tunings and step sizes."""
+    tokenizer = C.build_tokenizer(plan.vocab)
+    out: C.Data = {"models": []}
+    for name in plan.models:
+        model = C.random_llama(name, tokenizer)
+        print(f"{name}: {C.parameters(model) / 1e6:.0f} M parameters on {model.device}", flush=True)
+        flops = C.matmul_rate(model, plan.rate_rows, plan.rate_seconds)
+        runs = [training(model, tokenizer, k, t, plan) for t in plan.tokens for k in ("lora", "full")]
+        with torch.inference_mode():
+            scores = scoring(model, tokenizer, plan)
+        flops = (flops + C.matmul_rate(model, plan.rate_rows, plan.rate_seconds)) / 2
+        for r in runs:
+            r["share"] = {n: C.share(v, C.parameters(model), flops) for n, v in r["rate"].items()}
+        facts = {"name": name, "parameters": C.parameters(model), "dtype": str(model.dtype), "matmul_flops": flops}
+        out["models"].append({**facts, "training": runs, "scoring": scores})
+        del model
+        C.tidy()
+    return {**out, "facts": C.facts()}
+
+
+def table(path: Path) -> list[str]:
+    """Markdown lines; none without data."""
+    if not path.is_file():
+        return []
+    d = json.loads(path.read_text(encoding="utf-8"))
+    card = d["facts"]["card"]
+    peak = next((v for n, v in PEAKS.items() if card and n in card), None)
+    lines = [
+        "| model | tuning | tokens a step | ours, tokens/s | times TRL's defaults | times TRL padding-free "
+        "| retention costs | memory GB: ours (TRL) | loss apart | share of the matmul rate (of the card's peak) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for m in d["models"]:
+        lines += [_row(m, r, peak) for r in m["training"] if "ours" in r["rate"]]
+    lines.append("")
+    for m in d["models"]:
+        s = m["scoring"]
+        if s:
+            lines.append(
+                f"Scoring, {m['name']}: {s['items_per_second']['ours']:.0f} items/s against "
+                f"{s['items_per_second']['harness']:.0f} of lm-evaluation-harness (batch size "
+                f"{s['harness_batch_size']}), **{s['ratio']:.1f}** times; {s['equal']} of {s['items']} greedy flags equal."
+            )
+    return lines
+
+
+def _row(m: C.Data, r: C.Data, peak: float | None) -> str:
+    def times(name: str) -> str:
+        return f"**{r['ratio'][name]:.2f}**" if name in r["ratio"] else "out of memory"
+
+    anchor, memory, rate = r["ratio"].get("ours + ICLAnchor"), r["memory"], r["share"]["ours"]
+    held = " (".join(f"{memory[n] / 1e9:.1f}" for n in ("ours", "TRL defaults") if n in memory)
+    return " | ".join(
+        [
+            f"| {m['name']}",
+            r["kind"],
+            f"{r['tokens_a_step']:.0f}",
+            f"{r['rate']['ours']:.0f}",
+            times("TRL defaults"),
+            times("TRL padding-free"),
+            "out of memory" if anchor is None else f"{100 * (anchor - 1):.0f} %",
+            held + ")" * ("(" in held) or "not measured",
+            f"{100 * max(v for n, v in r['apart'].items() if n.startswith('TRL')):.2f} %"
+            if any(n.startswith("TRL") for n in r["apart"])
+            else "",
+            f"{100 * rate:.0f} %" + (f" ({100 * rate * m['matmul_flops'] / peak:.0f} %)" if peak else "") + " |",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on whatever there is; needs no GPU")
+    parser.add_argument("--models", nargs="*", choices=list(C.SIZES), help="shapes to build instead of both")
+    parser.add_argument("--steps", type=int, help="of a block; the first warms up")
+    parser.add_argument("--cycles", type=int)
+    parser.add_argument("--out", type=Path, default=C.RESULTS / "gpu.json", help="a dry run writes only where told")
+    args = parser.parse_args(argv)
+    if not args.dry_run and not torch.cuda.is_available():
+        raise SystemExit("No CUDA device here. Try --dry-run, which runs the same on a CPU with tiny models.")
+    if args.dry_run and args.out == C.RESULTS / "gpu.json":
+        raise SystemExit("A dry run measures nothing worth keeping: give --out.")
+    given = {k: v for k in ("models", "steps", "cycles") if (v := getattr(args, k))}
+    plan = Plan(**{**vars(DRY if args.dry_run else Plan()), **given})
+    from holdfast.run import write_json
+
+    found = measure(plan)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.out, {**found, "dry_run": args.dry_run})
+    print("\n".join(table(args.out)))
+
+
+if __name__ == "__main__":
+    main()
