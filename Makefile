@@ -7,7 +7,7 @@ SMOLLM := 0.1.2
 # Without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves some 3 GB of CUDA libraries.
 TORCH_INDEX ?=
 
-.PHONY: setup demo test test-long lint types results clean
+.PHONY: setup demo test test-long lint types results bench clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,12 @@ lint: setup
 results: setup  ## the table of docs/results.md (hours; resumable; needs ../shared/data)
 	$(BIN)/python benchmarks/results.py run --workers 2
 	$(BIN)/python benchmarks/results.py table
+
+bench: setup  ## the measured part of docs/performance.md (hours; resumable; wants a quiet machine)
+	$(BIN)/python benchmarks/speed.py $(if $(wildcard ../shared/data/text),--shared ../shared/data)
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/performance_page.py
 
 clean:
 	rm -rf $(VENV) runs

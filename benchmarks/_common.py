@@ -53,8 +53,8 @@ def shape(width: int, layers: int, vocab: int = 8192, *, kv: int = 0, inner: int
 
 
 SIZES: dict[str, Data] = {
-    "tiny": shape(32, 2, 512, kv=2, inner=64, head=8),
-    "tiny2": shape(64, 3, 512, kv=4, inner=128, head=8),
+    "tiny": shape(32, 2, 2048, kv=2, inner=64, head=8),
+    "tiny2": shape(64, 3, 2048, kv=4, inner=128, head=8),
     "10M": shape(256, 10),
     "30M": shape(448, 11),
     "100M": shape(768, 13),
@@ -212,12 +212,14 @@ class Block:
 
 
 class Clock:
-    """Stamps of finished steps; waits for the accelerator, and notes its memory."""
+    """Stamps of finished steps; waits for the accelerator, and notes its memory (other models on it left out)."""
 
-    def __init__(self, device: torch.device):
-        self.device, self.stamps = device, list[float]()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+    def __init__(self, model: Any):
+        self.device, self.stamps, self.others = model.device, list[float](), 0
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            own = sum(p.numel() * p.element_size() for p in model.parameters())
+            self.others = torch.cuda.memory_allocated(self.device) - own
 
     def stamp(self, *_: Any) -> None:
         sync(self.device)
@@ -226,7 +228,7 @@ class Clock:
     def close(self, block: Block) -> Block:
         block.seconds = [b - a for a, b in pairwise(self.stamps)]
         if self.device.type == "cuda":
-            block.memory = torch.cuda.max_memory_allocated(self.device)
+            block.memory = torch.cuda.max_memory_allocated(self.device) - self.others
         return block
 
 
@@ -259,7 +261,7 @@ def ours(
     from holdfast.services import Context
     from holdfast.session import Session
 
-    clock, compute = Clock(model.device), model.dtype
+    clock, compute = Clock(model), model.dtype
     run_steps = job.steps if run_steps is None else run_steps
     plan = Plan([*([M.LoRA()] if job.kind == "lora" else []), *methods])
     ctx = Context(model, tokenizer, job.seed, text, total_steps=run_steps)
@@ -296,7 +298,7 @@ def trl(model: Any, tokenizer: Any, job: Job, options: Mapping[str, Any] | None 
     from holdfast.services import Context
 
     disable_progress_bars()
-    given, clock, on_cpu = dict(options or {}), Clock(model.device), model.device.type == "cpu"
+    given, clock, on_cpu = dict(options or {}), Clock(model), model.device.type == "cpu"
     compute = half(model.dtype)
     set_weights(model, given.pop("weights", model.dtype if job.kind == "lora" else torch.float32))
     if job.kind == "lora":
@@ -364,13 +366,17 @@ def _counting() -> type:
 
 
 def alternate(sides: Mapping[str, Callable[[], Block]], cycles: int) -> dict[str, list[Block]]:
-    """`cycles` blocks of every side, in turn. A side that fails (out of memory, say) fails loudly."""
+    """`cycles` blocks of every side, in turn. A side the card is too small for is left out of the answer."""
     out: dict[str, list[Block]] = {name: [] for name in sides}
     for cycle in range(cycles):
-        for name, side in sides.items():
-            out[name].append(side())
+        for name in list(out):
+            try:
+                out[name].append(sides[name]())
+                print(f"  {cycle} {name}: {out[name][-1].rate():.1f} tokens/s", flush=True)
+            except torch.OutOfMemoryError:
+                del out[name]
+                print(f"  {cycle} {name}: out of memory", flush=True)
             tidy()
-            print(f"  {cycle} {name}: {out[name][-1].rate():.1f} tokens/s", flush=True)
     return out
 
 

@@ -4,8 +4,8 @@
     python benchmarks/gpu.py --dry-run    # the same on a CPU with tiny models: seconds
 
 Random weights in real shapes: Llama 3.2 1B and SmolLM2-135M; a byte-level tokenizer trained on the shipped texts. For
-each: LoRA and full tuning by the loop of `holdfast tune` against TRL's SFTTrainer (defaults, and without padding and
-checkpointing; with FlashAttention where it is installed), retention overhead, memory, share of the card's rate, and
+each: LoRA and full tuning by the loop of `holdfast tune` against TRL's SFTTrainer (its defaults; no checkpointing; and
+padding-free, with FlashAttention where that is installed), retention overhead, memory, share of the card's rate, and
 scoring against lm-evaluation-harness's HF backend on identical items. Sides alternate; ratios of medians.
 """
 
@@ -47,14 +47,6 @@ class Plan:
 DRY = Plan(("tiny",), 400, (100,), 2, 1, 1, (2,), 8, 0.01)
 
 
-def retried(side: Callable[[], C.Block]) -> C.Block | None:
-    """A block, or None where the card is too small for it."""
-    try:
-        return side()
-    except torch.OutOfMemoryError:
-        return None
-
-
 def training(model: Any, tokenizer: Any, kind: str, tokens: int, plan: Plan) -> C.Data:
     """Ours against TRL, and ours with retention against ours without."""
     from holdfast.methods import ICLAnchor
@@ -62,17 +54,18 @@ def training(model: Any, tokenizer: Any, kind: str, tokens: int, plan: Plan) -> 
     rows = C.rows_of("text", None, tokenizer)
     batch = max(1, round(tokens / statistics.mean(len(r.ids) for r in rows)))
     job = C.Job(rows, plan.steps, batch, kind)
-    flat = {"gradient_checkpointing": False, "padding_free": True, "max_length": None}
+    plain = {"gradient_checkpointing": False}
+    flat = {**plain, "padding_free": True, "max_length": None}
     sides: dict[str, Callable[[], C.Block]] = {
         "ours": lambda: C.ours(C.fresh(model), tokenizer, job),
         "ours + ICLAnchor": lambda: C.ours(C.fresh(model), tokenizer, job, [ICLAnchor()]),
         "TRL defaults": lambda: C.trl(C.fresh(model), tokenizer, job),
+        "TRL no checkpointing": lambda: C.trl(C.fresh(model), tokenizer, job, plain),
         "TRL padding-free": lambda: C.trl(_flash(C.fresh(model)), tokenizer, job, flat),
     }
-    small = [name for name, side in sides.items() if retried(side) is None]  # also warms up
-    C.tidy()
-    blocks = C.alternate({n: s for n, s in sides.items() if n not in small}, plan.cycles)
-    return {"kind": kind, "batch": batch, "too_large": small, **figures(blocks), "blocks": C.as_json(blocks)}
+    blocks = C.alternate(sides, plan.cycles)
+    small = [n for n in sides if n not in blocks]
+    return {"kind": kind, "batch": batch, "out_of_memory": small, **figures(blocks), "blocks": C.as_json(blocks)}
 
 
 def _flash(model: Any) -> Any:
@@ -174,68 +167,65 @@ def table(path: Path) -> list[str]:
     card = d["facts"]["card"]
     peak = next((v for n, v in PEAKS.items() if card and n in card), None)
     lines = [
-        "| model | tuning | tokens a step | ours, tokens/s | times TRL's defaults | times TRL padding-free "
-        "| retention costs | memory GB: ours (TRL) | loss apart | share of the matmul rate (of the card's peak) |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | tuning | tokens a step | ours, tokens/s | times TRL's defaults | times TRL's best | its best "
+        "| retention costs | memory GB: ours (TRL's best) | loss apart | share of the matmul rate, of the card's peak |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for m in d["models"]:
-        lines += [_row(m, r, peak) for r in m["training"] if "ours" in r["rate"]]
-    lines.append("")
-    for m in d["models"]:
-        s = m["scoring"]
-        if s:
-            lines.append(
-                f"Scoring, {m['name']}: {s['items_per_second']['ours']:.0f} items/s against "
-                f"{s['items_per_second']['harness']:.0f} of lm-evaluation-harness (batch size "
-                f"{s['harness_batch_size']}), **{s['ratio']:.1f}** times; {s['equal']} of {s['items']} greedy flags equal."
-            )
-    return lines
+    lines += [_row(m, r, peak) for m in d["models"] for r in m["training"]]
+    return [*lines, "", *(_scored(m["name"], m["scoring"]) for m in d["models"] if m["scoring"])]
 
 
 def _row(m: C.Data, r: C.Data, peak: float | None) -> str:
-    def times(name: str) -> str:
-        return f"**{r['ratio'][name]:.2f}**" if name in r["ratio"] else "out of memory"
+    none = "out of memory"
+    rate = r["rate"].get("ours")
+    shares = [r["share"]["ours"] * f for f in (1, peak and m["matmul_flops"] / peak) if f] if rate else []
+    trl = [n for n in r["ratio"] if n.startswith("TRL") and r["apart"][n] <= C.EQUAL]
+    best = min(trl, key=lambda n: r["ratio"][n], default=None)
+    memory = [f"{r['memory'][n] / 1e9:.1f}" for n in ("ours", best) if n in r["memory"]]
+    cells = [
+        m["name"],
+        r["kind"],
+        f"{r['tokens_a_step']:.0f}" if rate else "",
+        f"{rate:.0f}" if rate else none,
+        f"**{r['ratio']['TRL defaults']:.2f}**" if "TRL defaults" in r["ratio"] else none,
+        f"**{r['ratio'][best]:.2f}**" if best else none,
+        best.removeprefix("TRL ") if best else "",
+        f"{100 * (r['ratio']['ours + ICLAnchor'] - 1):.0f} %" if "ours + ICLAnchor" in r["ratio"] else none,
+        " (".join(memory) + ")" * (len(memory) - 1),
+        f"{100 * r['apart'][best]:.2f} %" if best else "",
+        ", ".join(f"{100 * x:.0f} %" for x in shares),
+    ]
+    return f"| {' | '.join(cells)} |"
 
-    anchor, memory, rate = r["ratio"].get("ours + ICLAnchor"), r["memory"], r["share"]["ours"]
-    held = " (".join(f"{memory[n] / 1e9:.1f}" for n in ("ours", "TRL defaults") if n in memory)
-    return " | ".join(
-        [
-            f"| {m['name']}",
-            r["kind"],
-            f"{r['tokens_a_step']:.0f}",
-            f"{r['rate']['ours']:.0f}",
-            times("TRL defaults"),
-            times("TRL padding-free"),
-            "out of memory" if anchor is None else f"{100 * (anchor - 1):.0f} %",
-            held + ")" * ("(" in held) or "not measured",
-            f"{100 * max(v for n, v in r['apart'].items() if n.startswith('TRL')):.2f} %"
-            if any(n.startswith("TRL") for n in r["apart"])
-            else "",
-            f"{100 * rate:.0f} %" + (f" ({100 * rate * m['matmul_flops'] / peak:.0f} %)" if peak else "") + " |",
-        ]
+
+def _scored(name: str, s: C.Data) -> str:
+    rate = s["items_per_second"]
+    return (
+        f"Scoring, {name}: {rate['ours']:.0f} items/s, lm-evaluation-harness {rate['harness']:.0f} (batch size "
+        f"{s['harness_batch_size']}), **{s['ratio']:.1f}** times; {s['equal']} of {s['items']} greedy flags equal."
     )
 
 
 def main(argv: list[str] | None = None) -> None:
+    from holdfast.run import write_json
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on whatever there is; needs no GPU")
     parser.add_argument("--models", nargs="*", choices=list(C.SIZES), help="shapes to build instead of both")
     parser.add_argument("--steps", type=int, help="of a block; the first warms up")
     parser.add_argument("--cycles", type=int)
-    parser.add_argument("--out", type=Path, default=C.RESULTS / "gpu.json", help="a dry run writes only where told")
+    parser.add_argument("--out", type=Path, help="default: results/gpu.json; a dry run writes only where told")
     args = parser.parse_args(argv)
     if not args.dry_run and not torch.cuda.is_available():
         raise SystemExit("No CUDA device here. Try --dry-run, which runs the same on a CPU with tiny models.")
-    if args.dry_run and args.out == C.RESULTS / "gpu.json":
-        raise SystemExit("A dry run measures nothing worth keeping: give --out.")
     given = {k: v for k in ("models", "steps", "cycles") if (v := getattr(args, k))}
     plan = Plan(**{**vars(DRY if args.dry_run else Plan()), **given})
-    from holdfast.run import write_json
-
-    found = measure(plan)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, {**found, "dry_run": args.dry_run})
-    print("\n".join(table(args.out)))
+    out = args.out or (None if args.dry_run else C.RESULTS / "gpu.json")
+    found = {**measure(plan), "dry_run": args.dry_run}
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, found)
+        print("\n".join(table(out)))
 
 
 if __name__ == "__main__":

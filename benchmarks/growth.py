@@ -43,17 +43,16 @@ TINY: dict[str, list[Any]] = {
 
 def child(settings: C.Data) -> C.Data:
     """One point: {"x", "seconds", "bytes"}."""
-    import peft  # noqa: F401  (imported before the memory is read)
     import torch
 
     from holdfast import methods as M
-    from holdfast.hosts import plain  # noqa: F401
     from holdfast.measure import suites
 
     axis, value = settings["axis"], settings["value"]
     tokenizer = C.build_tokenizer(settings["vocab"])
     suite = suites.build("in-context", suites.Ask(tokenizer, limit=value)) if axis == "items" else None
     rows = C.stream_rows(tokenizer, value if axis == "length" else settings["length"], 32)
+    C.ours(C.random_llama("tiny", tokenizer), tokenizer, C.Job(rows, 2, 1))  # every library is loaded and warm
     before = C.peak_bytes()
     model = C.random_llama(value if axis == "size" else settings["base"], tokenizer)
     count, start = C.parameters(model), time.perf_counter()

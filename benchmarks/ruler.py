@@ -387,6 +387,7 @@ def judge(counts: np.ndarray, chance: np.ndarray) -> tuple[np.ndarray, np.ndarra
         from scipy.special import ndtr, ndtri
 
         p_loss = np.where(vd > 0, ndtr(diff / np.sqrt(vd)), (diff >= 0).astype(float))
+        p_loss = np.maximum(p_loss, sign_test(counts, weight > 0))
         z2 = float(ndtri(1 - ALPHA)) ** 2
         a2, a1, a0 = b * b - z2 * vb, b * diff - z2 * c, diff * diff - z2 * vd
         lower = (a1 - np.sqrt(np.maximum(a1 * a1 - a2 * a0, 0))) / a2
@@ -397,6 +398,14 @@ def _measurable(p: np.ndarray, n: np.ndarray, chance: np.ndarray) -> np.ndarray:
     """`stats.measurable` for 0/1 items without clusters."""
     wilson = (p + 2 / n - 2 * np.sqrt(p * (1 - p) / n + 1 / n**2)) / (1 + 4 / n)
     return (wilson > chance) & (p > chance) & (p - chance >= 2 * np.sqrt(p * (1 - p) / (n - 1)))
+
+
+def sign_test(counts: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """(R,) one-sided p of the exact sign test on the items of all measurable tasks: "lost" needs it too."""
+    from scipy.special import bdtr
+
+    lost, gained = ((counts[..., k] * used).sum(-1) for k in (1, 2))
+    return bdtr(gained, lost + gained, 0.5)
 
 
 def bootstrapped(counts: np.ndarray, chance: np.ndarray, p_loss: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -412,7 +421,7 @@ def bootstrapped(counts: np.ndarray, chance: np.ndarray, p_loss: np.ndarray, rng
         d, at = (drawn[..., 1] - drawn[..., 0]) / size, cells[:, 1] - cells[:, 0]
         total = (w * (at + (d - at) * np.sqrt(size / (size - 1)))).sum(1)
         out[rep] = (1 + (total >= -1e-12).sum()) / 4001
-    return out
+    return np.maximum(out, sign_test(counts, weight > 0))
 
 
 def statuses(verdicts: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:

@@ -545,7 +545,7 @@ def brier(prob: ArrayLike, correct: ArrayLike) -> float:
     return float(((p - y) ** 2).mean())
 
 
-def power(n: int, discordant: float, delta: float, level: float = 0.95) -> float:
+def power(n: float, discordant: float, delta: float, level: float = 0.95) -> float:
     """Return the chance that n paired 0/1 items show a true loss of `delta` (a fraction, 0.03 = 3 points).
 
     discordant: fraction of items whose mark changes (0.1 to 0.2 is usual; at least delta). Normal
@@ -561,7 +561,7 @@ def power(n: int, discordant: float, delta: float, level: float = 0.95) -> float
     return float(ndtr(delta / se - z)) if se > 0 else float(delta > 0)
 
 
-def detectable(n: int, discordant: float, power: float = 0.9, level: float = 0.95) -> float:
+def detectable(n: float, discordant: float, power: float = 0.9, level: float = 0.95) -> float:
     """Return the smallest true loss (a fraction) that n paired 0/1 items show with this power."""
     if not 0.5 <= power < 1:
         raise HoldfastError(f"The power is {power}.", "Give a power from 0.5 to below 1, such as 0.9.")

@@ -193,6 +193,7 @@ def _environment() -> Environment:
         "status_of",
         "ability_status",
         "ability_words",
+        "sight_words",
     )
     env.filters.update({name: getattr(schema, name) for name in names})
     env.filters.update({"plain": plain, "arxiv_url": arxiv_url, "whole": whole})

@@ -93,7 +93,8 @@ class AbilityPart(TypedDict, total=False):
     """One ability.
 
     margin: the share of the base's score that may go. p_loss: of "nothing was lost", Holm-adjusted over abilities.
-    facts: further figures, name -> [before, after].
+    facts: further figures, name -> [before, after]. sight: the true loss these items find nine times in ten ("loss",
+    and "share" of what the base has above chance).
     """
 
     name: str
@@ -107,6 +108,7 @@ class AbilityPart(TypedDict, total=False):
     note: str | None
     curve: CurvePart | None
     facts: dict[str, list[float | None]]
+    sight: dict[str, float] | None
     tasks: list[AbilityTask]
 
 
@@ -319,6 +321,16 @@ def ability_words(ability: Any) -> str:
     if there is None:
         return f"{name}, no score"
     return f"{name} {number(there['value'])}" + (f" (95 % interval {interval(there)})" if has_interval(there) else "")
+
+
+def sight_words(ability: Any) -> str:
+    """What the items of an ability can see, or ''."""
+    seen = ability.get("sight")
+    if not seen:
+        return ""
+    if seen["share"] >= 1:
+        return "may miss even a total loss: there are too few"
+    return f"finds a true loss of {percent(seen['share'])} or more nine times in ten"
 
 
 def ability_status(ability: Any) -> Status:

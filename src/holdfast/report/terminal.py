@@ -99,5 +99,7 @@ def show_measured(suites: Sequence[Any], console: Console) -> None:
         if part["before"]:
             table.add_row("mean of measurable tasks", schema.estimate(part["before"]), "", style="bold")
         console.print(table)
+        if words := schema.sight_words(part):
+            console.print(Text(f"  a check with these items {words}", style="dim"))
         for name, (value, _) in part["facts"].items():
             console.print(Text(f"  {name}: {schema.number(value)}", style="dim"))

@@ -1,0 +1,95 @@
+"""The GPU benchmark's dry run, and the arithmetic behind every benchmark's figures."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+NAMES = ("_common", "gpu", "growth", "memory", "speed", "performance_page")
+pytestmark = pytest.mark.filterwarnings("default")  # what other libraries warn of is not ours
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """The benchmark scripts, imported as they import each other; forgotten afterwards."""
+    pytest.importorskip("trl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield {name: __import__(name) for name in NAMES}
+        for name in NAMES:
+            sys.modules.pop(name)
+
+
+@pytest.fixture(scope="module")
+def dry(bench, tmp_path_factory):
+    path = tmp_path_factory.mktemp("gpu") / "gpu.json"
+    bench["gpu"].main(["--dry-run", "--out", str(path)])
+    return path
+
+
+def test_both_loops_train_the_same(dry):
+    (model,) = json.loads(dry.read_text())["models"]
+    assert [r["kind"] for r in model["training"]] == ["lora", "full"]
+    for run in model["training"]:
+        own = run["blocks"]["ours"][0]
+        for name, (block,) in run["blocks"].items():
+            assert block["tokens"] == own["tokens"] and block["trained"] == own["trained"], name
+            assert block["loss"] == pytest.approx(own["loss"], rel=1e-2), name
+        assert len(run["blocks"]) == 5 and not run["out_of_memory"]
+
+
+def test_both_scorers_agree(dry):
+    pytest.importorskip("lm_eval")
+    (model,) = json.loads(dry.read_text())["models"]
+    scores = model["scoring"]
+    assert scores["items"] == 20 and scores["equal"] >= 18
+    assert scores["ratio"] == pytest.approx(scores["seconds"]["harness"][0] / scores["seconds"]["ours"][0])
+
+
+def test_the_page_says_what_is_not_measured(dry, bench, tmp_path):
+    page = bench["performance_page"].page
+    assert page(tmp_path, tmp_path / "growth.png").count("Not measured yet.") == 6
+    text = page(dry.parent, tmp_path / "growth.png")
+    assert text.count("Not measured yet.") == 5
+    assert "| tiny | lora |" in text and "torch 2" in text
+
+
+def test_a_rate_leaves_the_first_step_out(bench):
+    block = bench["_common"].Block(seconds=[1.0, 3.0], tokens=[99, 10, 30], trained=[9, 1, 3])
+    assert block.rate() == 10.0 and block.rate("trained") == 1.0
+
+
+def test_an_exponent_is_the_slope_of_the_logarithms(bench):
+    x = [1, 2, 4, 8]
+    exponent = bench["_common"].exponent
+    assert exponent(x, [3 * n**1.5 for n in x]) == pytest.approx(1.5)
+    assert exponent(x, [0, 0, 5, 0]) is None
+
+
+def test_curves_apart(bench):
+    assert bench["_common"].apart([2.0, 2.0], [2.0, 1.0]) == 0.25
+
+
+def test_the_best_setting_must_keep_the_loss(bench):
+    found = {
+        "defaults": {"tokens_per_second": 5.0, "apart": 0.0},
+        "wrong": {"tokens_per_second": 9.0, "apart": 0.5, "equal": False},
+        "failed": {"error": "no"},
+        "right": {"tokens_per_second": 7.0, "apart": 0.0, "equal": True},
+    }
+    assert bench["speed"].best_of(found) == "right"
+    assert bench["speed"].best_of({"defaults": found["defaults"], "wrong": found["wrong"]}) == "defaults"
+
+
+def test_random_shapes_have_the_size_they_are_named_after(bench):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    named = {"10M": 10e6, "30M": 30e6, "100M": 100e6, "300M": 300e6, "1B": 1e9, "smollm2-135m": 134.5e6}
+    named["llama-1b"] = 1.236e9
+    for name, size in named.items():
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig(**bench["_common"].SIZES[name]))
+        assert bench["_common"].parameters(model) == pytest.approx(size, rel=0.05), name
