@@ -86,7 +86,7 @@ def build_tokenizer(vocab: int = 2048) -> Any:
 
 def random_llama(size: str, tokenizer: Any) -> Any:
     """A Llama of random weights where, and in the precision in which, `models.load` would put it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     from holdfast.models import auto_place
 
@@ -95,9 +95,7 @@ def random_llama(size: str, tokenizer: Any) -> Any:
     config = LlamaConfig(**SIZES[size], **ids)
     with torch.random.fork_rng(), place:
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    set_weights(model, dtype)
-    return model.eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def load(name: str) -> tuple[Any, Any]:

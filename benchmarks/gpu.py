@@ -168,7 +168,7 @@ def table(path: Path) -> list[str]:
     peak = next((v for n, v in PEAKS.items() if card and n in card), None)
     lines = [
         "| model | tuning | tokens a step | ours, tokens/s | times TRL's defaults | times TRL's best | its best "
-        "| retention costs | memory GB: ours (TRL's best) | loss apart | share of the matmul rate, of the card's peak |",
+        "| retention costs | memory GB: ours (TRL's best) | loss apart | share of matmul rate, of the card's peak |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_row(m, r, peak) for m in d["models"] for r in m["training"]]

@@ -140,6 +140,12 @@ def _short(x: float) -> str:
     return f"{x / 1e9:.2g} B" if x >= 1e9 else f"{x / 1e6:.0f} M" if x >= 1e6 else f"{x:g}"
 
 
+def _ticks(axis: Any, labels: dict[float, str]) -> None:
+    """Measured values only: powers of ten say little on a short axis."""
+    axis.set_ticks(list(labels), list(labels.values()), fontsize=7)
+    axis.set_ticks([], minor=True)
+
+
 def plot(folder: Path, path: Path) -> None:
     """Time above, memory below, one column for each axis; both logarithmic, with the fitted slope."""
     found = read(folder)
@@ -157,7 +163,9 @@ def plot(folder: Path, path: Path) -> None:
             panel.loglog([d["x"] for d in usable], [d[what] / unit for d in usable], "o-")
             panel.set_title("" if slope is None else f"exponent {slope:.2f}", fontsize=9)
             panel.set_ylabel(f"seconds, {AXES[axis][1]}" if what == "seconds" else "MB", fontsize=8)
-            panel.tick_params(labelsize=7)
+            _ticks(panel.xaxis, {d["x"]: _short(d["x"]) for d in usable[:: 2 if len(usable) > 4 else 1]})
+            ends = sorted(d[what] / unit for d in usable)
+            _ticks(panel.yaxis, {y: f"{y:.2g}" if y < 10 else f"{y:.0f}" for y in (*ends[:1], *ends[-1:])})
         panels[1][column].set_xlabel(AXES[axis][0], fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

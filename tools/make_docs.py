@@ -1,6 +1,6 @@
-"""Write docs/methods.md and docs/recipe.md from the code, so that they cannot say something else.
+"""Write docs/methods.md, docs/recipe.md and docs/suites.md from the code, so that they cannot say something else.
 
-python tools/make_docs.py            # write both pages
+python tools/make_docs.py            # write the pages
 python tools/make_docs.py --check    # write nothing; exit 1 if a page is not what the code says
 """
 
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from holdfast.measure.suites import DEFAULT, SUITES, about
 from holdfast.method import SITES, Method
 from holdfast.methods import all_methods
 from holdfast.recipe import recipe_schema
@@ -56,6 +57,20 @@ the wrong kind are refused, with the line. `--set training.seed=1` changes a key
 
 Files are looked for beside the recipe first and in the working directory second. `holdfast:` names a file that comes
 with the package.
+
+"""
+
+
+SUITES_INTRO = """# Suites
+
+What `holdfast measure` and `holdfast check` can ask a model. `--suite` takes a name of this page, `default`, `all`,
+`lm_eval:<task>[:shots]` for any task of lm-evaluation-harness, or `jsonl:<path>` for your own questions
+([check](check.md) has the format). `holdfast suites NAME --export FOLDER` writes a suite as tasks that plain `lm_eval`
+runs.
+
+All data is written for this project and comes with the package. It measures base against tuned, not one model against
+another: some wordings were chosen so that a 135M model is not at chance. A task on which the base is not two standard
+errors above chance is "not measurable" and does not count.
 
 """
 
@@ -164,6 +179,16 @@ def recipe_page() -> str:
     return GENERATED + RECIPE_INTRO + "\n".join(out).lstrip() + "\n"
 
 
+def suites_page() -> str:
+    """The whole of docs/suites.md."""
+    lines = ["| suite | in the default | what it measures |", "|---|---|---|"]
+    for name in SUITES:
+        lines.append(f"| [{name}](#{name}) | {'yes' if name in DEFAULT else ''} | {_words(about(name)[0])} |")
+    sections = [f"## {name}\n\n{about(name)[1]}\n" for name in SUITES if name != "anchors"]
+    anchors = f"## anchors\n\nAs [in-context](#in-context): {about('anchors')[0]}.\n"
+    return GENERATED + SUITES_INTRO + "\n".join([*lines, "", *sections, anchors])
+
+
 def _code(text: str) -> str:
     return f"`{text}`".replace("|", "\\|")
 
@@ -174,7 +199,11 @@ def _words(text: str) -> str:
 
 def pages() -> dict[Path, str]:
     """Path -> text of every generated page."""
-    return {DOCS / "methods.md": methods_page(), DOCS / "recipe.md": recipe_page()}
+    return {
+        DOCS / "methods.md": methods_page(),
+        DOCS / "recipe.md": recipe_page(),
+        DOCS / "suites.md": suites_page(),
+    }
 
 
 def stale() -> list[str]:

@@ -206,6 +206,43 @@ def check(
 
 
 @app.command()
+def suites(
+    name: Annotated[str | None, typer.Argument(help="One suite, in full.")] = None,
+    export: Annotated[Path | None, typer.Option(help="Write it as tasks of lm-evaluation-harness here.")] = None,
+    model: Annotated[str, typer.Option(help="Whose prompt formats and chat template to use.")] = "smollm2-135m",
+    num_fewshot: Shots = 8,
+    limit: Limit = None,
+    debug: Debug = False,
+) -> None:
+    """List the suites of abilities, show one in full, or export it for plain lm_eval."""
+    _start(debug)
+    from rich.console import Console
+    from rich.table import Table
+
+    from holdfast.measure.suites import DEFAULT, SUITES, about, names_of
+
+    if name is None:
+        table = Table("suite", "in the default", "what it measures")
+        for suite in SUITES:
+            table.add_row(suite, "yes" if suite in DEFAULT else "", about(suite)[0])
+        Console().print(table)
+        return
+    names_of([name])
+    if export is None:
+        print(about(name)[1] if name in SUITES else f"{name}: yours, or another tool's.")
+        return
+    from holdfast import models
+    from holdfast.measure.export import export_suite
+    from holdfast.measure.probe import Ask
+    from holdfast.measure.suites import build
+
+    tokenizer = models.load_tokenizer(models.resolve(model), False)
+    for part in export_suite(build(name, Ask(tokenizer, num_fewshot, limit)), export):
+        print(part.task, part.warning)
+    print(f"lm_eval --model hf --model_args pretrained=... --include_path {export} --tasks holdfast_{name}")
+
+
+@app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None) -> None:
     """List the methods, or show one in full."""
     import dataclasses

@@ -46,6 +46,18 @@ def names_of(asked: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
+def about(name: str) -> tuple[str, str]:
+    """(what a suite measures in one sentence, its whole description)."""
+    import inspect
+
+    module, function = SUITES[name].split(":")
+    doc = inspect.getdoc(importlib.import_module(f"holdfast.measure.suites.{module}")) or ""
+    first = doc.split("\n\n")[0].replace("\n", " ").partition(": ")[2]
+    if function == "build_anchors":
+        first = "the same on the tasks that a plan may train on (their gap to in-context shows mere memory)"
+    return first, doc
+
+
 def build(name: str, ask: Ask) -> Suite:
     """The probes of one suite."""
     if name.startswith("jsonl:"):

@@ -1,8 +1,9 @@
-"""Calibration: does a model know when it is right? Every answer set is closed, and its probabilities are scored.
+"""The calibration suite: does a model know when it is right?
 
-The score of an item is 1 - Brier / 2 (kind "calibrated"): unlike accuracy it falls when a tuned model becomes sure of
-wrong answers. The suite has no data of its own. "multiple choice" asks the questions of `knowledge` again; "labels"
-asks the held-out in-context tasks that have a closed label set, with their demonstrations.
+Every answer set is closed, and its probabilities are scored. The score of an item is 1 - Brier / 2 (kind
+"calibrated"): unlike accuracy it falls when a tuned model becomes sure of wrong answers. The suite has no data of its
+own. "multiple choice" asks the questions of `knowledge` again; "labels" asks the held-out in-context tasks that have
+a closed label set, with their demonstrations.
 
 Probabilities are those of the answer texts, normalised over the closed set. `summary` adds the calibration error.
 """

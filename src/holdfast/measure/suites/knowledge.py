@@ -1,4 +1,4 @@
-"""Knowledge: facts that do not age, each asked in three phrasings, as multiple choice and as a short answer.
+"""The knowledge suite: facts that do not age, each asked in three phrasings, as multiple choice and as a short answer.
 
 "multiple choice" sums the log-likelihood of each of four answers after a question; the answers are scored as text and
 never listed, so there are no positions to balance. "short answer" is right when the greedy text after a sentence that
