@@ -1,6 +1,7 @@
 """Training time of each plan relative to plain tuning: steps of all plans alternate in one process on a quiet machine.
 
-    python benchmarks/overhead.py --steps 15        # writes benchmarks/results/overhead.json
+    python benchmarks/overhead.py --data tickets                          # into benchmarks/results/overhead.json
+    python benchmarks/overhead.py --data sst2 --shared ../shared/data --only lora default
 
 A cycle runs one block of steps of every plan on the same rows; the ratio is that of median step times, and a plan's
 one-off work (base answers, SVDs) is spread over the steps of a run of `results.STEPS` steps.
@@ -36,6 +37,8 @@ def main() -> None:
     import results
 
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", choices=tuple(results.TASKS), default="tickets")
+    parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared" / "data")
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--cycles", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=None)
@@ -43,7 +46,7 @@ def main() -> None:
     from holdfast import models
 
     tokenizer = models.load("smollm2-135m")[1]
-    rows, tokens, _, _ = results.read("tickets", Path(), tokenizer)
+    rows, tokens, _, _ = results.read(args.data, args.shared, tokenizer)
     wanted = {n: m for n, (m, _) in results.plans().items() if " lr " not in n}
     if args.only:
         wanted = {n: m for n, m in wanted.items() if n in args.only}
@@ -55,13 +58,14 @@ def main() -> None:
             print(cycle, name, f"{step:.3f} s a step, {once:.1f} s once", flush=True)
     middle = {n: statistics.median(t) for n, t in seen.items()}
     against = {n: middle["lora" if any(m.name == "LoRA" for m in ms) else "full"] for n, ms in wanted.items()}
-    out = {
+    path = HERE / "results" / "overhead.json"
+    out = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    out[args.data] = {
         "ratio": {n: middle[n] / against[n] for n in wanted},
         "seconds": seen,
-        "note": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, tickets, "
+        "note": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.data}, "
         f"{args.cycles} cycles of {args.steps} steps.",
     }
-    path = HERE / "results" / "overhead.json"
     path.write_text(json.dumps(out, indent=1), encoding="utf-8")
 
 

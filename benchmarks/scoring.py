@@ -37,7 +37,7 @@ def main() -> None:
         for _ in range(args.repeats):
             rate = matmul_rate(model)
             start = time.perf_counter()
-            got = measure_suite("in-context", model, tokenizer)
+            got = measure_suite("in-context", lambda: model, tokenizer)
             took.append(time.perf_counter() - start)
             rate = (rate + matmul_rate(model)) / 2
             ratio.append(took[-1] / (got["num_unique_tokens"] * 2 * parameters / rate))
