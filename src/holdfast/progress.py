@@ -14,6 +14,8 @@ NAMES = {
     "prepare": "Preparing the plan",
     "tune": "Tuning",
     "measure after": "Measuring after",
+    "measure": "Measuring",
+    "diagnose": "Looking for the cause",
 }
 
 

@@ -172,6 +172,9 @@ def packed_attention(
     layout = packed_layout
     if layout is None:
         raise RuntimeError(f"Attention {ATTENTION!r} needs packed_layout; call the model through engine.forward.")
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype == torch.bfloat16:  # its fused backward is 2 to 4 times slower in bf16
+        query, key, value = query.float(), key.float(), value.float()
     spread = [_Spread.apply(x[0].transpose(0, 1).flatten(1), layout) for x in (query, key, value)]
     heads = [query.shape[1], key.shape[1], value.shape[1]]
     outs, at = [], 0
@@ -185,7 +188,7 @@ def packed_attention(
         )
         outs.append(out.transpose(1, 2).reshape(b * width, -1))
     joined = _Gather.apply(torch.cat(outs) if len(outs) > 1 else outs[0], layout)
-    return joined.view(1, joined.shape[0], heads[0], -1), None
+    return joined.view(1, joined.shape[0], heads[0], -1).to(dtype), None
 
 
 def _register() -> None:
