@@ -30,7 +30,7 @@ TASKS = {
     "rte": {"prompt": "{sentence}\nLabel:", "completion": " {label}"},
     "agnews": {"prompt": "{sentence}\nTopic:", "completion": " {label}"},
 }
-FULL, LORA, DEFAULT = 2e-5, 3e-4, 1e-3
+FULL, LORA, DEFAULT = 2e-5, 3e-4, 1.5e-3
 
 
 def plans() -> dict[str, tuple[list[Any], float]]:
@@ -103,8 +103,8 @@ def wanted(seeds: int) -> list[tuple[str, str, int]]:
     order += [(t, n, 0) for n in core for t in SWEEP]
     order += [(t, n, 0) for t, names in SWEEP.items() for n in names]
     order += [(t, n, 1) for n in core for t in SWEEP if seeds > 1]
-    order += [(t, n, 0) for n in rest for t in SWEEP]
     order += [(t, n, 0) for n in core[:3] for t in ("rte", "agnews")]
+    order += [(t, n, 0) for n in rest for t in SWEEP]
     return order + [(t, n, s) for s in range(1, seeds) for n in (*core, *rest) for t in SWEEP if s > 1 or n in rest]
 
 

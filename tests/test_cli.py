@@ -97,7 +97,7 @@ def test_methods_are_listed(holdfast):
 
 def test_one_method_in_full(holdfast):
     code, out, _ = holdfast("methods", "ICLAnchor")
-    assert code == 0 and "ICL-preservation term" in out and "weight = 2.0" in out
+    assert code == 0 and "ICL-preservation term" in out and "weight = 1.0" in out
     code, out, err = holdfast("methods", "IclAnchor")
     assert code == 2 and "Did you mean 'ICLAnchor'?" in err and out == ""
 

@@ -131,7 +131,7 @@ class Training(Section):
 
     output_dir: str = Field(default="runs/tuned", min_length=1, description="Run folder.")
     learning_rate: float = Field(
-        default=1e-3,
+        default=1.5e-3,
         gt=0,
         description="Peak learning rate; measured for LoRA on a 135M model. Usual: 2e-4 above 1B, 2e-5 without LoRA.",
     )
