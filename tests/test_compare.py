@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from holdfast.compare import ability, estimates, only_after, verdict
+from holdfast.compare import abilities, ability, estimates, only_after, verdict
 from holdfast.errors import HoldfastError
 
 KEEP = 0.95
@@ -159,3 +159,18 @@ def test_one_loss_decides_the_verdict():
     assert "kept one" not in told["sentence"]
     assert told["sentence"].endswith("The task went from 0.00 to 1.00.")
     assert verdict([kept], None)["sentence"].startswith("Kept: kept one")
+
+
+def test_an_ability_too_small_to_be_proved_raises_alarms_only():
+    """36 items cannot prove 95 %: unchanged, they do not stop a 'kept', and are named; damaged, they say lost."""
+    large = measured({f"t{n}": [1] * 40 + [0] * 8 for n in range(20)})
+    small = {**measured({"s": [1] * 20 + [0] * 16}), "suite": "instructions"}
+    parts = abilities([large, small], [large, small], {}, 0.95)
+    assert [p["status"] for p in parts] == ["kept", "no loss shown"]
+    found = verdict(parts, None)
+    assert found["status"] == "kept" and "too few items to prove more: instructions" in found["sentence"]
+    asked = abilities([large, small], [large, small], {"instructions": 0.95}, 0.95)
+    assert [p["status"] for p in asked] == ["kept", "unclear"]
+    broken = {**measured({"s": [0] * 36}), "suite": "instructions"}
+    assert [p["status"] for p in abilities([large, small], [large, broken], {}, 0.95)] == ["kept", "lost"]
+    assert verdict(abilities([small], [small], {}, 0.95), None)["status"] == "not checked"

@@ -53,11 +53,13 @@ def estimates(
     return part
 
 
-def ability(before: Part, after: Part | None, keep: float) -> Part:
+def ability(before: Part, after: Part | None, keep: float, required: bool = True) -> Part:
     """One ability of the report from its measurements (`measure.probe.score_suite`).
 
     kept: the one-sided 95 % bound of the share kept lies above `keep`. lost: the bound of the loss excludes 0 and the
-    estimate lies below `keep`. Tasks whose base is not 2 standard errors above chance do not enter.
+    estimate lies below `keep`. Tasks whose base is not 2 standard errors above chance do not enter. Where so few items
+    were asked that not even answers without any change would prove `keep`, an ability that nobody `required` can only
+    raise an alarm: it is "no loss shown" instead of unclear, and never kept.
     """
     chance = {t["name"]: t["chance"] for t in before["tasks"]}
     rows = {t["name"]: t["items"] for t in before["tasks"]}
@@ -102,6 +104,8 @@ def ability(before: Part, after: Part | None, keep: float) -> Part:
         status = whole.status  # no change at all is no proof either where there are few items
     if status == "lost" and p_loss >= ALPHA:
         status = "unclear"
+    if status == "unclear" and not required and not _provable(pooled, (1 - keep) * base):
+        status = "no loss shown"
     return {**part, "status": status, "p_loss": p_loss}
 
 
@@ -111,7 +115,9 @@ def abilities(before: Sequence[Part], after: Sequence[Part], floors: Mapping[str
     An alarm goes off if any ability is lost, so the loss of each needs a p-value that survives Holm's correction over
     all of them; "kept" claims all of them at once and needs none (`stats.verdicts` says why).
     """
-    parts = [ability(b, a, floors.get(b["suite"], floor)) for b, a in zip(before, after, strict=True)]
+    parts = [
+        ability(b, a, floors.get(b["suite"], floor), b["suite"] in floors) for b, a in zip(before, after, strict=True)
+    ]
     known = {p["name"]: p["p_loss"] for p in parts if "p_loss" in p}
     adjusted = stats.holm(known) if known else {}
     for p in parts:
@@ -169,6 +175,11 @@ def _macro(pooled: Mapping[str, Any], chance: Mapping[str, float]) -> Part:
     }
 
 
+def _provable(pooled: Mapping[str, Any], margin: float) -> bool:
+    """Whether a tuned model that answers as the base does would be called kept."""
+    return _all_items({n: (b, b, c) for n, (b, _, c) in pooled.items()}, margin).status == "kept"
+
+
 def _all_items(pooled: Mapping[str, Any], margin: float) -> stats.Verdict:
     """The test of `stats` on all items as one: the sign test for 0/1 scores, t over clusters for the others.
 
@@ -183,11 +194,14 @@ def _all_items(pooled: Mapping[str, Any], margin: float) -> stats.Verdict:
 def verdict(abilities: Sequence[Part], task: Part | None) -> Part:
     """The sentence on top of the report."""
     known = [a for a in abilities if a["status"] in ("kept", "lost", "unclear")]
+    few = ", ".join(str(a["name"]) for a in abilities if a["status"] == "no loss shown")
+    rest = f" No loss shown, but too few items to prove more: {few}." if few else ""
     if not known:
-        return {"status": "not checked", "sentence": "No ability could be checked with this model and these suites."}
+        sentence = f"No ability could be checked with this model and these suites.{rest}"
+        return {"status": "not checked", "sentence": sentence}
     status = next(s for s in WORDS if any(a["status"] == s for a in known))
     names = ", ".join(ability_words(a) for a in known if a["status"] == status)
     gain = ""
     if task and task.get("before") and task.get("after"):
         gain = f" The task went from {task['before']['value']:.2f} to {task['after']['value']:.2f}."
-    return {"status": status, "sentence": f"{WORDS[status]}: {names}.{gain}"}
+    return {"status": status, "sentence": f"{WORDS[status]}: {names}.{rest}{gain}"}

@@ -185,16 +185,16 @@ class Measure(Section):
     @check_all(mode="before")
     @classmethod
     def _keep_all(cls, value: Any) -> Any:
-        """A recipe that names suites and no floors gets the default floor for each of them."""
+        """A recipe that names suites and no floors must prove in-context; the others prove what their items can."""
         suites = value.get("suites") if isinstance(value, Mapping) else None
         if isinstance(suites, list) and "keep" not in value:
-            return {**value, "keep": {suite: KEEP_FRAC for suite in suites if isinstance(suite, str)}}
+            return {**value, "keep": {suite: KEEP_FRAC for suite in suites if suite == "in-context"}}
         return value
 
     @check_all(mode="after")
     def _known_floors(self) -> "Measure":
         for suite in self.keep:
-            if suite not in self.suites:
+            if suite not in self.suites and not {"default", "all"} & set(self.suites):
                 raise ValueError(f"keep to name measured suites only, and {suite} is not in suites")
         return self
 

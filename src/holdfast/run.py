@@ -160,7 +160,7 @@ class Run:
         """Check everything, the cheap before the dear: settings, plan, rows, prompts, weights. Writes nothing."""
         from holdfast import models
         from holdfast.measure.probe import Ask
-        from holdfast.measure.suites import check_suite
+        from holdfast.measure.suites import check_suite, names_of
         from holdfast.task import read_task
 
         r, m = self.recipe, self.recipe.measure
@@ -172,7 +172,7 @@ class Run:
             tokenizer = models.load_tokenizer(source, r.model.trust_remote_code)
             longest = models.context_length(source, r.model.trust_remote_code)
             task = read_task(r, tokenizer, self.base_dir, longest)
-            for suite in m.suites:
+            for suite in names_of(m.suites):
                 check_suite(suite, Ask(tokenizer, m.num_fewshot, m.limit, labels=task.labels or ()), longest)
             model, tokenizer = self._load(source, merge_adapter=True)
             bad = not_finite(model)
@@ -275,7 +275,7 @@ class Run:
         found = self._read(f"{when}.json")
         if found:
             return found
-        from holdfast.measure.suites import measure_suite, remembered
+        from holdfast.measure.suites import measure_suite, names_of, remembered
         from holdfast.task import score_task
 
         m, task, out = self.recipe.measure, job.task, {}
@@ -288,7 +288,8 @@ class Run:
 
         tell(0.0, 0.0, "")(0.0)
         with self._timed(f"measure {when}"):
-            part = 0.7 / max(1, len(m.suites))
+            names = names_of(m.suites)
+            part = 0.7 / max(1, len(names))
             out["abilities"] = [
                 measure_suite(
                     suite,
@@ -301,7 +302,7 @@ class Run:
                     cache_key=key,
                     progress=tell(n * part, part, suite),
                 )
-                for n, suite in enumerate(m.suites)
+                for n, suite in enumerate(names)
             ]
             rows = [[r.where, r.prompt, r.completion] for r in task.test]
             out["task"] = remembered(

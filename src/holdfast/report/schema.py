@@ -11,7 +11,7 @@ import re
 from typing import Any, Literal, NamedTuple, TypedDict, TypeGuard
 
 Verdict = Literal["kept", "lost", "unclear", "not checked"]
-AbilityStatus = Literal["kept", "lost", "unclear", "not measurable"]
+AbilityStatus = Literal["kept", "lost", "unclear", "no loss shown", "not measurable"]
 
 
 class Est(TypedDict, total=False):
@@ -208,6 +208,7 @@ STATUS = {
     "kept": Status("Kept", "\u2713", "kept"),
     "lost": Status("Lost", "\u2717", "lost"),
     "unclear": Status("Unclear", "?", "unclear"),
+    "no loss shown": Status("No loss shown", "~", "none"),
     "not measurable": Status("Not measurable", "\u2013", "none"),
     "not checked": Status("Not checked", "\u2013", "none"),
     "measured": Status("Measured", "\u2022", "none"),
