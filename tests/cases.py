@@ -263,7 +263,7 @@ CASES = (
     Case(
         hf.ICLAnchor(weight=20.0, every=1, shots=(1, 2), pool=8),
         anchor_holds,
-        off=(hf.ICLAnchor(weight=0.0), hf.ICLAnchor(prompts_per_step=0)),
+        off=(hf.ICLAnchor(weight=0.0, gold=0.0), hf.ICLAnchor(prompts_per_step=0)),
         zero_at_base="ICLAnchor",
     ),
     Case(

@@ -1,5 +1,6 @@
 """The bridge to lm-evaluation-harness against the harness's own HFLM, on identical requests and whole tasks."""
 
+import copy
 import importlib
 import json
 import logging
@@ -119,12 +120,10 @@ def test_the_models_own_generation_config_counts(both):
     assert ours.generate_until(asked) == theirs.generate_until(asked) != plain
 
 
-def test_a_tokenizer_without_bos(tiny_model):
+def test_a_tokenizer_without_bos(tiny_model, tokenizer):
     from tokenizers import processors
 
-    from conftest import build_tokenizer
-
-    tokenizer = build_tokenizer()
+    tokenizer = copy.deepcopy(tokenizer)
     tokenizer.bos_token = None
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     ours, theirs = (m(tiny_model(), tokenizer) for m in (HoldfastLM, lambda a, b: HFLM(pretrained=a, tokenizer=b)))
