@@ -23,7 +23,6 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
 
-import holdfast
+from holdfast.check import comparison
 from holdfast.compare import abilities, verdict
 from holdfast.engine.forward import inner
 from holdfast.errors import HoldfastError, ModelError
@@ -214,29 +213,15 @@ class RetentionCallback(TrainerCallback):
                 "RetentionCallback.report() has no measurement of a model that trained and is still in memory.",
                 "Call it after trainer.train(), while the trainer is there.",
             )
-        from holdfast.report.examples import prompts
-        from holdfast.run import versions
-
-        judged = abilities(self._before, self._after, {}, self.keep)
         name = model.config._name_or_path or type(model).__name__
-        return {
-            "holdfast_version": holdfast.__version__,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "kind": "check",
-            "verdict": verdict(judged, None),
-            "model": {"name": name, "revision": None, "sha": None, "dtype": str(model.dtype).removeprefix("torch.")},
-            "tuned": {"name": f"{name} after step {self.history[-1]['step']}", "path": "", "sha": None},
-            "task": None,
-            "abilities": judged,
-            "examples": self._shown,
-            "diagnosis": None,
-            "prompts": prompts(self.tokenizer, self._after),
-            "versions": versions(),
-            "settings": {
-                m["suite"]: ", ".join(f"{k} {m[k]}" for k in ("num_fewshot", "limit", "seed", "labels") if m.get(k))
-                for m in self._after
-            },
-        }
+        return comparison(
+            {"name": name, "revision": None, "sha": None, "dtype": str(model.dtype).removeprefix("torch.")},
+            {"name": f"{name} after step {self.history[-1]['step']}", "path": "", "sha": None},
+            abilities(self._before, self._after, {}, self.keep),
+            self._after,
+            self.tokenizer,
+            shown=self._shown,
+        )
 
 
 @contextmanager

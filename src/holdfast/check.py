@@ -79,6 +79,7 @@ class Subject:
         from holdfast.run import content_key
 
         tell(phase, 0.0, self.source.name)
+        key = content_key(self.sha, str(self.dtype), self.device.type)
         out = [
             measure_suite(
                 suite,
@@ -88,7 +89,7 @@ class Subject:
                 limit=limit,
                 labels=labels,
                 batch_tokens=batch_tokens,
-                cache_key=content_key(self.sha, str(self.dtype), self.device.type),
+                cache_key=key,
                 progress=lambda x, n=n, suite=suite: tell(phase, (n + x) / len(suites), suite),
             )
             for n, suite in enumerate(suites)
@@ -149,11 +150,10 @@ def check(
     Raises:
         ModelError: the two models do not read text the same way, so their scores cannot be paired.
     """
-    from holdfast.compare import abilities, verdict
+    from holdfast.compare import abilities
     from holdfast.measure.suites import names_of
     from holdfast.recipe import KEEP_FRAC
-    from holdfast.report.examples import examples, prompts
-    from holdfast.run import versions
+    from holdfast.report.examples import examples
 
     names, keep = names_of(suites), dict(keep or {})
     unknown = [k for k in keep if k not in names]
@@ -168,20 +168,47 @@ def check(
     if not why:
         first.__dict__.pop("model", None)  # one model in memory at a time
     after = second.measure(names, phase="measure after", tell=tell, **settings)
-    judged = abilities(before, after, keep, KEEP_FRAC)
-    shown = examples(lambda: second.model, second.tokenizer, before, after)
+    return comparison(
+        _model_part(first),
+        {"name": second.source.name, "path": tuned, "sha": second.sha},
+        abilities(before, after, keep, KEEP_FRAC),
+        after,
+        second.tokenizer,
+        shown=examples(lambda: second.model, second.tokenizer, before, after),
+        diagnosis=_diagnosis(first, second, before, after, tell) if why else None,
+    )
+
+
+def comparison(
+    model: Mapping[str, Any],
+    tuned: Mapping[str, Any],
+    judged: Sequence[Any],
+    after: Sequence[Any],
+    tokenizer: Any,
+    *,
+    shown: Sequence[Any],
+    diagnosis: Sequence[Any] | None = None,
+) -> dict[str, Any]:
+    """The report (`report.schema`) of two models that were measured on the same items.
+
+    judged: abilities as `compare.abilities` gives them; after: the tuned model's measurements; shown: its examples.
+    """
+    from holdfast.compare import verdict
+    from holdfast.report.examples import prompts
+    from holdfast.run import versions
+
     return {
         "holdfast_version": holdfast.__version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kind": "check",
         "verdict": verdict(judged, None),
-        "model": _model_part(first),
-        "tuned": {"name": second.source.name, "path": tuned, "sha": second.sha},
+        "model": model,
+        "tuned": tuned,
         "task": None,
         "abilities": judged,
         "examples": shown,
-        "diagnosis": _diagnosis(first, second, before, after, tell) if why else None,
-        "prompts": prompts(second.tokenizer, after),
+        "diagnosis": diagnosis,
+        "prompts": prompts(tokenizer, after),
         "versions": versions(),
         "settings": {
             m["suite"]: ", ".join(f"{k} {m[k]}" for k in ("num_fewshot", "limit", "seed", "labels") if m.get(k))

@@ -7,8 +7,8 @@ from typing import Any
 
 from holdfast.errors import HoldfastError
 from holdfast.measure import stats
-from holdfast.measure.facts import curve_of, facts_of
-from holdfast.measure.sight import can_see
+from holdfast.measure.facts import facts_of
+from holdfast.measure.sight import can_see, clusters_of
 from holdfast.report.schema import ability_words
 
 Part = dict[str, Any]
@@ -18,11 +18,6 @@ WORDS = {"lost": "Lost", "unclear": "Not shown to be kept", "kept": "Kept"}  # t
 
 def _correct(items: Sequence[Mapping[str, Any]]) -> list[float]:
     return [float(i["correct"]) for i in items]
-
-
-def _clusters(task: Mapping[str, Any]) -> list[str] | None:
-    """What each item shares with others, where the task says that this makes them dependent."""
-    return [str(i["cluster"]) for i in task["items"]] if task.get("clustered") else None
 
 
 def _check_pair(before: Part, after: Part) -> None:
@@ -63,7 +58,7 @@ def ability(before: Part, after: Part | None, keep: float, required: bool = True
     """
     chance = {t["name"]: t["chance"] for t in before["tasks"]}
     rows = {t["name"]: t["items"] for t in before["tasks"]}
-    clusters = {t["name"]: _clusters(t) for t in before["tasks"]}
+    clusters = {t["name"]: clusters_of(t) for t in before["tasks"]}
     metric = {t["name"]: t["metric"] for t in before["tasks"]}
     measurable = [n for n in rows if stats.measurable(_correct(rows[n]), clusters[n], chance[n])]
     later = {t["name"]: t["items"] for t in after["tasks"]} if after else {}
@@ -129,11 +124,13 @@ def abilities(before: Sequence[Part], after: Sequence[Part], floors: Mapping[str
 
 def _curve(before: Part, after: Part | None) -> Part | None:
     """Score by number of demonstrations, where the items say how many they had."""
-    sides = [curve_of([t["items"] for t in m["tasks"]]) for m in (before, after) if m]
+    from holdfast.measure.suites.shots import by_shots
+
+    sides = [by_shots([i for t in m["tasks"] for i in t["items"]]) for m in (before, after) if m]
     if not all(sides):
         return None
-    drawn = [[stats.mean(_correct(items)).to_dict() for items in side.values()] for side in sides if side]
-    return {"shots": list(sides[0] or ()), "before": drawn[0], "after": drawn[-1] if after else []}
+    drawn = [[stats.mean(_correct(items)).to_dict() for items in side.values()] for side in sides]
+    return {"shots": list(sides[0]), "before": drawn[0], "after": drawn[-1] if after else []}
 
 
 def _facts(before: Part, after: Part | None) -> dict[str, list[float | None]]:

@@ -188,7 +188,7 @@ class Measure(Section):
         """A recipe that names suites and no floors must prove in-context; the others prove what their items can."""
         suites = value.get("suites") if isinstance(value, Mapping) else None
         if isinstance(suites, list) and "keep" not in value:
-            return {**value, "keep": {suite: KEEP_FRAC for suite in suites if suite == "in-context"}}
+            return {**value, "keep": {"in-context": KEEP_FRAC} if "in-context" in suites else {}}
         return value
 
     @check_all(mode="after")

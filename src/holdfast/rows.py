@@ -176,18 +176,18 @@ def _shipped(name: str) -> Path:
 
 def _from_file(path: Path) -> Iterator[Record]:
     if path.suffix in (".csv", ".tsv"):
-        return _read_csv(_decoded(path), path.name, "\t" if path.suffix == ".tsv" else ",")
+        return _read_csv(read_text(path), path.name, "\t" if path.suffix == ".tsv" else ",")
     if path.suffix == ".jsonl":
-        return _read_jsonl(_decoded(path), path.name)
+        return read_jsonl(read_text(path), path.name)
     if path.suffix == ".json":
-        return _read_json(_decoded(path), path.name)
+        return _read_json(read_text(path), path.name)
     if path.suffix == ".parquet":
         return _read_parquet(path)
     what = f"{path.name}: files of kind {path.suffix or '(no suffix)'} cannot be read."
     raise DataError(what, f"Use one of {', '.join(FILE_KINDS)}.")
 
 
-def _decoded(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -205,7 +205,7 @@ def _record(value: Any, place: str) -> Record:
     return place, value
 
 
-def _read_jsonl(text: str, name: str) -> Iterator[Record]:
+def read_jsonl(text: str, name: str) -> Iterator[Record]:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028 inside a string
         if line.strip():
             place = f"{name}:{number}"

@@ -188,7 +188,7 @@ def copier(tokenizer):
 
 def test_what_only_the_usual_formats_lost_is_hidden(copier, tokenizer):
     answers = {"qa": lambda _: "no", "io": lambda _: "no", "german": lambda w: w}
-    tuned = fit(copier, copy_rows(tokenizer, answers), 30, lr=3e-3)
+    tuned = fit(copier, copy_rows(tokenizer, answers), 60, lr=3e-3)
     found = formats.compare_frames(Case(copier, tuned, tokenizer), copy_tasks(tokenizer))
     assert found.finding.startswith("Hidden, not gone: asked between German words"), (found.finding, found.table)
     assert found.scores["best"] > 0.8 and found.scores["usual"] < 0.2

@@ -5,7 +5,7 @@ They are read from the same items as the score; none of them enters a verdict.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Items = list[Mapping[str, Any]]
@@ -15,14 +15,6 @@ def facts_of(measured: Mapping[str, Any]) -> dict[str, float]:
     """Named figures of one suite; empty for suites that have none."""
     read = _FACTS.get(str(measured["suite"]))
     return read(measured) if read else {}
-
-
-def curve_of(tasks: Sequence[Items]) -> dict[int, Items] | None:
-    """Items by number of demonstrations, or None where no item says how many it had."""
-    by: dict[int, Items] = {}
-    for item in (i for items in tasks for i in items if "shots" in i):
-        by.setdefault(item["shots"], []).append(item)
-    return dict(sorted(by.items())) or None
 
 
 def _items(measured: Mapping[str, Any], *tasks: str) -> Items:

@@ -19,7 +19,7 @@ from typing import Any
 from holdfast.errors import DataError, suggest
 from holdfast.measure.probe import Ask, Group, Kind, Probe, Suite
 from holdfast.measure.suites.in_context import shuffled
-from holdfast.rows import NOTES, _decoded, _read_jsonl
+from holdfast.rows import NOTES, read_jsonl, read_text
 
 Rows = list[tuple[str, Probe]]  # place (file:line) and question
 OPTIONAL = {"task", "id", "cluster"}
@@ -37,7 +37,7 @@ def read_suite(path: str | Path, ask: Ask) -> Suite:
     if not file.is_file():
         raise DataError(f"jsonl:{path}: no such file in {Path.cwd()}.", "Check the path.")
     tasks: dict[str, Rows] = {}
-    for place, row in _read_jsonl(_decoded(file), file.name):
+    for place, row in read_jsonl(read_text(file), file.name):
         task = _name(row, "task", place) or file.stem
         rows = tasks.setdefault(task, [])
         rows.append((place, _probe(task, len(rows), row, place)))

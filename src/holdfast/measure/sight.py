@@ -53,10 +53,15 @@ def can_see(before: Mapping[str, Any], keep: float) -> Sight | None:
     return Sight(loss, loss / above, items)
 
 
+def clusters_of(task: Mapping[str, Any]) -> list[str] | None:
+    """What each item of a task shares with others, where the task says that this makes them dependent."""
+    return [str(i["cluster"]) for i in task["items"]] if task.get("clustered") else None
+
+
 def _task(task: Mapping[str, Any]) -> tuple[float, int, float] | None:
     """(weight 1 / (1 - chance), independent items, mean above chance) of a measurable task."""
     scores, chance = [float(i["correct"]) for i in task["items"]], task["chance"]
-    clusters = [str(i["cluster"]) for i in task["items"]] if task.get("clustered") else None
+    clusters = clusters_of(task)
     if not stats.measurable(scores, clusters, chance):
         return None
     return 1 / (1 - chance), len(set(clusters)) if clusters else len(scores), sum(scores) / len(scores) - chance

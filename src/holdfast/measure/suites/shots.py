@@ -67,6 +67,15 @@ def build_suite(ask: Ask) -> Suite:
     return Suite("shots", groups, tuple(probes), {"limit": limit, "seed": ask.seed})
 
 
+def by_shots(items: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
+    """Items by number of demonstrations, ascending; those that carry none are left out."""
+    at: dict[int, list[Mapping[str, Any]]] = {}
+    for i in items:
+        if "shots" in i:
+            at.setdefault(i["shots"], []).append(i)
+    return dict(sorted(at.items()))
+
+
 def curve(items: Sequence[Mapping[str, Any]]) -> dict[int, tuple[float, float]]:
     """{demonstrations: (accuracy, mean -logprob of the answer in nats)}, ascending, of measured items.
 
@@ -78,12 +87,9 @@ def curve(items: Sequence[Mapping[str, Any]]) -> dict[int, tuple[float, float]]:
             "A curve over demonstrations needs items with 'shots', and these have none.",
             "Give the items of a measurement of the suite 'shots'.",
         )
-    at: dict[int, list[Mapping[str, Any]]] = {}
-    for i in items:
-        at.setdefault(i["shots"], []).append(i)
     return {
-        k: (sum(i["correct"] for i in at[k]) / len(at[k]), -sum(i["logprob"] for i in at[k]) / len(at[k]))
-        for k in sorted(at)
+        k: (sum(i["correct"] for i in at) / len(at), -sum(i["logprob"] for i in at) / len(at))
+        for k, at in by_shots(items).items()
     }
 
 
