@@ -172,9 +172,6 @@ def packed_attention(
     layout = packed_layout
     if layout is None:
         raise RuntimeError(f"Attention {ATTENTION!r} needs packed_layout; call the model through engine.forward.")
-    dtype = query.dtype
-    if query.device.type == "cpu" and dtype == torch.bfloat16:  # its fused backward is 2 to 4 times slower in bf16
-        query, key, value = query.float(), key.float(), value.float()
     spread = [_Spread.apply(x[0].transpose(0, 1).flatten(1), layout) for x in (query, key, value)]
     heads = [query.shape[1], key.shape[1], value.shape[1]]
     outs, at = [], 0
@@ -183,12 +180,22 @@ def packed_attention(
             s[at : at + b * width].view(b, width, h, -1).transpose(1, 2) for s, h in zip(spread, heads, strict=True)
         )
         at += b * width
-        out = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=heads[0] != heads[1]
-        )
-        outs.append(out.transpose(1, 2).reshape(b * width, -1))
+        outs.append(_attend(q, k, v, dropout, scaling).transpose(1, 2).reshape(b * width, -1))
     joined = _Gather.apply(torch.cat(outs) if len(outs) > 1 else outs[0], layout)
-    return joined.view(1, joined.shape[0], heads[0], -1).to(dtype), None
+    return joined.view(1, joined.shape[0], heads[0], -1), None
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float, scale: float | None) -> torch.Tensor:
+    """(B, H, L, D) causal attention.
+
+    On CPU the fused backward in bf16 is 3 to 10 times slower than in fp32 for rows of fewer than some 500 tokens
+    (docs/performance.md), so those are computed in fp32, where autocast would choose bf16 too.
+    """
+    settings = {"dropout_p": dropout, "is_causal": True, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    if q.device.type != "cpu" or q.shape[2] >= 512 or not q.requires_grad:
+        return F.scaled_dot_product_attention(q, k, v, **settings)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **settings).to(q.dtype)
 
 
 def _register() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import TrainingError
@@ -123,22 +124,25 @@ def _step(
         log.realised[f"{row.source}/tokens"] += len(row.ids)
         log.tokens += len(row.ids)
     parts: Counter[str] = Counter()
-    for micro in range(n):
-        rows = [*batch[micro::n], *asides[micro::n]]
-        if not rows:
-            continue
-        device = next(session.model.parameters()).device.type
-        with torch.autocast(device, settings.autocast or torch.bfloat16, enabled=settings.autocast is not None):
-            loss, here = session.loss(session.model, rows, counts, step, share=1 / n)
-        if not math.isfinite(loss.item()):
-            raise TrainingError(
-                f"The loss is {loss.item()} at step {step + 1} ("
-                + ", ".join(f"{k} {v:.4g}" for k, v in here.items())
-                + "); the last good checkpoint is kept.",
-                "Lower training.learning_rate (in a new output_dir), or look at the rows of this step.",
-            )
-        loss.backward()
-        parts.update(here)
+    autocast = settings.autocast is not None
+    # PEFT would widen every input to the adapter's fp32, and autocast narrow it again: same numbers, two copies less
+    with disable_input_dtype_casting(session.model, active=autocast):
+        for micro in range(n):
+            rows = [*batch[micro::n], *asides[micro::n]]
+            if not rows:
+                continue
+            device = next(session.model.parameters()).device.type
+            with torch.autocast(device, settings.autocast or torch.bfloat16, enabled=autocast):
+                loss, here = session.loss(session.model, rows, counts, step, share=1 / n)
+            if not math.isfinite(loss.item()):
+                raise TrainingError(
+                    f"The loss is {loss.item()} at step {step + 1} ("
+                    + ", ".join(f"{k} {v:.4g}" for k, v in here.items())
+                    + "); the last good checkpoint is kept.",
+                    "Lower training.learning_rate (in a new output_dir), or look at the rows of this step.",
+                )
+            loss.backward()
+            parts.update(here)
     session.change_gradients()
     if settings.max_grad_norm:
         torch.nn.utils.clip_grad_norm_(list(session.params.values()), settings.max_grad_norm, foreach=True)
