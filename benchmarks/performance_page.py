@@ -2,7 +2,8 @@
 
     python benchmarks/performance_page.py
 
-Sections: speed.py, memory.py, overhead.py, scoring.py, growth.py, gpu.py. What has no JSON is "not measured yet".
+Sections: speed.py, memory.py, overhead.py, scoring.py, startup.py, growth.py, gpu.py. What has no JSON is
+"not measured yet".
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import gpu
 import growth
 import memory
 import speed
+import startup
 
 NONE = ["Not measured yet."]
 INTRO = """# Performance
@@ -78,6 +80,7 @@ def page(results: Path, plot: Path) -> str:
         "Memory": section(memory.table(results / "memory.json"), results / "memory.json"),
         "What retention costs": overhead(results / "overhead.json"),
         "Scoring": scoring(results / "scoring.json"),
+        "Starting": section(startup.table(results / "startup.json"), results / "startup.json"),
         "Growth": section([*grown, *picture] if grown else [], results / "growth"),
         "On a GPU": section(gpu.table(results / "gpu.json"), results / "gpu.json"),
     }
