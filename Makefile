@@ -41,6 +41,7 @@ bench: setup  ## the measured part of docs/performance.md (hours; resumable; wan
 	$(BIN)/python benchmarks/speed.py $(if $(wildcard ../shared/data/text),--shared ../shared/data)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/performance_page.py
 
 clean:
