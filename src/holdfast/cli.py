@@ -35,6 +35,16 @@ def _start(debug: bool) -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
 
 
+def _join() -> bool:
+    """Join the processes of torchrun, if any; whether this one prints and writes. Alone it need not load torch."""
+    if "RANK" not in os.environ:
+        return True
+    from holdfast.measure import shard
+
+    shard.start()
+    return shard.first()
+
+
 @app.command()
 def tune(recipe: Path, set: Set = None, debug: Debug = False) -> None:
     """Measure, tune under a plan, measure again, report and export."""
@@ -47,12 +57,15 @@ def tune(recipe: Path, set: Set = None, debug: Debug = False) -> None:
     from holdfast.report import terminal
     from holdfast.run import Run, load_recipe
 
-    console = Console()
     loaded = load_recipe(recipe, set or [])
+    writes = _join()
+    console = Console()
     with progress_on(console) as progress:
         run = Run(loaded, recipe.absolute().parent, progress.tell)
         was_done = run.finished
         folder = run.go()
+    if not writes:
+        return
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     if was_done:
         print(f"This run was finished before; nothing was done. Its folder: {folder}")

@@ -1,5 +1,9 @@
 """The main job: measure before, tune under a plan, measure after, report, export. Every piece is a file in the run
-folder; a run that died goes on at its last finished piece, and a finished run does nothing."""
+folder; a run that died goes on at its last finished piece, and a finished run does nothing.
+
+Several processes (torchrun) all go through the same flow and share the work inside; the first alone looks at the run
+folder and writes, and tells the others (`hosts/processes.py`).
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,20 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import holdfast
 from holdfast.errors import HoldfastError, ModelError, PlanError, RecipeError, TrainingError
 from holdfast.recipe import KEEP_FRAC, Recipe, _resolved, load_recipe
 
+T = TypeVar("T")
 Tell = Callable[[str, float, str], None]  # phase, share done (0..1), words beside the bar
 WORK = {"before.json", "checkpoint", "checkpoint.old", "model", "training.json"}  # what a mended recipe would spoil
 
@@ -70,14 +76,14 @@ class Run:
 
     def _read(self, name: str) -> Any:
         path = self.folder / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return by_first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
 
     def _write(self, name: str, value: Any) -> None:
-        write_json(self.folder / name, value)
+        by_first(lambda: write_json(self.folder / name, value))
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "report.json").is_file() and self._same_recipe()
+        return by_first(lambda: (self.folder / "report.json").is_file() and self._same_recipe())
 
     def _same_recipe(self) -> bool:
         path = self.folder / "recipe.yaml"
@@ -110,8 +116,7 @@ class Run:
         """A run goes on only with the model and the rows it began with."""
         rows = [[r.prompt, r.completion] for r in (*job.task.train, *job.task.test)]
         now = {"model": job.source.sha, "data": content_key(rows)}
-        work = any((self.folder / name).exists() for name in WORK)
-        began = (work and self._read("inputs.json")) or {}
+        began = (self._read("inputs.json") if self._has_work() else None) or {}
         for what in began:
             if began[what] != now[what]:
                 raise RecipeError(
@@ -120,6 +125,9 @@ class Run:
                 )
         self._write("inputs.json", now)
         self._write("plan.json", job.session.plan.explain())
+
+    def _has_work(self) -> bool:
+        return by_first(lambda: any((self.folder / name).exists() for name in WORK))
 
     def _check_room(self, job: Job) -> None:
         """At the most two checkpoints (weights and two moments in fp32) of what trains, and the export."""
@@ -147,9 +155,9 @@ class Run:
         if self.finished:
             self.tell("done", 1.0, f"This run is finished: {self.folder}")
             return self.folder
-        self._open()
+        by_first(self._open)
         job = self.checked()
-        self._check_room(job)
+        by_first(lambda: self._check_room(job))
         self._claim(job)
         before = None if self.recipe.measure.skip_before else self._measured("before", job, job.model)
         tuned, soft = self._tuned(job)
@@ -330,6 +338,7 @@ class Run:
         from holdfast.engine.forward import inner
         from holdfast.hosts.checkpoint import Checkpoint
         from holdfast.hosts.plain import train
+        from holdfast.measure.shard import first
         from holdfast.task import score_task
 
         session, training, task = job.session, job.training, job.task
@@ -345,10 +354,10 @@ class Run:
             if self.recipe.training.gradient_checkpointing:
                 inner(session.model).gradient_checkpointing_enable({"use_reentrant": False})
 
-        every = self.recipe.training.logging_steps
+        every, writes = self.recipe.training.logging_steps, first()
 
         def on_step(step: int, of: int, parts: dict[str, float]) -> None:
-            if step % every == 0 or step == of:
+            if writes and (step % every == 0 or step == of):
                 self._log({"step": step, "of": of, **parts})
             words = "  ".join(f"{k} {v:.3f}" for k, v in parts.items())
             self.tell("tune", step / of, f"step {step}/{of}  {words}")
@@ -392,10 +401,14 @@ class Run:
         from holdfast import models
         from holdfast.hosts.checkpoint import writing
 
-        with self._timed("export"), writing(f"The tuned model in {self.export}"):
-            models.save_model(tuned, job.tokenizer, self.export, card=None)
-            if soft is not None:
-                save_prompt(tuned, soft, self.folder / "prompt", self.export)
+        def save() -> None:
+            with writing(f"The tuned model in {self.export}"):
+                models.save_model(tuned, job.tokenizer, self.export, card=None)
+                if soft is not None:
+                    save_prompt(tuned, soft, self.folder / "prompt", self.export)
+
+        with self._timed("export"):
+            by_first(save)
 
     def _training_part(self, log: Any, training: Any, seconds: float) -> dict[str, Any]:
         """What the report says about the training; see `report.schema.TrainingPart`."""
@@ -425,8 +438,6 @@ class Run:
 
     def _report(self, job: Job, model: Any, before: Any, after: Any) -> Path:
         from holdfast.compare import abilities, estimates, only_after, verdict
-        from holdfast.model_card import model_card
-        from holdfast.report import markdown, page
 
         task, source, floors = job.task, job.source, self.recipe.measure.keep
         training = self._read("training.json")
@@ -471,18 +482,34 @@ class Run:
                 "limit": self.recipe.measure.limit,
                 "seed": self.recipe.training.seed,
             },
-            "recipe": (self.folder / "recipe.yaml").read_text(encoding="utf-8"),
         }
+        by_first(lambda: self._save_report(report))
+        self.tell("done", 1.0, str(self.folder))
+        return self.folder
+
+    def _save_report(self, report: dict[str, Any]) -> None:
+        """report.json last: with it the run is finished."""
+        from holdfast.model_card import model_card
+        from holdfast.report import markdown, page
+
+        report["recipe"] = (self.folder / "recipe.yaml").read_text(encoding="utf-8")
         adapter = (self.export / "adapter_config.json").is_file()
         write_text(self.export / "README.md", model_card(report, adapter=adapter))
         page.write(report, self.folder / "report.html")
         write_text(self.folder / "report.md", markdown.summary(report))
-        self._write("report.json", report)
-        self.tell("done", 1.0, str(self.folder))
-        return self.folder
+        write_json(self.folder / "report.json", report)
 
 
 # ---- pieces
+
+
+def by_first(make: Callable[[], T]) -> T:
+    """`hosts.processes.by_first`, without loading torch: where nobody has, there is one process."""
+    if "torch" not in sys.modules:
+        return make()
+    from holdfast.hosts import processes
+
+    return processes.by_first(make)
 
 
 def planned(recipe: Recipe, base_dir: Path) -> Job:

@@ -76,7 +76,7 @@ class View:
 
 
 class Teacher:
-    """The base model's answers.
+    """The base model's answers. Several processes each compute a share of what is learnt; all get the whole.
 
     Rows known beforehand are run through the untouched base once; their last hidden states are kept (2 D bytes a
     position instead of 2 V) and the base's own head is applied on demand: exact. Rows never seen before are asked of
@@ -107,19 +107,28 @@ class Teacher:
         new = list({r.key: r for r in rows if r.key not in self._store}.values())
         if not new or not self.exact_head:
             return
+        from holdfast.hosts.processes import gather_rows
+        from holdfast.measure.shard import shares, world
+
+        rank, num = world(model)
+        dealt = [new] if num == 1 else [[new[i] for i in p] for p in shares(new, [len(r.ids) for r in new], num)]
         was_training = model.training
         model.eval()
-        at = sum(len(h) for h in self._hidden)
-        for done, batch in _batches(new, batch_tokens):
-            packed, hidden = forward(model, batch, hidden=True)
+        hidden: list[torch.Tensor] = []
+        for done, batch in _batches(dealt[rank], batch_tokens):
+            hidden.append(forward(model, batch, hidden=True)[1].detach().clone())
             self.num_forwards += 1
-            self._hidden.append(hidden.detach().clone())
-            for row, count in zip(batch, np.bincount(packed.row, minlength=len(batch)), strict=True):
-                self._store[row.key] = (at, int(count))
-                at += int(count)
             if progress:
-                progress(done / len(new))
+                progress(done / len(dealt[rank]))
         model.train(was_training)
+        if num > 1:
+            lengths = [[r.num_scored for r in rows] for rows in dealt]
+            hidden = gather_rows(hidden, lengths, next(model.parameters()).device)
+        at = sum(len(h) for h in self._hidden)
+        for row in (r for rows in dealt for r in rows):
+            self._store[row.key] = (at, row.num_scored)
+            at += row.num_scored
+        self._hidden += hidden
         self._joined = None
 
     def freeze_base(self, model: Any, head_trains: bool, needs_copy: bool) -> None:

@@ -166,6 +166,11 @@ class Session:
             for (factor, decays), ps in groups.items()
         ]
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What trains and what `prepare` gave, by name: equal in every process of a run."""
+        state = {f"{m}/{k}": v for m, state in self.state.items() for k, v in state.items()}
+        return {n: t.detach() for n, t in {**self.params, **state}.items()}
+
     # ---- a step
 
     def rows_of(self, step: int) -> list[TokenRow]:

@@ -11,6 +11,7 @@ import torch
 
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import DataError
+from holdfast.measure import shard
 from holdfast.measure.scorer import Scorer
 from holdfast.recipe import Recipe
 from holdfast.rows import Row, cap, check_labels, labels_of, leaks, read_rows, split
@@ -89,12 +90,14 @@ def score_task(
 ) -> list[dict[str, Any]]:
     """Score rows: with labels the likeliest label wins, without them the greedy completion must be exact.
 
+    Several processes each score a share of the rows, and all get the whole.
+
     Returns per row {"id", "correct": 0 or 1, "logprob": of the right completion, "answer": label or None}.
     """
     scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, soft_prompt=soft_prompt, progress=progress)
     asked = labels or ("",)
     requests = [(r.prompt, y or r.completion) for r in rows for y in asked]
-    scores = scorer.score(requests)
+    scores = shard.score_tokens(scorer, [scorer.encode(q) for q in requests], [prompt for prompt, _ in requests])
     out = []
     for n, row in enumerate(rows):
         mine = scores[n * len(asked) : (n + 1) * len(asked)]

@@ -1,6 +1,7 @@
 """Checkpoints of the plain host: safetensors and JSON, written whole or not at all.
 
-Data order and asides depend on the step alone, so weights, optimizer moments and the step are the whole state.
+Data order and asides depend on the step alone, so weights, optimizer moments and the step are the whole state. It is
+the same in every process; the first writes it and all read it, so a run goes on with any number of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch
 
 from holdfast.engine.forward import SOFT_PROMPT, inner
 from holdfast.errors import TrainingError
+from holdfast.hosts.processes import by_first, union
+from holdfast.measure.shard import first
 
 
 @contextmanager
@@ -43,10 +46,14 @@ class Checkpoint:
 
     def save(self, session: Any, optimizer: Any, schedule: Any, log: Any, done: int, step: int) -> None:
         """Write everything needed to go on at `step` of the stage that starts after `done` steps."""
-        if not self.folder:
-            return
+        session.effects = union(session.effects)
+        if self.folder:
+            by_first(lambda: self._write(session, optimizer, log, done, step))
+
+    def _write(self, session: Any, optimizer: Any, log: Any, done: int, step: int) -> None:
         from safetensors.torch import save_file
 
+        assert self.folder
         bad = next((n for n, p in session.params.items() if not torch.isfinite(p).all()), None)
         if bad:  # a checkpoint to go on from must not hold the damage
             raise TrainingError(
@@ -110,7 +117,7 @@ class Checkpoint:
 
     def clear(self) -> None:
         """Remove what is on disk: the run is trained and exported."""
-        if self.folder:
+        if self.folder and first():
             for name in ("checkpoint", "checkpoint.old", "checkpoint.new"):
                 shutil.rmtree(self.folder.with_name(name), ignore_errors=True)
 

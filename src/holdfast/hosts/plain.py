@@ -1,7 +1,8 @@
 """The reference loop: what a plan means, on one screen. `hosts/hf.py` must give the same weights.
 
 It is also the fast one: rows packed without padding, logits only where something is scored, what trains in fp32 and
-what is frozen in the compute dtype.
+what is frozen in the compute dtype. Several processes share the rows of a step and take the steps of one
+(`hosts/processes.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from peft.helpers import disable_input_dtype_casting
 
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import TrainingError
+from holdfast.hosts import processes
 from holdfast.hosts.checkpoint import Checkpoint
 from holdfast.method import Stage
 from holdfast.session import Session
@@ -86,6 +88,8 @@ def train(
             optimizer, lambda s, n=steps: lr_at(s, n, settings.warmup_steps, settings.lr_scheduler_type)
         )
         first = checkpoint.restore(session, optimizer, schedule, log, done, steps)
+        processes.agree(done + first, settings.folder)
+        processes.same_start(session.tensors())
         size = settings.batch_size * settings.gradient_accumulation_steps
         stream = islice(mix.draw(settings.seed), (done + first) * size, None)
         model.train()
@@ -108,6 +112,7 @@ def train(
         done += steps
         if done < settings.num_steps and first < steps:
             checkpoint.save(session, None, None, log, done, 0)
+    session.effects = processes.union(session.effects)
     session.model.eval()
     return log
 
@@ -116,7 +121,7 @@ def _step(
     session: Session, optimizer: Any, batch: Sequence[TokenRow], step: int, settings: Training, log: Log
 ) -> dict[str, float]:
     """One optimizer step: micro-batches, gradients, clipping, update."""
-    asides, n = session.rows_of(step), settings.gradient_accumulation_steps
+    asides, params = session.rows_of(step), list(session.params.values())
     counts: Counter[str] = Counter()
     for row in (*batch, *asides):
         counts[row.owner] += row.num_scored
@@ -124,28 +129,28 @@ def _step(
         log.realised[f"{row.source}/tokens"] += len(row.ids)
         log.tokens += len(row.ids)
     parts: Counter[str] = Counter()
+    processes.seed(settings.seed, step)
     autocast = settings.autocast is not None
     # PEFT would widen every input to the adapter's fp32, and autocast narrow it again: same numbers, two copies less
     with disable_input_dtype_casting(session.model, active=autocast):
-        for micro in range(n):
-            rows = [*batch[micro::n], *asides[micro::n]]
-            if not rows:
-                continue
+        micros, share = processes.deal(batch, asides, settings.gradient_accumulation_steps)
+        for rows in micros:
             device = next(session.model.parameters()).device.type
             with torch.autocast(device, settings.autocast or torch.bfloat16, enabled=autocast):
-                loss, here = session.loss(session.model, rows, counts, step, share=1 / n)
-            if not math.isfinite(loss.item()):
-                raise TrainingError(
-                    f"The loss is {loss.item()} at step {step + 1} ("
-                    + ", ".join(f"{k} {v:.4g}" for k, v in here.items())
-                    + "); the last good checkpoint is kept.",
-                    "Lower training.learning_rate (in a new output_dir), or look at the rows of this step.",
-                )
+                loss, here = session.loss(session.model, rows, counts, step, share)
             loss.backward()
             parts.update(here)
+    parts = processes.add_up(params, parts)
+    if not math.isfinite(sum(parts.values())):
+        raise TrainingError(
+            f"The loss is {sum(parts.values())} at step {step + 1} ("
+            + ", ".join(f"{k} {v:.4g}" for k, v in parts.items())
+            + "); the last good checkpoint is kept.",
+            "Lower training.learning_rate (in a new output_dir), or look at the rows of this step.",
+        )
     session.change_gradients()
     if settings.max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(list(session.params.values()), settings.max_grad_norm, foreach=True)
+        torch.nn.utils.clip_grad_norm_(params, settings.max_grad_norm, foreach=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return dict(parts)
