@@ -95,6 +95,9 @@ SWEEP = {  # learning rates beside 2e-5 (full) and 3e-4 and 1e-3 (LoRA); tickets
 }
 
 
+TOP = ("full lr 1e-4", "lora lr 3e-3")  # of the sweep, the rates that compete for the best plain run
+
+
 def wanted(seeds: int) -> list[tuple[str, str, int]]:
     """(task, method, seed) in the order of need."""
     core = ("default", "lora lr 1e-3", "full", "lora")
@@ -103,6 +106,7 @@ def wanted(seeds: int) -> list[tuple[str, str, int]]:
     order += [(t, n, 0) for n in core for t in SWEEP]
     order += [(t, n, 0) for t, names in SWEEP.items() for n in names]
     order += [(t, n, 1) for n in core for t in SWEEP if seeds > 1]
+    order += [(t, n, 1) for t, names in SWEEP.items() for n in names if n in TOP and seeds > 1]
     order += [(t, n, 0) for n in core[:3] for t in ("rte", "agnews")]
     order += [(t, n, 0) for n in rest for t in SWEEP]
     return order + [(t, n, s) for s in range(1, seeds) for n in (*core, *rest) for t in SWEEP if s > 1 or n in rest]

@@ -120,13 +120,14 @@ def trees():
     return [bushy, chain, comb, forked, [([1, 2], 1)]]
 
 
-@pytest.mark.parametrize("most", [1, 2, 7, 50, 10_000])
+@pytest.mark.parametrize("most, widest", [(1, 1), (2, 2), (7, 7), (50, 50), (10_000, 10_000), (50, 3), (10_000, 40)])
 @pytest.mark.parametrize("sequences", trees())
-def test_chunks_visit_every_node_once_parents_first(sequences, most):
+def test_chunks_visit_every_node_once_parents_first(sequences, most, widest):
     """Walk the chunks as the scorer does: what a path shares with the cache is not computed again."""
     tree = grow(sequences)
     done, held = Counter(), []
-    for path, nodes in chunks(tree, most):
+    for path, blocks in chunks(tree, most, widest):
+        nodes = [node for block in blocks for node in block]
         same = 0
         while same < min(len(held), len(path)) and held[same] == path[same]:
             same += 1
@@ -136,10 +137,12 @@ def test_chunks_visit_every_node_once_parents_first(sequences, most):
             assert above == 0 or above in path[: path.index(node)] if node in path else True
             assert above == 0 or done[above]
             done[node] += 1
-        for node in nodes:  # all ancestors stand in the path or in the same row
-            while node:
-                assert node in path or node in nodes
-                node = tree.parent[node]
+        for block in blocks:  # all ancestors stand in the path or in the same block
+            assert len(block) <= widest
+            for node in block:
+                while node:
+                    assert node in path or node in block
+                    node = tree.parent[node]
         assert len(nodes) <= most
         held = path
     assert done == Counter(range(1, len(tree)))

@@ -11,6 +11,7 @@ from typing import Any
 
 import holdfast
 from holdfast.errors import HoldfastError, ModelError
+from holdfast.measure import BATCH_TOKENS
 
 EXIT = {"kept": 0, "lost": 1, "unclear": 3, "not checked": 3}
 Tell = Callable[[str, float, str], None]
@@ -70,7 +71,7 @@ class Subject:
         num_fewshot: int = 8,
         limit: int | None = None,
         labels: Sequence[str] = (),
-        batch_tokens: int = 512,
+        batch_tokens: int = BATCH_TOKENS,
         phase: str = "measure",
         tell: Tell = lambda *_: None,
     ) -> list[dict[str, Any]]:

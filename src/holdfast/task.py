@@ -11,7 +11,7 @@ import torch
 
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import DataError
-from holdfast.measure import shard
+from holdfast.measure import BATCH_TOKENS, shard
 from holdfast.measure.scorer import Scorer
 from holdfast.recipe import Recipe
 from holdfast.rows import Row, cap, check_labels, labels_of, leaks, read_rows, split
@@ -85,7 +85,7 @@ def score_task(
     labels: Sequence[str] | None,
     *,
     soft_prompt: torch.Tensor | None = None,
-    batch_tokens: int = 512,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[float], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Score rows: with labels the likeliest label wins, without them the greedy completion must be exact.

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from holdfast.errors import HoldfastError
+from holdfast.measure import BATCH_TOKENS
 from holdfast.measure.generate import BATCH, go_on
 from holdfast.measure.scorer import Scorer
 
@@ -73,7 +74,7 @@ class HoldfastLM(TemplateLM):
         model: Any,
         tokenizer: Any,
         *,
-        batch_tokens: int = 512,
+        batch_tokens: int = BATCH_TOKENS,
         batch_size: int = BATCH,
         progress: Callable[[float], None] | None = None,
     ):

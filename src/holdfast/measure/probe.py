@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from holdfast.errors import HoldfastError
-from holdfast.measure import shard
+from holdfast.measure import BATCH_TOKENS, shard
 from holdfast.measure.generate import generate
 from holdfast.measure.scorer import Score, Scorer
 
@@ -121,7 +121,7 @@ def score_suite(
     tokenizer: Any,
     suite: Suite,
     *,
-    batch_tokens: int = 512,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Score every probe; returns plain data: {"suite", "tasks": [{"name", ..., "items": [...]}], ...}.

@@ -1,8 +1,8 @@
 """The one scorer: log-likelihood and greedy exactness of given continuations, each unique token computed once.
 
 All requests become one prefix tree. The tree is walked depth first with one key/value cache: a shared few-shot prefix
-is computed once, and the branches below it are packed into one row whose attention mask lets a token see exactly its
-ancestors. Nothing is padded, logits exist only where a token is scored, and a score depends on its own request alone.
+is computed once, and the subtrees below it stand side by side in one row, where a token sees exactly its ancestors.
+Logits exist only where a token is scored, and a score depends on its own request alone.
 
 Tokens, truncation and the greedy flag follow lm-evaluation-harness 0.4.13 (`HFLM.loglikelihood`).
 """
@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from holdfast.engine.forward import can_pack
+from holdfast.engine.forward import attention, can_pack
+from holdfast.engine.pack import ATTENTION, Layout, layout
 from holdfast.errors import HoldfastError
+from holdfast.measure import BATCH_TOKENS
 
 Request = tuple[str, str]
+WIDEST = 512  # nodes of one block: attention is quadratic in them
 
 
 @dataclass(frozen=True)
@@ -69,25 +72,30 @@ def grow(sequences: Sequence[tuple[list[int], int]]) -> Tree:
     return tree
 
 
-def chunks(tree: Tree, most: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Cut the tree into (path from the root, nodes below it), nodes at most `most` unless one chain is longer."""
+def chunks(tree: Tree, most: int, widest: int) -> Iterator[tuple[list[int], list[range]]]:
+    """Cut the tree into forwards: (path from the root, blocks below it).
 
-    def cut(node: int, path: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        child, batch = node + 1, []
+    A block is a whole subtree (depth-first, so a range of nodes) that hangs on the end of the path. Blocks have at
+    most `widest` nodes, since attention is quadratic in them, and the blocks of a forward together at most `most`.
+    """
+
+    def cut(node: int, path: list[int]) -> Iterator[tuple[list[int], list[range]]]:
+        child, batch, held = node + 1, [], 0
         while child < tree.end[node]:
             size = tree.end[child] - child
-            if size > most:
+            if size > widest:
                 chain = [child]
-                while tree.end[chain[-1]] - chain[-1] > most and _one_child(tree, chain[-1]):
+                while tree.end[chain[-1]] - chain[-1] > widest and _one_child(tree, chain[-1]):
                     chain.append(chain[-1] + 1)
-                if tree.end[chain[-1]] - chain[-1] <= most:
+                if tree.end[chain[-1]] - chain[-1] <= widest:
                     chain.pop()
                 yield from cut(chain[-1], path + chain)
             else:
-                if len(batch) + size > most:
+                if held + size > most:
                     yield path, batch
-                    batch = []
-                batch.extend(range(child, tree.end[child]))
+                    batch, held = [], 0
+                batch.append(range(child, tree.end[child]))
+                held += size
             child = tree.end[child]
         yield path, batch
 
@@ -104,7 +112,7 @@ class Scorer:
     Args:
         model: a Hugging Face causal LM (a PEFT model too), in eval mode while scoring.
         tokenizer: its tokenizer.
-        batch_tokens: new tokens per forward; on 2 cores 512 keeps attention over the mask cheap.
+        batch_tokens: new tokens per forward.
         soft_prompt: (p, D) embeddings put before everything (ProMoT's task prompt), or None.
         progress: called with the share done, 0 to 1.
     """
@@ -114,7 +122,7 @@ class Scorer:
         model: Any,
         tokenizer: Any,
         *,
-        batch_tokens: int = 512,
+        batch_tokens: int = BATCH_TOKENS,
         soft_prompt: torch.Tensor | None = None,
         progress: Callable[[float], None] | None = None,
     ):
@@ -181,10 +189,10 @@ class Scorer:
         try:
             walk = self._walk_tree if supports_tree(self.model) else self._walk_padded
             for request, target, logits in walk(encoded):
-                logp = logits.float().log_softmax(-1)
-                total_here = logp.gather(1, target[:, None])[:, 0].double().cpu().numpy()
+                of_target = logits.gather(1, target[:, None])[:, 0].float()
+                total_here = (of_target - logits.float().logsumexp(-1)).double().cpu().numpy()
                 np.add.at(total, request, total_here)
-                np.logical_and.at(greedy, request, (logp.argmax(-1) == target).cpu().numpy())
+                np.logical_and.at(greedy, request, (logits.argmax(-1) == target).cpu().numpy())
         finally:
             self.model.train(was_training)
         return [Score(float(total[n]), bool(greedy[n]), len(ids) - start) for n, (ids, start) in enumerate(encoded)]
@@ -196,18 +204,21 @@ class Scorer:
         self.num_unique_tokens, done = len(tree) - 1, 0
         cache, held = DynamicCache(config=self.model.config), []
         offset = self._open(cache)
-        for path, nodes in chunks(tree, self.batch_tokens):
+        most, widest = self.batch_tokens, min(self.batch_tokens, WIDEST)
+        for path, blocks in chunks(tree, most, widest):
             same = 0
             while same < min(len(held), len(path)) and held[same] == path[same]:
                 same += 1
             if len(held) > same:
                 cache.crop(same - len(held))
-            for part in (path[same:], nodes):
+            rest = path[same:]
+            parts = [[rest[n : n + widest]] for n in range(0, len(rest), widest)]
+            for part in (*parts, blocks):
                 if part:
                     yield from self._forward(tree, part, cache, offset)
-                    done += len(part)
-            if nodes:
-                cache.crop(-len(nodes))
+                    done += sum(map(len, part))
+            if blocks:
+                cache.crop(-sum(map(len, blocks)))
             held = path
             if self.progress:
                 self.progress(done / max(1, len(tree) - 1))
@@ -223,28 +234,20 @@ class Scorer:
     def _dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
 
-    def _forward(self, tree: Tree, nodes: list[int], cache: Any, offset: int) -> Iterator[Any]:
-        """One packed row below the cached path: each token sees the path and its ancestors in the row."""
-        held, n = cache.get_seq_length(), len(nodes)
-        row = {node: i for i, node in enumerate(nodes)}
-        sees = np.zeros((n, n), dtype=bool)
-        for i, node in enumerate(nodes):
-            above = row.get(tree.parent[node])
-            if above is not None:
-                sees[i] = sees[above]
-            sees[i, i] = True
-        mask = torch.zeros((n, held + n), dtype=self._dtype)
-        mask[:, held:].masked_fill_(~torch.from_numpy(sees), torch.finfo(self._dtype).min)
+    def _forward(self, tree: Tree, blocks: Sequence[Sequence[int]], cache: Any, offset: int) -> Iterator[Any]:
+        """Blocks side by side below the cached path: a token sees the path and its ancestors in its own block."""
+        nodes = [node for block in blocks for node in block]
         keep = [i for i, node in enumerate(nodes) if node in tree.wanted]
         to = {"device": self.device}
-        out = self.model(
-            input_ids=torch.tensor([[tree.token[i] for i in nodes]], **to),
-            position_ids=torch.tensor([[tree.depth[i] + offset for i in nodes]], **to),
-            attention_mask=mask[None, None].to(self.device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=torch.tensor(keep or [n - 1], **to),
-        )
+        with attention(self.model, ATTENTION):
+            out = self.model(
+                input_ids=torch.tensor([[tree.token[i] for i in nodes]], **to),
+                position_ids=torch.tensor([[tree.depth[i] + offset for i in nodes]], **to),
+                packed_layout=_layout(tree, blocks, cache.get_seq_length(), self.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor(keep or [len(nodes) - 1], **to),
+            )
         if keep:
             where = [(k, r, t) for k, i in enumerate(keep) for r, t in tree.wanted[nodes[i]]]
             k, r, t = zip(*where, strict=True)
@@ -257,7 +260,7 @@ class Scorer:
         at = 0
         while at < len(order):
             width = len(encoded[order[at]][0]) - 1
-            batch = order[at : at + max(1, 4 * self.batch_tokens // width)]
+            batch = order[at : at + max(1, self.batch_tokens // width)]
             at += len(batch)
             ids = torch.zeros((len(batch), width), dtype=torch.long)
             for i, n in enumerate(batch):
@@ -280,7 +283,24 @@ class Scorer:
         return self.model(inputs_embeds=embedded, use_cache=False).logits[:, soft.shape[1] :]
 
 
+def _layout(tree: Tree, blocks: Sequence[Sequence[int]], held: int, device: Any) -> Layout:
+    """Who sees whom: j is i or an ancestor of i exactly if j <= i < end of j, in depth-first order."""
+    lengths = [len(b) for b in blocks]
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+    nodes = np.array([node for block in blocks for node in block])
+    end = np.array(tree.end)[nodes]
+    out = layout(starts, lengths, device)
+    out.held, out.masks = held, []
+    for index, real, b, width in out.blocks:
+        at, there = index.view(b, width).cpu().numpy(), real.view(b, width).cpu().numpy()
+        i, stop = nodes[at], np.where(there, end[at], -1)
+        sees = (i[:, None, :] <= i[:, :, None]) & (i[:, :, None] < stop[:, None, :])
+        sees |= np.eye(width, dtype=bool)  # padding sees itself: a row of nothing would be NaN
+        mask = np.concatenate([np.ones((b, width, held), dtype=bool), sees], 2)
+        out.masks.append(torch.from_numpy(mask)[:, None].to(device))
+    return out
+
+
 def supports_tree(model: Any) -> bool:
-    """True for models that can be packed and whose attention takes the tree's 4-D mask."""
-    config = getattr(model.config, "text_config", None) or model.config
-    return can_pack(model) and config._attn_implementation in ("sdpa", "eager")
+    """True for models that can be packed."""
+    return can_pack(model)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import HoldfastError, suggest
+from holdfast.measure import BATCH_TOKENS
 from holdfast.measure.probe import Ask, Probe, Suite, score_suite
 
 SUITES = {
@@ -78,7 +79,7 @@ def measure_suite(
     limit: int | None = None,
     seed: int = 0,
     labels: Sequence[str] = (),
-    batch_tokens: int = 512,
+    batch_tokens: int = BATCH_TOKENS,
     cache_key: str | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from holdfast.errors import HoldfastError
 from holdfast.fewshot import Format, Pair, Prompt, build, formats_for
+from holdfast.measure import BATCH_TOKENS
 from holdfast.measure.probe import Ask, Group, Probe, Suite, score_suite
 from holdfast.measure.tasks import Task, anchor_tasks, held_out_tasks
 
@@ -121,7 +122,7 @@ def measure(
     limit: int | None = LIMIT,
     formats: Sequence[str] | None = None,
     seed: int = 0,
-    batch_tokens: int = 512,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Score some tasks by hand; returns what `score_suite` returns."""
