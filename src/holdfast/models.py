@@ -533,6 +533,7 @@ def load(
     attn_implementation: str | None = None,
     revision: str | None = None,
     merge_adapter: bool = False,
+    load_in_4bit: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model and its tokenizer from safetensors, in eval mode, without asking the network.
 
@@ -544,9 +545,10 @@ def load(
         attn_implementation: passed to transformers.
         revision: of a hub id, only together with a name.
         merge_adapter: fold an adapter into its base; otherwise it comes as a frozen PeftModel.
+        load_in_4bit: keep the linear layers in 4 bits (bitsandbytes); only what lies beside them can then be tuned.
 
     Raises:
-        ModelError: it cannot be found or loaded, or weights are missing from its files.
+        ModelError: it cannot be found or loaded, or weights are missing from its files; no 4 bits on this machine.
     """
     if isinstance(source, str):
         source = resolve(source, revision)
@@ -560,6 +562,13 @@ def load(
     options = {"dtype": _auto_dtype(dtype, place), "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if load_in_4bit:
+        may_load_in_4bit(place)
+        merged = source.base if source.kind == "adapter" and not merge_adapter else source
+        if merged is not None and merged.kind == "adapter":
+            what = f"{merged.label} is an adapter to be merged, which load_in_4bit would round to 4 bits."
+            raise ModelError(what, "Merge it into the unquantised base and save that, then load it in 4 bits.")
+        options |= four_bits(options["dtype"], place)
     with _no_bars():
         tokenizer = load_tokenizer(source, trust_remote_code)
         model = _load_any(source, options, merge_adapter)
@@ -570,7 +579,40 @@ def load(
     generation = getattr(model, "generation_config", None)
     if generation is not None and generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
-    return model.to(place).eval(), tokenizer
+    # bitsandbytes has put its weights where they belong, and transformers refuses to move them
+    return (model if load_in_4bit else model.to(place)).eval(), tokenizer
+
+
+def may_load_in_4bit(device: str | torch.device = "auto") -> None:
+    """Raise ModelError unless this machine can hold and tune 4-bit weights."""
+    place = _auto_device(device)
+    if place.type != "cuda":
+        what = f"load_in_4bit needs a CUDA device, but the model would be on {place.type}."
+        raise ModelError(what, "Use an NVIDIA GPU, or remove load_in_4bit.")
+    from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION, is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        what = f"load_in_4bit needs bitsandbytes {BITSANDBYTES_MIN_VERSION} or newer, which is not installed."
+        raise ModelError(what, "Run: pip install -U 'holdfast[bnb]', or remove load_in_4bit.")
+
+
+def four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """What from_pretrained wants for QLoRA's weights: NF4, its scales quantised too, products in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def precision(model: Any) -> str:
+    """In what the weights are kept, for reports: 'bfloat16', or 'nf4, bfloat16'."""
+    name = str(model.dtype).removeprefix("torch.")
+    return f"nf4, {name}" if getattr(model, "is_loaded_in_4bit", False) else name
 
 
 def auto_place() -> tuple[torch.device, torch.dtype]:

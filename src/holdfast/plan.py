@@ -86,7 +86,7 @@ class Plan:
         for m in self.active:
             m.check(ctx)
         self.check_together()
-        self._check_host(host)
+        self.check_host(host)
 
     def check_together(self) -> None:
         """The part of `check` that needs no model: ownership, order and meaning."""
@@ -127,7 +127,8 @@ class Plan:
                     f"Put {b.name} before {a.name}.",
                 )
 
-    def _check_host(self, host: Host) -> None:
+    def check_host(self, host: Host) -> None:
+        """The part of `check` that needs the host alone: what its loop, or a quantised base, cannot do."""
         for m in self.active:
             if host.packing and "stages" in m.sites():
                 raise PlanError(
@@ -145,6 +146,12 @@ class Plan:
                     f"{m.name} needs plain weights, but the base model is loaded in 4 or 8 bits.",
                     f"Load it unquantised, or use LoRA instead of {m.name}.",
                 )
+        if host.quantised and not any(m.wraps for m in self.active):
+            trains = next((m.name for m in self.active if "base_weights" in m.needs), "A plan without an adapter")
+            raise PlanError(
+                f"{trains} trains the model's own weights, but the base model is loaded in 4 or 8 bits.",
+                "Put LoRA into the plan, or load the model unquantised.",
+            )
 
     # ---- words
 

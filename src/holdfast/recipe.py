@@ -73,6 +73,7 @@ class Model(Section):
     model_revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="Weights' type.")
     attn_implementation: str | None = Field(default=None, description="eager, sdpa, flash_attention_2; null: library.")
+    load_in_4bit: bool = Field(default=False, description="Keep the base in 4 bits (CUDA, bitsandbytes, LoRA plans).")
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
 
 

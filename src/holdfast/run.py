@@ -203,6 +203,11 @@ class Run:
                 "Remove training.save_total_limit.",
             )
         dtype = self.recipe.model.dtype
+        if self.recipe.export.merge and self.recipe.model.load_in_4bit:
+            raise RecipeError(
+                "export.merge is true, but model.load_in_4bit would round the merged weights to 4 bits again.",
+                "Remove export.merge; merge the adapter into the unquantised base afterwards.",
+            )
         if t.bf16 is False and dtype == "bfloat16":
             raise RecipeError("training.bf16 is false, but model.dtype is bfloat16.", "Remove one of the two.")
         if self.recipe.export.folder and not (self.folder / "training.json").is_file():
@@ -210,11 +215,20 @@ class Run:
 
     def _plan(self) -> Any:
         """The plan, checked as far as that needs no model."""
+        from holdfast import models
         from holdfast.plan import Plan
 
         plan = Plan(default_plan()) if self.recipe.plan is None else Plan.from_recipe(self.recipe.plan)
         plan.check_together()
+        if self.recipe.model.load_in_4bit:
+            plan.check_host(self._host())
+            models.may_load_in_4bit()
         return plan
+
+    def _host(self) -> Any:
+        from holdfast.plan import Host
+
+        return Host("holdfast tune", quantised=self.recipe.model.load_in_4bit)
 
     def _load(self, source: Any, *, merge_adapter: bool) -> tuple[Any, Any]:
         from holdfast import models
@@ -227,6 +241,7 @@ class Run:
             trust_remote_code=spec.trust_remote_code,
             attn_implementation=spec.attn_implementation,
             merge_adapter=merge_adapter,
+            load_in_4bit=spec.load_in_4bit,
         )
 
     def _planned(self, plan: Any, model: Any, tokenizer: Any, task: Any, longest: int) -> tuple[Any, Any, Any]:
@@ -243,7 +258,7 @@ class Run:
         ctx = Context(model, tokenizer, t.seed, task.train, max_length=most, base_dir=self.base_dir)
         if t.packing and any("stages" in m.sites() for m in plan.active):
             plan.check(Host("training.packing: true", packing=True), ctx)
-        plan.check(Host("holdfast tune"), ctx)
+        plan.check(self._host(), ctx)
         session = Session(plan, model, ctx, compute_dtype=model.dtype, knows_rows=True, packing=t.packing is not False)
         mix = session.mix(task.token_rows)
         size = t.per_device_train_batch_size * t.gradient_accumulation_steps
@@ -289,7 +304,8 @@ class Run:
         m, task, out = self.recipe.measure, job.task, {}
         key = None
         if when == "before" and job.source.sha:
-            key = content_key(job.source.sha, str(model.dtype), model.device.type)
+            packed = "nf4, " if self.recipe.model.load_in_4bit else ""
+            key = content_key(job.source.sha, f"{packed}{model.dtype}", model.device.type)
 
         def tell(start: float, share: float, words: str) -> Callable[[float], None]:
             return lambda x: self.tell(f"measure {when}", start + share * x, words)
@@ -437,6 +453,7 @@ class Run:
     # ---- the end
 
     def _report(self, job: Job, model: Any, before: Any, after: Any) -> Path:
+        from holdfast import models
         from holdfast.compare import abilities, estimates, only_after, verdict
 
         task, source, floors = job.task, job.source, self.recipe.measure.keep
@@ -466,7 +483,7 @@ class Run:
                 "name": source.name,
                 "revision": source.revision,
                 "sha": source.sha,
-                "dtype": str(model.dtype).removeprefix("torch."),
+                "dtype": models.precision(model),
             },
             "tuned": {"name": task.name, "path": str(self.export), "sha": None},
             "task": part,

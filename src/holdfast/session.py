@@ -78,7 +78,8 @@ class Session:
             adapter = any(m.wraps for m in self.methods)
             unknown = on_task and not (self.knows_rows and self.teacher.exact_head)
             self.teacher.freeze_base(self.model, head_trains=not adapter, needs_copy=unknown and not adapter)
-        if any("base_weights" in m.needs for m in self.methods):
+        # beside an adapter nothing of the base trains, so there is nothing to compare it with or go back to
+        if any("base_weights" in m.needs for m in self.methods) and not any(m.wraps for m in self.methods):
             self.base_weights = BaseWeights(
                 {canonical(n): p.detach().clone() for n, p in self.model.named_parameters()}
             )
@@ -125,7 +126,7 @@ class Session:
             inner(self.model).get_parameter(SOFT_PROMPT).requires_grad_(True)
         else:
             for name, p in self.model.named_parameters():
-                p.requires_grad_(p.is_floating_point() and (self._wrapped is None or name in self._wrapped))
+                p.requires_grad_(is_plain(p) and (self._wrapped is None or name in self._wrapped))
             for m in sorted(self.methods, key=lambda m: not m.wraps):
                 before = _trainable(self.model)
                 if not (m.wraps and self._wrapped):
@@ -145,7 +146,7 @@ class Session:
         if self.compute_dtype is None:
             return
         for p in self.model.parameters():
-            if p.is_floating_point():
+            if is_plain(p):
                 wanted = torch.float32 if p.requires_grad else self.compute_dtype
                 if p.dtype != wanted:
                     p.data = p.data.to(wanted)
@@ -366,3 +367,8 @@ def _trainable(model: Any) -> frozenset[str]:
 
 def _words(parts: Mapping[str, float]) -> str:
     return ", ".join(f"{k} {v:.4g}" for k, v in parts.items())
+def is_plain(p: torch.Tensor) -> bool:
+    """False for packed weights of few bits: bitsandbytes may keep them under a floating dtype."""
+    return p.is_floating_point() and getattr(p, "quant_state", None) is None
+
+
