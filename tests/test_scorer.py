@@ -120,13 +120,14 @@ def trees():
     return [bushy, chain, comb, forked, [([1, 2], 1)]]
 
 
-@pytest.mark.parametrize("most, widest", [(1, 1), (2, 2), (7, 7), (50, 50), (10_000, 10_000), (50, 3), (10_000, 40)])
+@pytest.mark.parametrize("most, widest", [(1, 1), (7, 2), (50, 50), (10_000, 10_000), (50, 3), (10_000, 40)])
+@pytest.mark.parametrize("scored", [1, 10, 10_000])
 @pytest.mark.parametrize("sequences", trees())
-def test_chunks_visit_every_node_once_parents_first(sequences, most, widest):
+def test_chunks_visit_every_node_once_parents_first(sequences, scored, most, widest):
     """Walk the chunks as the scorer does: what a path shares with the cache is not computed again."""
     tree = grow(sequences)
     done, held = Counter(), []
-    for path, blocks in chunks(tree, most, widest):
+    for path, blocks in chunks(tree, most, widest, scored):
         nodes = [node for block in blocks for node in block]
         same = 0
         while same < min(len(held), len(path)) and held[same] == path[same]:
@@ -144,6 +145,7 @@ def test_chunks_visit_every_node_once_parents_first(sequences, most, widest):
                     assert node in path or node in block
                     node = tree.parent[node]
         assert len(nodes) <= most
+        assert len(blocks) < 2 or sum(n in tree.wanted for n in nodes) <= scored
         held = path
     assert done == Counter(range(1, len(tree)))
 

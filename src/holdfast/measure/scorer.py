@@ -23,6 +23,7 @@ from holdfast.measure import BATCH_TOKENS
 
 Request = tuple[str, str]
 WIDEST = 512  # nodes of one block: attention is quadratic in them
+SCORED = 512  # nodes with logits in one forward: each costs a vocabulary of floats
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,21 @@ def grow(sequences: Sequence[tuple[list[int], int]]) -> Tree:
     return tree
 
 
-def chunks(tree: Tree, most: int, widest: int) -> Iterator[tuple[list[int], list[range]]]:
+def chunks(tree: Tree, most: int, widest: int, scored: int) -> Iterator[tuple[list[int], list[range]]]:
     """Cut the tree into forwards: (path from the root, blocks below it).
 
     A block is a whole subtree (depth-first, so a range of nodes) that hangs on the end of the path. Blocks have at
-    most `widest` nodes, since attention is quadratic in them, and the blocks of a forward together at most `most`.
+    most `widest` nodes, since attention is quadratic in them; the blocks of a forward have together at most `most`
+    nodes and, unless one block has more, `scored` nodes with logits.
     """
+    wanted = np.cumsum([node in tree.wanted for node in range(len(tree))])
 
     def cut(node: int, path: list[int]) -> Iterator[tuple[list[int], list[range]]]:
-        child, batch, held = node + 1, [], 0
+        child, batch, size, kept = node + 1, [], 0, 0
         while child < tree.end[node]:
-            size = tree.end[child] - child
-            if size > widest:
+            block = range(child, tree.end[child])
+            more = int(wanted[block[-1]] - wanted[child - 1])
+            if len(block) > widest:
                 chain = [child]
                 while tree.end[chain[-1]] - chain[-1] > widest and _one_child(tree, chain[-1]):
                     chain.append(chain[-1] + 1)
@@ -91,12 +95,12 @@ def chunks(tree: Tree, most: int, widest: int) -> Iterator[tuple[list[int], list
                     chain.pop()
                 yield from cut(chain[-1], path + chain)
             else:
-                if held + size > most:
+                if batch and (size + len(block) > most or kept + more > scored):
                     yield path, batch
-                    batch, held = [], 0
-                batch.append(range(child, tree.end[child]))
-                held += size
-            child = tree.end[child]
+                    batch, size, kept = [], 0, 0
+                batch.append(block)
+                size, kept = size + len(block), kept + more
+            child = block.stop
         yield path, batch
 
     yield from cut(0, [])
@@ -205,7 +209,7 @@ class Scorer:
         cache, held = DynamicCache(config=self.model.config), []
         offset = self._open(cache)
         most, widest = self.batch_tokens, min(self.batch_tokens, WIDEST)
-        for path, blocks in chunks(tree, most, widest):
+        for path, blocks in chunks(tree, most, widest, SCORED):
             same = 0
             while same < min(len(held), len(path)) and held[same] == path[same]:
                 same += 1
