@@ -281,7 +281,7 @@ def _ways(lab: Lab, dtype: str) -> Data:
     ways = {
         "again": scorer.score_tokens(encoded),
         "batch_tokens 128": Scorer(model, tokenizer, batch_tokens=128).score_tokens(encoded),
-        "batch_tokens 2048": Scorer(model, tokenizer, batch_tokens=2048).score_tokens(encoded),
+        "batch_tokens 512": Scorer(model, tokenizer, batch_tokens=512).score_tokens(encoded),
         "items shuffled": [mixed[n] for n in range(len(encoded))],
         "no shared prefixes, one by one": [_alone(model, *e) for e in encoded],
         "no shared prefixes, right-padded batches": padded.score_tokens(encoded),
@@ -638,7 +638,21 @@ def seeds(lab: Lab) -> Data:
     if not any(len(found) > 2 for found in several.values()):
         base, found = _trained(lab, 3)
         rows.append(_spread(f"tickets, LoRA, {lab.size(40, 2)} steps", base, found))
-    return {"rows": rows}
+    return {"rows": rows, "twins": _twins(runs)}
+
+
+HARMLESS = ("default", "anchor (weight 1), lora", "anchor (weight 1), full", "in-context mix", "promot")
+
+
+def _twins(runs: Mapping[tuple[str, str], Sequence[Data]]) -> list[Data]:
+    """The verdict between two seeds of one harmless tuning, each way round: neither lost what the other has."""
+    rows = []
+    for (data, method), found in runs.items():
+        if method in HARMLESS and len(found) > 1 and (data, "base") in runs:
+            chance = runs[data, "base"][0]["chance"]
+            sides = [_as_measurement("in-context", r["held_out"], chance) for r in found[:2]]
+            rows += [{"data": data, "method": method, **judged(*pair)} for pair in (sides, sides[::-1])]
+    return rows
 
 
 def _spread(recipe: str, base: Data, runs: Sequence[Data]) -> Data:
@@ -700,13 +714,17 @@ def _tuned(lab: Lab, seed: int) -> tuple[Any, Any]:
 
 BATCHES = (1, 4, 8, 16, 32)
 CHILD = """
-import json, resource, sys, time
+import json, sys, time
 start = time.perf_counter()
+import peft, torch, transformers
 from holdfast.check import check
-base, tuned, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-report = check(base, tuned, **settings)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print(json.dumps({"seconds": time.perf_counter() - start, "peak_bytes": peak, "status": report["verdict"]["status"]}))
+benchmarks, base, tuned, settings = sys.argv[1:]
+sys.path.insert(0, benchmarks)
+from _common import peak_bytes
+empty = peak_bytes()
+report = check(base, tuned, **json.loads(settings))
+took, status = time.perf_counter() - start, report["verdict"]["status"]
+print(json.dumps({"seconds": took, "empty_bytes": empty, "peak_bytes": peak_bytes(), "status": status}))
 """
 
 
@@ -785,13 +803,14 @@ def _checks(lab: Lab, model: Any, tokenizer: Any) -> Data:
             noised(model, master, 1e-3, now + n)  # new weights, so that nothing is in the cache
             models.save_model(model, tokenizer, Path(folder) / name, card=None)
         del master
-        words = [sys.executable, "-c", CHILD, f"{folder}/base", f"{folder}/tuned", json.dumps(settings)]
+        words = [sys.executable, "-c", CHILD, str(HERE), f"{folder}/base", f"{folder}/tuned", json.dumps(settings)]
         runs = [subprocess.run(words, capture_output=True, text=True, check=False) for _ in range(2)]
     bad = next((r for r in runs if r.returncode), None)
     if bad:
         raise RuntimeError(f"check failed: {bad.stderr[-2000:]}")
     first, second = (json.loads(r.stdout.splitlines()[-1]) for r in runs)
-    return {"first": first, "second": second, "model_bytes": size, "times_the_model": first["peak_bytes"] / size}
+    own = first["peak_bytes"] - first["empty_bytes"]
+    return {"first": first, "second": second, "model_bytes": size, "times_the_model": own / size}
 
 
 # ---------------------------------------------------------------- the page
@@ -917,7 +936,13 @@ def page_seeds(d: Data) -> list[str]:
     ]
     head = ("recipe", "items", "each run, interval over items", "mean, t interval over seeds", "over seeds and items")
     note = "Change of held-out in-context accuracy, points. An interval over items says nothing about the next seed."
-    return [*_table(head, rows), "", note]
+    out = [*_table(head, rows), "", note]
+    if twins := d.get("twins"):
+        count = {s: sum(t["status"] == s for t in twins) for s in ("lost", "unclear", "kept")}
+        names = sorted({f"{t['data']}, {t['method']}" for t in twins})
+        out += ["", f"Two seeds of one harmless tuning against each other, each way round ({len(twins)} verdicts: "
+                f"{'; '.join(names)}): " + ", ".join(f"{s} {n}" for s, n in count.items()) + "."]  # fmt: skip
+    return out
 
 
 def page_speed(d: Data) -> list[str]:
@@ -934,7 +959,8 @@ def page_speed(d: Data) -> list[str]:
         f"{d['times_the_floor']:.2f} times the floor.",
         "",
         f"`check` of two new models with the default suites: {check['first']['seconds']:.0f} s, the second time "
-        f"{check['second']['seconds']:.0f} s; peak memory {check['first']['peak_bytes'] / 1e6:.0f} MB, "
+        f"{check['second']['seconds']:.0f} s; peak memory {check['first']['peak_bytes'] / 1e6:.0f} MB, of which "
+        f"{check['first']['empty_bytes'] / 1e6:.0f} MB are the imported libraries; the rest is "
         f"{check['times_the_model']:.1f} times the weights.",
     ]
 
