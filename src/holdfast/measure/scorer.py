@@ -9,6 +9,7 @@ Tokens, truncation and the greedy flag follow lm-evaluation-harness 0.4.13 (`HFL
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from holdfast.engine.forward import attention, can_pack
+from holdfast.engine.forward import attention, can_pack, inner
 from holdfast.engine.pack import ATTENTION, Layout, layout
 from holdfast.errors import HoldfastError
 from holdfast.measure import BATCH_TOKENS
@@ -230,8 +231,8 @@ class Scorer:
     def _open(self, cache: Any) -> int:
         if self.soft_prompt is None:
             return 0
-        self.model(inputs_embeds=self.soft_prompt[None].to(self._dtype), past_key_values=cache, use_cache=True,
-                   logits_to_keep=1)  # fmt: skip
+        soft = self.soft_prompt[None].to(self._dtype)
+        self.model(inputs_embeds=soft, **{cache_name(self.model): cache}, use_cache=True, logits_to_keep=1)
         return len(self.soft_prompt)
 
     @property
@@ -248,7 +249,7 @@ class Scorer:
                 input_ids=torch.tensor([[tree.token[i] for i in nodes]], **to),
                 position_ids=torch.tensor([[tree.depth[i] + offset for i in nodes]], **to),
                 packed_layout=_layout(tree, blocks, cache.get_seq_length(), self.device),
-                past_key_values=cache,
+                **{cache_name(self.model): cache},
                 use_cache=True,
                 logits_to_keep=torch.tensor(keep or [len(nodes) - 1], **to),
             )
@@ -303,6 +304,11 @@ def _layout(tree: Tree, blocks: Sequence[Sequence[int]], held: int, device: Any)
         mask = np.concatenate([np.ones((b, width, held), dtype=bool), sees], 2)
         out.masks.append(torch.from_numpy(mask)[:, None].to(device))
     return out
+
+
+def cache_name(model: Any) -> str:
+    """What `forward` calls its key/value cache: transformers is renaming it."""
+    return "cache" if "cache" in inspect.signature(inner(model).forward).parameters else "past_key_values"
 
 
 def supports_tree(model: Any) -> bool:
