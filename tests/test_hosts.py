@@ -588,6 +588,12 @@ def test_deepspeed_hides_gradients(base, data, tmp_path):
         "OrthogonalSubspace",
         "DeepSpeed",
     )
+    refused(
+        lambda: with_plan(Trainer)(base, config, train_dataset=data, plan=Plan([FirstLayerOnly()])),
+        "FirstLayerOnly",
+        "DeepSpeed",
+        "DDP or FSDP2",
+    )
     config.deepspeed_plugin.zero_stage = 3
     refused(lambda: with_plan(Trainer)(base, config, train_dataset=data, plan=Plan()), "Trainer", "ZeRO-3")
 

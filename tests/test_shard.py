@@ -93,10 +93,15 @@ def judge(text: str) -> float:
 
 def two(*command: str, timeout: int = 500, **more: str) -> list[str]:
     """Run a command as two gloo processes; returns what each printed."""
+    return together(2, *command, timeout=timeout, **more)
+
+
+def together(num: int, *command: str, timeout: int = 500, **more: str) -> list[str]:
+    """As `two`, for any number of processes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **more}
+    shared = {**os.environ, "WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **more}
     shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     jobs = [
         subprocess.Popen(
@@ -104,7 +109,7 @@ def two(*command: str, timeout: int = 500, **more: str) -> list[str]:
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for rank in (0, 1)
+        for rank in range(num)
     ]  # fmt: skip
     said = [job.communicate(timeout=timeout) for job in jobs]
     for job, (_, errors) in zip(jobs, said, strict=True):

@@ -179,6 +179,6 @@ def layer_of(name: str) -> int | None:
 
 def canonical(name: str) -> str:
     """A parameter's name in the plain model: PEFT, DDP and FSDP decorations removed."""
-    for part in ("_fsdp_wrapped_module.", "module.", "base_model.model.", "base_layer.", "_orig_mod."):
-        name = name.replace(part, "") if part != "module." else name.removeprefix(part)
-    return name
+    for part in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_model.model.", "base_layer."):
+        name = name.replace(part, "")
+    return name.replace("_orig_mod.", "").removeprefix("module.")

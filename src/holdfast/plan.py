@@ -139,7 +139,7 @@ class Plan:
             if host.hides_gradients and {"grad", "update"} & set(m.sites()):
                 raise PlanError(
                     f"{m.name} changes gradients or steps, but {host.name} under DeepSpeed does not show them.",
-                    "Use DDP with this method.",
+                    "Use DDP or FSDP2 with this method.",
                 )
             if host.quantised and "dense" in m.needs:
                 raise PlanError(

@@ -13,6 +13,7 @@ import torch
 
 from holdfast.engine.forward import SOFT_PROMPT, forward, inner
 from holdfast.engine.pack import TokenRow
+from holdfast.engine.shards import cut_like, whole
 from holdfast.errors import NoEffect, TrainingError
 from holdfast.method import Method, Stage, State, canonical
 from holdfast.mix import Mix
@@ -32,6 +33,7 @@ class Session:
         compute_dtype: what frozen weights are kept in; what trains is kept in fp32. None leaves dtypes alone.
         knows_rows: the host will give all rows to `learn` before training (then no copy of the base is needed).
         packing: lay rows end to end (exact); False pads them instead.
+        sharded: weights will be cut over processes after `prepare` (FSDP2); then the host calls `see_shards`.
     """
 
     def __init__(
@@ -43,10 +45,12 @@ class Session:
         compute_dtype: torch.dtype | None = None,
         knows_rows: bool = False,
         packing: bool = True,
+        sharded: bool = False,
     ):
         self.plan, self.model, self.ctx = plan, model, ctx
         self.methods = plan.active
         self.compute_dtype, self.knows_rows, self.packing = compute_dtype, knows_rows, packing
+        self.sharded = sharded
         self.state: dict[str, State] = {}
         self.asides: dict[str, Sequence[TokenRow]] = {}
         self.effects: Counter[str] = Counter()
@@ -75,9 +79,10 @@ class Session:
             on_task = any("base_logits" in m.needs and m.name not in self.asides for m in self.methods)
             known = [*used, *(teacher_rows if on_task else ())]
             self.teacher.learn(self.model, known, progress=progress)
-            adapter = any(m.wraps for m in self.methods)
+            # a cut model answers only when all processes ask at once, so there nothing is asked of it
+            in_place = any(m.wraps for m in self.methods) and not self.sharded
             unknown = on_task and not (self.knows_rows and self.teacher.exact_head)
-            self.teacher.freeze_base(self.model, head_trains=not adapter, needs_copy=unknown and not adapter)
+            self.teacher.freeze_base(self.model, head_trains=not in_place, needs_copy=unknown and not in_place)
         # beside an adapter nothing of the base trains, so there is nothing to compare it with or go back to
         if any("base_weights" in m.needs for m in self.methods) and not any(m.wraps for m in self.methods):
             self.base_weights = BaseWeights(
@@ -167,6 +172,12 @@ class Session:
             for (factor, decays), ps in groups.items()
         ]
 
+    def see_shards(self) -> None:
+        """The weights were cut over processes: hold the new parameters, and the base's weights cut like them."""
+        named = {canonical(n): p for n, p in self.model.named_parameters()}
+        self.params = {n: named[n] for n in self.params}
+        self.base_weights = BaseWeights({n: cut_like(w, named[n]) for n, w in self.base_weights.items()})
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """What trains and what `prepare` gave, by name: equal in every process of a run."""
         state = {f"{m}/{k}": v for m, state in self.state.items() for k, v in state.items()}
@@ -224,7 +235,7 @@ class Session:
             if term is None:
                 continue
             if term.owner is None:
-                value = term.value * share
+                value = whole(term.value) * share
             else:
                 value = term.value.sum() / max(1, counts.get(term.owner, 0))
             if not value.requires_grad and torch.is_grad_enabled():
@@ -251,7 +262,7 @@ class Session:
         for m in chain:
             for name, p in self.params.items():
                 if p.grad is not None:
-                    p.grad = m.grad(name, p.grad, self.state[m.name])
+                    p.grad = cut_like(m.grad(name, whole(p.grad), self.state[m.name]), p)
             self.effects[m.name] += 1
 
     def hook(self, optimizer: torch.optim.Optimizer) -> None:
@@ -271,12 +282,12 @@ class Session:
         @torch.no_grad()
         def change(*_: Any) -> None:
             for name, methods in touched.items():
-                p = self.params[name]
-                step = p - before[name]
+                p, start = self.params[name], whole(before[name])
+                step = whole(p.detach()) - start
                 for m in methods:
-                    step = m.update(name, step, before[name], self.state[m.name])
+                    step = m.update(name, step, start, self.state[m.name])
                     self.effects[m.name] += 1
-                p.copy_(before[name] + step)
+                p.copy_(cut_like(start + step, p))
 
         optimizer.register_step_pre_hook(keep)
         optimizer.register_step_post_hook(change)
@@ -296,15 +307,15 @@ class Session:
                 factor = torch.ones(())
                 for m in chain:
                     factor = m.merge(name, torch.zeros(()), factor, self.num_layers)
-                p.mul_(factor.to(p.dtype))
+                p.mul_(factor.to(p.dtype).item())
         else:
             for n, p in self.model.named_parameters():
                 name = canonical(n)
                 if name in self.base_weights:
-                    base, new = self.base_weights[name].float(), p.float()
+                    base, new = whole(self.base_weights[name]).float(), whole(p.detach()).float()
                     for m in chain:
                         new = m.merge(name, base, new, self.num_layers)
-                    p.copy_(new)
+                    p.copy_(cut_like(new, p))
         for m in chain:
             self.effects[m.name] += 1
 
@@ -361,14 +372,14 @@ class Session:
         return parts
 
 
+def is_plain(p: torch.Tensor) -> bool:
+    """False for packed weights of few bits: bitsandbytes may keep them under a floating dtype."""
+    return p.is_floating_point() and getattr(p, "quant_state", None) is None
+
+
 def _trainable(model: Any) -> frozenset[str]:
     return frozenset(n for n, p in model.named_parameters() if p.requires_grad)
 
 
 def _words(parts: Mapping[str, float]) -> str:
     return ", ".join(f"{k} {v:.4g}" for k, v in parts.items())
-def is_plain(p: torch.Tensor) -> bool:
-    """False for packed weights of few bits: bitsandbytes may keep them under a floating dtype."""
-    return p.is_floating_point() and getattr(p, "quant_state", None) is None
-
-

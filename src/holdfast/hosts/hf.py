@@ -17,6 +17,8 @@ entropy and token accuracy are not logged in training, because nothing computes 
 
 Several processes (DDP): the rows a method asks for beside the task are the same for the whole step and are dealt over
 its micro-batches and processes; a choice of rows (the batch site) is made on each process among its own.
+FSDP2: the plan is prepared on the whole base, in each process, before the trainer cuts the weights. Then penalties
+work on the shards, and methods that need a whole matrix get it gathered, one at a time.
 Trainers with a loss of their own (DPO, GRPO): the plan may only freeze, wrap, change gradients or steps, and merge.
 Resuming: build the trainer with the untouched base model again and call `train(resume_from_checkpoint=...)`; what the
 plan knows of the base comes from there, the trained weights and the plan's state from the checkpoint.
@@ -123,18 +125,18 @@ class PlannedTrainer(_Base):
         given["args"] = options = given.get("args") or default_args(self._kind, given.get("model"))
         load_named(self._kind, given)
         model = given["model"]
-        refuse(self._kind, plan, given, self._loss_is_ours)
+        sharded = refuse(self._kind, plan, given, self._loss_is_ours)
         ctx = context_of(self._kind, plan, given)
         plan.check(host_of(self._kind, options, model), ctx)
         place(model, options)
-        self.session = Session(plan, model, ctx)
+        self.session = Session(plan, model, ctx, sharded=sharded)
         self._base = fingerprint(model)
         self._frozen = [p for p in model.parameters() if not p.requires_grad]
         self._own_optimizer = (given.get("optimizers") or (None,))[0] is not None
         self._parts: Counter[str] = Counter()
         self._sources: dict[bytes, str] = {}
         self._steps_in_parts = self._done = self._rows_an_epoch = 0
-        self._hooked, self._changed, self._trained = None, False, False
+        self._hooked, self._changed, self._trained, self._sees_shards = None, False, False, False
         self.session.prepare()
         given["model"] = self._enter(self.session.stages[0])
         super().__init__(**given)
@@ -144,7 +146,7 @@ class PlannedTrainer(_Base):
     def _refuse_late(self) -> None:
         """What only the built trainer, or the wrapped model, shows."""
         config, name = inner(self.session.model).config.get_text_config(), self._kind.__name__
-        sharded = self.is_fsdp_enabled or getattr(self.accelerator, "parallelism_config", None) is not None
+        cut = getattr(self.accelerator, "parallelism_config", None) or (self.is_fsdp_enabled > self.session.sharded)
         named = self.session.model.named_parameters()
         thawed = [n for n, p in named if ".lora_" in n and ".default" in n and not p.requires_grad]
         if thawed and not self._loss_is_ours:
@@ -152,8 +154,16 @@ class PlannedTrainer(_Base):
                 f"{name} switches adapters and makes them trainable again, but the plan freezes {thawed[0]}.",
                 "Choose the layers with LoRA.target_modules (a regular expression) instead of Freeze.",
             )
-        if sharded:
-            raise PlanError(f"{name} with a plan cannot use weights or rows that are cut over processes.", "Use DDP.")
+        if cut:
+            raise PlanError(
+                f"{name} with a plan cannot use weights or rows that are cut over processes, except by FSDP2.",
+                "Use FSDP2 or DDP.",
+            )
+        if self.session.sharded > self.is_fsdp_enabled:
+            raise PlanError(
+                f"{name} was asked for FSDP, but accelerate does not turn it on here, as it does for GPUs only.",
+                "Leave fsdp out: then every process holds all weights (DDP).",
+            )
         if self._loss_is_ours and getattr(config, "output_router_logits", False):
             raise PlanError(
                 f"{name} would add the model's load-balancing loss for experts, which the plan's loss leaves out.",
@@ -224,6 +234,9 @@ class PlannedTrainer(_Base):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
         """The trainer's batches of one optimizer step, each carrying its rows."""
+        if self.session.sharded and not self._sees_shards:
+            self.session.see_shards()
+            self._sees_shards = True
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self._loss_is_ours or not batches:
             return batches, items
@@ -392,10 +405,20 @@ class PlannedTrainer(_Base):
         else:
             out = self._train_stages(stages, at, folder)
         self._trained = True
+        self._reshard()
         self.session.merge()
         self._sum_effects()
         self.session.finish()
         return out
+
+    def _reshard(self) -> None:
+        """An evaluation may have left gathered weights in the model, but only the shards are kept."""
+        if self.session.sharded:
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in self.session.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def _train_from(self, folder: str | None, *args: Any, **kwargs: Any) -> Any:
         """The trainer's own `train`, but not one step more when the checkpoint is the last (the trainer takes one)."""
@@ -508,7 +531,9 @@ class PlannedTrainer(_Base):
         place, session = Path(folder) / FOLDER, self.session
         meta = self._read(place)
         self._begin(next(s for s in session.stages if s.name == meta["stage"]))
-        for key, value in load_file(place / "state.safetensors", device=str(self.args.device)).items():
+        on = self.args.device  # "cpu:0" in several processes on CPU, a name the file format does not know
+        tensors = load_file(place / "state.safetensors", device="cpu" if on.type == "cpu" else str(on))
+        for key, value in tensors.items():
             if key.startswith("state/"):
                 _, name, part = key.split("/", 2)
                 session.state[name][part] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,8 +13,8 @@ from holdfast.plan import Plan
 ONLY_WITH_LOSS = ("data", "batch", "token_weight", "loss", "stages")
 
 
-def refuse(kind: type, plan: Plan, given: Mapping[str, Any], ours: bool) -> None:
-    """Raise PlanError for the first argument of the trainer that a plan cannot live with."""
+def refuse(kind: type, plan: Plan, given: Mapping[str, Any], ours: bool) -> bool:
+    """Raise PlanError for the first argument of the trainer that a plan cannot live with; whether it cuts weights."""
     own_loss = next((m for m in plan.active if not ours and set(ONLY_WITH_LOSS) & set(m.sites())), None)
     if own_loss:
         raise PlanError(
@@ -29,6 +30,45 @@ def refuse(kind: type, plan: Plan, given: Mapping[str, Any], ours: bool) -> None
             f"{gradients.name} changes gradients, but {kind.__name__} scales them under fp16.",
             "Set bf16=True instead.",
         )
+    version = fsdp_version(given["args"])
+    if version:
+        _refuse_fsdp(kind, plan, given["args"], ours, version)
+    return bool(version)
+
+
+def fsdp_version(options: Any) -> int:
+    """1 or 2 where the trainer, or `accelerate launch` around it, cuts weights over processes; else 0."""
+    if options.fsdp:
+        return int((getattr(options, "fsdp_plugin_args", None) or {}).get("fsdp_version", 1))
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true"):
+        return int(os.environ.get("FSDP_VERSION", "1"))
+    return 0
+
+
+def _refuse_fsdp(kind: type, plan: Plan, options: Any, ours: bool, version: int) -> None:
+    given = getattr(options, "fsdp_plugin_args", None) or {}
+
+    def on(name: str, variable: str) -> bool:
+        return bool(given.get(name)) or os.environ.get(variable, "false").lower() in ("1", "true")
+
+    owner = next((m for m in plan.active if "stages" in m.sites()), None)
+    for wrong, what, cure in (
+        (version == 1, "FSDP1, which flattens the weights the plan works on", "Set fsdp_config={'version': 2}."),
+        (not ours, "FSDP, because nobody has tested that with its own loss", "Use DDP."),
+        (owner, f"FSDP together with {owner and owner.name}, whose soft prompt stands outside of the cut", "Use DDP."),
+        (
+            on("cpu_ram_efficient_loading", "FSDP_CPU_RAM_EFFICIENT_LOADING"),
+            "cpu_ram_efficient_loading, because the plan is prepared on the whole base in every process",
+            "Set it to False.",
+        ),
+        (
+            on("cpu_offload", "FSDP_OFFLOAD_PARAMS"),
+            "FSDP's cpu_offload, which keeps the weights on another device than what the plan prepared",
+            "Set it to False.",
+        ),
+    ):
+        if wrong:
+            raise PlanError(f"{kind.__name__} with a plan cannot use {what}.", cure)
 
 
 def _wrong_args(given: Mapping[str, Any]) -> Iterator[tuple[Any, str, str]]:
@@ -46,16 +86,15 @@ def _wrong_args(given: Mapping[str, Any]) -> Iterator[tuple[Any, str, str]]:
         "Start it with torchrun or accelerate launch, or show it one GPU.",
     )
     yield options.auto_find_batch_size, "auto_find_batch_size, which starts the run anew", "Set it to False."
-    yield options.fsdp, "FSDP, which cuts the weights the plan works on", "Use DDP."
     yield (
         getattr(options, "parallelism_config", None) is not None,
         "tensor, context or sequence parallelism, which cut its rows",
-        "Use DDP.",
+        "Use DDP or FSDP2.",
     )
     yield (
         deepspeed is not None and deepspeed.zero_stage == 3,
         "DeepSpeed ZeRO-3, which cuts the weights the plan works on",
-        "Use ZeRO-2 or DDP.",
+        "Use FSDP2, ZeRO-2 or DDP.",
     )
     yield (
         inner(model).config.is_encoder_decoder if hasattr(inner(model), "config") else True,

@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from holdfast.engine.shards import whole
 from holdfast.errors import PlanError
-from holdfast.method import Method, Paper, Term
+from holdfast.method import Method, Paper, Term, canonical
 from holdfast.services import Context, View
 
 
@@ -40,7 +41,7 @@ class L2ToInit(Method):
             raise PlanError(f"L2ToInit.alpha is {self.alpha}: a negative pull pushes away.", "Use 0 or more.")
 
     def loss(self, view: View) -> Term | None:
-        lora = _lora_pairs(view.model)
+        lora = _lora_pairs(view)
         terms = []
         for name, p in view.params.items():
             if self.patterns and not any(re.search(x, name) for x in self.patterns):
@@ -53,13 +54,18 @@ class L2ToInit(Method):
         return Term(self.alpha / 2 * torch.stack(terms).sum()) if terms else None
 
 
-def _lora_pairs(model: torch.nn.Module) -> list[tuple[str, torch.Tensor, torch.Tensor, float]]:
+def _lora_pairs(view: View) -> list[tuple[str, torch.Tensor, torch.Tensor, float]]:
     """(name, A (r, n), B (m, r), scale) of every LoRA module whose A or B trains."""
     out = []
     module: Any  # PEFT's layers: torch's types know no lora_A
-    for name, module in model.named_modules():
+    for name, module in view.model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
-            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            a, b = (whole(_trained(view, f"{name}.{k}.default.weight")) for k in ("lora_A", "lora_B"))
             if a.requires_grad or b.requires_grad:
                 out.append((name, a, b, float(module.scaling["default"])))
     return out
+
+
+def _trained(view: View, name: str) -> torch.Tensor:
+    """A parameter of the model as it is trained: while FSDP2 computes, the model holds gathered copies."""
+    return view.params.get(canonical(name), view.model.get_parameter(name))
