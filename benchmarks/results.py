@@ -95,6 +95,7 @@ SWEEP = {  # learning rates beside 2e-5 (full) and 3e-4 and 1e-3 (LoRA); tickets
 }
 
 
+CLOSE = ("in-context mix", "promot", "anchor (weight 1), lora", "kl to base (task)")  # kept the most with one seed
 TOP = ("full lr 1e-4", "lora lr 3e-3")  # of the sweep, the rates that compete for the best plain run
 
 
@@ -102,6 +103,7 @@ def wanted(seeds: int) -> list[tuple[str, str, int]]:
     """(task, method, seed) in the order of need."""
     core = ("default", "lora lr 1e-3", "full", "lora")
     rest = [n for n in plans() if " lr " not in n and n not in core]
+    rest.sort(key=lambda n: n not in CLOSE)
     order = [(t, "base", 0) for t in TASKS]
     order += [(t, n, 0) for n in core for t in SWEEP]
     order += [(t, n, 0) for t, names in SWEEP.items() for n in names]
@@ -236,17 +238,17 @@ def run(task: str, method: str, seed: int, shared: Path) -> None:
         write_json(path_of(task, name, seed), facts | {"method": name} | measured)
 
 
-def work(queue: Any, shared: Path, threads: int) -> None:
+def work(job: tuple[str, str, int], shared: Path, threads: int) -> None:
+    """One cell in a process of its own, which gives all its memory back."""
     import torch
 
     torch.set_num_threads(threads)
-    while (job := queue.get()) is not None:
-        start = time.perf_counter()
-        try:
-            run(*job, shared)
-            print(f"{time.strftime('%H:%M:%S')} {job} {time.perf_counter() - start:.0f} s", flush=True)
-        except Exception as e:  # one broken cell must not end the night
-            print(f"{job} FAILED: {type(e).__name__}: {e}", flush=True)
+    start = time.perf_counter()
+    try:
+        run(*job, shared)
+        print(f"{time.strftime('%H:%M:%S')} {job} {time.perf_counter() - start:.0f} s", flush=True)
+    except Exception as e:  # one broken cell must not end the night
+        print(f"{job} FAILED: {type(e).__name__}: {e}", flush=True)
 
 
 def main() -> None:
@@ -265,17 +267,11 @@ def main() -> None:
         return
     jobs = [j for j in wanted(args.seeds) if not path_of(*j).exists() and args.only in "/".join(map(str, j))]
     print(f"{len(jobs)} runs to do", flush=True)
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    for job in [*jobs, *[None] * args.workers]:
-        queue.put(job)
     threads = max(1, (os.cpu_count() or 2) // args.workers)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    crew = [context.Process(target=work, args=(queue, args.shared, threads)) for _ in range(args.workers)]
-    for p in crew:
-        p.start()
-    for p in crew:
-        p.join()
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(args.workers, maxtasksperchild=1) as crew:
+        crew.starmap(work, [(job, args.shared, threads) for job in jobs], chunksize=1)
 
 
 if __name__ == "__main__":
