@@ -55,11 +55,15 @@ PLANS: dict[str, Sequence[Method]] = {
 }
 CUT = {n: m for n, m in PLANS.items() if n != "ProMoT"}  # refused under FSDP
 SAVED = {"dense": PLANS["matrices"], "adapter": PLANS["LoRA in part"]}
+FORMATS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 VARIANTS: dict[str, dict[str, Any]] = {  # of "LoRA with all" and "matrices" under FSDP
     "SFTTrainer": {"kind": SFTTrainer},
     "watched": {"eval_strategy": "steps", "eval_steps": 2},
     "recomputed": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "bf16": {"bf16": True},
+    "tied": {"tied": True},
+    "gathered till the backward": {"fsdp_config": {"reshard_after_forward": False}},
+    "FSDP's own recomputing": {"fsdp_config": {"activation_checkpointing": True}},
 }
 
 
@@ -70,6 +74,7 @@ def trainer(
     fsdp: bool,
     kind: type = Trainer,
     on_cpu: bool = True,
+    tied: bool = False,
     **more: Any,
 ) -> Any:
     """A trainer on the tickets in their order, eight rows a step however many processes there are.
@@ -83,19 +88,20 @@ def trainer(
         "use_cpu": True, "bf16": False, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
         "learning_rate": 3e-3, "weight_decay": 0.1, "max_grad_norm": 0.5, **more,
     }  # fmt: skip
-    kept = options.pop("state_dict_type", "FULL_STATE_DICT")
+    config = {"version": 2, "state_dict_type": options.pop("state_dict_type", "FULL_STATE_DICT")}
+    config |= options.pop("fsdp_config", {})
     if fsdp:
-        options |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": kept}}
+        options |= {"fsdp": True, "fsdp_config": config}
     data = dataset(token_rows(ticket_rows(), tokenizer))
-    given = {"model": build_model(tied=False), "train_dataset": data, "processing_class": tokenizer}
+    given = {"model": build_model(tied), "train_dataset": data, "processing_class": tokenizer}
     if kind is Trainer:
         given["data_collator"] = DataCollatorForSeq2Seq(tokenizer)
     if "eval_strategy" in more:
         given["eval_dataset"] = data.select(range(4))
-    config = {Trainer: TrainingArguments, SFTTrainer: SFTConfig}[kind](**options)
+    args = {Trainer: TrainingArguments, SFTTrainer: SFTConfig}[kind](**options)
     if fsdp and on_cpu:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    return with_plan(kind)(args=config, plan=Plan(methods), **given)
+    return with_plan(kind)(args=args, plan=Plan(methods), **given)
 
 
 def weights_of(built: Any) -> Weights:
@@ -132,27 +138,32 @@ class Runs:
         self.facts["not on"] = str(caught.value)
         for name, methods in CUT.items():
             self.train(f"fsdp {name}", methods, True)
+
+    def variants(self) -> None:
         for name, more in VARIANTS.items():
             for plan in ("LoRA with all", "matrices"):
                 built = self.train(f"fsdp {plan} {name}", PLANS[plan], True, **more)
                 if more.get("kind"):
                     built.save_model(str(self.folder / f"saved {plan}"))
 
-    def save(self) -> None:
+    def save(self, formats: Sequence[str] = FORMATS, fsdp: bool = True) -> None:
         for name, methods in SAVED.items():
-            for kind in FORMATS:
+            for kind in formats:
                 saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "state_dict_type": kind}
-                self.train(f"{self.ranks} {name} {kind}", methods, True, **saving)
+                self.train(f"{self.ranks} {name} {kind}", methods, fsdp, **saving)
 
-    def resume(self) -> None:
+    def resume(self, formats: Sequence[str] = FORMATS, fsdp: bool = True) -> None:
         for name, methods in SAVED.items():
-            for kind in FORMATS:
+            for kind in formats:
                 saved = f"{3 - self.ranks} {name} {kind}"
                 at = self.folder / saved / "checkpoint-4"
-                self.train(f"resumed {saved}", methods, True, at, state_dict_type=kind, max_steps=6)
+                self.train(f"resumed {saved}", methods, fsdp, at, state_dict_type=kind, max_steps=6)
 
+    def save_ddp(self) -> None:
+        self.save(["ddp"], False)
 
-FORMATS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
+    def resume_ddp(self) -> None:
+        self.resume(["ddp"], False)
 
 
 def two_run(folder: Path, *parts: str, ranks: int = 2) -> list[Any]:
@@ -205,21 +216,33 @@ def test_fsdp_gives_the_weights_of_one(name, ran, one):
     assert distance(ran[0], f"fsdp {name}", weights) < 1e-5
     facts = ran[1][0][f"fsdp {name}"]
     assert facts["cut"] == [0.5] and close(facts["logs"], logs)
+    none, _ = one("none", [])
+    if name != "none" and none.keys() == weights.keys():  # else the test could not see a method that does nothing
+        assert max((none[n] - w).abs().max().item() for n, w in weights.items()) > 1e-4
 
 
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory) -> Any:
+    folder = tmp_path_factory.mktemp("variants")
+    two_run(folder, "variants")
+    return folder
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("plan", ["LoRA with all", "matrices"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_fsdp_variants(name, plan, ran, one):
+def test_fsdp_variants(name, plan, varied, one):
     weights, _ = one(plan, PLANS[plan], **({} if name == "bf16" else VARIANTS[name]))
-    far = distance(ran[0], f"fsdp {plan} {name}", weights)
+    far = distance(varied, f"fsdp {plan} {name}", weights)
     assert 1e-5 < far < 0.02 if name == "bf16" else far < 1e-5
 
 
-def test_the_saved_model_is_whole(ran, one):
+@pytest.mark.long
+def test_the_saved_model_is_whole(varied, one):
     weights, _ = one("matrices", PLANS["matrices"])
-    saved = load_file(ran[0] / "saved matrices" / "model.safetensors")
+    saved = load_file(varied / "saved matrices" / "model.safetensors")
     assert all(torch.allclose(saved[n], w, atol=1e-5) for n, w in weights.items())
-    adapter = load_file(ran[0] / "saved LoRA with all" / "adapter_model.safetensors")
+    adapter = load_file(varied / "saved LoRA with all" / "adapter_model.safetensors")
     lora, _ = one("LoRA with all", PLANS["LoRA with all"])
     assert len(adapter) == sum("lora_" in n for n in lora)
 
@@ -229,12 +252,12 @@ def test_the_saved_model_is_whole(ran, one):
 
 @pytest.mark.long  # three starts of processes
 def test_a_checkpoint_resumes_with_another_number_of_processes(tmp_path, one):
-    two_run(tmp_path, "save")
-    two_run(tmp_path, "save", "resume", ranks=1)
-    two_run(tmp_path, "resume")
+    two_run(tmp_path, "save_ddp", "save")  # FSDP last: it stays on in a process that had it
+    two_run(tmp_path, "save_ddp", "resume_ddp", "save", "resume", ranks=1)
+    two_run(tmp_path, "resume_ddp", "resume")
     for name, methods in SAVED.items():
         weights, _ = one(name, methods, max_steps=6)
-        for kind in FORMATS:
+        for kind in ("ddp", *FORMATS):
             assert distance(tmp_path, f"resumed 2 {name} {kind}", weights, ranks=1) < 1e-5
             assert distance(tmp_path, f"resumed 1 {name} {kind}", weights) < 1e-5
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -350,9 +351,9 @@ def main() -> None:
 def _fail(error: BaseException, what: str, cure: str) -> None:
     if _debug:
         raise error
-    print(f"Error: {what}", file=sys.stderr)
-    if cure:
-        print(f"       {cure}", file=sys.stderr)
+    if os.environ.get("RANK", "0") != "0":  # the first process mostly says the same, and torchrun then ends this one
+        time.sleep(3)
+    print(f"Error: {what}" + (f"\n       {cure}" if cure else ""), file=sys.stderr)
     sys.exit(2)
 
 

@@ -118,7 +118,11 @@ class Method:
         return None
 
     def loss(self, view: View) -> Term | None:
-        """One addend of the loss, or None when there is nothing to add at this step."""
+        """One addend of the loss, or None when there is nothing to add at this step.
+
+        Under FSDP2 `view.params` and `view.base_weights` are cut over processes: what is done element by element, and
+        sums, come out right; before a product of matrices take `engine.shards.whole(p)`.
+        """
         return None
 
     def grad(self, name: str, grad: torch.Tensor, state: State) -> torch.Tensor:
