@@ -42,6 +42,7 @@ bench: setup  ## the measured part of docs/performance.md (hours; resumable; wan
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python benchmarks/performance_page.py
 
 clean:

@@ -282,7 +282,7 @@ class Session:
         @torch.no_grad()
         def change(*_: Any) -> None:
             for name, methods in touched.items():
-                p, start = self.params[name], whole(before[name])
+                p, start = self.params[name], whole(before.pop(name))  # not kept through the next forward
                 step = whole(p.detach()) - start
                 for m in methods:
                     step = m.update(name, step, start, self.state[m.name])
