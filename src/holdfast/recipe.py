@@ -18,6 +18,7 @@ from pydantic import field_validator as check
 from pydantic import model_validator as check_all
 
 from .errors import DataError, RecipeError, suggest
+from .measure import BATCH_TOKENS
 
 KEEP_FRAC = 0.95
 SHIPPED = "holdfast:"  # prefix of the data sets that come with the package
@@ -72,8 +73,8 @@ class Model(Section):
     model_name_or_path: str = Field(min_length=1, description="Hub id, folder, or GGUF file of the base model.")
     model_revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="Weights' type.")
-    attn_implementation: str | None = Field(default=None, description="eager, sdpa, flash_attention_2; null: library.")
     load_in_4bit: bool = Field(default=False, description="Keep the base in 4 bits (CUDA, bitsandbytes, LoRA plans).")
+    attn_implementation: str | None = Field(default=None, description="eager, sdpa, flash_attention_2; null: library.")
     trust_remote_code: bool = Field(default=False, description="Run Python code that comes with the model.")
 
 
@@ -176,7 +177,7 @@ class Measure(Section):
     suites: list[str] = Field(default=["in-context"], description="Suites of abilities to measure.")
     num_fewshot: int = Field(default=8, ge=0, description="Demonstrations in a few-shot prompt.")
     limit: int | None = Field(default=None, ge=1, description="Items of each task; null: 48.")
-    batch_tokens: int = Field(default=1024, ge=1, description="Tokens scored in one forward pass.")
+    batch_tokens: int = Field(default=BATCH_TOKENS, ge=1, description="Tokens scored in one forward pass.")
     keep: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         default={"in-context": KEEP_FRAC},
         description=f"Share of the base score to keep; default {KEEP_FRAC} each.",
