@@ -55,8 +55,11 @@ def overhead(path: Path) -> list[str]:
     if not path.is_file():
         return NONE
     d = json.loads(path.read_text(encoding="utf-8"))
-    lines = ["| plan | time, plain tuning of the same kind = 1 |", "|---|---|"]
-    return [*lines, *(f"| {n} | {r:.2f} |" for n, r in d["ratio"].items()), "", d["note"]]
+    lines = []
+    for one in d.values():  # of each task
+        lines += ["| plan | time, plain tuning of the same kind = 1 |", "|---|---|"]
+        lines += [*(f"| {n} | {r:.2f} |" for n, r in one["ratio"].items()), "", one["note"], ""]
+    return lines[:-1]
 
 
 def scoring(path: Path) -> list[str]:

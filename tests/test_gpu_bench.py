@@ -56,6 +56,11 @@ def test_the_page_says_what_is_not_measured(dry, bench, tmp_path):
     assert "| tiny | lora |" in text and "torch 2" in text
 
 
+def test_the_page_shows_the_committed_results(bench, tmp_path):
+    text = bench["performance_page"].page(FOLDER / "results", tmp_path / "growth.png")
+    assert "| `holdfast --help`, whole process |" in text and "plain tuning of the same kind = 1" in text
+
+
 def test_a_rate_leaves_the_first_step_out(bench):
     block = bench["_common"].Block(seconds=[1.0, 3.0], tokens=[99, 10, 30], trained=[9, 1, 3])
     assert block.rate() == 10.0 and block.rate("trained") == 1.0
