@@ -17,7 +17,6 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from cases import CASES, GENERAL, Weights, token_rows
-from conftest import build_model, build_tokenizer, ticket_rows
 from holdfast import Plan, with_plan
 from holdfast import methods as hf
 from holdfast.engine.shards import whole
@@ -27,6 +26,7 @@ from holdfast.measure import shard
 from holdfast.method import Method, canonical
 from test_hosts import dataset, refused
 from test_shard import close, together
+from tiny import build_model, build_tokenizer, ticket_rows
 
 pytestmark = [pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")]
 LORA = hf.LoRA(r=4, lora_alpha=8)

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cases import CASES, run
-from conftest import build_model, build_tokenizer, ticket_rows
 from holdfast import methods as hf
 from holdfast import services
 from holdfast.errors import HoldfastError, RecipeError, TrainingError
@@ -22,6 +21,7 @@ from holdfast.measure import shard
 from holdfast.method import Method
 from holdfast.session import Session
 from test_shard import close, two
+from tiny import build_model, build_tokenizer, ticket_rows
 from tiny_run import make_world, recipe_data, write_recipe
 
 LORA = hf.LoRA(r=4, lora_alpha=8, lora_dropout=0.0)  # dropout draws for the rows of a forward: other numbers, one law
