@@ -47,11 +47,32 @@ class L2ToInit(Method):
             if self.patterns and not any(re.search(x, name) for x in self.patterns):
                 continue
             if ".lora_" not in name and name in view.base_weights:
-                terms.append((p - view.base_weights[name].to(p.dtype)).square().sum())
+                terms.append(_distance(p, view.base_weights[name]))
         for name, a, b, scale in lora:
             if not self.patterns or any(re.search(x, name) for x in self.patterns):
                 terms.append(scale**2 * ((b.T @ b) * (a @ a.T)).sum())
         return Term(self.alpha / 2 * torch.stack(terms).sum()) if terms else None
+
+
+def _distance(p: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """Squared distance of two tensors."""
+    if hasattr(p, "full_tensor"):  # a shard: its sum goes over processes, which autograd knows how to undo
+        return (p - base.to(p.dtype)).square().sum()
+    return _Distance.apply(p, base)
+
+
+class _Distance(torch.autograd.Function):
+    """sum (p - base)^2 with the fewest passes over memory: every weight of the model goes through it at every step."""
+
+    @staticmethod
+    def forward(ctx: Any, p: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        apart = p - base
+        ctx.save_for_backward(apart)
+        return torch.linalg.vector_norm(apart).square()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.saved_tensors[0] * (2 * grads[0]), None
 
 
 def _lora_pairs(view: View) -> list[tuple[str, torch.Tensor, torch.Tensor, float]]:
