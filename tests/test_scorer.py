@@ -1,13 +1,13 @@
 """The one scorer against plain forwards of single requests."""
 
 import random
-from collections import Counter
 
 import pytest
 import torch
 
+from holdfast.engine.tree import TILE, grow, slices, tiles
 from holdfast.errors import HoldfastError
-from holdfast.measure.scorer import Scorer, chunks, grow, supports_tree
+from holdfast.measure.scorer import Scorer, supports_tree
 
 
 def plain(model, encoded, prompt=None):
@@ -120,34 +120,33 @@ def trees():
     return [bushy, chain, comb, forked, [([1, 2], 1)]]
 
 
-@pytest.mark.parametrize("most, widest", [(1, 1), (7, 2), (50, 50), (10_000, 10_000), (50, 3), (10_000, 40)])
+@pytest.mark.parametrize("most", [1, 7, TILE + 3, 10_000])
 @pytest.mark.parametrize("scored", [1, 10, 10_000])
 @pytest.mark.parametrize("sequences", trees())
-def test_chunks_visit_every_node_once_parents_first(sequences, scored, most, widest):
-    """Walk the chunks as the scorer does: what a path shares with the cache is not computed again."""
+def test_every_token_sees_its_ancestors_and_nothing_else(sequences, scored, most):
+    """Walk the slices as the scorer does: each node once, in order, below what the cache keeps."""
     tree = grow(sequences)
-    done, held = Counter(), []
-    for path, blocks in chunks(tree, most, widest, scored):
-        nodes = [node for block in blocks for node in block]
-        same = 0
-        while same < min(len(held), len(path)) and held[same] == path[same]:
-            same += 1
-        assert all(done[n] for n in path[:same])
-        for node in (*path[same:], *nodes):
-            above = tree.parent[node]
-            assert above == 0 or above in path[: path.index(node)] if node in path else True
-            assert above == 0 or done[above]
-            done[node] += 1
-        for block in blocks:  # all ancestors stand in the path or in the same block
-            assert len(block) <= widest
-            for node in block:
-                while node:
-                    assert node in path or node in block
-                    node = tree.parent[node]
+    held, before, done = 2, [], []
+    for nodes in slices(tree, most, scored):
         assert len(nodes) <= most
-        assert len(blocks) < 2 or sum(n in tree.wanted for n in nodes) <= scored
-        held = path
-    assert done == Counter(range(1, len(tree)))
+        assert sum(n in tree.wanted for n in nodes) <= scored
+        keys = [*([0] * held), *before, *nodes]
+        at = 0
+        for group in tiles(tree, before, nodes, held, torch.float32, "cpu"):
+            b, _one, length, width = group.mask.shape
+            assert (group.rows.start, group.rows.stop - group.rows.start) == (at, b * length)
+            index = group.keys.view(b, width)
+            for row in range(b * length):
+                seen = group.mask[row // length, 0, row % length] == 0
+                got = [keys[i] for i in index[row // length][seen]]
+                node = nodes[at + row]
+                assert got == [*([0] * held), *tree.above(node), node]
+            at += b * length
+        assert at == len(nodes)
+        done += nodes
+        before = tree.above(nodes.stop) if nodes.stop < len(tree) else []
+        assert set(before) <= set(keys)  # so the cache has them
+    assert done == list(range(1, len(tree)))
 
 
 def test_tree_structure_by_hand():

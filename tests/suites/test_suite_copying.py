@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from holdfast.engine.tree import grow
 from holdfast.measure.probe import Ask, score_suite
-from holdfast.measure.scorer import Scorer, grow
+from holdfast.measure.scorer import Scorer
 from holdfast.measure.suites.copying import (
     EARLY,
     GIVEN,

@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 
+from holdfast.engine.tree import grow
 from holdfast.errors import HoldfastError
 from holdfast.measure.probe import Ask, Suite, score_suite
-from holdfast.measure.scorer import grow
 from holdfast.measure.suites.shots import FORMS, LIMIT, MOST, TASKS, area, build_suite, curve, gain
 from holdfast.measure.tasks import held_out_tasks
 

@@ -57,14 +57,10 @@ class Layout:
     """Where each packed token stands in (rows, width) blocks of rows of similar length.
 
     blocks: per block (index (B*L,), real (B*L, 1) bool, B, L); back: (T,) position of each token in the joined blocks.
-    masks: per block what each token sees, (B, 1, L, held + L) bool; None is causal attention.
-    held: cached tokens that every row sees (with masks only).
     """
 
     blocks: list[tuple[torch.Tensor, torch.Tensor, int, int]]
     back: torch.Tensor
-    masks: list[torch.Tensor] | None = None
-    held: int = 0
 
 
 @dataclass
@@ -164,46 +160,37 @@ class _Gather(torch.autograd.Function):
 def packed_attention(
     module: Any,
     query: torch.Tensor,  # (1, H, T, D)
-    key: torch.Tensor,  # (1, Hkv, held + T, D)
-    value: torch.Tensor,  # (1, Hkv, held + T, D)
+    key: torch.Tensor,  # (1, Hkv, T, D)
+    value: torch.Tensor,  # (1, Hkv, T, D)
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     packed_layout: Layout | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention inside each packed row, causal or by the layout's masks; returns (1, T, H, D).
-
-    Padding follows a row: causality (or the mask) hides it.
-    """
+    """Causal attention inside each packed row; returns (1, T, H, D). Padding follows a row: causality hides it."""
     if packed_layout is None:
         raise RuntimeError(f"Attention {ATTENTION!r} needs packed_layout; call the model through holdfast.engine.")
-    held, blocks = packed_layout.held, packed_layout.blocks
-    new = [x[0, :, n:].transpose(0, 1).flatten(1) for x, n in ((query, 0), (key, held), (value, held))]
-    spread = [_Spread.apply(x, packed_layout) for x in new]
+    spread = [_Spread.apply(x[0].transpose(0, 1).flatten(1), packed_layout) for x in (query, key, value)]
     heads = [query.shape[1], key.shape[1], value.shape[1]]
     outs, at = [], 0
-    for (_index, _real, b, width), mask in zip(blocks, packed_layout.masks or [None] * len(blocks), strict=True):
+    for _index, _real, b, width in packed_layout.blocks:
         q, k, v = (
             s[at : at + b * width].view(b, width, h, -1).transpose(1, 2) for s, h in zip(spread, heads, strict=True)
         )
-        if held:
-            k, v = (torch.cat([old[:, :, :held].expand(b, -1, -1, -1), own], 2) for old, own in ((key, k), (value, v)))
         at += b * width
-        outs.append(_attend(q, k, v, mask, dropout, scaling).transpose(1, 2).reshape(b * width, -1))
+        outs.append(_attend(q, k, v, dropout, scaling).transpose(1, 2).reshape(b * width, -1))
     joined = _Gather.apply(torch.cat(outs) if len(outs) > 1 else outs[0], packed_layout)
     return joined.view(1, joined.shape[0], heads[0], -1), None
 
 
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, dropout: float, scale: float | None
-) -> torch.Tensor:
-    """(B, H, L, D) attention; without a mask it is causal.
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float, scale: float | None) -> torch.Tensor:
+    """(B, H, L, D) causal attention.
 
     On CPU the fused backward in bf16 is 3 to 10 times slower than in fp32 for rows of fewer than some 500 tokens
     (docs/performance.md), so those are computed in fp32, where autocast would choose bf16 too.
     """
-    settings: dict[str, Any] = {"attn_mask": mask, "dropout_p": dropout, "is_causal": mask is None, "scale": scale}
+    settings: dict[str, Any] = {"dropout_p": dropout, "is_causal": True, "scale": scale}
     settings["enable_gqa"] = q.shape[1] != k.shape[1]
     if q.device.type != "cpu" or q.shape[2] >= 512 or not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, **settings)

@@ -19,7 +19,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from holdfast.measure.scorer import Score, Scorer, grow, supports_tree
+from holdfast.engine.tree import grow
+from holdfast.measure.scorer import Score, Scorer, supports_tree
 
 T = TypeVar("T")
 
