@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import os
 import platform
@@ -645,13 +646,18 @@ HARMLESS = ("default", "anchor (weight 1), lora", "anchor (weight 1), full", "in
 
 
 def _twins(runs: Mapping[tuple[str, str], Sequence[Data]]) -> list[Data]:
-    """The verdict between two seeds of one harmless tuning, each way round: neither lost what the other has."""
+    """The verdict between every two seeds of a tuning that may be harmless, each way round.
+
+    "harmed": one of the seeds has itself lost against the base.
+    """
     rows = []
     for (data, method), found in runs.items():
         if method in HARMLESS and len(found) > 1 and (data, "base") in runs:
-            chance = runs[data, "base"][0]["chance"]
-            sides = [_as_measurement("in-context", r["held_out"], chance) for r in found[:2]]
-            rows += [{"data": data, "method": method, **judged(*pair)} for pair in (sides, sides[::-1])]
+            bare = runs[data, "base"][0]
+            base, *seeds = (_as_measurement("in-context", r["held_out"], bare["chance"]) for r in (bare, *found))
+            harmed = any(judged(base, one)["status"] == "lost" for one in seeds)
+            pairs = itertools.permutations(seeds, 2)
+            rows += [{"data": data, "method": method, "harmed": harmed, **judged(*pair)} for pair in pairs]
     return rows
 
 
@@ -736,7 +742,6 @@ def speed(lab: Lab) -> Data:
     from holdfast.measure.scorer import Scorer
 
     model, tokenizer = lab.load()
-    rate = scoring.matmul_rate(model, seconds=lab.size(1.0, 0.05))
     requests, few = (_instances(tokenizer, n, lab.size(8, 1)) for n in (lab.size(48, 2), lab.size(6, 1)))
     tries = {}
     for size in lab.size(BATCHES, (1, 4)):
@@ -744,25 +749,34 @@ def speed(lab: Lab) -> Data:
         tries[size] = _timed(lambda lm=lm: lm.loglikelihood(few, disable_tqdm=True))[0]
     best = min(tries, key=lambda n: tries[n])
     hflm, scorer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=best), Scorer(model, tokenizer)
-    took, ours = _timed(lambda: scorer.score([r.args for r in requests]))
-    theirs_took, theirs = _timed(lambda: hflm.loglikelihood(requests, disable_tqdm=True))
-    rate = (rate + scoring.matmul_rate(model, seconds=lab.size(1.0, 0.05))) / 2
+    own, other, floors = [], [], []
     parameters = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    ours, theirs = [], []
+    for _ in range(lab.size(3, 1)):  # in turn, since a machine's speed moves
+        before = scoring.matmul_rate(model, seconds=lab.size(1.0, 0.05))
+        took, ours = _timed(lambda: scorer.score([r.args for r in requests]))
+        rate = (before + scoring.matmul_rate(model, seconds=lab.size(1.0, 0.05))) / 2
+        own.append(took)
+        floors.append({"flops": rate, "times": took * rate / (2 * parameters * scorer.num_unique_tokens)})
+        took, theirs = _timed(lambda: hflm.loglikelihood(requests, disable_tqdm=True))
+        other.append(took)
+    floor = sorted(floors, key=lambda f: f["times"])[len(floors) // 2]
     out = {
         "items": len(requests),
         "dtype": str(model.dtype),
-        "seconds": took,
-        "harness_seconds": theirs_took,
+        "seconds": statistics.median(own),
+        "harness_seconds": statistics.median(other),
+        "each": {"seconds": own, "harness_seconds": other, "floors": floors},
         "harness_batch_size": best,
         "harness_tries": tries,
         "harness_tries_items": len(few),
-        "times_faster": theirs_took / took,
+        "times_faster": statistics.median(other) / statistics.median(own),
         "equal": sum(a.greedy == b for a, (_, b) in zip(ours, theirs, strict=True)),
         "unique_tokens": scorer.num_unique_tokens,
         "all_tokens": sum(len(scorer.encode(r.args)[0]) - 1 for r in requests),
         "parameters": parameters,
-        "matmul_flops": rate,
-        "times_the_floor": took / (2 * parameters * scorer.num_unique_tokens / rate),
+        "matmul_flops": floor["flops"],
+        "times_the_floor": floor["times"],
     }
     return out | {"check": _checks(lab, model, tokenizer)}
 
@@ -947,10 +961,15 @@ def page_seeds(d: Data) -> list[str]:
     note = "Change of held-out in-context accuracy, points. An interval over items says nothing about the next seed."
     out = [*_table(head, rows), "", note]
     if twins := d.get("twins"):
-        count = {s: sum(t["status"] == s for t in twins) for s in ("lost", "unclear", "kept")}
-        names = sorted({f"{t['data']}, {t['method']}" for t in twins})
-        out += ["", f"Two seeds of one harmless tuning against each other, each way round ({len(twins)} verdicts: "
-                f"{'; '.join(names)}): " + ", ".join(f"{s} {n}" for s, n in count.items()) + "."]  # fmt: skip
+        out += ["", "Two seeds of one tuning against each other, each way round:", ""]
+        groups = (("no seed has lost against the base", False), ("a seed has itself lost against the base", True))
+        rows = []
+        for words, harmed in groups:
+            some = [t for t in twins if t["harmed"] == harmed]
+            count = [sum(t["status"] == s for t in some) for s in ("lost", "unclear", "kept")]
+            names = sorted({f"{t['data']}, {t['method']}" for t in some})
+            rows.append((f"{words}: {'; '.join(names)}", len(some), *count))
+        out += _table(("tunings", "verdicts", "lost", "unclear", "kept"), rows)
     return out
 
 
@@ -959,9 +978,10 @@ def page_speed(d: Data) -> list[str]:
     tries = ", ".join(f"{n}: {s:.1f} s" for n, s in d["harness_tries"].items())
     return [
         f"In-context suite, {d['items']} items, {d['dtype'].removeprefix('torch.')}: {d['seconds']:.1f} s; "
-        f"lm-evaluation-harness's HF backend, same items and process, batch size {d['harness_batch_size']}: "
-        f"{d['harness_seconds']:.1f} s, {d['times_faster']:.1f} times as long. {d['equal']} of {d['items']} decisions "
-        f"are equal. Batch sizes tried on {d['harness_tries_items']} items: {tries}.",
+        f"lm-evaluation-harness's HF backend, same items and process, in turn, batch size "
+        f"{d['harness_batch_size']}: {d['harness_seconds']:.1f} s, {d['times_faster']:.1f} times as long (medians of "
+        f"{len(d['each']['seconds'])}). {d['equal']} of {d['items']} decisions are equal. Batch sizes tried on "
+        f"{d['harness_tries_items']} items: {tries}.",
         "",
         f"{d['unique_tokens']} of {d['all_tokens']} tokens are unique. Floor: 2 x {d['parameters'] / 1e6:.0f} M "
         f"parameters x unique tokens at {d['matmul_flops'] / 1e9:.0f} GFLOP/s, measured in the same process: "
