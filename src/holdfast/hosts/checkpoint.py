@@ -61,7 +61,8 @@ class Checkpoint:
                 "Start again with a lower training.learning_rate in another training.output_dir.",
             )
 
-        tensors = {f"param/{n}": p.detach() for n, p in session.params.items()}
+        master = getattr(optimizer, "master", {})
+        tensors = {f"param/{n}": master.get(p, p).detach() for n, p in session.params.items()}
         soft = getattr(inner(session.model), SOFT_PROMPT, None)
         if soft is not None:
             tensors[f"param/{SOFT_PROMPT}"] = soft.detach()
@@ -129,9 +130,11 @@ class Checkpoint:
         meta, tensors = found
         if meta["done"] < done:
             return 0
+        master = getattr(optimizer, "master", {})
         for name, p in session.params.items():
             if f"param/{name}" in tensors:
-                p.data.copy_(tensors[f"param/{name}"])
+                for held in (p.data, *([master[p]] if p in master else [])):
+                    held.copy_(tensors[f"param/{name}"])
         soft = getattr(inner(session.model), SOFT_PROMPT, None)
         if soft is not None and f"param/{SOFT_PROMPT}" in tensors:
             soft.data.copy_(tensors[f"param/{SOFT_PROMPT}"])

@@ -23,6 +23,7 @@ from holdfast.engine.pack import TokenRow
 from holdfast.errors import TrainingError
 from holdfast.hosts import processes
 from holdfast.hosts.checkpoint import Checkpoint
+from holdfast.hosts.master import MasterAdamW, linear_weights, may_hold
 from holdfast.method import Stage
 from holdfast.session import Session
 
@@ -77,12 +78,7 @@ def train(
     checkpoint = Checkpoint(settings.folder)
     for stage, steps in split_steps(session.stages, settings.num_steps):
         model = session.enter(stage)
-        optimizer = torch.optim.AdamW(
-            session.param_groups(settings.learning_rate, settings.weight_decay),
-            betas=(settings.adam_beta1, settings.adam_beta2),
-            eps=settings.adam_epsilon,
-            fused=settings.fused,
-        )
+        optimizer = _optimizer(session, settings, stage)
         session.hook(optimizer)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda s, n=steps: lr_at(s, n, settings.warmup_steps, settings.lr_scheduler_type)
@@ -107,6 +103,8 @@ def train(
             if settings.save_steps and (step + 1) % settings.save_steps == 0 and step + 1 < steps:
                 log.seconds, start = log.seconds + time.perf_counter() - start, time.perf_counter()
                 checkpoint.save(session, optimizer, schedule, log, done, step + 1)
+        if isinstance(optimizer, MasterAdamW):
+            optimizer.release()
         checkpoint.take_best(session)
         log.seconds += time.perf_counter() - start
         done += steps
@@ -115,6 +113,14 @@ def train(
     session.effects = processes.union(session.effects)
     session.model.eval()
     return log
+
+
+def _optimizer(session: Session, settings: Training, stage: Stage) -> torch.optim.Optimizer:
+    groups = session.param_groups(settings.learning_rate, settings.weight_decay)
+    settled: Any = {"betas": (settings.adam_beta1, settings.adam_beta2), "eps": settings.adam_epsilon}
+    if may_hold(session, settings, stage):
+        return MasterAdamW(groups, linear_weights(session.model), **settled)
+    return torch.optim.AdamW(groups, fused=settings.fused, **settled)
 
 
 def _step(
@@ -149,7 +155,9 @@ def _step(
             "Lower training.learning_rate (in a new output_dir), or look at the rows of this step.",
         )
     session.change_gradients()
-    if settings.max_grad_norm:
+    if settings.max_grad_norm and isinstance(optimizer, MasterAdamW):
+        optimizer.clip(params, settings.max_grad_norm)
+    elif settings.max_grad_norm:
         torch.nn.utils.clip_grad_norm_(params, settings.max_grad_norm, foreach=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,93 @@
+"""AdamW for weights that the model keeps in bf16 and the optimizer in fp32 (a master copy).
+
+A weight kept in fp32 is cast at every step under autocast, and its gradient cast back. Kept in bf16 it is not, and
+nothing else changes: the matrix product reads the same rounded weight, its gradient leaves the product in bf16 either
+way, and the moments and the update are fp32. So the numbers are the same, bit for bit. Each gradient is widened, and
+each weight updated and rounded, while it is in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+
+from holdfast.measure.shard import world
+from holdfast.method import Stage
+from holdfast.session import Session
+
+
+def may_hold(session: Session, settings: Any, stage: Stage) -> bool:
+    """Whether bf16 weights train to the same numbers: nothing reads, adds up or changes weights or gradients.
+
+    Kept to CPUs, where it is measured: memory bandwidth is what small steps wait for.
+    """
+    one = settings.gradient_accumulation_steps == 1 and world()[1] == 1 and not stage.keep_best
+    on_cpu = next(session.model.parameters()).device.type == "cpu"
+    reads = any(
+        {"grad", "update"} & {*m.sites()} or ("base_weights" in m.needs and "loss" in m.sites()) for m in session.methods
+    )
+    wraps = any(m.wraps for m in session.methods)  # an adapter is too small to be worth it
+    return one and on_cpu and not reads and not wraps and settings.autocast == torch.bfloat16 and settings.fused
+
+
+def linear_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Weights that only plain linear layers read: those that autocast would round."""
+    found = {p: m for m in model.modules() if type(m) is torch.nn.Linear for p in (m.weight,) if p.requires_grad}
+    for m in model.modules():  # a tied embedding gives what it holds to the whole model
+        if type(m) is not torch.nn.Linear:
+            for p in m.parameters(recurse=False):
+                found.pop(p, None)
+    return list(found)
+
+
+class MasterAdamW(torch.optim.Optimizer):
+    """`torch.optim.AdamW` (fused) with fp32 masters of some weights; the others it updates in place.
+
+    Args:
+        groups: as of AdamW; weights in fp32.
+        working: the weights to turn into bf16 here; `release` gives them their masters back.
+    """
+
+    def __init__(self, groups: Any, working: Iterable[torch.nn.Parameter], *, betas: tuple[float, float], eps: float):
+        super().__init__(groups, {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.master = {p: p.data for p in working}
+        self.scale: torch.Tensor | None = None
+        for p, master in self.master.items():
+            p.data = master.to(torch.bfloat16)
+
+    @torch.no_grad()
+    def clip(self, params: Iterable[torch.nn.Parameter], most: float) -> None:
+        """Scale the gradients of the next step as `torch.nn.utils.clip_grad_norm_` would, to the last bit."""
+        norms = [torch.linalg.vector_norm(p.grad.float()) for p in params if p.grad is not None]
+        self.scale = (most / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                weight, state, grad = self.master.get(p, p), self.state[p], p.grad.float()
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+                if self.scale is not None:
+                    grad = grad.mul_(self.scale)
+                adamw(
+                    [weight], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
+                    fused=True, amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+                    weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+                )  # fmt: skip
+                if weight is not p:
+                    p.copy_(weight)
+        self.scale = None
+
+    def release(self) -> None:
+        """Give the model the masters."""
+        for p, master in self.master.items():
+            p.data = master
+        self.master = {}
