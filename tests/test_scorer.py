@@ -5,7 +5,8 @@ import random
 import pytest
 import torch
 
-from holdfast.engine.tree import TILE, grow, slices, tiles
+from holdfast.engine.threads import may_share, side_by_side
+from holdfast.engine.tree import TILE, grow, parts, slices, tiles
 from holdfast.errors import HoldfastError
 from holdfast.measure.scorer import Scorer, supports_tree
 
@@ -124,29 +125,87 @@ def trees():
 @pytest.mark.parametrize("scored", [1, 10, 10_000])
 @pytest.mark.parametrize("sequences", trees())
 def test_every_token_sees_its_ancestors_and_nothing_else(sequences, scored, most):
-    """Walk the slices as the scorer does: each node once, in order, below what the cache keeps."""
+    """Walk parts and slices as the scorer does: each node once, in order, below what the cache keeps."""
     tree = grow(sequences)
-    held, before, done = 2, [], []
-    for nodes in slices(tree, most, scored):
-        assert len(nodes) <= most
-        assert sum(n in tree.wanted for n in nodes) <= scored
-        keys = [*([0] * held), *before, *nodes]
-        at = 0
-        for group in tiles(tree, before, nodes, held, torch.float32, "cpu"):
-            b, _one, length, width = group.mask.shape
-            assert (group.rows.start, group.rows.stop - group.rows.start) == (at, b * length)
-            index = group.keys.view(b, width)
-            for row in range(b * length):
-                seen = group.mask[row // length, 0, row % length] == 0
-                got = [keys[i] for i in index[row // length][seen]]
-                node = nodes[at + row]
-                assert got == [*([0] * held), *tree.above(node), node]
-            at += b * length
-        assert at == len(nodes)
-        done += nodes
-        before = tree.above(nodes.stop) if nodes.stop < len(tree) else []
-        assert set(before) <= set(keys)  # so the cache has them
+    held, done = 2, []
+    for part in parts(tree, most, 4):
+        before = []
+        for nodes in slices(tree, part, most, scored):
+            own = [n for n in nodes if n >= part.start]
+            assert len(nodes) <= most
+            assert sum(n in tree.wanted for n in own) <= scored
+            keys = [*([0] * held), *before, *nodes]
+            at = 0
+            for group in tiles(tree, before, nodes, held, torch.float32, "cpu"):
+                b, _one, length, width = group.mask.shape
+                assert (group.rows.start, group.rows.stop - group.rows.start) == (at, b * length)
+                index = group.keys.view(b, width)
+                for row in range(b * length):
+                    seen = group.mask[row // length, 0, row % length] == 0
+                    got = [keys[i] for i in index[row // length][seen]]
+                    node = nodes[at + row]
+                    assert got == [*([0] * held), *tree.above(node), node]
+                at += b * length
+            assert at == len(nodes)
+            done += own
+            before = [n for n in tree.above(nodes[-1] + 1) if n in keys] if nodes[-1] + 1 < part.stop else []
     assert done == list(range(1, len(tree)))
+
+
+@pytest.mark.parametrize("most, again", [(8, 0), (8, 3), (40, 1), (40, 100)])
+@pytest.mark.parametrize("sequences", trees())
+def test_parts_cover_the_tree_and_repeat_little(sequences, most, again):
+    tree = grow(sequences)
+    got = parts(tree, most, again)
+    assert [n for part in got for n in part] == list(range(1, len(tree)))
+    assert all(tree.depth[part.start] <= again for part in got)
+    if again == 100 and len(tree) > 2 * most:
+        assert len(got) > 1
+
+
+def test_parts_by_hand():
+    # 12 chains of 5 nodes: with most 8 a cut is looked for at 7 +- 2, and stands where a chain begins
+    tree = grow([([n, 50, 51, 52, 53, 54], 1) for n in range(12)])
+    assert [part.start for part in parts(tree, 8, 0)][:4] == [1, 6, 11, 16]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_several_parts_at_once_are_one_by_one(threads, tiny_model, tokenizer, encoded):
+    model, before = tiny_model(tied=False), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert may_share(model)
+        assert_same(Scorer(model, tokenizer, batch_tokens=40).score_tokens(encoded), plain(model, encoded))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_work_side_by_side_keeps_its_order_and_its_errors():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert list(side_by_side(lambda x: (x, torch.get_num_threads()), range(20), 2)) == [(x, 2) for x in range(20)]
+        with pytest.raises(ZeroDivisionError):
+            list(side_by_side(lambda x: 1 // (x - 3), range(20), 2))
+        weight = torch.ones(1, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = list(
+                side_by_side(lambda _: (torch.is_autocast_enabled("cpu"), (weight * 1).requires_grad), [1, 2], 2)
+            )
+        assert seen == [(True, False)] * 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_model_that_something_watches_goes_one_by_one(tiny_model):
+    model = tiny_model()
+    handle = model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert not may_share(model)
+    handle.remove()
+    assert may_share(model)
+    model.model.rotary_emb.rope_type = "dynamic"
+    assert not may_share(model)
 
 
 def test_tree_structure_by_hand():

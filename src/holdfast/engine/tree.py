@@ -63,20 +63,40 @@ def grow(sequences: Sequence[tuple[list[int], int]]) -> Tree:
     return tree
 
 
-def slices(tree: Tree, most: int, scored: int) -> Iterator[range]:
-    """Cut the nodes, in their order, into forwards of at most `most` nodes and `scored` nodes with logits.
+def parts(tree: Tree, most: int, again: int) -> list[range]:
+    """Cut the nodes, in their order, into ranges of half of `most` to `most` nodes that need nothing of each other.
 
-    What a slice needs from before it are the ancestors of its first node: an earlier ancestor of a later node is one
-    of those too.
+    Each repeats the ancestors of its first node. The cut is where those are fewest; it is not made if they are more
+    than `again`, so a range may be longer.
     """
-    start, kept = 1, 0
-    for node in range(1, len(tree)):
-        if node - start == most or (kept == scored and node in tree.wanted):
-            yield range(start, node)
-            start, kept = node, 0
-        kept += node in tree.wanted
-    if start < len(tree):
-        yield range(start, len(tree))
+    step = max(1, 3 * most // 4)
+    starts, target = [1], 1 + step
+    while target + most // 4 < len(tree):
+        near = range(target - most // 4, target + most // 4 + 1)
+        at = min(near, key=lambda node: (tree.depth[node], abs(node - target)))
+        if tree.depth[at] <= again:
+            starts.append(at)
+            target = at
+        target += step
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], len(tree)], strict=True) if a < b]
+
+
+def slices(tree: Tree, part: range, most: int, scored: int) -> Iterator[list[int]]:
+    """Cut a part into forwards of at most `most` nodes and `scored` nodes with logits.
+
+    The ancestors of its first node come first. What a later slice needs from before it are the
+    ancestors of its own first node: an earlier ancestor of a later node is one of those too.
+    """
+    nodes, kept = [], 0
+    for node in (*tree.above(part.start), *part):
+        wanted = node in tree.wanted and node >= part.start
+        if len(nodes) == most or (kept == scored and wanted):
+            yield nodes
+            nodes, kept = [], 0
+        nodes.append(node)
+        kept += wanted
+    if nodes:
+        yield nodes
 
 
 @dataclass(frozen=True)
@@ -92,8 +112,12 @@ class Tiles:
     mask: torch.Tensor
 
 
-def tiles(tree: Tree, before: Sequence[int], nodes: range, held: int, dtype: torch.dtype, device: Any) -> list[Tiles]:
-    """Attention of `nodes` below the cached `before` (their ancestors), with `held` keys before those for all to see.
+def tiles(
+    tree: Tree, before: Sequence[int], nodes: Sequence[int], held: int, dtype: torch.dtype, device: Any
+) -> list[Tiles]:
+    """Attention of `nodes` (in their order) below the cached `before` (their ancestors).
+
+    `held` cached keys before those are for all to see.
 
     j is i or an ancestor of i exactly if j <= i < end of j. So a tile of queries needs the keys that do not end before
     its first query, which are few: most of what was computed before belongs to other branches.
@@ -116,7 +140,7 @@ def tiles(tree: Tree, before: Sequence[int], nodes: range, held: int, dtype: tor
         out.append(Tiles(slice(first, stop), keys, mask[:, None].to(device)))
 
     for at in range(0, len(nodes), TILE):
-        rows = np.arange(nodes[at], nodes[min(at + TILE, len(nodes)) - 1] + 1)
+        rows = np.array(nodes[at : at + TILE])
         keys = np.flatnonzero((order <= rows[-1]) & (end > rows[0]))
         sizes = [len(k) for _, k in group] + [len(keys)]
         if group and (len(rows) < TILE or max(sizes) * len(sizes) > UNEVEN * sum(sizes)):

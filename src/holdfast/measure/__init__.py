@@ -1,1 +1,1 @@
-BATCH_TOKENS = 1024  # new tokens per forward of the scorer
+BATCH_TOKENS = 2048  # new tokens per forward of the scorer

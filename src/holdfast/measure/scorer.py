@@ -4,6 +4,9 @@ All requests become one prefix tree (`engine.tree`). Its tokens go through the m
 slices that leave behind only the keys and values that later slices still see. Logits exist only where a token is
 scored, and a score depends on its own request alone.
 
+A CPU computes several parts of the tree at once, each with its share of the threads: two forwards of one thread
+beside each other take less time than two of two threads in turn.
+
 Tokens, truncation and the greedy flag follow lm-evaluation-harness 0.4.13 (`HFLM.loglikelihood`).
 """
 
@@ -12,18 +15,24 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from holdfast.engine.forward import attention, can_pack, inner
-from holdfast.engine.tree import TREE_ATTENTION, Tree, grow, slices, tiles
+from holdfast.engine.threads import may_share, side_by_side
+from holdfast.engine.tree import TREE_ATTENTION, Tree, grow, parts, slices, tiles
 from holdfast.errors import HoldfastError
 from holdfast.measure import BATCH_TOKENS
 
 Request = tuple[str, str]
-SCORED = 512  # tokens with logits in one forward: each costs a vocabulary of numbers
+Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # of some scored tokens: request, log-probability, is it the argmax
+SCORED = 256  # tokens with logits in one forward: each costs a vocabulary of numbers
+AGAIN = 32  # tokens that a part may repeat
+AT_ONCE = 4  # parts at once: each needs memory for a forward
 LOGITS = 1 << 20  # logits widened to fp32 at a time on a CPU: they stay in its cache
 
 
@@ -119,60 +128,74 @@ class Scorer:
         self.model.eval()
         try:
             walk = self._walk_tree if supports_tree(self.model) else self._walk_padded
-            for request, row, target, logits in walk(encoded):
-                logprob, hit = _read(logits, row, target)
+            for request, logprob, hit in walk(encoded):
                 np.add.at(total, request, logprob)
                 np.logical_and.at(greedy, request, hit)
         finally:
             self.model.train(was_training)
         return [Score(float(total[n]), bool(greedy[n]), len(ids) - start) for n, (ids, start) in enumerate(encoded)]
 
-    def _walk_tree(self, encoded: Sequence[tuple[list[int], int]]) -> Iterator[Any]:
-        from transformers import DynamicCache
-
+    def _walk_tree(self, encoded: Sequence[tuple[list[int], int]]) -> Iterator[Found]:
         tree = grow(encoded)
         self.num_unique_tokens = len(tree) - 1
-        cache, before = DynamicCache(config=self.model.config), []
-        soft = self._open(cache)
-        for nodes in slices(tree, self.batch_tokens, SCORED):
-            yield from self._forward(tree, before, nodes, cache, soft)
-            after = tree.above(nodes.stop) if nodes.stop < len(tree) else []
-            have = {node: soft + n for n, node in enumerate([*before, *nodes])}
-            _keep(cache, [*range(soft), *(have[node] for node in after)], self.device)
-            before = after
-            if self.progress:
-                self.progress((nodes.stop - 1) / (len(tree) - 1))
+        soft = self._soft_keys()
+        whole = [range(1, len(tree))]
+        todo = parts(tree, self.batch_tokens, AGAIN) if self.device.type == "cpu" else whole
+        with attention(self.model, TREE_ATTENTION):
+            at_once = min(len(todo), AT_ONCE) if may_share(self.model) else 1
+            for part, found in zip(todo, side_by_side(partial(self._part, tree, soft), todo, at_once), strict=True):
+                yield from found
+                if self.progress:
+                    self.progress((part.stop - 1) / (len(tree) - 1))
 
-    def _open(self, cache: Any) -> int:
+    def _soft_keys(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(keys, values) of the soft prompt for each layer, (1, Hkv, p, D); none without one."""
         if self.soft_prompt is None:
-            return 0
+            return []
+        cache = DynamicCache(config=self.model.config)
         soft = self.soft_prompt[None].to(self._dtype)
         self.model(inputs_embeds=soft, **{self._cache: cache}, use_cache=True, logits_to_keep=1)
-        return len(self.soft_prompt)
+        return [(layer.keys, layer.values) for layer in cache.layers]
 
     @property
     def _dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
 
-    def _forward(self, tree: Tree, before: list[int], nodes: range, cache: Any, soft: int) -> Iterator[Any]:
-        """Nodes side by side below the cached soft prompt and ancestors."""
-        keep = [i for i, node in enumerate(nodes) if node in tree.wanted]
-        to = {"device": self.device}
-        with attention(self.model, TREE_ATTENTION):
-            out = self.model(
-                input_ids=torch.tensor([tree.token[nodes.start : nodes.stop]], **to),
-                position_ids=torch.tensor([tree.depth[nodes.start : nodes.stop]], **to) + soft,
-                tree_tiles=tiles(tree, before, nodes, soft, self._dtype, self.device),
-                **{self._cache: cache},
-                use_cache=True,
-                logits_to_keep=torch.tensor(keep or [len(nodes) - 1], **to),
-            )
-        if keep:
-            where = [(r, k, t) for k, i in enumerate(keep) for r, t in tree.wanted[nodes[i]]]
-            request, row, target = (np.array(x) for x in zip(*where, strict=True))
-            yield request, row, target, out.logits[0]
+    def _part(self, tree: Tree, soft: Sequence[tuple[torch.Tensor, torch.Tensor]], part: range) -> list[Found]:
+        """Score the wanted nodes of a part."""
+        cache, before, found = DynamicCache(config=self.model.config), [], []
+        for n, (keys, values) in enumerate(soft):
+            cache.update(keys, values, n)
+        held = 0 if self.soft_prompt is None else len(self.soft_prompt)
+        for nodes in slices(tree, part, self.batch_tokens, SCORED):
+            found += self._forward(tree, before, nodes, part.start, cache, held)
+            after = [] if nodes[-1] + 1 >= part.stop else tree.above(nodes[-1] + 1)
+            have = {node: held + n for n, node in enumerate([*before, *nodes])}
+            before = [node for node in after if node in have]
+            _keep(cache, [*range(held), *(have[node] for node in before)], self.device)
+        return found
 
-    def _walk_padded(self, encoded: Sequence[tuple[list[int], int]]) -> Iterator[Any]:
+    def _forward(
+        self, tree: Tree, before: Sequence[int], nodes: Sequence[int], first: int, cache: Any, held: int
+    ) -> list[Found]:
+        """Nodes side by side below the cached soft prompt and ancestors; those before `first` are not scored here."""
+        keep = [i for i, node in enumerate(nodes) if node >= first and node in tree.wanted]
+        to = {"device": self.device}
+        out = self.model(
+            input_ids=torch.tensor([[tree.token[i] for i in nodes]], **to),
+            position_ids=torch.tensor([[tree.depth[i] + held for i in nodes]], **to),
+            tree_tiles=tiles(tree, before, nodes, held, self._dtype, self.device),
+            **{self._cache: cache},
+            use_cache=True,
+            logits_to_keep=torch.tensor(keep or [len(nodes) - 1], **to),
+        )
+        if not keep:
+            return []
+        where = [(r, k, t) for k, i in enumerate(keep) for r, t in tree.wanted[nodes[i]]]
+        request, row, target = (np.array(x) for x in zip(*where, strict=True))
+        return [(request, *_read(out.logits[0], row, target))]
+
+    def _walk_padded(self, encoded: Sequence[tuple[list[int], int]]) -> Iterator[Found]:
         """For models without plain full attention: right-padded batches sorted by length (causal, so exact)."""
         order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
         self.num_unique_tokens = sum(len(e[0]) - 1 for e in encoded)
@@ -188,7 +211,8 @@ class Scorer:
             for i, n in enumerate(batch):
                 tokens, start = encoded[n]
                 target = np.array(tokens[start:])
-                yield np.full(len(target), n), np.arange(len(target)), target, logits[i, start - 1 : len(tokens) - 1]
+                mine = logits[i, start - 1 : len(tokens) - 1]
+                yield np.full(len(target), n), *_read(mine, np.arange(len(target)), target)
             if self.progress:
                 self.progress(at / len(order))
 

@@ -90,9 +90,11 @@ def measure_suite(
     Raises:
         HoldfastError: the suite is unknown, or its prompts do not fit the model.
     """
+    import torch
+
     from holdfast.run import content_key, versions
 
-    where = (cache_key, versions())
+    where = (cache_key, versions(), torch.get_num_threads())  # bf16 rounds otherwise with more or fewer
     if name.startswith("lm_eval:"):
         from holdfast.measure.lm_eval import measure_task
 
