@@ -163,16 +163,18 @@ class Scorer:
 
     def _part(self, tree: Tree, soft: Sequence[tuple[torch.Tensor, torch.Tensor]], part: range) -> list[Found]:
         """Score the wanted nodes of a part."""
-        cache, before, found = DynamicCache(config=self.model.config), [], []
+        todo, before, found = list(slices(tree, part, self.batch_tokens, SCORED)), [], []
+        cache = DynamicCache(config=self.model.config) if soft or len(todo) > 1 else None
         for n, (keys, values) in enumerate(soft):
+            assert cache is not None
             cache.update(keys, values, n)
         held = 0 if self.soft_prompt is None else len(self.soft_prompt)
-        for nodes in slices(tree, part, self.batch_tokens, SCORED):
+        for nodes in todo:
             found += self._forward(tree, before, nodes, part.start, cache, held)
-            after = [] if nodes[-1] + 1 >= part.stop else tree.above(nodes[-1] + 1)
-            have = {node: held + n for n, node in enumerate([*before, *nodes])}
-            before = [node for node in after if node in have]
-            _keep(cache, [*range(held), *(have[node] for node in before)], self.device)
+            if nodes is not todo[-1]:
+                have = {node: held + n for n, node in enumerate([*before, *nodes])}
+                before = [node for node in tree.above(nodes[-1] + 1) if node in have]
+                _keep(cache, [*range(held), *(have[node] for node in before)], self.device)
         return found
 
     def _forward(
@@ -186,7 +188,7 @@ class Scorer:
             position_ids=torch.tensor([[tree.depth[i] + held for i in nodes]], **to),
             tree_tiles=tiles(tree, before, nodes, held, self._dtype, self.device),
             **{self._cache: cache},
-            use_cache=True,
+            use_cache=cache is not None,
             logits_to_keep=torch.tensor(keep or [len(nodes) - 1], **to),
         )
         if not keep:
