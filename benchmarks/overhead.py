@@ -60,9 +60,10 @@ def main() -> None:
     against = {n: middle["lora" if any(m.name == "LoRA" for m in ms) else "full"] for n, ms in wanted.items()}
     path = HERE / "results" / "overhead.json"
     out = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    out[args.data] = {
-        "ratio": {n: middle[n] / against[n] for n in wanted},
-        "seconds": seen,
+    before = out.get(args.data, {})
+    out[args.data] = {  # what is not measured now stays, against its own baseline
+        "ratio": {**before.get("ratio", {}), **{n: middle[n] / against[n] for n in wanted}},
+        "seconds": {**before.get("seconds", {}), **seen},
         "note": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.data}, "
         f"{args.cycles} cycles of {args.steps} steps.",
     }
