@@ -97,7 +97,7 @@ def score_task(
     scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, soft_prompt=soft_prompt, progress=progress)
     asked = labels or ("",)
     requests = [(r.prompt, y or r.completion) for r in rows for y in asked]
-    scores = shard.score_tokens(scorer, [scorer.encode(q) for q in requests], [prompt for prompt, _ in requests])
+    scores = shard.score_tokens(scorer, scorer.encode_all(requests), [prompt for prompt, _ in requests])
     out = []
     for n, row in enumerate(rows):
         mine = scores[n * len(asked) : (n + 1) * len(asked)]

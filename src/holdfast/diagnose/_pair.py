@@ -163,7 +163,7 @@ def held_out_prompts(case: Case, number: int, num_fewshot: int = 4) -> list[torc
         for task in drawn
         for i in items_of(task, tokenizer=case.tokenizer, num_fewshot=num_fewshot, limit=1, seed=case.seed)
     ]
-    ids = [scorer.encode((i.prompt.context, i.prompt.answer)) for i in items]
+    ids = scorer.encode_all([(i.prompt.context, i.prompt.answer) for i in items])
     return [torch.tensor(tokens[:start][-scorer.max_length :])[None] for tokens, start in ids]
 
 

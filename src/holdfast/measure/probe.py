@@ -137,7 +137,7 @@ def score_suite(
     scored = [p for p in suite.probes if p.kind != "generate"]
     share = len(scored) / max(1, len(scored) + 8 * len(spoken))  # an answer costs some eight times a likelihood
     scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, progress=lambda x: tell(x * share))
-    encoded = [scorer.encode((p.context, a)) for p in scored for a in p.answers]
+    encoded = scorer.encode_all([(p.context, a) for p in scored for a in p.answers])
     _check_lengths(suite, encoded, scorer.max_length)
     shared = [(p.task, p.cluster or p.id) for p in scored for _ in p.answers]
     scores = iter(shard.score_tokens(scorer, encoded, shared))

@@ -29,6 +29,7 @@ from holdfast.errors import HoldfastError
 from holdfast.measure import BATCH_TOKENS
 
 Request = tuple[str, str]
+Tokens = dict[str, list[int]]
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # of some scored tokens: request, log-probability, is it the argmax
 SCORED = 256  # tokens with logits in one forward: each costs a vocabulary of numbers
 AGAIN = 32  # tokens that a part may repeat
@@ -75,20 +76,25 @@ class Scorer:
 
     def encode(self, request: Request) -> tuple[list[int], int]:
         """Return (context + continuation tokens, number of context tokens)."""
-        context, continuation = request
-        moved = len(context) - len(context.rstrip())
-        if moved and context.strip():
-            context, continuation = context[:-moved], context[-moved:] + continuation
+        return self.encode_all([request])[0]
+
+    def encode_all(self, requests: Sequence[Request]) -> list[tuple[list[int], int]]:
+        """`encode` of each; every text is tokenised once, and all of them in one batch."""
+        cut = [_spaces_moved(*r) for r in requests]
+        whole = self._ids([t for context, rest in cut if context for t in (context + rest, context)], True)
+        bare = self._ids([rest for context, rest in cut if not context], False)
+        return [self._fit(context, rest, whole, bare) for context, rest in cut]
+
+    def _fit(self, context: str, rest: str, whole: Tokens, bare: Tokens) -> tuple[list[int], int]:
         if not context:
             first = self.tokenizer.bos_token_id
             first = self.tokenizer.eos_token_id if first is None else first
-            ids = self._ids(continuation, add_special_tokens=False)
-            ids, start = (ids if ids and ids[0] == first else [first, *ids]), 1
+            ids, start = bare[rest], 1
+            ids = ids if ids and ids[0] == first else [first, *ids]
         else:
-            ids = self._ids(context + continuation)
-            start = len(self._ids(context))
+            ids, start = whole[context + rest], len(whole[context])
         if len(ids) <= start:
-            raise ValueError(f"The continuation {continuation!r} adds no token to its context.")
+            raise ValueError(f"The continuation {rest!r} adds no token to its context.")
         cut = max(0, len(ids) - self.max_length - 1)
         if start <= cut:
             raise HoldfastError(
@@ -97,11 +103,14 @@ class Scorer:
             )
         return ids[cut:], start - cut
 
-    def _ids(self, text: str, **kw: bool) -> list[int]:
-        bos = self.tokenizer.bos_token
-        if bos and text.startswith(bos):
-            kw["add_special_tokens"] = False
-        return self.tokenizer.encode(text, **kw)
+    def _ids(self, texts: Sequence[str], special: bool) -> Tokens:
+        """Tokens of each distinct text; special tokens are not added to one that begins with its own."""
+        bos, found = self.tokenizer.bos_token, {}
+        for add in (False, True):
+            some = [t for t in dict.fromkeys(texts) if (special and not (bos and t.startswith(bos))) is add]
+            if some:
+                found |= zip(some, self.tokenizer(some, add_special_tokens=add)["input_ids"], strict=True)
+        return found
 
     @property
     def max_length(self) -> int:
@@ -114,8 +123,7 @@ class Scorer:
     @torch.no_grad()
     def score(self, requests: Sequence[Request]) -> list[Score]:
         """Score every (context, continuation); order and duplicates do not matter."""
-        encoded = [self.encode(r) for r in requests]
-        return self.score_tokens(encoded)
+        return self.score_tokens(self.encode_all(requests))
 
     @torch.no_grad()
     def score_tokens(self, encoded: Sequence[tuple[list[int], int]]) -> list[Score]:
@@ -225,6 +233,14 @@ class Scorer:
         soft = self.soft_prompt.to(self._dtype).expand(len(ids), -1, -1)
         embedded = torch.cat([soft, self.model.get_input_embeddings()(ids)], dim=1)
         return self.model(inputs_embeds=embedded, use_cache=False).logits[:, soft.shape[1] :]
+
+
+def _spaces_moved(context: str, continuation: str) -> Request:
+    """Spaces that end the context begin the continuation, as the tokenizer would have them."""
+    moved = len(context) - len(context.rstrip())
+    if moved and context.strip():
+        return context[:-moved], context[-moved:] + continuation
+    return context, continuation
 
 
 def _read(logits: torch.Tensor, row: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
