@@ -31,7 +31,7 @@ from holdfast.measure import BATCH_TOKENS
 Request = tuple[str, str]
 Tokens = dict[str, list[int]]
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # of some scored tokens: request, log-probability, is it the argmax
-SCORED = 256  # tokens with logits in one forward: each costs a vocabulary of numbers
+SCORED = 512  # tokens with logits in one forward: each costs a vocabulary of numbers
 AGAIN = 32  # tokens that a part may repeat
 AT_ONCE = 4  # parts at once: each needs memory for a forward
 LOGITS = 1 << 20  # logits widened to fp32 at a time on a CPU: they stay in its cache
