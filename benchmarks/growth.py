@@ -10,6 +10,7 @@ The exponent is the slope of the logarithms, by least squares: 1 is linear.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 import _common as C
 
+STEEP = 1.1  # an exponent beyond the noise of linear growth
 OUT = C.RESULTS / "growth"
 PLOT = C.HERE.parent / "docs" / "growth.png"
 
@@ -133,7 +135,24 @@ def table(folder: Path) -> list[str]:
             slope["bytes"],
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return lines
+    return [*lines, *steep(found)]
+
+
+WHY = {"length": "attention inside a row is quadratic", "anchors": "each prompt is one more row for the base"}
+
+
+def steep(found: dict[str, list[C.Data]]) -> list[str]:
+    """A line for every step between two points in which time grows worse than linearly."""
+    lines = []
+    for axis, of in found.items():
+        for a, b in itertools.pairwise(of):
+            slope = C.exponent([a["x"], b["x"]], [a["seconds"], b["seconds"]])
+            if slope is not None and slope > STEEP:
+                why = f": {WHY[axis]}" if axis in WHY else ""
+                lines.append(
+                    f"- {AXES[axis][0]}, from {_short(a['x'])} to {_short(b['x'])}: exponent {slope:.2f}{why}"
+                )
+    return ["", "Steps in which time grows worse than linearly:", "", *lines] if lines else []
 
 
 def _short(x: float) -> str:

@@ -189,7 +189,10 @@ def table(folder: Path) -> list[str]:
             f"| {100 * d['share']['ours']:.0f} % ({100 * d['share'][top]:.0f} %) |"
         )
     models = {f"{d['model']} ({d['dtype'].removeprefix('torch.')})" for d in found}
-    return [*lines, "", f"{', '.join(sorted(models))}. What trains is in fp32, what is frozen in the model's dtype."]
+    note = (
+        "What trains is in fp32 (full tuning on a CPU: masters of bf16 weights), what is frozen in the model's dtype."
+    )
+    return [*lines, "", f"{', '.join(sorted(models))}. {note}"]
 
 
 def main() -> None:
