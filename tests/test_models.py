@@ -14,6 +14,7 @@ import torch
 from holdfast import models
 from holdfast.errors import ModelError
 from holdfast.model_card import model_card
+from tiny import build_model
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 TEXTS = [
@@ -50,23 +51,10 @@ def tiny_tokenizer():
 
 
 def tiny_llama(seed=0):
-    """2 layers, width 32, 4 heads over 2 key-value heads, tied embeddings."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=275,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
+    """The tiny Llama for this file's tokenizer, tied embeddings."""
+    return build_model(
+        seed=seed, vocab_size=275, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=None
     )
-    return LlamaForCausalLM(config).eval()
 
 
 def logits(model):

@@ -298,8 +298,6 @@ class Run:
         found = self._read(f"{when}.json")
         if found:
             return found
-        import torch
-
         from holdfast.measure.suites import measure_suite, names_of, remembered
         from holdfast.task import score_task
 
@@ -332,7 +330,7 @@ class Run:
             ]
             rows = [[r.where, r.prompt, r.completion] for r in task.test]
             out["task"] = remembered(
-                key and content_key(key, rows, task.labels, versions(), torch.get_num_threads()),
+                key and content_key(key, rows, task.labels),
                 lambda: score_task(
                     model,
                     job.tokenizer,

@@ -5,7 +5,7 @@ Legend: B rows, T tokens of the packed row, N scored positions, V vocabulary, H 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,10 +198,11 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float, s
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **settings).to(q.dtype)
 
 
-def _register() -> None:
+def register(name: str, function: Callable[..., Any]) -> None:
+    """Let models be switched to `function` by `forward.attention(model, name)`."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(ATTENTION, packed_attention)
+    AttentionInterface.register(name, function)
 
 
-_register()
+register(ATTENTION, packed_attention)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from holdfast.engine.pack import register
+
 TREE_ATTENTION = "holdfast_tree"
 TILE = 64  # queries of a tile: fewer see fewer keys in vain, more make larger matrix products
 UNEVEN = 1.5  # tiles go through one kernel call while that computes at most so many times their keys
@@ -84,8 +86,8 @@ def parts(tree: Tree, most: int, again: int) -> list[range]:
 def slices(tree: Tree, part: range, most: int, scored: int) -> Iterator[list[int]]:
     """Cut a part into forwards of at most `most` nodes and `scored` nodes with logits.
 
-    The ancestors of its first node come first. What a later slice needs from before it are the
-    ancestors of its own first node: an earlier ancestor of a later node is one of those too.
+    The ancestors of its first node come first. What a later slice needs from before it are the ancestors of its own
+    first node: an earlier ancestor of a later node is one of those too.
     """
     nodes, kept = [], 0
     for node in (*tree.above(part.start), *part):
@@ -178,10 +180,4 @@ def tree_attention(
     return torch.cat(outs)[None], None
 
 
-def _register() -> None:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(TREE_ATTENTION, tree_attention)
-
-
-_register()
+register(TREE_ATTENTION, tree_attention)

@@ -90,11 +90,8 @@ def measure_suite(
     Raises:
         HoldfastError: the suite is unknown, or its prompts do not fit the model.
     """
-    import torch
+    from holdfast.run import content_key
 
-    from holdfast.run import content_key, versions
-
-    where = (cache_key, versions(), torch.get_num_threads())  # bf16 rounds otherwise with more or fewer
     if name.startswith("lm_eval:"):
         from holdfast.measure.lm_eval import measure_task
 
@@ -102,25 +99,31 @@ def measure_suite(
             return measure_task(model(), tokenizer, name, limit=limit, progress=progress)
 
         own_file = ".yaml" in name or ".yml" in name  # it and its data may change between two calls
-        return remembered(cache_key and not own_file and content_key(*where, name, limit), bridge)
+        return remembered(cache_key and not own_file and content_key(cache_key, name, limit), bridge)
     suite = build(name, Ask(tokenizer, num_fewshot, limit, seed, tuple(labels)))
 
     def make() -> dict[str, Any]:
         return score_suite(model(), tokenizer, suite, batch_tokens=batch_tokens, progress=progress)
 
     asked = [[p.id, p.context, p.answers, p.right, p.max_tokens] for p in suite.probes]
-    return remembered(cache_key and content_key(*where, name, suite.settings, asked), make)
+    return remembered(cache_key and content_key(cache_key, name, suite.settings, asked), make)
 
 
 def remembered(key: str | bool | None, make: Callable[[], Any]) -> Any:
-    """What `make` gives (plain data), kept in the cache folder under `key`; no key, nothing is kept."""
+    """What `make` gives (plain data), kept in the cache folder under `key`; no key, nothing is kept.
+
+    What another version of a library or another number of threads measured is not used: they round otherwise.
+    """
     if not key:
         return make()
+    import torch
+
     from holdfast.measure import shard
     from holdfast.models import cache_dir
-    from holdfast.run import write_json
+    from holdfast.run import content_key, versions, write_json
 
-    path = cache_dir() / "measurements" / f"{key}.json"
+    name = content_key(key, versions(), torch.get_num_threads())
+    path = cache_dir() / "measurements" / f"{name}.json"
     found = shard.told(lambda: _read(path))  # if only some processes found it, the others would wait for them forever
     if found is not None:
         return found
