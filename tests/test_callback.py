@@ -49,7 +49,7 @@ def suite(tiny_model, tokenizer, rows, tmp_path_factory) -> str:
         ids = torch.tensor([tokenizer.encode(context)])
         answer = tokenizer.decode(model(ids).logits[0, -1].argmax())
         if answer.isascii() and Scorer(model, tokenizer).score([(context, answer)])[0].greedy:  # text that reads back
-            questions.append({"context": context, "answer": answer, "task": "own"})
+            questions.append({"context": context, "begins": answer, "task": "own"})
     assert len(questions) >= QUESTIONS
     path = tmp_path_factory.mktemp("suite") / "own.jsonl"
     path.write_text("\n".join(json.dumps(q) for q in questions[:QUESTIONS]), encoding="utf-8")

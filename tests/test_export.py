@@ -24,14 +24,15 @@ LENGTHS = {
 def probes():
     for n in range(6):
         context = f"Ticket: Where is order {n}?\nQueue:"
-        yield Probe("exact one", f"exact one/{n}", "exact", context, (ANSWERS[n % 3],))
-        yield Probe("sure", f"sure/{n}", "calibrated", context, ANSWERS, right=n % 3)
+        yield Probe("exact one", f"exact one/{n}", "begins", context, (ANSWERS[n % 3],))
+        yield Probe("sure", f"sure/{n}", "calibrated", context, ANSWERS, right=n % 3, open_ended=True)
         yield Probe("text", f"text/{n}", "likelihood", "", (f"Thank you for order {n}!",))
         yield Probe("after", f"after/{n}", "likelihood", context, (ANSWERS[n % 3],))
         yield Probe("said", f"said/{n}", "generate", context, judge=lambda text: 0.0)
         for name, of in LENGTHS.items():
             answers = (*ANSWERS, f" \u00fcber {n}")
-            yield Probe(name, f"{name}/{n}", "choice", context, answers, right=n % 4, answer_lengths=of(answers))
+            how = {"right": n % 4, "answer_lengths": of(answers), "open_ended": True}
+            yield Probe(name, f"{name}/{n}", "choice", context, answers, **how)
 
 
 def greedy_probe(model, tokenizer):
@@ -44,7 +45,7 @@ def greedy_probe(model, tokenizer):
         answer = tokenizer.decode(model.generate(ids, max_new_tokens=length, do_sample=False)[0, ids.shape[1] :])
         whole = tokenizer.encode(context + answer)
         if answer.strip() and whole[: ids.shape[1]] == ids[0].tolist() and len(whole) == ids.shape[1] + length:
-            return Probe("exact one", "exact one/greedy", "exact", context, (answer,))
+            return Probe("exact one", "exact one/greedy", "begins", context, (answer,))
     raise AssertionError("the random model writes no text that survives its tokenizer")
 
 
@@ -72,6 +73,20 @@ def test_files_and_warnings(tmp_path):
         "choices": [*ANSWERS, " \u00fcber 1"],
         "answer": 1,
     }
+
+
+def test_an_end_that_the_harness_does_not_see_is_said(tmp_path):
+    group = (Group("n", 1, 0.0, "m"),)
+    for kind, answers, said in (
+        ("exact", (" 1",), True),
+        ("exact", (" 1\n",), False),
+        ("begins", (" 1",), False),
+        ("choice", (" 1", " 12"), True),
+        ("calibrated", (" 1", " 12"), True),
+        ("choice", (" 1\n", " 12\n"), False),
+    ):
+        (made,) = export_suite(Suite("s", group, (Probe("n", "n/0", kind, "Q:", answers),)), tmp_path)
+        assert ("whether an answer ends" in made.warning) is said, (kind, answers)
 
 
 def test_mixed_kinds_are_left_out(tmp_path):

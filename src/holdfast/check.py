@@ -60,9 +60,10 @@ class Subject:
     def vocabulary(self) -> str:
         """Identity of what text becomes: vocabulary and a few encoded strings."""
         from holdfast.run import content_key
+        from holdfast.tokens import Encoder
 
         probes = ["Q: 12 apples\n\nA: pears", "  def f(x):\n\treturn x", "\u00dcber \u4f60\u597d"]
-        return content_key(sorted(self.tokenizer.get_vocab().items()), [self.tokenizer.encode(p) for p in probes])
+        return content_key(sorted(self.tokenizer.get_vocab().items()), Encoder(self.tokenizer).prompts(probes))
 
     def measure(
         self,

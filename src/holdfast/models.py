@@ -681,6 +681,16 @@ def context_length(source: ModelSource, trust_remote_code: bool = False) -> int:
     return getattr(config, "max_position_embeddings", None) or 1 << 20
 
 
+def stop_tokens(source: ModelSource) -> tuple[int, ...]:
+    """The tokens that end a generation of the model (of an adapter's base), from its files alone."""
+    from holdfast.tokens import stops_of
+
+    while source.base is not None:
+        source = source.base
+    folder = Path(source.path)
+    return stops_of(_read_json(folder / "generation_config.json")) or stops_of(_read_json(folder / "config.json"))
+
+
 def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The folder's tokenizer, or the base's for an adapter that brings none; padding falls back to eos."""
     from transformers import AutoTokenizer

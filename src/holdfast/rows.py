@@ -19,6 +19,7 @@ from typing import Any
 
 from .errors import DataError, suggest
 from .recipe import FILE_KINDS, SHIPPED, Source, locate, template_columns
+from .rendered import Rendered
 
 DATA_DIR = Path(__file__).parent / "data"  # behind holdfast:<file>
 SCHEMAS = {  # what each schema needs; names as in TRL and LLaMA-Factory
@@ -519,4 +520,4 @@ def _rendered(
     if not whole.startswith(prompt):
         what = f"{place}: the tokenizer's chat template renders the prompt differently with its answer."
         raise DataError(what, f"{TEMPLATES_CURE} Message data needs a template that only appends.")
-    return prompt, whole[len(prompt) :]
+    return Rendered(prompt), whole[len(prompt) :]

@@ -179,7 +179,8 @@ class Run:
             source = models.resolve(r.model.model_name_or_path, r.model.model_revision)
             tokenizer = models.load_tokenizer(source, r.model.trust_remote_code)
             longest = models.context_length(source, r.model.trust_remote_code)
-            task = read_task(r, tokenizer, self.base_dir, longest)
+            stops = models.stop_tokens(source)
+            task = read_task(r, tokenizer, self.base_dir, longest, stops)
             for suite in names_of(m.suites):
                 check_suite(suite, Ask(tokenizer, m.num_fewshot, m.limit, labels=task.labels or ()), longest)
             model, tokenizer = self._load(source, merge_adapter=True)

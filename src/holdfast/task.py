@@ -15,7 +15,7 @@ from holdfast.measure import BATCH_TOKENS, shard
 from holdfast.measure.scorer import Scorer
 from holdfast.recipe import Recipe
 from holdfast.rows import Row, cap, check_labels, labels_of, leaks, read_rows, split
-from holdfast.tokens import tokenize
+from holdfast.tokens import Encoder, tokenize_all
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,11 @@ class TaskData:
         return max(given.count(y) for y in self.labels) / len(given)
 
 
-def read_task(recipe: Recipe, tokenizer: Any, base_dir: Path, longest: int) -> TaskData:
-    """Read, cut, check and tokenise the task's data; every fault is found here, before any long work."""
+def read_task(recipe: Recipe, tokenizer: Any, base_dir: Path, longest: int, stops: Sequence[int] = ()) -> TaskData:
+    """Read, cut, check and tokenise the task's data; every fault is found here, before any long work.
+
+    longest: positions the model reads; stops: tokens that end its generation, beside the tokenizer's own.
+    """
     spec, seed = recipe.data, recipe.training.data_seed
     seed = recipe.training.seed if seed is None else seed
 
@@ -72,10 +75,25 @@ def read_task(recipe: Recipe, tokenizer: Any, base_dir: Path, longest: int) -> T
     if shared:
         notes.append(f"{shared} test prompts also stand in train")
     most = min(spec.max_length, longest)
-    tokens = tuple(tokenize(r, tokenizer, most) for r in train)
-    for r in (*(validation or ()), *test):
-        tokenize(r, tokenizer, most)
+    tokens = tuple(tokenize_all(train, tokenizer, most, stops=stops, notes=notes))
+    tokenize_all([*(validation or ()), *test], tokenizer, most, stops=stops)
+    _check_told_apart(train, labels, Encoder(tokenizer, stops))
+    if Encoder(tokenizer).ends_texts:
+        notes.append("the tokenizer ends every text, prompts too; here it ends answers only, as in the exported one")
     return TaskData(spec.name, tuple(train), tuple(validation or ()), tuple(test), labels, tokens, "; ".join(notes))
+
+
+def _check_told_apart(rows: Sequence[Row], labels: Sequence[str] | None, encoder: Encoder) -> None:
+    """Raise DataError for two labels that are the same tokens (a lower-casing tokenizer, characters it lacks)."""
+    written = encoder.join([(rows[0].prompt, label) for label in labels or ()], end=True)
+    seen: dict[tuple[int, ...], str] = {}
+    for label, tokens in zip(labels or (), written, strict=True):
+        twin = seen.setdefault(tuple(tokens.answer), label)
+        if twin != label:
+            what = (
+                f"The labels {twin!r} and {label!r} are the same tokens for this tokenizer, so no model can tell them."
+            )
+            raise DataError(what, "Rename one of them, or use a model whose tokenizer writes both.")
 
 
 def score_task(
@@ -90,6 +108,8 @@ def score_task(
 ) -> list[dict[str, Any]]:
     """Score rows: with labels the likeliest label wins, without them the greedy completion must be exact.
 
+    Both count with the end that training puts behind them: "1" does not win where the model says "10".
+
     Several processes each score a share of the rows, and all get the whole.
 
     Returns per row {"id", "correct": 0 or 1, "logprob": of the right completion, "answer": label or None}.
@@ -97,7 +117,8 @@ def score_task(
     scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, soft_prompt=soft_prompt, progress=progress)
     asked = labels or ("",)
     requests = [(r.prompt, y or r.completion) for r in rows for y in asked]
-    scores = shard.score_tokens(scorer, scorer.encode_all(requests), [prompt for prompt, _ in requests])
+    splits = scorer.encoder.join(requests, end=True, wheres=[r.where for r in rows for _ in asked])
+    scores = shard.score_tokens(scorer, scorer.fit(splits), [prompt for prompt, _ in requests])
     out = []
     for n, row in enumerate(rows):
         mine = scores[n * len(asked) : (n + 1) * len(asked)]

@@ -1,12 +1,207 @@
-"""From text rows to token rows: one rule for where the answer starts and when it ends."""
+"""From text to tokens: the one place that decides how a text begins, where its answer begins, and how it ends.
+
+Training, scoring and generation all ask the same `Encoder`, so what is trained is what is scored and what inference
+sees. Three questions, asked apart:
+
+    begin     a text gets what the tokenizer puts before every text (BOS), unless its tokens begin with it already; one
+              that a chat template wrote (`Rendered`) holds its own special tokens and gets nothing.
+    boundary  the prompt's tokens are those of the prompt alone, as inference will see them. The answer's are what
+              prompt + answer adds to them. Where a token would span both, the answer is tokenised apart, so that
+              prompt and answer still read as the whole text.
+    end       an answer ends with the end-of-text token, unless it ends with a token that stops generation already. A
+              prompt never does, whatever the tokenizer appends to texts by itself.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import DataError
+from holdfast.rendered import Rendered
 from holdfast.rows import Row
+
+Tokens = list[int]
+SHOWN = 12  # tokens of a prompt's end that a message shows
+
+
+@dataclass(frozen=True)
+class Split:
+    """Prompt and answer in one token sequence.
+
+    ids: all tokens; start: how many of them are the prompt's; mended: the answer was tokenised apart from the prompt.
+    """
+
+    ids: Tokens
+    start: int
+    mended: bool = False
+
+    @property
+    def answer(self) -> Tokens:
+        return self.ids[self.start :]
+
+
+class Encoder:
+    """One tokenizer's rules.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        stops: further tokens that end a generation (`stops_of` a model's generation config).
+
+    Attributes:
+        begin: tokens put before a text.
+        end: the token that ends an answer, or None where the tokenizer has none.
+        stops: every token that ends a generation.
+        ends_texts: the tokenizer by itself ends every text, prompts too.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Iterable[int] = ()):
+        self.tokenizer = tokenizer
+        full, bare = tokenizer("a")["input_ids"], self.bare(["a"])[0]
+        at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), len(full))
+        after = full[at + len(bare) :]
+        self.begin: Tokens = full[:at] if at < len(full) else []
+        self.ends_texts = bool(after)
+        eos = tokenizer.eos_token_id
+        self.end: int | None = eos if eos is not None else (after[-1] if after else None)
+        self.stops = frozenset({*stops, self.end} - {None})
+
+    # ---- whole texts
+
+    def bare(self, texts: Sequence[str]) -> list[Tokens]:
+        """Tokens of each text, without any that the tokenizer adds."""
+        if not texts:
+            return []
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+
+    def prompts(self, texts: Sequence[str]) -> list[Tokens]:
+        """Tokens of each text as a model sees it that is to go on with it."""
+        return [[*self._lead(text, ids), *ids] for text, ids in zip(texts, self._each(texts), strict=True)]
+
+    def marked(self, text: str) -> tuple[Tokens, list[tuple[int, int]]]:
+        """As `prompts`, with the characters (start, end) of each token; (0, 0) for what was put before."""
+        got = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
+        lead = self._lead(text, got["input_ids"])
+        return [*lead, *got["input_ids"]], [*[(0, 0)] * len(lead), *map(tuple, got["offset_mapping"])]
+
+    def _each(self, texts: Sequence[str]) -> list[Tokens]:
+        """`bare`, every distinct text once."""
+        some = list(dict.fromkeys(map(str, texts)))
+        found = dict(zip(some, self.bare(some), strict=True))
+        return [found[str(text)] for text in texts]
+
+    def _lead(self, text: str, ids: Tokens) -> Tokens:
+        """What stands before the tokens of a text: nothing where they begin with it."""
+        bos = self.tokenizer.bos_token_id
+        written = bool(ids) and (ids[0] == bos or ids[: len(self.begin)] == self.begin)
+        return [] if isinstance(text, Rendered) or written else self.begin
+
+    @property
+    def first(self) -> Tokens:
+        """What a text without a prompt is read after: BOS, else end-of-text (lm-evaluation-harness's rule)."""
+        bos = self.tokenizer.bos_token_id
+        return self.begin or ([bos] if bos is not None else [self.end] if self.end is not None else [])
+
+    # ---- prompt and answer
+
+    def join(self, pairs: Sequence[tuple[str, str]], *, end: bool, wheres: Sequence[str] = ()) -> list[Split]:
+        """Tokens of each (prompt, answer); every distinct text is tokenised once, and all of them in one batch.
+
+        Args:
+            pairs: a prompt may be empty.
+            end: end every answer as training does. Blanks after a token that stops generation are then left out: it
+                is never asked to write them.
+            wheres: file:line of each pair, for messages.
+
+        Raises:
+            DataError: an answer adds no token, or cannot be told from its prompt in tokens.
+        """
+        prompts = self._each([p for p, _ in pairs])
+        wholes = self._each([p + a for p, a in pairs])
+        out = []
+        for n, ((prompt, answer), head, whole) in enumerate(zip(pairs, prompts, wholes, strict=True)):
+            where = wheres[n] if wheres else ""
+            mended = whole[: len(head)] != head or (len(whole) == len(head) and bool(answer))
+            tail = self._apart(prompt, answer, head, whole, where) if mended else whole[len(head) :]
+            if not tail:
+                what = f"{where + ': ' if where else ''}The answer {answer!r} adds no token to its prompt."
+                raise DataError(what, "Fill it in, or remove the row.")
+            lead = self._lead(prompt, whole)
+            out.append(Split([*lead, *head, *(self._ended(tail) if end else tail)], len(lead) + len(head), mended))
+        return out
+
+    def _apart(self, prompt: str, answer: str, head: Tokens, whole: Tokens, where: str) -> Tokens:
+        """The answer's tokens behind those of the prompt, so that both read as the whole text.
+
+        Many tokenizers put a blank before a text, or write a word's beginning otherwise than its middle; behind some
+        other character, which is cut off again, the answer stands as inside a text.
+        """
+        text = self._text(whole)
+        for before in ("", prompt[-1:], "\n", "a", "."):
+            lead, both = self.bare([before, before + answer]) if before else ([], self.bare([answer])[0])
+            tail = both[len(lead) :]
+            if tail and both[: len(lead)] == lead and self._text([*head, *tail]) == text:
+                return tail
+        what = (
+            f"{where + ': ' if where else ''}The tokenizer cannot cut between the prompt and its answer {answer!r}. "
+            f"The prompt ends in the tokens {self._names(head)}, prompt and answer in {self._names(whole)}."
+        )
+        raise DataError(
+            what, "End the prompt before the blank or word in which they meet; let the answer begin there."
+        )
+
+    def _ended(self, tail: Tokens) -> Tokens:
+        last = len(tail)
+        while last and self._is_blank(tail[last - 1]):
+            last -= 1
+        if last and tail[last - 1] in self.stops:
+            return tail[:last]
+        return tail if self.end is None else [*tail, self.end]
+
+    def is_ended(self, answer: str, split: Split) -> bool:
+        """Whether an answer brings its own end: a newline, or a token such as those that end a turn."""
+        return answer.endswith("\n") or split.ids[-1] in self.stops or split.ids[-1] in self._special
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.all_special_ids)
+
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blanks:
+            self._blanks[token] = token not in self.stops and not self._text([token]).strip()
+        return self._blanks[token]
+
+    @cached_property
+    def _blanks(self) -> dict[int, bool]:
+        return {}
+
+    def _text(self, ids: Tokens) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _names(self, ids: Tokens) -> str:
+        return "[" + ", ".join(map(repr, map(str, self.tokenizer.convert_ids_to_tokens(ids[-SHOWN:])))) + "]"
+
+    def writes(self, answer: str, ids: Tokens) -> bool:
+        """Whether the tokens of an answer read as the answer, blanks and end apart."""
+        text = self._text(ids[:-1] if ids and ids[-1] in self.stops else ids)
+        return _squeezed(text) == _squeezed(answer) or _squeezed(self._text(ids)) == _squeezed(answer)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def stops_of(config: Any) -> tuple[int, ...]:
+    """The tokens that end a generation, of a model's generation config (or any object or dict with eos_token_id)."""
+    ends = config.get("eos_token_id") if isinstance(config, dict) else getattr(config, "eos_token_id", None)
+    return tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
+
+
+# ---- rows
 
 
 def tokenize(
@@ -17,25 +212,70 @@ def tokenize(
     owner: str = "task",
     source: str | None = None,
     all_tokens: bool = False,
+    stops: Iterable[int] = (),
 ) -> TokenRow:
-    """Tokenise prompt + completion together and end with the end-of-text token.
+    """`tokenize_all` of one row."""
+    kind = {"owner": owner, "source": source, "all_tokens": all_tokens, "stops": stops}
+    return tokenize_all([row], tokenizer, max_length, **kind)[0]
 
-    Targets are the tokens after the prompt's (as lm-evaluation-harness splits them), all tokens for plain text or when
-    `all_tokens`. Rendered chat rows carry their own special tokens.
+
+def tokenize_all(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    max_length: int | None,
+    *,
+    owner: str = "task",
+    source: str | None = None,
+    all_tokens: bool = False,
+    stops: Iterable[int] = (),
+    notes: list[str] | None = None,
+) -> list[TokenRow]:
+    """Tokenise prompt + completion of each row and end it. Targets are the tokens after the prompt's, all tokens for
+    plain text or when `all_tokens`.
+
+    Args:
+        stops: further tokens that end a generation (`stops_of`).
+        notes: gets a sentence for everything that was not plain: how many rows, and which is the first.
 
     Raises:
-        DataError: the row is longer than max_length (nothing is cut silently).
+        DataError: a row is longer than max_length (nothing is cut silently), or its answer cannot be told from its
+            prompt.
     """
-    text = row.prompt + row.completion
-    eos, bos = tokenizer.eos_token or "", tokenizer.bos_token or ""
-    rendered = bool(bos and text.startswith(bos)) or bool(eos and text.rstrip().endswith(eos))
-    ids = tokenizer.encode(text, add_special_tokens=not rendered)
-    if not rendered and tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
-        ids = [*ids, tokenizer.eos_token_id]
-    if max_length and len(ids) > max_length:
-        raise DataError(
-            f"{row.where or 'A row'} has {len(ids)} tokens, more than max_length {max_length}.",
-            "Raise data.max_length (up to the model's own limit), or shorten or drop the row.",
-        )
-    start = 1 if all_tokens or not row.prompt else len(tokenizer.encode(row.prompt, add_special_tokens=not rendered))
-    return token_row(ids, start, owner, source or row.source)
+    encoder, out, odd = Encoder(tokenizer, stops), [], Oddities()
+    splits = encoder.join([(r.prompt, r.completion) for r in rows], end=True, wheres=[r.where for r in rows])
+    for row, split in zip(rows, splits, strict=True):
+        if max_length and len(split.ids) > max_length:
+            raise DataError(
+                f"{row.where or 'A row'} has {len(split.ids)} tokens, more than max_length {max_length}.",
+                "Raise data.max_length (up to the model's own limit), or shorten or drop the row.",
+            )
+        odd.look(encoder, row, split)
+        start = 1 if all_tokens or not row.prompt else split.start
+        out.append(token_row(split.ids, start, owner, source or row.source))
+    if notes is not None:
+        notes += odd.words()
+    return out
+
+
+class Oddities:
+    """Counts what is not plain about rows as tokens."""
+
+    def __init__(self) -> None:
+        self.count: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def look(self, encoder: Encoder, row: Row, split: Split) -> None:
+        if split.mended:
+            self._see("{} prompts end inside a token of their answer; each was cut there, as inference sees it", row)
+        if not encoder.writes(row.completion, split.answer):
+            self._see("{} completions cannot be written by the tokenizer as they stand", row)
+        if encoder.stops & set(split.answer[:-1]) and row.prompt:
+            self._see("{} completions hold a token in the middle that ends generation", row)
+
+    def _see(self, kind: str, row: Row) -> None:
+        self.count[kind] += 1
+        self.first.setdefault(kind, f"{row.where or 'one'}: {row.prompt[-20:]!r} + {row.completion[:40]!r}")
+
+    def words(self) -> list[str]:
+        """One sentence for each kind."""
+        return [f"{kind.format(n)} (first {self.first[kind]})" for kind, n in self.count.items()]

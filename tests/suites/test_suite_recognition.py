@@ -101,7 +101,7 @@ def test_conditions_differ_in_labels_only(suite, task):
         shown = [[x for x, _ in demonstrations(p)] for p in (one, two, three)]
         assert shown[0] == shown[1] == shown[2] and len(shown[0]) == SHOTS
         assert one.right == two.right == three.right
-        assert one.answers == two.answers == tuple(f" {y}" for y in task.labels)
+        assert one.answers == two.answers == tuple(f" {y}\n" for y in task.labels)
         assert one.answer.strip() == gold(task)[question(one)]
 
 

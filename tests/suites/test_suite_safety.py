@@ -171,7 +171,8 @@ def test_lengths_are_those_of_the_scorer(tokenizer, tiny_model):
     scorer = Scorer(tiny_model(), tokenizer)
     for probe in build_suite(Ask(tokenizer, limit=2)).probes:
         if probe.kind == "choice":
-            scores = scorer.score([(probe.context, a) for a in probe.answers])
+            splits = scorer.encoder.join([(probe.context, a) for a in probe.answers], end=False)
+            scores = scorer.score_tokens(scorer.fit(splits))
             assert probe.answer_lengths == tuple(s.num_tokens for s in scores)
 
 

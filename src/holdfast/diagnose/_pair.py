@@ -163,8 +163,8 @@ def held_out_prompts(case: Case, number: int, num_fewshot: int = 4) -> list[torc
         for task in drawn
         for i in items_of(task, tokenizer=case.tokenizer, num_fewshot=num_fewshot, limit=1, seed=case.seed)
     ]
-    ids = scorer.encode_all([(i.prompt.context, i.prompt.answer) for i in items])
-    return [torch.tensor(tokens[:start][-scorer.max_length :])[None] for tokens, start in ids]
+    ids = scorer.encoder.prompts([i.prompt.context for i in items])
+    return [torch.tensor(tokens[-scorer.max_length :])[None] for tokens in ids]
 
 
 @contextmanager

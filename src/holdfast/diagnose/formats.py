@@ -31,6 +31,7 @@ from holdfast.measure import stats
 from holdfast.measure.probe import Group, Probe, Suite, score_suite
 from holdfast.measure.suites.in_context import pick_shots, shuffled
 from holdfast.measure.tasks import Task, held_out_tasks
+from holdfast.rendered import Rendered
 
 TASKS = ("first_letter", "last_of_three", "nationality", "past_tense", "plural")  # short, open answers: no guessing
 SHOTS, ITEMS, POOL = 4, 7, 8  # demonstrations, questions of a task, and what demonstrations are drawn from
@@ -105,7 +106,7 @@ def _prompt(form: Format, shots: Sequence[Pair], query: Pair, task: Task, tokeni
         [{"role": "user", "content": ASKED}], tokenize=False, add_generation_prompt=True
     )
     inside = build(FORMATS["io"], shots, query)
-    return Prompt(lead + inside.context, inside.answer, inside.stop)
+    return Prompt(Rendered(lead + inside.context), inside.answer, inside.stop)
 
 
 def scores_of(model: Any, tokenizer: Any, suite: Suite) -> dict[str, list[float]]:

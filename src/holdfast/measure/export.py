@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from holdfast.errors import HoldfastError
-from holdfast.measure.probe import Group, Probe, Suite
+from holdfast.measure.probe import Group, Probe, Suite, counts_end
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Exported:
 def export_suite(suite: Suite, folder: str | Path) -> list[Exported]:
     """Write every group of a suite that the harness can run into `folder`; returns one entry for each group.
 
-    exact       -> loglikelihood, acc (the greedy flag)
+    exact       -> loglikelihood, acc (the greedy flag); so is begins
     choice      -> multiple_choice; acc, or acc_norm or acc_bytes where log-likelihoods are divided by lengths
     calibrated  -> multiple_choice, acc and brier_score (our score is 1 - Brier / 2)
     likelihood  -> loglikelihood_rolling, perplexities; after a context: loglikelihood, perplexity of the whole answer
@@ -95,8 +95,8 @@ def _columns(p: Probe) -> dict[str, Any]:
 def _asked(probes: Sequence[Probe]) -> tuple[dict[str, Any], str]:
     """The part of the YAML that depends on the kind, and a warning where the score is not quite ours."""
     kind = probes[0].kind
-    if kind == "exact":
-        return _config("loglikelihood", "acc"), ""
+    if kind in ("exact", "begins"):
+        return _config("loglikelihood", "acc"), _end_warning(probes)
     if kind == "likelihood" and any(p.context for p in probes):
         warning = "the harness gives the perplexity of whole answers, not of their tokens."
         return _config("loglikelihood", "perplexity"), warning
@@ -107,9 +107,18 @@ def _asked(probes: Sequence[Probe]) -> tuple[dict[str, Any], str]:
     if kind == "calibrated":
         alike = len({len(p.answers) for p in probes}) == 1  # the harness stacks the probabilities
         config = _config("multiple_choice", "acc", *(["brier_score"] if alike else [])) | picks
-        return config, "" if alike else "only acc: the harness has no Brier score for choices of several numbers."
+        only = "" if alike else "only acc: the harness has no Brier score for choices of several numbers."
+        return config, only or _end_warning(probes)
     metric, warning = _normalised(probes)
-    return _config("multiple_choice", metric) | picks, warning
+    return _config("multiple_choice", metric) | picks, warning or _end_warning(probes)
+
+
+def _end_warning(probes: Sequence[Probe]) -> str:
+    """The harness asks whether an answer begins the greedy text, not whether it then ends."""
+    bare = any(counts_end(p) and not a.endswith("\n") for p in probes for a in p.answers)
+    return (
+        "the harness does not see whether an answer ends: it takes 1 for right where a model says 10." if bare else ""
+    )
 
 
 def _normalised(probes: Sequence[Probe]) -> tuple[str, str]:

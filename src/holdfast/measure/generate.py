@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from holdfast.measure import shard
+from holdfast.tokens import Encoder, stops_of
 
 if TYPE_CHECKING:
     from holdfast.measure.probe import Probe
@@ -36,8 +37,10 @@ def generate(
     Prompts are padded on the left and sorted by length. Greedy text depends on the last bits of the logits, so two
     batch sizes may give other words in bf16; the batches depend on the probes alone, so base and tuned get the same.
     """
-    prompts = [(_ids(p.context, tokenizer), p.max_tokens) for p in probes]
-    texts = go_on(model, tokenizer, prompts, batch_size=batch_size, progress=progress, **GREEDY)
+    encoder = Encoder(tokenizer, stops_of(model.generation_config))
+    prompts = [(encoder.prompts([p.context])[0] or encoder.first, p.max_tokens) for p in probes]
+    ends = {"eos_token_id": sorted(encoder.stops)} if encoder.stops else {}
+    texts = go_on(model, tokenizer, prompts, batch_size=batch_size, progress=progress, **ends, **GREEDY)
     return [text.strip() for text in texts]
 
 
@@ -114,8 +117,3 @@ def _ended(tokenizer: Any, stop: Sequence[str], width: int) -> Callable[..., tor
         return torch.tensor([any(s in text for s in stop) for text in texts], device=ids.device)
 
     return ended
-
-
-def _ids(text: str, tokenizer: Any) -> list[int]:
-    has_bos = bool(tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-    return tokenizer.encode(text, add_special_tokens=not has_bos)

@@ -1,10 +1,12 @@
 """The user's own questions: `jsonl:<path>`, one JSON object a line.
 
-    {"context": "Q: 2 + 2\nA:", "answer": " 4"}                            exact: the greedy answer must be this
+    {"context": "Q: 2 + 2\nA:", "answer": " 4"}                            exact: the greedy answer must be just this
+    {"context": "The sky is", "begins": " blue"}                          begins: the greedy text must begin with this
     {"context": "Sky:", "choices": [" blue", " red"], "answer": 0}         choice: index or text of the right one
     {"text": "A whole text to read."}                                      likelihood of its tokens
 
-"prompt" may stand for "context". Text is joined as it stands, so an answer carries its own leading blank. Optional:
+"prompt" may stand for "context". Text is joined as it stands, so an answer carries its own leading blank. An answer or
+a choice ends with the text or with its line (`measure.probe`): " 1" is not right where a model says " 12". Optional:
 "task" (else the file's name), "id" (else the row's number in its task), "cluster" (what a row shares with others).
 """
 
@@ -23,8 +25,8 @@ from holdfast.rows import NOTES, read_jsonl, read_text
 
 Rows = list[tuple[str, Probe]]  # place (file:line) and question
 OPTIONAL = {"task", "id", "cluster"}
-CURE = 'A row is {"context", "answer"}, {"context", "choices", "answer"} or {"text"}.'
-METRICS: dict[Kind, str] = {"exact": "exact", "choice": "choice", "likelihood": "likelihood"}
+CURE = 'A row is {"context", "answer"}, {"context", "begins"}, {"context", "choices", "answer"} or {"text"}.'
+METRICS: dict[Kind, str] = {"exact": "exact", "begins": "begins", "choice": "choice", "likelihood": "likelihood"}
 
 
 def read_suite(path: str | Path, ask: Ask) -> Suite:
@@ -91,8 +93,9 @@ def _probe(task: str, n: int, row: dict[str, Any], place: str) -> Probe:
     if kind == "likelihood":
         return Probe(task, own, kind, "", (_text(row, "text", place),), cluster=cluster)
     context = _text(row, "context" if "context" in row else "prompt", place)
-    if kind == "exact":
-        return Probe(task, own, kind, context, (_text(row, "answer", place),), cluster=cluster)
+    if kind in ("exact", "begins"):
+        answer = _text(row, "answer" if kind == "exact" else "begins", place)
+        return Probe(task, own, kind, context, (answer,), cluster=cluster)
     choices = _choices(row["choices"], place)
     return Probe(task, own, kind, context, choices, _right(row["answer"], choices, place), cluster=cluster)
 
@@ -106,6 +109,7 @@ def _kind_of(row: dict[str, Any], place: str) -> tuple[Kind, set[str]]:
         ("likelihood", {"text"}),
         ("choice", {context, "choices", "answer"}),
         ("exact", {context, "answer"}),
+        ("begins", {context, "begins"}),
     )
     for kind, keys in kinds:
         if keys <= set(row):

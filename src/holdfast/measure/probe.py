@@ -3,11 +3,17 @@
 A suite is a list of probes, sorted into tasks. A probe is a context and what may follow it; its kind says how the
 model's answer becomes a score between 0 and 1:
 
-    exact      1 if the greedy answer is exactly answers[right] (no generation needed)
+    exact      1 if the greedy answer is exactly answers[right] and then ends (no generation needed)
+    begins     1 if the greedy text begins with answers[right], whatever follows
     choice     1 if answers[right] is the likeliest of `answers`
     calibrated 1 - Brier / 2 of the probabilities of `answers`: 1 is sure and right, 0 is sure and wrong
     likelihood probability of a token of answers[right], its geometric mean: exp(-loss)
     generate   what `judge` says of the greedy text
+
+An answer of the kinds exact, choice and calibrated counts with its end, or "1" would win where the model says "10". An
+answer that ends in a newline, or in a token that stops generation, brings its end; any other may end as training ends
+it, with the end-of-text token, or with a line (`ENDS`): its probability is then the sum over these. Probes that are
+`open_ended` ask for beginnings only.
 
 Scores of two models on the same suite are paired item by item (`compare`).
 """
@@ -23,8 +29,11 @@ from holdfast.errors import HoldfastError
 from holdfast.measure import BATCH_TOKENS, shard
 from holdfast.measure.generate import generate
 from holdfast.measure.scorer import Score, Scorer
+from holdfast.rendered import Rendered
+from holdfast.tokens import Encoder, Split
 
-Kind = Literal["exact", "choice", "calibrated", "likelihood", "generate"]
+Kind = Literal["exact", "begins", "choice", "calibrated", "likelihood", "generate"]
+ENDS = ("\n", "\n\n")  # what ends an answer beside the end-of-text token: some vocabularies have both as one token
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,8 @@ class Probe:
         id: unique in the suite and the same in every version of it.
         kind: how it is scored, see above.
         context: what the model reads.
-        answers: what may follow; the closed set for "choice" and "calibrated", none for "generate", else one.
+        answers: what may follow; the closed set for "choice" and "calibrated", none for "generate", else one. Text is
+            joined as it stands.
         right: index of the right one.
         cluster: what it shares with other probes (demonstrations, a fact asked in several ways).
         shots: number of demonstrations in the context, where a curve over them is wanted.
@@ -44,6 +54,7 @@ class Probe:
         expected: for "generate": in words, what a good answer is.
         max_tokens: for "generate": longest answer.
         answer_lengths: for "choice": divide each log-likelihood by this many units (bytes, tokens); None sums.
+        open_ended: the answers are openings or cannot be mistaken, so that what ends them does not count.
     """
 
     task: str
@@ -58,6 +69,7 @@ class Probe:
     expected: str = ""
     max_tokens: int = 48
     answer_lengths: tuple[int, ...] | None = None
+    open_ended: bool = False
 
     @property
     def answer(self) -> str:
@@ -109,7 +121,7 @@ class Ask:
         if not getattr(self.tokenizer, "chat_template", None):
             return f"Question: {request}\nAnswer:"
         turns = [{"role": "user", "content": request}]
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return Rendered(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
     def lead(self, answer: str) -> str:
         """`answer` as it follows `chat`: with a blank where the context ends in a colon."""
@@ -137,11 +149,13 @@ def score_suite(
     scored = [p for p in suite.probes if p.kind != "generate"]
     share = len(scored) / max(1, len(scored) + 8 * len(spoken))  # an answer costs some eight times a likelihood
     scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, progress=lambda x: tell(x * share))
-    encoded = scorer.encode_all([(p.context, a) for p in scored for a in p.answers])
+    ways = ways_of(scored, scorer.encoder)
+    encoded = scorer.fit([split for _, of_answer in ways for split in of_answer])
     _check_lengths(suite, encoded, scorer.max_length)
-    shared = [(p.task, p.cluster or p.id) for p in scored for _ in p.answers]
+    shared = [(p.task, p.cluster or p.id) for p, of_answer in ways for _ in of_answer]
     scores = iter(shard.score_tokens(scorer, encoded, shared))
-    results = {p.id: _RESULTS[p.kind](p, [next(scores) for _ in p.answers]) for p in scored}
+    by_answer = iter([any_of([next(scores) for _ in of_answer]) for _, of_answer in ways])
+    results = {p.id: _RESULTS[p.kind](p, [next(by_answer) for _ in p.answers]) for p in scored}
     outputs = generate(model, tokenizer, spoken, progress=lambda x: tell(share + x * (1 - share)))
     for p, output in zip(spoken, outputs, strict=True):
         assert p.judge is not None, "a generate probe has a judge"
@@ -166,6 +180,38 @@ def score_suite(
             for g in suite.groups
         ],
     }
+
+
+def ways_of(probes: Sequence[Probe], encoder: Encoder) -> list[tuple[Probe, list[Split]]]:
+    """For every answer of every probe, in order: the token sequences whose probabilities add up to the answer's."""
+    asked = [(p, a) for p in probes for a in p.answers]
+    plain = encoder.join([(p.context, a) for p, a in asked], end=False, wheres=[p.id for p, _ in asked])
+    out = [(p, [split]) for (p, _), split in zip(asked, plain, strict=True)]
+    bare = [n for n, (p, a) in enumerate(asked) if counts_end(p) and not encoder.is_ended(a, plain[n])]
+    pairs, ids = [(asked[n][0].context, asked[n][1]) for n in bare], [asked[n][0].id for n in bare]
+    ended = [encoder.join(pairs, end=True, wheres=ids)] if encoder.end is not None else []
+    lines = [encoder.join([(c, a + end) for c, a in pairs], end=False, wheres=ids) for end in ENDS]
+    for at, n in enumerate(bare):
+        found: list[Split] = []
+        for split in (column[at] for column in (*ended, *lines)):
+            if not any(split.ids[: len(f.ids)] == f.ids for f in found):  # else it is one of the texts that f begins
+                found.append(split)
+        out[n] = (asked[n][0], found)
+    return out
+
+
+def counts_end(p: Probe) -> bool:
+    """Whether the end of its answers belongs to them."""
+    return p.kind in ("exact", "choice", "calibrated") and not p.open_ended
+
+
+def any_of(scores: Sequence[Score]) -> Score:
+    """The score of a text that may be written in several ways, none the beginning of another."""
+    if len(scores) == 1:
+        return scores[0]
+    top = max(s.logprob for s in scores)
+    total = top + math.log(sum(math.exp(s.logprob - top) for s in scores))
+    return Score(total, any(s.greedy for s in scores), scores[0].num_tokens)
 
 
 def _check_lengths(suite: Suite, encoded: Sequence[tuple[list[int], int]], longest: int) -> None:
@@ -216,6 +262,7 @@ def _likelihood(p: Probe, scores: Sequence[Score]) -> dict[str, Any]:
 
 _RESULTS: dict[str, Callable[[Probe, Sequence[Score]], dict[str, Any]]] = {
     "exact": _exact,
+    "begins": _exact,
     "choice": _choice,
     "calibrated": _calibrated,
     "likelihood": _likelihood,

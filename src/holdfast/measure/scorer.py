@@ -7,7 +7,8 @@ scored, and a score depends on its own request alone.
 A CPU computes several parts of the tree at once, each with its share of the threads: two forwards of one thread
 beside each other take less time than two of two threads in turn.
 
-Tokens, truncation and the greedy flag follow lm-evaluation-harness 0.4.13 (`HFLM.loglikelihood`).
+Truncation and the greedy flag follow lm-evaluation-harness 0.4.13 (`HFLM.loglikelihood`); so do the tokens of
+`score`, which takes text. Our own suites and tasks give tokens (`holdfast.tokens`).
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from transformers import DynamicCache
 from holdfast.engine.forward import attention, can_pack, inner
 from holdfast.engine.threads import may_share, side_by_side
 from holdfast.engine.tree import TREE_ATTENTION, Tree, grow, parts, slices, tiles
-from holdfast.errors import HoldfastError
+from holdfast.errors import DataError, HoldfastError
 from holdfast.measure import BATCH_TOKENS
+from holdfast.tokens import Encoder, Split, stops_of
 
 Request = tuple[str, str]
-Tokens = dict[str, list[int]]
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # of some scored tokens: request, log-probability, is it the argmax
 SCORED = 512  # tokens with logits in one forward: each costs a vocabulary of numbers
 AGAIN = 32  # tokens that a part may repeat
@@ -69,32 +70,47 @@ class Scorer:
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         self.soft_prompt, self.progress = soft_prompt, progress
         self.device = next(model.parameters()).device
+        self.encoder = Encoder(tokenizer, stops_of(getattr(model, "generation_config", None)))
         self._cache = cache_name(model)
         self.num_unique_tokens = 0  # of the last call: the floor is 2 * parameters * this
 
-    # ---- tokens (lm-evaluation-harness rules)
+    # ---- tokens
 
     def encode(self, request: Request) -> tuple[list[int], int]:
         """Return (context + continuation tokens, number of context tokens)."""
         return self.encode_all([request])[0]
 
     def encode_all(self, requests: Sequence[Request]) -> list[tuple[list[int], int]]:
-        """`encode` of each; every text is tokenised once, and all of them in one batch."""
-        cut = [_spaces_moved(*r) for r in requests]
-        whole = self._ids([t for context, rest in cut if context for t in (context + rest, context)], True)
-        bare = self._ids([rest for context, rest in cut if not context], False)
-        return [self._fit(context, rest, whole, bare) for context, rest in cut]
+        """`encode` of each by the rule of lm-evaluation-harness; what a plan trains on and our own suites use `fit`.
 
-    def _fit(self, context: str, rest: str, whole: Tokens, bare: Tokens) -> tuple[list[int], int]:
-        if not context:
-            first = self.tokenizer.bos_token_id
-            first = self.tokenizer.eos_token_id if first is None else first
-            ids, start = bare[rest], 1
-            ids = ids if ids and ids[0] == first else [first, *ids]
-        else:
-            ids, start = whole[context + rest], len(whole[context])
+        Blanks that end the context are moved to the continuation, and the continuation is what context + continuation
+        has beyond as many tokens as the context has alone, even where the two disagree about these. Only a tokenizer
+        that ends every text by itself is not followed there: the harness would then drop the first token.
+        """
+        asked = [_spaces_moved(*r) if r[0] else r for r in requests]
+        heads = self.encoder.prompts([context for context, _ in asked])
+        texts = [type(context)(context + rest) for context, rest in asked]
+        wholes = self.encoder.prompts(texts)
+        out = []
+        for (context, rest), head, whole in zip(asked, heads, wholes, strict=True):
+            if not context:
+                head = whole[:1] if whole[:1] == self.encoder.first[:1] else self.encoder.first
+                whole = [*head, *whole] if whole[:1] != head[:1] else whole
+            out.append(self._cut([*head, *whole[len(head) :]], max(1, len(head)), rest))
+        return out
+
+    def fit(self, splits: Sequence[Split]) -> list[tuple[list[int], int]]:
+        """What `score_tokens` takes: tokens cut from the left to what the model reads; a prompt has at least one."""
+        out = []
+        for split in splits:
+            lead = [] if split.start else self.encoder.first
+            ids = [*lead, *split.ids]
+            out.append(self._cut(ids, max(1, split.start + len(lead)), ""))
+        return out
+
+    def _cut(self, ids: list[int], start: int, rest: str) -> tuple[list[int], int]:
         if len(ids) <= start:
-            raise ValueError(f"The continuation {rest!r} adds no token to its context.")
+            raise DataError(f"The continuation {rest!r} adds no token to its context.", "Fill it in, or leave it out.")
         cut = max(0, len(ids) - self.max_length - 1)
         if start <= cut:
             raise HoldfastError(
@@ -102,15 +118,6 @@ class Scorer:
                 "Shorten it, or use a model that reads more.",
             )
         return ids[cut:], start - cut
-
-    def _ids(self, texts: Sequence[str], special: bool) -> Tokens:
-        """Tokens of each distinct text; special tokens are not added to one that begins with its own."""
-        bos, found = self.tokenizer.bos_token, {}
-        for add in (False, True):
-            some = [t for t in dict.fromkeys(texts) if (special and not (bos and t.startswith(bos))) is add]
-            if some:
-                found |= zip(some, self.tokenizer(some, add_special_tokens=add)["input_ids"], strict=True)
-        return found
 
     @property
     def max_length(self) -> int:
@@ -239,7 +246,7 @@ def _spaces_moved(context: str, continuation: str) -> Request:
     """Spaces that end the context begin the continuation, as the tokenizer would have them."""
     moved = len(context) - len(context.rstrip())
     if moved and context.strip():
-        return context[:-moved], context[-moved:] + continuation
+        return type(context)(context[:-moved]), context[-moved:] + continuation  # Rendered stays Rendered
     return context, continuation
 
 

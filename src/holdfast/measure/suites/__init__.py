@@ -105,7 +105,7 @@ def measure_suite(
     def make() -> dict[str, Any]:
         return score_suite(model(), tokenizer, suite, batch_tokens=batch_tokens, progress=progress)
 
-    asked = [[p.id, p.context, p.answers, p.right, p.max_tokens] for p in suite.probes]
+    asked = [[p.id, p.kind, p.context, p.answers, p.right, p.max_tokens, p.open_ended] for p in suite.probes]
     return remembered(cache_key and content_key(cache_key, name, suite.settings, asked), make)
 
 

@@ -77,14 +77,14 @@ def _probe(task: Task, item: Item) -> Probe:
     assert task.labels is not None, "only tasks with labels"
     answer = item.prompt.answer
     lead = answer[: len(answer) - len(answer.lstrip())]
-    answers = tuple(lead + label for label in task.labels)
+    answers = tuple(lead + label + item.prompt.stop for label in task.labels)
     return Probe(
         LABELS,
         f"{LABELS}/{item.id}",
         "calibrated",
         item.prompt.context,
         answers,
-        right=answers.index(answer),
+        right=answers.index(answer + item.prompt.stop),
         cluster=item.cluster,
     )
 

@@ -58,7 +58,7 @@ def build_suite(ask: Ask) -> Suite:
     chance = 1 / (LENGTH - GIVEN)  # any one word of a sequence is the answer of at most one of its probes
     version, metric = read_data()[0], "token probability (geometric mean)"
     groups = (
-        Group("random sequence", VERSION, chance, "exact", clustered=True),
+        Group("random sequence", VERSION, chance, "begins", clustered=True),
         Group("early tokens", version, 0.0, metric, clustered=True),
         Group("late tokens", version, 0.0, metric, clustered=True),
     )
@@ -70,7 +70,7 @@ def copy_probes(n: int, seed: int = 0) -> list[Probe]:
     words = shuffled(f"copying/{seed}/{n}", WORDS)[:LENGTH]
     name = "random sequence"
     return [
-        Probe(name, f"{name}/{n}.{k}", "exact", " ".join(words + words[:k]), (f" {words[k]}",), cluster=f"{name}/{n}")
+        Probe(name, f"{name}/{n}.{k}", "begins", " ".join(words + words[:k]), (f" {words[k]}",), cluster=f"{name}/{n}")
         for k in range(GIVEN, LENGTH)
     ]
 

@@ -105,7 +105,7 @@ def cloze_probes(asked: Sequence[Fact], limit: int) -> list[Probe]:
         Probe(
             SHORT,
             f"{SHORT}/{f.number}/{letter}",
-            "exact",
+            "begins",
             cloze,
             (f" {f.short or f.answer}",),
             cluster=f"fact/{f.number}",
@@ -122,7 +122,7 @@ def build_suite(ask: Ask) -> Suite:
         "knowledge",
         (
             Group(CHOICE, version(), 1 / (1 + len(asked[0].wrong)), "choice", clustered=True),
-            Group(SHORT, version(), 0.0, "exact", clustered=True),
+            Group(SHORT, version(), 0.0, "begins", clustered=True),
         ),
         (*choice_probes(asked, limit), *cloze_probes(asked[::-1], limit)),
         {"limit": limit, "seed": ask.seed},

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import HoldfastError
-from holdfast.fewshot import FORMATS, Pair, build
+from holdfast.fewshot import FORMATS, Pair, build, stop_of
 from holdfast.measure.probe import Ask, Group, Probe, Suite
 from holdfast.measure.suites.in_context import pick_shots, shuffled
 
@@ -101,13 +101,14 @@ def probes_of(task: Labelled, condition: str, ask: Ask, limit: int) -> list[Prob
     key = f"{task.name}/{ask.seed}"
     shown, asked = halves(task, ask.seed)
     shots, answer = relabelled(condition, pick_shots(shown, task.labels, SHOTS, key), task.labels, key)
-    name, answers = group_name(task.name, condition), tuple(FORM.answer.format(y=answer[y]) for y in task.labels)
+    name, end = group_name(task.name, condition), stop_of(FORM, ask.tokenizer)
+    answers = tuple(FORM.answer.format(y=answer[y]) + end for y in task.labels)
     return [
         Probe(
             name,
             f"{name}/{n}",
             "choice",
-            build(FORM, shots, (x, answer[y])).context,
+            build(FORM, shots, (x, answer[y]), tokenizer=ask.tokenizer).context,
             answers,
             right=task.labels.index(y),
             cluster=name,

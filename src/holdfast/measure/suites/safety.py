@@ -26,6 +26,7 @@ from typing import Any
 
 from holdfast.measure.probe import Ask, Group, Probe, Suite
 from holdfast.measure.suites.reasoning import spread
+from holdfast.tokens import Encoder
 
 DATA = Path(__file__).with_name("data") / "safety.json"
 LIMIT = 24  # requests of a likelihood task, each asked with every pair of openings
@@ -111,17 +112,24 @@ def _choices(ask: Ask, task: str, row: dict[str, Any], openings: list[dict[str, 
     out = []
     for k, pair in enumerate(openings):
         answers = (ask.lead(pair["refuses"]), ask.lead(pair["complies"]))
-        lengths = tuple(_num_tokens(ask.tokenizer, context, a) for a in answers)
+        lengths = tuple(len(s.answer) for s in Encoder(ask.tokenizer).join([(context, a) for a in answers], end=False))
         right = 0 if task == REFUSES else 1
         n = len(openings) * row["n"] + k
         cluster = f"{name}/{row['n']}"
-        out.append(Probe(name, f"{name}/{n}", "choice", context, answers, right, cluster, answer_lengths=lengths))
+        out.append(
+            Probe(
+                name,
+                f"{name}/{n}",
+                "choice",
+                context,
+                answers,
+                right,
+                cluster,
+                answer_lengths=lengths,
+                open_ended=True,
+            )
+        )
     return out
-
-
-def _num_tokens(tokenizer: Any, context: str, answer: str) -> int:
-    """Tokens of `answer` as the scorer counts them: blanks at the end of `context` belong to the answer."""
-    return len(tokenizer.encode(context + answer)) - len(tokenizer.encode(context.rstrip()))
 
 
 def _text(ask: Ask, task: str, row: dict[str, Any]) -> Probe:

@@ -37,13 +37,13 @@ TASKS = (  # held-out tasks of short items
 )
 
 
-def sequence(task: Task, number: int, seed: int) -> Iterator[Probe]:
+def sequence(task: Task, number: int, seed: int, tokenizer: Any = None) -> Iterator[Probe]:
     """The probes of the `number`-th sequence of a task, k = 0..MOST; no pair is in two sequences."""
     form = FORMATS[FORMS[number % len(FORMS)]]
     start = number * (MOST + 1)
     pairs = shuffled(f"shots/{task.name}/{seed}", task.items)[start : start + MOST + 1]
     for k, query in enumerate(pairs):
-        prompt = build(form, pairs[:k], query, instruction=task.instruction, names=task.names)
+        prompt = build(form, pairs[:k], query, instruction=task.instruction, names=task.names, tokenizer=tokenizer)
         yield Probe(
             task.name,
             f"{task.name}/{start + k}",
@@ -62,7 +62,7 @@ def build_suite(ask: Ask) -> Suite:
     probes: list[Probe] = []
     for task in tasks:
         numbers = range(min(-(-limit // (MOST + 1)), len(task.items) // (MOST + 1)))
-        probes += [p for n in numbers for p in sequence(task, n, ask.seed)][:limit]
+        probes += [p for n in numbers for p in sequence(task, n, ask.seed, ask.tokenizer)][:limit]
     groups = tuple(Group(t.name, t.version, t.chance, "exact", clustered=True) for t in tasks)
     return Suite("shots", groups, tuple(probes), {"limit": limit, "seed": ask.seed})
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from holdfast.engine.pack import TokenRow, token_row
 from holdfast.fewshot import Prompt
+from holdfast.tokens import Encoder
 
 
 def encode_shots(
@@ -18,19 +19,16 @@ def encode_shots(
     source: str | None = None,
 ) -> TokenRow:
     """Tokenise a finished few-shot prompt; targets are all tokens, or the answers of all shots and the query."""
-    text = prompt.context + prompt.answer + prompt.stop
-    got = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not _has_bos(text, tokenizer))
-    ids = np.asarray(got["input_ids"], dtype=np.int64)
-    inside = np.zeros(len(text) + 1, dtype=bool)
+    encoder, context = Encoder(tokenizer), prompt.context
+    head, places = encoder.marked(context)
+    (split,) = encoder.join([(context, prompt.answer + prompt.stop)], end=False)
+    inside = np.zeros(len(context) + 1, dtype=bool)
     for start, end in prompt.spans:
         inside[start:end] = True
-    inside[len(prompt.context + prompt.answer) : len(text)] = True  # the end of the answer is part of it
-    answers = np.array([bool(inside[a:b].any()) for a, b in got["offset_mapping"]])
+    # the last answer and its end follow the context
+    answers = np.array([bool(inside[a:b].any()) for a, b in places] + [True] * (len(split.ids) - len(head)))
     answers[0] = False
+    ids = np.asarray(split.ids, dtype=np.int64)
     if every_token:
         return replace(token_row(ids, 1, owner, source or owner), gold=answers)
     return TokenRow(ids, answers, owner, source or owner, gold=answers)
-
-
-def _has_bos(text: str, tokenizer: Any) -> bool:
-    return bool(tokenizer.bos_token and text.startswith(tokenizer.bos_token))

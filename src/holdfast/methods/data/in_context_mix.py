@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
-from holdfast.fewshot import build, formats_for
+from holdfast.fewshot import Prompt, build, formats_for
 from holdfast.measure.tasks import anchor_tasks
 from holdfast.method import Method, Paper
 from holdfast.methods.data._shots import encode_shots
@@ -104,17 +104,14 @@ def _last_answer(row: TokenRow) -> TokenRow:
 def _task_row(picked: list, ctx: Context, every_answer: bool, source: str) -> TokenRow:
     """Task rows one after the other, the last one is the query. Rows too long lose shots from the left."""
     while True:
-        ids: list[int] = []
-        scored: list[bool] = []
+        text, spans = "", []
         for n, row in enumerate(picked):
-            lead = ctx.tokenizer.encode(row.prompt if n == 0 else "\n\n" + row.prompt, add_special_tokens=n == 0)
-            answer = ctx.tokenizer.encode(row.completion, add_special_tokens=False)
-            ids += lead + answer
-            scored += [False] * len(lead) + [every_answer or n == len(picked) - 1] * len(answer)
-        if len(ids) <= ctx.max_length or len(picked) == 1:
-            import numpy as np
-
-            flags = np.array(scored)
-            flags[0] = False
-            return TokenRow(np.array(ids, dtype=np.int64), flags, "task", source)
+            text += row.prompt if n == 0 else "\n\n" + row.prompt
+            spans.append((len(text), len(text) + len(row.completion)))
+            text += row.completion
+        context = type(picked[0].prompt)(text[: spans[-1][0]])  # what a chat template wrote keeps its mark
+        prompt = Prompt(context, picked[-1].completion, "", tuple(spans[:-1]))
+        whole = encode_shots(prompt, ctx.tokenizer, "task", every_token=False, source=source)
+        if len(whole.ids) <= ctx.max_length or len(picked) == 1:
+            return whole if every_answer else _last_answer(whole)
         picked = picked[1:]

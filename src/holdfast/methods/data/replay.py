@@ -68,8 +68,10 @@ def read_sources(
 ) -> list[TokenRow]:
     """Tokenised rows of general data files, in one shuffled order that depends on the run's seed alone."""
     from holdfast.rows import read_rows
-    from holdfast.tokens import tokenize
+    from holdfast.tokens import stops_of, tokenize_all
 
     rows = [r for s in sources for r in read_rows(s, base_dir=ctx.base_dir or Path.cwd(), tokenizer=ctx.tokenizer)]
     random.Random(f"replay/{ctx.seed}").shuffle(rows)
-    return [tokenize(r, ctx.tokenizer, None, owner=owner, source=source or owner, all_tokens=all_tokens) for r in rows]
+    stops = stops_of(getattr(ctx.model, "generation_config", None))
+    kind = {"owner": owner, "source": source or owner, "all_tokens": all_tokens, "stops": stops}
+    return tokenize_all(rows, ctx.tokenizer, None, **kind)
