@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from holdfast.plan import Plan
     from holdfast.run import tune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _WHERE = {
     "tune": "holdfast.run",

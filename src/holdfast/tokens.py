@@ -125,7 +125,7 @@ class Encoder:
         out = []
         for n, ((prompt, answer), head, whole) in enumerate(zip(pairs, prompts, wholes, strict=True)):
             where = wheres[n] if wheres else ""
-            mended = whole[: len(head)] != head or (len(whole) == len(head) and bool(answer))
+            mended = whole[: len(head)] != head or (len(whole) == len(head) and bool(answer.strip()))
             tail = self._apart(prompt, answer, head, whole, where) if mended else whole[len(head) :]
             if not tail:
                 what = f"{where + ': ' if where else ''}The answer {answer!r} adds no token to its prompt."
@@ -185,10 +185,15 @@ class Encoder:
     def _names(self, ids: Tokens) -> str:
         return "[" + ", ".join(map(repr, map(str, self.tokenizer.convert_ids_to_tokens(ids[-SHOWN:])))) + "]"
 
-    def writes(self, answer: str, ids: Tokens) -> bool:
+    def writes(self, answer: str, split: Split) -> bool:
         """Whether the tokens of an answer read as the answer, blanks and end apart."""
-        text = self._text(ids[:-1] if ids and ids[-1] in self.stops else ids)
-        return _squeezed(text) == _squeezed(answer) or _squeezed(self._text(ids)) == _squeezed(answer)
+        end = len(split.ids) - (split.ids[-1] in self.stops)
+        wanted = _squeezed(answer)
+        return (
+            _squeezed(self._text(split.ids[split.start : end])) == wanted
+            or _squeezed(self._text(split.answer)) == wanted  # a chat template wrote the end too
+            or _squeezed(self._text(split.ids[:end])).endswith(wanted)  # "##er" alone does not read as "er"
+        )
 
 
 def _squeezed(text: str) -> str:
@@ -267,7 +272,7 @@ class Oddities:
     def look(self, encoder: Encoder, row: Row, split: Split) -> None:
         if split.mended:
             self._see("{} prompts end inside a token of their answer; each was cut there, as inference sees it", row)
-        if not encoder.writes(row.completion, split.answer):
+        if not encoder.writes(row.completion, split):
             self._see("{} completions cannot be written by the tokenizer as they stand", row)
         if encoder.stops & set(split.answer[:-1]) and row.prompt:
             self._see("{} completions hold a token in the middle that ends generation", row)
