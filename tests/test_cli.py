@@ -15,7 +15,7 @@ from tiny_run import make_world, recipe_data, write_recipe
 
 OPTIONS = {  # frozen: settings of a method belong in a recipe, never here
     "tune": ["recipe", "--set", "--debug"],
-    "explain": ["recipe", "--set", "--debug"],
+    "explain": ["recipe", "--set", "--rows", "--debug"],
     "measure": ["model", "--revision", "--suite", "--num-fewshot", "--limit", "--labels", "--out",
                 "--trust-remote-code", "--debug"],
     "check": ["base", "tuned", "--keep", "--suite", "--num-fewshot", "--limit", "--labels", "--why",
@@ -116,6 +116,14 @@ def test_doctor(holdfast, tmp_path, monkeypatch):
     facts = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert code == 0 and facts["holdfast"] == __version__ and facts["cache"] == str(tmp_path.resolve())
     assert {"python", "torch", "transformers", "peft", "system", "threads", "cpu", "cuda"} <= set(facts)
+
+
+def test_explain_shows_rows_as_the_model_sees_them(holdfast, world, tmp_path):
+    path = write_recipe(tmp_path / "r.yaml", recipe_data(world, tmp_path / "run"))
+    code, out, _ = holdfast("explain", str(path), "--rows", "2")
+    assert code == 0 and "Rows as the model sees them" in out
+    assert out.count("targets") == 2 and out.count("train.jsonl:") == 2 and out.count("<|eos|>") == 2
+    assert holdfast("explain", str(path), "--rows", "-1")[0] == 2
 
 
 def test_explain_writes_nothing(holdfast, world, tmp_path, monkeypatch):

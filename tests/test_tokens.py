@@ -332,3 +332,25 @@ def test_two_labels_of_the_same_tokens_are_refused(made):
     _check_told_apart(rows, (" Yes", " yes"), Encoder(made("bytes")))
     with pytest.raises(DataError, match="' Yes' and ' yes' are the same tokens"):
         _check_told_apart(rows, (" Yes", " yes"), Encoder(made("word pieces")))
+
+
+# ---- rows as the model sees them
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_pieces_of_a_row_make_its_text(name, made):
+    from holdfast.report.seen import MOST_TOKENS, pieces, seen_row
+
+    tokenizer = made(name)
+    for prompt, answer in PAIRS.values():
+        row = tokenize(Row(prompt, answer), tokenizer, None)
+        assert "".join(pieces(row.ids.tolist(), tokenizer)) == text(tokenizer, row.ids)
+        shown = seen_row(row, tokenizer, "a:1")
+        assert [t[1] for t in shown["tokens"]] == row.ids.tolist()
+        assert [t[2] for t in shown["tokens"]] == row.scored.tolist()
+        assert squeezed("".join(t[0] for t in shown["tokens"] if t[2] and not t[3])).replace("##", "") == squeezed(
+            answer
+        )
+    long = seen_row(tokenize(Row("Q:", " a" * 2000), tokenizer, None), tokenizer)
+    left = f"{long['num_tokens'] - MOST_TOKENS} tokens"
+    assert len(long["tokens"]) == MOST_TOKENS + 1 and left in long["tokens"][MOST_TOKENS // 2][0]

@@ -75,7 +75,12 @@ def tune(recipe: Path, set: Set = None, debug: Debug = False) -> None:
 
 
 @app.command()
-def explain(recipe: Path, set: Set = None, debug: Debug = False) -> None:
+def explain(
+    recipe: Path,
+    set: Set = None,
+    rows: Annotated[int, typer.Option("--rows", min=0, help="Show so many rows as the model will see them.")] = 0,
+    debug: Debug = False,
+) -> None:
     """Show what a recipe's plan will do, before any training. Checks the plan on the real model."""
     _start(debug)
     from rich.console import Console
@@ -93,6 +98,12 @@ def explain(recipe: Path, set: Set = None, debug: Debug = False) -> None:
     extra = [m.name for m in session.methods if "base_logits" in m.needs]
     if extra:
         Console().print(f"The base's answers are computed once before training, for: {', '.join(extra)}.")
+    if task.note:
+        Console().print(f"Note: {task.note}.", markup=False, highlight=False)
+    if rows:
+        from holdfast.report.seen import seen_rows, show_rows
+
+        show_rows(seen_rows(job, rows), Console())
 
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]

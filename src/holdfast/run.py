@@ -27,6 +27,7 @@ from holdfast.recipe import KEEP_FRAC, Recipe, _resolved, load_recipe
 
 T = TypeVar("T")
 Tell = Callable[[str, float, str], None]  # phase, share done (0..1), words beside the bar
+ROWS = 3  # of the training data that the report shows token by token
 WORK = {"before.json", "checkpoint", "checkpoint.old", "model", "training.json"}  # what a mended recipe would spoil
 
 
@@ -472,6 +473,7 @@ class Run:
             **estimates(before and before["task"], after["task"]),
         }
         from holdfast.report.examples import examples
+        from holdfast.report.seen import seen_rows
 
         with self._timed("examples"):
             shown = examples(lambda: model, job.tokenizer, before["abilities"], after["abilities"]) if before else []
@@ -493,6 +495,7 @@ class Run:
             "data": {"name": task.name, "train": self.recipe.data.train.path, "rows": len(task.train)},
             "training": training,
             "examples": shown,
+            "rows": seen_rows(job, ROWS),
             "timing": {**training.get("timing", {}), **self.timing},
             "versions": versions(),
             "settings": {

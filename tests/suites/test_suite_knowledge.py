@@ -101,7 +101,7 @@ def test_a_probe_says_what_its_fact_says(tokenizer):
         fact, n = facts()[int(number)], "abc".index(letter)
         if p.task == CHOICE:
             assert p.context == f"Question: {fact.questions[n]}\nAnswer:"
-            assert p.answer == f" {fact.answer}" and len(p.answers) == 4
+            assert p.answer == f" {fact.answer}\n" and len(p.answers) == 4
         else:
             assert (p.context, p.answers) == (fact.clozes[n], (f" {fact.short or fact.answer}",))
 

@@ -167,6 +167,16 @@ class DiagnosisPart(TypedDict, total=False):
     table: list[list[Any]] | None
 
 
+class SeenRow(TypedDict):
+    """A training row as the model sees it; a token is [text, id, is it a target, is it special]. Untrusted text."""
+
+    where: str
+    source: str
+    num_tokens: int
+    num_targets: int
+    tokens: list[list[Any]]
+
+
 class PromptPart(TypedDict):
     """A whole prompt as the model saw it."""
 
@@ -193,6 +203,7 @@ class Report(TypedDict, total=False):
     versions: dict[str, str]
     settings: dict[str, Any]
     prompts: list[PromptPart]
+    rows: list[SeenRow]
     recipe: str | None
 
 

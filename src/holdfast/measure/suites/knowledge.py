@@ -1,9 +1,10 @@
 """The knowledge suite: facts that do not age, each asked in three phrasings, as multiple choice and as a short answer.
 
-"multiple choice" sums the log-likelihood of each of four answers after a question; the answers are scored as text and
-never listed, so there are no positions to balance. "short answer" is right when the greedy text after a sentence that
-breaks off is the answer: without demonstrations and without a stop, because only the answer fits there. Both are
-plain text whatever the chat template, so that they ask what a model knows and not how it talks.
+"multiple choice" sums the log-likelihood of each of four answers, with the end of its line, after a question; they are
+scored as text and never listed, so there are no positions to balance. "short answer" is right when the greedy text
+after a sentence that breaks off begins with the answer: without demonstrations and without a stop, because only the
+answer fits there. Both are plain text whatever the chat template, so that they ask what a model knows and not how it
+talks.
 
 The phrasings of a fact share a cluster: some reword one clue, others lead to the same answer by another. How far
 its score hangs on them is `phrasing_spread`, which is thus of wording and of clue: read it as base against tuned, not
@@ -91,7 +92,7 @@ def choice_probes(asked: Sequence[Fact], limit: int, task: str = CHOICE, kind: K
             f"{task}/{f.number}/{letter}",
             kind,
             f"Question: {question}\nAnswer:",
-            tuple(f" {answer}" for answer in (f.answer, *f.wrong)),
+            tuple(f" {answer}\n" for answer in (f.answer, *f.wrong)),  # the line ends it: 12 is not 1
             cluster=f"fact/{f.number}",
         )
         for f in asked
