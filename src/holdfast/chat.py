@@ -23,6 +23,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 OPTIONS = ("tools", "documents", "chat_template_kwargs")  # columns that go to the template
 THINKING = ("reasoning_content", "thinking", "reasoning")  # transformers takes them for one
 FLAGS = ("weight", "train", "training", "trainable", "loss")  # whether to train on a message, in usual trainers
+SILENT = {"role", *FLAGS}  # what is not looked for in the text
 LINKS = {"tool_call_id"}  # says which call a tool answers; the order says it too
 THINK = re.compile(r"(</?think>)")
 MARK = "zqx"  # put into a text to see whether that changes what is rendered
@@ -160,12 +161,12 @@ class Chat:
 
     def _check_flags(self, talk: Talk) -> None:
         for i, message in enumerate(talk.messages):
-            for key in FLAGS:
+            for key in FLAGS if len(message) > 2 else ():
                 value = message.get(key)
                 if value is None:
                     continue
                 if not isinstance(value, int | float) or value not in (0, 1):
-                    what = f"{talk.place}: {talk.name(i)} has the {key} {value!r}, and only 0 and 1 are known."
+                    what = f"{talk.place}: {talk.name(i)} has the {key} {value!r}; known are 0, 1, false and true."
                     raise DataError(what, "Remove the key, or the row.")
                 if i < talk.cut and value:
                     self.notes.add(FLAGGED, talk.place)
@@ -308,12 +309,12 @@ class Chat:
 
     def _check_messages(self, talk: Talk, prompt: str, whole: str) -> None:
         at = 0  # contents stand in the order of the messages, so the search goes on behind the last one
-        for i, message in enumerate(talk.messages):
-            kind = _kind(talk, i)
+        told = [_keys(message) for message in talk.messages]
+        for i, (message, keys, kind) in enumerate(zip(talk.messages, told, _kinds(talk, told), strict=True)):
             if kind not in self._gone:
-                self._gone[kind] = {key for key in _keys(message) if self._vanishes(talk, i, key, whole)}
+                self._gone[kind] = {key for key in keys if self._vanishes(talk, i, key, whole)}
                 self._check_role(talk, i, whole)
-            for key in _keys(message):
+            for key in keys:
                 gone = key in self._gone[kind]
                 if key != "content":
                     self._check_key(talk, i, key, whole, gone)
@@ -349,7 +350,7 @@ class Chat:
         if key in LINKS:
             _check_link(talk, i)
         if not soft:
-            what = f"{talk.place}: {self.template} writes nothing of {key!r} of {talk.name(i)}, or not all of it."
+            what = f"{talk.place}: {self.template} writes nothing, or not all, of {key!r} of {talk.name(i)}."
             raise DataError(what, f"Use a model whose template writes it, or remove it from the data. {AS_TEXT}")
         text = THOUGHTS if key in THINKING else f"the chat template writes nothing of the key {key!r} ({{n message}})"
         self.notes.add(text, talk.place)
@@ -364,7 +365,8 @@ class Chat:
         """Whether some part of a key can be changed without any change of the text."""
         value = talk.messages[i][key]
         if key == "content":
-            return all(self._same(talk.having(i, content=other), whole) for other in (value + MARK, MARK))
+            ends = (value + MARK, *([] if "</think>" in value else [MARK + value]))  # earlier thinking may go
+            return any(self._same(talk.having(i, content=other), whole) for other in ends)
         if key == "tool_calls":
             return any(self._same(talk.having(i, tool_calls=calls), whole) for calls in _other_calls(value))
         without: dict[str, Any] = dict.fromkeys(THINKING if key in THINKING else (key,))
@@ -372,12 +374,12 @@ class Chat:
         return all(self._same(talk.having(i, **other), whole) for other in others)
 
     def _check_lost(self, talk: Talk, i: int, whole: str) -> None:
-        """Refuse a content that leaves no trace at all."""
+        """Refuse a content that leaves no trace, or the end of which leaves none."""
         content = talk.messages[i]["content"]
         if i < talk.cut and "</think>" in content and not content.split("</think>")[-1].strip():
             return
         if self._vanishes(talk, i, "content", whole):
-            what = f"{talk.place}: {self.template} writes nothing of {talk.name(i)}: {_short(content)}."
+            what = f"{talk.place}: {self.template} writes nothing, or not all, of {talk.name(i)}: {_short(content)}."
             raise DataError(what, "Use a model whose template writes it, or move its text into another message.")
 
     def _note_change(self, talk: Talk, how: str) -> None:
@@ -404,7 +406,7 @@ class Chat:
         names = [f.get("name") for f in _functions(message.get("tool_calls", ()))]
         before = completion.partition(content or str(names[0] if names else ""))[0]
         thought = re.search(r"(<think>\s*)?</think>", before)
-        if thought and not any(message.get(key) for key in THINKING):
+        if thought and "</think>" not in content and not any(message.get(key) for key in THINKING):
             text = f"the chat template puts {thought[0]!r} before {{n answer}}, and it is trained on"
             self.notes.add(text, talk.place)
 
@@ -481,20 +483,22 @@ def _without_nulls(value: Any) -> tuple[Any, bool]:
 
 def _keys(message: Message) -> list[str]:
     """The keys that say something: filled, no marks for training, one of those for thinking."""
-    keys = [key for key, value in message.items() if key not in ("role", *FLAGS) and _filled(value)]
-    thoughts = [key for key in keys if key in THINKING]
-    return [key for key in keys if key not in thoughts[1:]]
+    keys = [key for key, value in message.items() if key not in SILENT and _filled(value)]
+    thoughts = [key for key in keys if key in THINKING] if len(keys) > 1 else []
+    return [key for key in keys if key not in thoughts[1:]] if thoughts else keys
 
 
 def _filled(value: Any) -> bool:
     return bool(value.strip()) if isinstance(value, str) else bool(value)
 
 
-def _kind(talk: Talk, i: int) -> tuple:
-    """What a template can tell messages apart by, beside their text."""
-    roles = [m["role"] for m in talk.messages]
-    around = (roles[i - 1] if i else "", roles[i], *roles[i + 1 : i + 2])
-    return around, i >= talk.cut, "user" in roles[i:], tuple(_keys(talk.messages[i])), tuple(sorted(talk.options))
+def _kinds(talk: Talk, told: list[list[str]]) -> Iterator[tuple]:
+    """What a template can tell messages apart by, beside their text: position, neighbours, keys, options."""
+    roles = ["", *(message["role"] for message in talk.messages), ""]
+    asked = max((i for i, role in enumerate(roles) if role == "user"), default=0) - 1  # the last question
+    options = tuple(sorted(talk.options))
+    for i, keys in enumerate(told):
+        yield (*roles[i : i + 3], i >= talk.cut, i > asked, tuple(keys), options)
 
 
 def _functions(calls: list[Any]) -> Iterator[dict[str, Any]]:
