@@ -73,6 +73,18 @@ def rows_file(name: str, *lines: str):
     return make
 
 
+def chat_file(name: str, answer: dict, **columns):
+    """The same with one conversation, which ends in this answer."""
+    row = {"messages": [{"role": "user", "content": "hi"}, answer], **columns}
+
+    def make(folder):
+        data = rows_file(name, json.dumps(row))(folder)["data"]
+        return {"data": {**data, "prompt": None, "completion": None}}
+
+    return make
+
+
+ANSWER = {"role": "assistant", "content": "yo"}
 GOOD = json.dumps({"text": "Ticket: hello\nQueue:", "queue": "other"})
 
 # name: (changes of the recipe, or a function of the folder that gives them; what the message must say)
@@ -98,6 +110,22 @@ CASES = {
         ["torn.jsonl:3: not valid JSON", "Each line must be one JSON object"],
     ),
     "row that is no object": (rows_file("list.jsonl", GOOD, "[1, 2]"), ["list.jsonl:2: a list, not an object"]),
+    "no number": (
+        rows_file("inf.jsonl", GOOD, '{"text": "a", "queue": Infinity}'),
+        ["inf.jsonl:2: column 'queue' holds Infinity", "Write a finite number"],
+    ),
+    "key twice": (
+        rows_file("twice.jsonl", GOOD, '{"text": "a", "queue": "b", "queue": "c"}'),
+        ["twice.jsonl:2: the key 'queue' is given twice", "Keep one of the two"],
+    ),
+    "empty answer of a conversation": (chat_file("empty.jsonl", ANSWER | {"content": ""}), [
+        "empty.jsonl:1: the answer, message 2 (assistant), is empty", "Remove the row"]),
+    "answer of weight 0": (chat_file("weight.jsonl", ANSWER | {"weight": 0}), [
+        "weight.jsonl:1: the answer is marked not to be trained on (weight 0)", "or the key 'weight'"]),
+    "thinking that is not rendered": (chat_file("muse.jsonl", ANSWER | {"reasoning_content": "I muse"}), [
+        "muse.jsonl:1: ", "writes nothing, or not all, of 'reasoning_content'", "Use a model whose"]),
+    "tools that are not rendered": (chat_file("tools.jsonl", ANSWER, tools='[{"name": "f"}]'), [
+        "tools.jsonl:1: ", "writes nothing of 'tools'"]),
     "missing column": (
         {"data": {"prompt": "{body}"}},
         ["train.jsonl:1: no column 'body'", "the row has text, queue"],

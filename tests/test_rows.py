@@ -37,6 +37,7 @@ def write(folder: Path, name: str, content: object) -> str:
 
 
 def read(folder: Path, name: str, content: object, **options) -> list[Row]:
+    options.setdefault("notes", [])  # without a list, what is noted becomes a warning, and warnings are errors here
     return read_rows(write(folder, name, content), base_dir=folder, **options)
 
 
@@ -131,7 +132,85 @@ def test_parquet(tmp_path, tokenizer):
 def test_templates_take_numbers_odd_names_and_braces(tmp_path):
     row = {"Ticket text": "a{b}", "0": 1.5, "yes": True, "note": ""}
     (found,) = read(tmp_path, "a.jsonl", [row], prompt="{{{Ticket text}}}{note} {0}", completion="{yes}")
-    assert (found.prompt, found.completion) == ("{a{b}} 1.5", "True")
+    assert (found.prompt, found.completion) == ("{a{b}} 1.5", "true")
+
+
+SPELLINGS = ["1e3", "1.0", "1.10", "-0", "-0.0", "1E+2", "0.30000000000000004", "7", "123456789012345678901", "true"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_number_is_written_as_in_the_file(name, tmp_path):
+    lines = [f'{{"t": "a", "n": {spelling}}}' for spelling in SPELLINGS]
+    text = "\n".join(lines) if name == "a.jsonl" else "[" + ",\n".join(lines) + "]"
+    found = read(tmp_path, name, text, prompt="{t} {n}", completion=" {n}")
+    assert [row.completion for row in found] == [f" {spelling}" for spelling in SPELLINGS]
+    assert found[0].prompt == "a 1e3"
+
+
+def test_numbers_and_truths_of_tables_are_noted(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    notes: list[str] = []
+    rows = [{"t": "a", "x": 1.0, "yes": True, "n": 3}, {"t": "b", "x": 2.5, "yes": False, "n": 4}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    asked = {"prompt": "{t} {n}", "completion": "{x} {yes}", "base_dir": tmp_path}
+    assert pairs(read_rows("a.parquet", **asked, notes=notes)) == [("a 3", "1.0 true"), ("b 4", "2.5 false")]
+    assert notes == [
+        "column 'x' holds binary numbers, written in Python's way (2 times, first a.parquet:1: 1.0)",
+        "column 'yes' holds true or false, written so, in small letters (2 times, first a.parquet:1)",
+    ]
+    for bad, word in ((float("inf"), "holds inf"), (float("-inf"), "holds -inf"), (float("nan"), "has no value")):
+        parquet.write_table(pyarrow.Table.from_pylist([*rows, rows[0] | {"x": bad}]), tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=rf"a\.parquet:3: column 'x' {word}"):
+            read_rows("a.parquet", **asked)
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
+@pytest.mark.parametrize("word", ["Infinity", "-Infinity", "NaN", "1e999"])
+def test_what_is_no_number_is_refused_by_line_and_column(name, word, tmp_path):
+    lines = ['{"text": "a", "queue": 1}', f'{{"text": "b", "queue": {word}}}']
+    text = "\n".join(lines) if name == "t.jsonl" else "[" + ",\n".join(lines) + "]"
+    told = "has no value" if word == "NaN" else f"holds {word}, which is not a finite number"
+    with pytest.raises(DataError, match=rf"{name}:2: column 'queue' {told}"):
+        read(tmp_path, name, text, **TEMPLATES)
+    assert read(tmp_path, name, text, prompt="{text}", completion="{text}")  # a column that nobody reads may hold it
+
+
+def test_inf_in_csv_is_text(tmp_path):
+    assert pairs(read(tmp_path, "a.csv", "text,queue\na,inf\n", **TEMPLATES)) == [("a\nQueue:", " inf")]
+
+
+def test_a_key_given_twice_is_refused(tmp_path):
+    for name, text, line in (
+        ("t.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n', 2),
+        ("t.json", '[{"text": "a"},\n\n{"text": "b", "text": "c"}]', 3),
+        ("t.jsonl", '{"text": "a", "meta": {"text": 1, "text": 1}}', 1),
+        ("t.json", '{"text": [], "text": [{"text": "a"}]}', 1),
+    ):
+        with pytest.raises(DataError, match=rf"{name}:{line}: the key 'text' is given twice"):
+            read(tmp_path, name, text)
+
+
+def test_blanks_around_a_column_name_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"(?s)no column 'queue'.*The column is called ' queue', with its blanks"):
+        read(tmp_path, "t.csv", "text, queue\na,b\n", **TEMPLATES)
+
+
+def test_odd_characters_of_an_answer_are_noted(tmp_path):
+    notes: list[str] = []
+    row = {"text": "caf\ufffd", "queue": "a\r\nb"}
+    assert read(tmp_path, "t.jsonl", [row, {"text": "x\r\ny", "queue": "z"}], notes=notes, **TEMPLATES)
+    assert [note.split(",")[0] for note in notes] == [
+        "1 text with U+FFFD",
+        "1 answer with a carriage return (a line break of Windows)",
+    ]
+
+
+def test_without_a_list_the_notes_are_a_warning(tmp_path):
+    name = write(tmp_path, "t.jsonl", [FINE | {"level": 1}, FINE, FINE | {"level": 2}])
+    with pytest.warns(UserWarning, match=r"t\.jsonl: column 'level' is not used \(2 rows, first t\.jsonl:1\)"):
+        read_rows(name, base_dir=tmp_path)
 
 
 TEMPLATES = {"prompt": "{text}\nQueue:", "completion": " {queue}"}
@@ -147,6 +226,7 @@ BAD_TEMPLATED = {  # the second row is bad
     "empty prompt": ({"text": " ", "queue": "y"}, ["t.jsonl:2", "the prompt is empty"]),
     "empty completion": ({"text": "b", "queue": ""}, ["t.jsonl:2", "the completion is empty"]),
     "half a character": ({"text": "b\ud800", "queue": "y"}, ["t.jsonl:2", "half a character"]),
+    "nul": ({"text": "b\0c", "queue": "y"}, ["t.jsonl:2", "a NUL character"]),
 }
 
 
@@ -169,6 +249,8 @@ BAD = {  # name: (file, content, fragments)
     ),
     "not an object": ("t.jsonl", '{"text": "a"}\n3\n', ["t.jsonl:2: a number, not an object"]),
     "not utf-8": ("t.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', ["t.jsonl:2: not UTF-8"]),
+    "utf-16": ("t.jsonl", '{"text": "a"}'.encode("utf-16"), ["t.jsonl:1: UTF-16 text", "Save the file as UTF-8"]),
+    "long number": ("t.jsonl", '{"text": "a"}\n{"text": ' + "1" * 5000 + "}", ["t.jsonl:2: a number of 5000 digits"]),
     "too deep": ("t.jsonl", "[" * 100000, ["t.jsonl:1: not valid JSON"]),
     "empty": ("t.jsonl", "\n", ["t.jsonl: holds no rows"]),
     "empty csv": ("t.csv", "a,b\n", ["t.csv: holds no rows"]),
@@ -237,6 +319,31 @@ BAD = {  # name: (file, content, fragments)
         ["content is a list", "Only text"],
     ),
     "empty answer": ("t.jsonl", [{"messages": [USER, ANSWER | {"content": None}]}], ["content is null"]),
+    "blank answer": (
+        "t.jsonl",
+        [{"messages": [USER, ANSWER | {"content": " \n"}]}],
+        ["the answer, message 2", "empty"],
+    ),
+    "answer of the user": (
+        "t.jsonl",
+        [{"prompt": [USER], "completion": [USER]}],
+        ["t.jsonl:1: the completion is not"],
+    ),
+    "two answers": (
+        "t.jsonl",
+        [{"prompt": [USER], "completion": [ANSWER, USER, ANSWER]}],
+        ["t.jsonl:1: the completion is not one message of the assistant"],
+    ),
+    "two parts": (
+        "t.jsonl",
+        [{"messages": [USER | {"content": [{"type": "text", "text": "a"}] * 2}, ANSWER]}],
+        ["content is a list", "Write the parts as one text"],
+    ),
+    "tools beside text": ("t.jsonl", [FINE | {"tools": [{}]}], ["t.jsonl:1: column 'tools' is filled"]),
+    "system beside text": ("t.jsonl", [FINE | {"system": "x"}], ["t.jsonl:1: column 'system' is filled"]),
+    "weight of a row": ("t.jsonl", [FINE | {"weight": 1}, FINE | {"weight": 0.5}], ["t.jsonl:2: column 'weight'"]),
+    "images": ("t.jsonl", [{"messages": [USER, ANSWER], "images": ["a"]}], ["column 'images' is filled"]),
+    "speaker of no name": ("t.jsonl", [{"conversations": [{"from": []}]}], ["unknown speaker []"]),
     "speaker": ("t.jsonl", [{"conversations": [DOG]}], ["t.jsonl:1: unknown speaker 'dog'", "human"]),
     "history": (
         "t.jsonl",

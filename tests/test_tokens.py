@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from cases import run
+from holdfast.chat import Chat
 from holdfast.errors import DataError
 from holdfast.measure.generate import generate
 from holdfast.measure.probe import Ask, Probe, any_of, score_suite, ways_of
 from holdfast.measure.scorer import Score, Scorer
+from holdfast.notes import Notes
 from holdfast.rendered import Rendered
-from holdfast.rows import Row, _rendered
+from holdfast.rows import Row
 from holdfast.task import score_task
 from holdfast.tokens import Encoder, stops_of, tokenize, tokenize_all
 from tiny import build_model
@@ -178,10 +180,12 @@ def test_what_was_odd_is_counted_and_named(made):
     rows = [Row("Sentiment: ", "positive", where="a:1"), Row("Q:", " yes", where="a:2"), Row("S: ", "no", where="a:3")]
     notes: list[str] = []
     tokenize_all(rows, made("bytes"), None, notes=notes)
-    assert len(notes) == 1 and notes[0].startswith("2 prompts end inside a token") and "a:1: 'Sentiment: '" in notes[0]
+    assert (
+        len(notes) == 1 and notes[0].startswith("2 prompts ending inside a token") and "a:1: 'Sentiment: '" in notes[0]
+    )
     notes.clear()
     tokenize_all([Row("Q:", " \u00fcber", where="a:4")], made("word pieces"), None, notes=notes)
-    assert notes and "cannot be written by the tokenizer" in notes[0] and "a:4" in notes[0]
+    assert notes and "cannot write" in notes[0] and "a:4" in notes[0]
     notes.clear()
     tokenize_all([Row("Q:", " yes</s> and no", where="a:5")], made("bytes"), None, notes=notes)
     assert notes and "in the middle that ends generation" in notes[0]
@@ -265,7 +269,7 @@ def test_chats_are_learnt_as_inference_sees_them(name, template, made):
     pairs, seen = [], []
     for n, answer in enumerate(["billing", "a b", "12", "1", "positive", "No.", "x y z", "10"]):
         head = [{"role": "user", "content": f"Where is {n}"}]
-        pairs.append(_rendered(head, [{"role": "assistant", "content": answer}], {}, "r", tokenizer))
+        pairs.append(Chat(tokenizer, Notes()).pair(head, [{"role": "assistant", "content": answer}], {}, "r"))
         made_ids = tokenizer.apply_chat_template(head, add_generation_prompt=True, return_dict=False)
         seen.append(made_ids)
     rows = [tokenize(Row(*p), tokenizer, None) for p in pairs]

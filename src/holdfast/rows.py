@@ -4,12 +4,13 @@ Nothing is guessed in silence: a row that does not fit is refused by file and li
 mean two things are refused by name.
 """
 
+import codecs
 import csv
 import io
-import json
 import math
 import random
 import re
+import warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,12 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from .chat import LAST_ONLY, OPTIONS, TEMPLATES_CURE, Chat, Message, kind_of, messages_of
 from .errors import DataError, suggest
+from .jsontext import DECODER, SYNTAX, Bent, Written
+from .notes import BOOKKEEPING as NOTES
+from .notes import Notes
 from .recipe import FILE_KINDS, SHIPPED, Source, locate, template_columns
-from .rendered import Rendered
 
 DATA_DIR = Path(__file__).parent / "data"  # behind holdfast:<file>
 SCHEMAS = {  # what each schema needs; names as in TRL and LLaMA-Factory
@@ -29,14 +33,12 @@ SCHEMAS = {  # what each schema needs; names as in TRL and LLaMA-Factory
     "alpaca": {"instruction", "output"},
     "text": {"text"},
 }
-NOTES = {"id", "idx", "index", "source", "url", "meta", "metadata", "title", "date", "timestamp", "language"}
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 SHAREGPT |= {"system": "system", "tool": "tool"}
-ROLES = ("system", "developer", "user", "assistant", "tool")
-TEMPLATES_CURE = "Set data.prompt and data.completion to templates over the columns."
+CARRIERS = {*OPTIONS, "functions", "function_call", "system", "history", "images", "image", "videos", "video"}
+CARRIERS |= {"audios", "audio", "reasoning_content", "reasoning", "thinking", "weight", "train", "chosen", "rejected"}
 
 Record = tuple[str, dict[str, Any]]  # place (file:line) and columns
-Message = dict[str, Any]  # role, content, perhaps tool_calls
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def read_rows(
     base_dir: str | Path,
     tokenizer: Any = None,
     source: str = "task",
+    notes: list[str] | None = None,
 ) -> list[Row]:
     """Read one data set into rows, in file order.
 
@@ -74,6 +77,7 @@ def read_rows(
         base_dir: where relative paths are looked up first (then the working directory).
         tokenizer: renders chats with its chat template; needed for message data only.
         source: copied into every row.
+        notes: what is no error and must be said is added here, one sentence each with its count; None warns.
 
     Raises:
         DataError: no such data, an empty set, or a row that does not fit; names file and line.
@@ -81,14 +85,20 @@ def read_rows(
     where_from = spec if isinstance(spec, Source) else Source.model_validate(spec)
     if (prompt is None) != (completion is None):
         raise DataError("One of prompt and completion is a template and the other is not.", "Give both.")
-    records = list(_records(where_from, Path(base_dir)))
+    found, arrow = _records(where_from, Path(base_dir))
+    records, said = list(found), Notes()
     if not records:
         raise DataError(f"{where_from.path}: holds no rows.", "Check the path and the split.")
     if prompt is None or completion is None:
-        build = _detected(records[0], tokenizer)
+        build = _detected(records[0], Chat(tokenizer, said, arrow), said)
     else:
-        build = _templated(prompt, completion)
-    return [Row(*_sound(build(columns, place), place), source, place) for place, columns in records]
+        build = _templated(prompt, completion, said)
+    rows = [Row(*_sound(build(columns, place), place, said), source, place) for place, columns in records]
+    if notes is not None:
+        notes += said.lines()
+    elif lines := said.lines():
+        warnings.warn(f"{where_from.path}: {'; '.join(lines)}", stacklevel=2)
+    return rows
 
 
 def split(rows: Sequence[Row], size: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -152,18 +162,19 @@ def leaks(train: Iterable[Row], test: Iterable[Row]) -> int:
 # Reading: every reader yields (place, columns).
 
 
-def _records(source: Source, base_dir: Path) -> Iterable[Record]:
+def _records(source: Source, base_dir: Path) -> tuple[Iterable[Record], bool]:
+    """The rows, and whether they come from a table, which fills missing keys with null."""
     if source.path.startswith(SHIPPED):
         path: Path | None = _shipped(source.path.removeprefix(SHIPPED))
     else:
         path = locate(source.path, base_dir)
     if path is None or path.is_dir():
-        return _from_hub(source, path, base_dir)
+        return _from_hub(source, path, base_dir), True
     for key in ("name", "split", "revision"):
         if getattr(source, key) is not None:
             what = f"{source.path} is one file, and {key} {getattr(source, key)!r} has no meaning for it."
             raise DataError(what, f"Remove {key}.")
-    return _from_file(path)
+    return _from_file(path), path.suffix == ".parquet"
 
 
 def _shipped(name: str) -> Path:
@@ -193,6 +204,8 @@ def read_text(path: Path) -> str:
         raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path.name}: cannot be read ({error.strerror}).", "Check its permissions.") from None
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path.name}:1: UTF-16 text, not UTF-8.", "Save the file as UTF-8.")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -202,7 +215,7 @@ def read_text(path: Path) -> str:
 
 def _record(value: Any, place: str) -> Record:
     if not isinstance(value, dict):
-        raise DataError(f"{place}: {_kind(value)}, not an object.", "Write {'column': value, ...} in each row.")
+        raise DataError(f"{place}: {kind_of(value)}, not an object.", "Write {'column': value, ...} in each row.")
     return place, value
 
 
@@ -211,7 +224,9 @@ def read_jsonl(text: str, name: str) -> Iterator[Record]:
         if line.strip():
             place = f"{name}:{number}"
             try:
-                value = json.loads(line)
+                value = DECODER.decode(line)
+            except Bent as error:
+                raise error.at(place) from None
             except (ValueError, RecursionError) as error:
                 problem = getattr(error, "msg", "too deep") + f" at column {getattr(error, 'colno', 1)}"
                 cure = "Each line must be one JSON object."
@@ -223,14 +238,18 @@ def _read_json(text: str, name: str) -> Iterator[Record]:
     if not text.strip():
         return
     try:
-        json.loads(text)
+        SYNTAX.decode(text)
     except (ValueError, RecursionError) as error:
         problem, line = getattr(error, "msg", "too deep"), getattr(error, "lineno", 1)
         cure = "If each line is an object of its own, name the file .jsonl."
         raise DataError(f"{name}:{line}: not valid JSON ({problem}).", cure) from None
     breaks = [match.start() for match in re.finditer("\n", text)]
-    for start, value in _items(text, _list_start(text, name)):
-        yield _record(value, f"{name}:{bisect_right(breaks, start) + 1}")
+
+    def place(start: int) -> str:
+        return f"{name}:{bisect_right(breaks, start) + 1}"
+
+    for start, value in _items(text, _list_start(text, name), place):
+        yield _record(value, place(start))
 
 
 # json gives no positions, so valid text is walked a second time, one value at a time.
@@ -242,13 +261,15 @@ def _skip(text: str, at: int, marks: str = "") -> int:
     return at
 
 
-def _items(text: str, at: int) -> Iterator[tuple[int, Any]]:
+def _items(text: str, at: int, place: Callable[[int], str]) -> Iterator[tuple[int, Any]]:
     """Yield (offset, value) of the list that opens at `at`."""
-    decoder = json.JSONDecoder()
     at = _skip(text, at + 1)
     while text[at] != "]":
         start = at
-        value, at = decoder.raw_decode(text, at)
+        try:
+            value, at = DECODER.raw_decode(text, at)
+        except Bent as error:
+            raise error.at(place(start)) from None
         yield start, value
         at = _skip(text, at, ",")
 
@@ -260,12 +281,13 @@ def _list_start(text: str, name: str) -> int:
         return at
     starts: dict[str, int] = {}
     if text[at] == "{":
-        decoder = json.JSONDecoder()
         at = _skip(text, at + 1)
         while text[at] != "}":
-            key, at = decoder.raw_decode(text, at)
+            key, at = SYNTAX.raw_decode(text, at)
+            if key in starts:
+                raise DataError(f"{name}:1: the key {key!r} is given twice in one object.", "Keep one of the two.")
             start = _skip(text, at, ":")
-            value, at = decoder.raw_decode(text, start)
+            value, at = SYNTAX.raw_decode(text, start)
             at = _skip(text, at, ",")
             starts |= {key: start} if isinstance(value, list) else {}
     if len(starts) != 1:
@@ -335,7 +357,7 @@ def _from_hub(source: Source, folder: Path | None, base_dir: Path) -> Iterator[R
 Build = Callable[[dict[str, Any], str], tuple[str, str]]
 
 
-def _sound(pair: tuple[str, str], place: str) -> tuple[str, str]:
+def _sound(pair: tuple[str, str], place: str, notes: Notes) -> tuple[str, str]:
     """Refuse what no tokenizer or no loss can use."""
     for side in pair:
         try:
@@ -343,24 +365,36 @@ def _sound(pair: tuple[str, str], place: str) -> tuple[str, str]:
         except UnicodeEncodeError as error:
             cure = "Write the character itself, or both halves of the escape."
             raise DataError(f"{place}: half a character ({side[error.start]!r}).", cure) from None
+        if "\0" in side:
+            raise DataError(
+                f"{place}: a NUL character.", "Remove it; a file full of them is UTF-16: save it as UTF-8."
+            )
+        if "\ufffd" in side:
+            notes.add("{n text} with U+FFFD, which stands for a letter that was lost in a conversion", place)
     if not pair[1].strip():
         raise DataError(f"{place}: the completion is empty.", "Remove the row or fill it in.")
+    if "\r" in pair[1]:
+        notes.add("{n answer} with a carriage return (a line break of Windows), trained on as it stands", place)
     return pair
 
 
-def _templated(prompt: str, completion: str) -> Build:
+def _templated(prompt: str, completion: str, notes: Notes) -> Build:
     def build(columns: dict[str, Any], place: str) -> tuple[str, str]:
-        return _filled(prompt, columns, place, "prompt"), _filled(completion, columns, place, "completion")
+        said = (
+            _filled(prompt, columns, place, "prompt", notes),
+            _filled(completion, columns, place, "completion", notes),
+        )
+        return said
 
     for template in (prompt, completion):
         template_columns(template)  # a broken template is refused before any row
     return build
 
 
-def _filled(template: str, columns: dict[str, Any], place: str, side: str) -> str:
+def _filled(template: str, columns: dict[str, Any], place: str, side: str, notes: Notes) -> str:
     """Fill a template; a side whose columns are all blank is empty, whatever the words around them."""
     names = template_columns(template)
-    cells = {name: _cell(name, columns, place) for name in names}
+    cells = {name: _cell(name, columns, place, notes) for name in names}
     parts = Formatter().parse(template)  # not str.format: it takes a column named 0 for a position
     filled = "".join(literal + (cells[name] if name is not None else "") for literal, name, _, _ in parts)
     if not filled.strip() or (cells and not any(cell.strip() for cell in cells.values())):
@@ -368,28 +402,67 @@ def _filled(template: str, columns: dict[str, Any], place: str, side: str) -> st
     return filled
 
 
-def _cell(name: str, columns: dict[str, Any], place: str) -> str:
+def _cell(name: str, columns: dict[str, Any], place: str, notes: Notes) -> str:
+    """A column as text: numbers, true and false as JSON writes them, and in the file's own spelling."""
     if name not in columns:
         listed = ", ".join(map(str, columns))
         what = f"{place}: no column {name!r}, which a template names; the row has {listed}."
-        raise DataError(what, suggest(name, list(map(str, columns))))
+        raise DataError(what, _near(name, columns))
     value = columns[name]
     if value is None or (isinstance(value, float) and math.isnan(value)):
         raise DataError(f"{place}: column {name!r} has no value.", "Remove the row or fill it in.")
     if not isinstance(value, str | int | float):
-        what = f"{place}: column {name!r} holds {_kind(value)}, and a template takes text or a number."
+        what = f"{place}: column {name!r} holds {kind_of(value)}, and a template takes text or a number."
         raise DataError(what, "Flatten the column, or leave the templates out for message data.")
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        text = "true" if value else "false"
+        notes.add(f"column {name!r} holds true or false, written so, in small letters ({{n time}})", place)
+        return text
+    if isinstance(value, float) and math.isinf(value):
+        what = f"{place}: column {name!r} holds {value}, which is not a finite number."
+        raise DataError(what, "Write a finite number, or the word in quotes.")
+    if isinstance(value, float) and not isinstance(value, Written):
+        notes.add(f"column {name!r} holds binary numbers, written in Python's way ({{n time}})", place, str(value))
     return str(value)
 
 
-def _kind(value: Any) -> str:
-    kinds = {list: "a list", dict: "an object", str: "text", type(None): "null", bool: "true or false"}
-    return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+def _near(name: str, columns: Mapping[Any, Any]) -> str:
+    """The cure for a missing column; blanks around a name are hard to see."""
+    for known in map(str, columns):
+        if known.strip() == name.strip() and known != name:
+            return f"The column is called {known!r}, with its blanks: rename it."
+    return suggest(name, list(map(str, columns)))
 
 
-def _detected(first: Record, tokenizer: Any) -> Build:
+def _detected(first: Record, chat: Chat, notes: Notes) -> Build:
     """Choose the builder by the columns of the first row."""
     place, columns = first
+    schema = _schema(place, columns)
+    need = SCHEMAS[schema]
+    maker = {
+        "prompt/completion": _prompt_completion,
+        "messages": _chat,
+        "sharegpt": _sharegpt,
+        "alpaca": _alpaca,
+        "text": _text,
+    }[schema]
+    optional = {"input"} if schema == "alpaca" else set()
+
+    def build(row: dict[str, Any], at: str) -> tuple[str, str]:
+        if missing := sorted(need - set(row)):
+            what = f"{at}: no column {missing[0]!r}, which the first row ({place}) has."
+            raise DataError(what, _near(missing[0], row))
+        pair = maker(row, at, chat)
+        if others := [name for name in row if name not in need and name not in optional]:
+            _unread(others, row, at, _is_chat(schema, row, chat), notes)
+        return pair
+
+    return build
+
+
+def _schema(place: str, columns: dict[str, Any]) -> str:
     names = set(columns)
     if {"chosen", "rejected"} <= names or (SCHEMAS["prompt/completion"] <= names and _is_flag(columns)):
         cure = "Write a file with prompt and completion (the chosen answer); preference tuning is TRL's DPO."
@@ -401,22 +474,28 @@ def _detected(first: Record, tokenizer: Any) -> Build:
         what = f"{place}: the columns {', '.join(map(str, columns))} fit {' and '.join(fitting) or 'no schema'}."
         known = "; ".join(f"{name} ({', '.join(sorted(need))})" for name, need in SCHEMAS.items())
         raise DataError(what, f"{TEMPLATES_CURE} Known without templates: {known}.")
-    (schema,) = fitting
-    maker = {
-        "prompt/completion": _prompt_completion,
-        "messages": _chat,
-        "sharegpt": _sharegpt,
-        "alpaca": _alpaca,
-        "text": _text,
-    }[schema]
+    return fitting[0]
 
-    def build(row: dict[str, Any], at: str) -> tuple[str, str]:
-        if missing := sorted(SCHEMAS[schema] - set(row)):
-            what = f"{at}: no column {missing[0]!r}, which the first row ({place}) has."
-            raise DataError(what, suggest(missing[0], list(map(str, row))))
-        return maker(row, at, tokenizer)
 
-    return build
+def _is_chat(schema: str, row: dict[str, Any], chat: Chat) -> bool:
+    """Whether a row went through the chat template, and its tools, documents and system text with it."""
+    if schema == "alpaca":
+        return chat.has_template
+    return schema in ("messages", "sharegpt") or isinstance(row.get("prompt"), list)
+
+
+def _unread(names: Sequence[str], row: dict[str, Any], place: str, is_chat: bool, notes: Notes) -> None:
+    """Refuse a column that would change what is trained; name once what is merely not used."""
+    for name in names:
+        value = row[name]
+        if value is None or value in ("", [], {}) or (is_chat and name in (*OPTIONS, "system")):
+            continue
+        if name in ("weight", "train") and value == 1:
+            continue
+        if name in CARRIERS:
+            what = f"{place}: column {name!r} is filled, and it is not read."
+            raise DataError(what, f"Remove the column, or put it into the messages or the prompt. {TEMPLATES_CURE}")
+        notes.add(f"column {name!r} is not used ({{n row}})", place)
 
 
 def _is_flag(columns: dict[str, Any]) -> bool:
@@ -427,39 +506,43 @@ def _is_flag(columns: dict[str, Any]) -> bool:
 def _string(row: dict[str, Any], name: str, place: str) -> str:
     value = row[name]
     if not isinstance(value, str):
-        raise DataError(f"{place}: column {name!r} holds {_kind(value)}, expected text.", TEMPLATES_CURE)
+        raise DataError(f"{place}: column {name!r} holds {kind_of(value)}, expected text.", TEMPLATES_CURE)
     if not value.strip():
         raise DataError(f"{place}: column {name!r} is empty.", "Remove the row or fill it in.")
     return value
 
 
-def _text(row: dict[str, Any], place: str, tokenizer: Any) -> tuple[str, str]:
+def _text(row: dict[str, Any], place: str, chat: Chat) -> tuple[str, str]:
     return "", _string(row, "text", place)
 
 
-def _prompt_completion(row: dict[str, Any], place: str, tokenizer: Any) -> tuple[str, str]:
+def _prompt_completion(row: dict[str, Any], place: str, chat: Chat) -> tuple[str, str]:
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        head, tail = (_messages(row[name], place, name) for name in ("prompt", "completion"))
-        return _rendered(head, tail, row, place, tokenizer)
+        head, tail = (messages_of(row[name], place, name) for name in ("prompt", "completion"))
+        return _rendered(_with_system(head, row, place), tail, row, place, chat)
     return _string(row, "prompt", place), _string(row, "completion", place)
 
 
-def _chat(row: dict[str, Any], place: str, tokenizer: Any) -> tuple[str, str]:
-    return _last_turn(_messages(row["messages"], place, "messages"), row, place, tokenizer)
+def _chat(row: dict[str, Any], place: str, chat: Chat) -> tuple[str, str]:
+    return _last_turn(messages_of(row["messages"], place, "messages"), row, place, chat)
 
 
-def _sharegpt(row: dict[str, Any], place: str, tokenizer: Any) -> tuple[str, str]:
+def _sharegpt(row: dict[str, Any], place: str, chat: Chat) -> tuple[str, str]:
     turns = row["conversations"]
     if not isinstance(turns, list) or not all(isinstance(t, dict) and "from" in t for t in turns):
         raise DataError(f"{place}: conversations is not a list of {{from, value}}.", TEMPLATES_CURE)
     for turn in turns:
-        if turn["from"] not in SHAREGPT:
+        if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT:
             raise DataError(f"{place}: unknown speaker {turn['from']!r}.", f"Known: {', '.join(SHAREGPT)}.")
-    renamed = [{"role": SHAREGPT[turn["from"]], "content": turn.get("value")} for turn in turns]
-    return _last_turn(_messages(renamed, place, "conversations"), row, place, tokenizer)
+    return _last_turn(messages_of([_turn(t) for t in turns], place, "conversations"), row, place, chat)
 
 
-def _alpaca(row: dict[str, Any], place: str, tokenizer: Any) -> tuple[str, str]:
+def _turn(turn: dict[str, Any]) -> Message:
+    others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    return {**others, "role": SHAREGPT[turn["from"]], "content": turn.get("value")}
+
+
+def _alpaca(row: dict[str, Any], place: str, chat: Chat) -> tuple[str, str]:
     """A chat turn where the tokenizer has a chat template, else the Alpaca headings (Taori et al. 2023)."""
     ask, answer, given = (
         _string(row, "instruction", place),
@@ -467,57 +550,42 @@ def _alpaca(row: dict[str, Any], place: str, tokenizer: Any) -> tuple[str, str]:
         row.get("input") or "",
     )
     if not isinstance(given, str):
-        raise DataError(f"{place}: column 'input' holds {_kind(given)}, expected text.", TEMPLATES_CURE)
+        raise DataError(f"{place}: column 'input' holds {kind_of(given)}, expected text.", TEMPLATES_CURE)
     extra = [name for name in ("system", "history") if row.get(name)]
     if extra:
         what = f"{place}: alpaca column {extra[0]!r} is filled, and it is not read."
         raise DataError(what, "Turn the rows into messages with roles.")
-    if getattr(tokenizer, "chat_template", None):
+    if chat.has_template:
         turn = {"role": "user", "content": f"{ask}\n{given}" if given else ask}
-        return _rendered([turn], [{"role": "assistant", "content": answer}], row, place, tokenizer)
+        return _rendered([turn], [{"role": "assistant", "content": answer}], row, place, chat)
     middle = f"### Input:\n{given}\n\n" if given else ""
     return f"### Instruction:\n{ask}\n\n{middle}### Response:\n", answer
 
 
-def _messages(value: Any, place: str, column: str) -> list[Message]:
-    """Check a message list and drop null keys, which parquet adds."""
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise DataError(f"{place}: {column} is not a list of {{role, content}}.", TEMPLATES_CURE)
-    messages = [{key: item for key, item in message.items() if item is not None} for message in value]
-    for message in messages:
-        role = message.get("role")
-        if role not in ROLES:
-            raise DataError(f"{place}: {column} has the role {role!r}.", f"Known: {', '.join(ROLES)}.")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            what = f"{place}: {column} has a {role} message whose content is {_kind(message.get('content'))}."
-            raise DataError(what, "Only text is supported.")
-    return messages
-
-
-def _last_turn(messages: list[Message], row: dict[str, Any], place: str, tokenizer: Any) -> tuple[str, str]:
+def _last_turn(messages: list[Message], row: dict[str, Any], place: str, chat: Chat) -> tuple[str, str]:
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         what = f"{place}: the messages do not end with an answer of the assistant to someone."
         raise DataError(what, "Cut the row after the assistant's last message, or remove it.")
-    return _rendered(messages[:-1], messages[-1:], row, place, tokenizer)
+    messages = _with_system(messages, row, place)
+    if sum(message["role"] == "assistant" for message in messages) > 1:
+        chat.notes.add(LAST_ONLY, place)
+    return _rendered(messages[:-1], messages[-1:], row, place, chat)
+
+
+def _with_system(messages: list[Message], row: dict[str, Any], place: str) -> list[Message]:
+    """Put the text of a column `system` in front, as its own message."""
+    text = row.get("system")
+    if text is None or text == "":
+        return messages
+    if not isinstance(text, str):
+        raise DataError(f"{place}: column 'system' holds {kind_of(text)}, expected text.", TEMPLATES_CURE)
+    if messages[0]["role"] == "system":
+        raise DataError(f"{place}: a column 'system' and a message of the system.", "Keep one of the two.")
+    return [{"role": "system", "content": text}, *messages]
 
 
 def _rendered(
-    head: list[Message], tail: list[Message], row: dict[str, Any], place: str, tokenizer: Any
+    head: list[Message], tail: list[Message], row: dict[str, Any], place: str, chat: Chat
 ) -> tuple[str, str]:
     """Render with the chat template, so that prompt + completion is exactly the whole conversation."""
-    if not getattr(tokenizer, "chat_template", None):
-        what = f"{place}: chat data, and the tokenizer has no chat template."
-        raise DataError(what, f"Use a model with a chat template. Or: {TEMPLATES_CURE}")
-    from jinja2 import TemplateError
-
-    options: dict[str, Any] = {"tokenize": False, "tools": row.get("tools") or None}
-    try:
-        prompt = tokenizer.apply_chat_template(head, add_generation_prompt=True, **options)
-        whole = tokenizer.apply_chat_template(head + tail, add_generation_prompt=False, **options)
-    except (TemplateError, ValueError, TypeError) as error:
-        what = f"{place}: the tokenizer's chat template refuses the row ({error})."
-        raise DataError(what, "Check the order of the roles.") from None
-    if not whole.startswith(prompt):
-        what = f"{place}: the tokenizer's chat template renders the prompt differently with its answer."
-        raise DataError(what, f"{TEMPLATES_CURE} Message data needs a template that only appends.")
-    return Rendered(prompt), whole[len(prompt) :]
+    return chat.pair(head, tail, row, place)

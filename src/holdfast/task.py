@@ -51,9 +51,16 @@ def read_task(recipe: Recipe, tokenizer: Any, base_dir: Path, longest: int, stop
     spec, seed = recipe.data, recipe.training.data_seed
     seed = recipe.training.seed if seed is None else seed
 
+    notes: list[str] = []
+
     def read(source: Any) -> list[Row]:
         return read_rows(
-            source, prompt=spec.prompt, completion=spec.completion, base_dir=base_dir, tokenizer=tokenizer
+            source,
+            prompt=spec.prompt,
+            completion=spec.completion,
+            base_dir=base_dir,
+            tokenizer=tokenizer,
+            notes=notes,
         )
 
     train = read(spec.train)
@@ -62,7 +69,6 @@ def read_task(recipe: Recipe, tokenizer: Any, base_dir: Path, longest: int, stop
     test = read(spec.test) if spec.test else None
     if validation is None and spec.validation_size:
         train, validation = split(train, spec.validation_size, seed)
-    notes = []
     if test is None:
         test = validation or []
         notes.append("no test set was given: the validation rows are reported")
@@ -80,7 +86,9 @@ def read_task(recipe: Recipe, tokenizer: Any, base_dir: Path, longest: int, stop
     _check_told_apart(train, labels, Encoder(tokenizer, stops))
     if Encoder(tokenizer).ends_texts:
         notes.append("the tokenizer ends every text, prompts too; here it ends answers only, as in the exported one")
-    return TaskData(spec.name, tuple(train), tuple(validation or ()), tuple(test), labels, tokens, "; ".join(notes))
+    return TaskData(
+        spec.name, tuple(train), tuple(validation or ()), tuple(test), labels, tokens, "; ".join(dict.fromkeys(notes))
+    )
 
 
 def _check_told_apart(rows: Sequence[Row], labels: Sequence[str] | None, encoder: Encoder) -> None:

@@ -14,7 +14,6 @@ sees. Three questions, asked apart:
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,11 +21,15 @@ from typing import Any
 
 from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import DataError
+from holdfast.notes import Notes
 from holdfast.rendered import Rendered
 from holdfast.rows import Row
 
 Tokens = list[int]
 SHOWN = 12  # tokens of a prompt's end that a message shows
+MENDED = "{n prompt} ending inside a token of the answer; each was cut there, as inference sees it"
+UNWRITTEN = "{n completion} that the tokenizer cannot write as it stands"
+STOPPED = "{n completion} with a token in the middle that ends generation"
 
 
 @dataclass(frozen=True)
@@ -246,7 +249,7 @@ def tokenize_all(
         DataError: a row is longer than max_length (nothing is cut silently), or its answer cannot be told from its
             prompt.
     """
-    encoder, out, odd = Encoder(tokenizer, stops), [], Oddities()
+    encoder, out, odd = Encoder(tokenizer, stops), [], Notes()
     splits = encoder.join([(r.prompt, r.completion) for r in rows], end=True, wheres=[r.where for r in rows])
     for row, split in zip(rows, splits, strict=True):
         if max_length and len(split.ids) > max_length:
@@ -254,33 +257,20 @@ def tokenize_all(
                 f"{row.where or 'A row'} has {len(split.ids)} tokens, more than max_length {max_length}.",
                 "Raise data.max_length (up to the model's own limit), or shorten or drop the row.",
             )
-        odd.look(encoder, row, split)
+        _note(odd, encoder, row, split)
         start = 1 if all_tokens or not row.prompt else split.start
         out.append(token_row(split.ids, start, owner, source or row.source))
     if notes is not None:
-        notes += odd.words()
+        notes += odd.lines()
     return out
 
 
-class Oddities:
-    """Counts what is not plain about rows as tokens."""
-
-    def __init__(self) -> None:
-        self.count: Counter[str] = Counter()
-        self.first: dict[str, str] = {}
-
-    def look(self, encoder: Encoder, row: Row, split: Split) -> None:
-        if split.mended:
-            self._see("{} prompts end inside a token of their answer; each was cut there, as inference sees it", row)
-        if not encoder.writes(row.completion, split):
-            self._see("{} completions cannot be written by the tokenizer as they stand", row)
-        if encoder.stops & set(split.answer[:-1]) and row.prompt:
-            self._see("{} completions hold a token in the middle that ends generation", row)
-
-    def _see(self, kind: str, row: Row) -> None:
-        self.count[kind] += 1
-        self.first.setdefault(kind, f"{row.where or 'one'}: {row.prompt[-20:]!r} + {row.completion[:40]!r}")
-
-    def words(self) -> list[str]:
-        """One sentence for each kind."""
-        return [f"{kind.format(n)} (first {self.first[kind]})" for kind, n in self.count.items()]
+def _note(notes: Notes, encoder: Encoder, row: Row, split: Split) -> None:
+    """Count what is not plain about a row as tokens."""
+    example = f"{row.prompt[-20:]!r} + {row.completion[:40]!r}"
+    if split.mended:
+        notes.add(MENDED, row.where, example)
+    if not encoder.writes(row.completion, split):
+        notes.add(UNWRITTEN, row.where, example)
+    if row.prompt and encoder.stops & set(split.answer[:-1]):
+        notes.add(STOPPED, row.where, example)

@@ -1,0 +1,642 @@
+"""Conversations through a tokenizer's chat template, and a check that nothing of them is lost on the way.
+
+A template is somebody's program: it may leave out a message, a key or the tools, change the answer, or fill in text
+of its own, all without a word. So the rendered text is compared with the row. That every text stands in it is looked
+up in each row; what a key changes is tried once for each kind of message, by rendering without it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+from .jsontext import parsed, sound
+from .notes import BOOKKEEPING, Notes
+from .rendered import Rendered
+
+Message = dict[str, Any]  # role, content, perhaps tool_calls, reasoning_content, name, ...
+ROLES = ("system", "developer", "user", "assistant", "tool")
+OPTIONS = ("tools", "documents", "chat_template_kwargs")  # columns that go to the template
+THINKING = ("reasoning_content", "thinking", "reasoning")  # transformers takes them for one
+FLAGS = ("weight", "train", "training", "trainable", "loss")  # whether to train on a message, in usual trainers
+SILENT = {"role", *FLAGS}  # what is not looked for in the text
+LINKS = {"tool_call_id"}  # says which call a tool answers; the order says it too
+THINK = re.compile(r"(</?think>)")
+MARK = "zqx"  # put into a text to see whether that changes what is rendered
+TEMPLATES_CURE = "Set data.prompt and data.completion to templates over the columns."
+AS_TEXT = "Or give prompt and completion as text: that is trained as it stands."
+
+LAST_ONLY = "only the last answer of {n conversation} with several answers is trained on"
+FLAGGED = "{n message} before the last answer marked to be trained, and only the last answer is"
+EMPTY = "{n message} without content in the prompts"
+THOUGHTS = "the chat template leaves out the thinking of {n answer} before the last one"
+REWRITTEN = "the chat template does not write {n message} of the prompts as they stand"
+TRIMMED = "the chat template changes the blanks and line breaks around {n answer}"
+AS_OBJECTS = "tool call arguments given as JSON text are passed on as objects, as the chat template wants ({n row})"
+AS_JSON = "tool call arguments are passed on as JSON text, as the chat template wants ({n row})"
+FILLING = "nulls inside tools and tool calls are taken for the filling of a table, and left out ({n row})"
+
+
+@dataclass(frozen=True)
+class Talk:
+    """One conversation. `cut` messages come before the answer; `options` go to the template."""
+
+    messages: list[Message]
+    cut: int
+    place: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def having(self, i: int, **keys: Any) -> Talk:
+        """The same with other keys in message i; None removes a key."""
+        changed = {key: value for key, value in {**self.messages[i], **keys}.items() if value is not None}
+        return replace(self, messages=[*self.messages[:i], changed, *self.messages[i + 1 :]])
+
+    def name(self, i: int) -> str:
+        return f"message {i + 1} ({self.messages[i]['role']})"
+
+
+class Chat:
+    """Renders the conversations of one data set.
+
+    Args:
+        tokenizer: has the chat template; None is refused at the first conversation.
+        notes: what is no error and must be said is counted here.
+        arrow: the rows come from a table (parquet, hub), which fills missing keys with null.
+    """
+
+    def __init__(self, tokenizer: Any, notes: Notes, arrow: bool = False):
+        self.tokenizer, self.notes, self.arrow = tokenizer, notes, arrow
+        name = str(getattr(tokenizer, "name_or_path", "") or "")
+        name = Path(name).name if name.count("/") > 1 else name
+        self.template = f"the chat template of {name}" if name else "the tokenizer's chat template"
+        self._gone: dict[tuple, set[str]] = {}  # kind of message: its keys that leave no trace
+        self._seen: dict[tuple[str, str], bool] = {}  # option and value: leaves a trace
+
+    @property
+    def has_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def pair(self, head: list[Message], tail: list[Message], row: dict[str, Any], place: str) -> tuple[str, str]:
+        """Render so that prompt + completion is exactly the whole conversation.
+
+        Args:
+            head: the messages before the answer.
+            tail: the answer, one message of the assistant.
+            row: the columns; tools, documents and chat_template_kwargs are passed on.
+
+        Raises:
+            DataError: the template refuses the conversation, loses a part of it or changes the answer.
+        """
+        if not self.has_template:
+            what = f"{place}: chat data, and the tokenizer has no chat template."
+            raise DataError(what, f"Use a model with a chat template. Or: {TEMPLATES_CURE}")
+        if [m["role"] for m in tail] != ["assistant"]:
+            what = f"{place}: the completion is not one message of the assistant, and all of it would be trained on."
+            raise DataError(what, "Put what comes before the answer into the prompt; make a row of each answer.")
+        talk = Talk([self._plain(m, place) for m in head + tail], len(head), place)
+        talk = replace(talk, options=self._options(row, place))
+        self._check_flags(talk)
+        self._check_blank(talk)
+        talk, prompt, whole = self._texts(talk)
+        if not whole.startswith(prompt):
+            raise DataError(*_not_appending(place, prompt, whole))
+        self._check_options(talk, prompt, whole)
+        self._check_messages(talk, prompt, whole)
+        return Rendered(prompt), whole[len(prompt) :]
+
+    # What is passed on.
+
+    def _plain(self, message: Message, place: str) -> Message:
+        """Tool calls as a list of objects, whatever form the file gives them."""
+        calls = message.get("tool_calls")
+        if calls is None:
+            return message
+        where = f"{place}: tool_calls"
+        calls = self._dense(parsed(calls, where) if isinstance(calls, str) else calls, place)
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise DataError(f"{where} is not a list of objects.", 'Write [{"function": {"name", "arguments"}}].')
+        sound(calls, where)
+        rest = {key: value for key, value in message.items() if key != "tool_calls"}
+        return {**rest, "tool_calls": calls} if calls else rest
+
+    def _options(self, row: dict[str, Any], place: str) -> dict[str, Any]:
+        given = {}
+        for name in ("tools", "documents"):
+            value = self._dense(_from_text(row.get(name), f"{place}: column {name!r}"), place)
+            if not value:
+                continue
+            if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+                raise DataError(f"{place}: column {name!r} is not a list of objects.", "Write [{...}, ...].")
+            sound(value, f"{place}: column {name!r}")
+            given[name] = value
+        return given | self._switches(row.get("chat_template_kwargs"), place)
+
+    def _switches(self, value: Any, place: str) -> dict[str, Any]:
+        """The template's own variables, such as enable_thinking."""
+        where = f"{place}: column 'chat_template_kwargs'"
+        value = _from_text(value, where)
+        if not value:
+            return {}
+        if not isinstance(value, dict):
+            raise DataError(f"{where} is not an object.", 'Write {"variable of the template": value}.')
+        sound(value, where)
+        taken = set(inspect.signature(self.tokenizer.apply_chat_template).parameters) | {"messages"}
+        if wrong := sorted(taken & set(value)):
+            raise DataError(f"{where} sets {wrong[0]!r}, which is no variable of a template.", "Remove it there.")
+        return {key: item for key, item in value.items() if item is not None}
+
+    def _dense(self, value: Any, place: str) -> Any:
+        if not self.arrow:
+            return value
+        dense, found = _without_nulls(value)
+        if found:
+            self.notes.add(FILLING, place)
+        return dense
+
+    # Marks and empty messages.
+
+    def _check_flags(self, talk: Talk) -> None:
+        for i, message in enumerate(talk.messages):
+            for key in FLAGS if len(message) > 2 else ():
+                value = message.get(key)
+                if value is None:
+                    continue
+                if not isinstance(value, int | float) or value not in (0, 1):
+                    what = f"{talk.place}: {talk.name(i)} has the {key} {value!r}; known are 0, 1, false and true."
+                    raise DataError(what, "Remove the key, or the row.")
+                if i < talk.cut and value:
+                    self.notes.add(FLAGGED, talk.place)
+                if i >= talk.cut and not value:
+                    what = f"{talk.place}: the answer is marked not to be trained on ({key} {value})."
+                    raise DataError(what, f"Remove the row, or the key {key!r} if the answer is to be trained on.")
+
+    def _check_blank(self, talk: Talk) -> None:
+        """An empty answer trains the model to stop at once."""
+        end = getattr(self.tokenizer, "eos_token", None) or "\0"
+        for i, message in enumerate(talk.messages):
+            if message.get("content", "").replace(end, "").strip() or message.get("tool_calls"):
+                continue
+            if i >= talk.cut:
+                what = f"{talk.place}: the answer, {talk.name(i)}, is empty: the model would learn to say nothing."
+                raise DataError(what, "Remove the row or fill it in.")
+            self.notes.add(EMPTY, talk.place)
+
+    # Rendering.
+
+    def _render(self, talk: Talk, count: int | None = None, answer_next: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(
+            talk.messages[:count], tokenize=False, add_generation_prompt=answer_next, **talk.options
+        )
+
+    def _both(self, talk: Talk) -> tuple[str, str]:
+        return self._render(talk, talk.cut, answer_next=True), self._render(talk)
+
+    def _texts(self, talk: Talk) -> tuple[Talk, str, str]:
+        """The conversation in the spelling that the template takes, its prompt, and its whole text."""
+        try:
+            prompt, whole = self._both(talk)
+        except Exception as error:  # a template is somebody's program and raises what it likes
+            return self._otherwise(talk, error)
+        if texts := _arguments(talk, str):
+            return self._as_objects(talk, prompt, whole, texts)
+        return talk, prompt, whole
+
+    def _as_objects(self, talk: Talk, prompt: str, whole: str, texts: list[str]) -> tuple[Talk, str, str]:
+        """Arguments given as JSON text, as objects where the template would not write that text as it stands.
+
+        Most templates turn arguments into JSON themselves, and text into JSON is quoted once more.
+        """
+        try:
+            objects = _spelled(talk, lambda text: parsed(text, talk.place), str)
+            other = self._both(objects)
+        except Exception:  # no JSON, or a template that wants text
+            return talk, prompt, whole
+        plain = whole
+        for text in texts:
+            plain = plain.replace(text, sound(parsed(text, talk.place), talk.place))
+        if plain == other[1]:
+            return talk, prompt, whole
+        self.notes.add(AS_OBJECTS, talk.place)
+        return objects, *other
+
+    def _otherwise(self, talk: Talk, error: Exception) -> tuple[Talk, str, str]:
+        """Try other spellings of the same: "" for no content beside tool calls, arguments as JSON text or objects."""
+        filled = replace(talk, messages=[{"content": "", **m} for m in talk.messages])
+        for kind, note in ((None, ""), (dict, AS_JSON), (str, AS_OBJECTS)):
+            try:
+                other = _spelled(filled, _json(kind, talk.place), kind) if kind else filled
+                texts = self._both(other)
+            except Exception:  # the first error is about what the user wrote
+                continue
+            if note:
+                self.notes.add(note, talk.place)
+            return other, *texts
+        raise self._refusal(talk, error) from None
+
+    def _refusal(self, talk: Talk, error: Exception) -> DataError:
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        at = self._culprit(talk, str(error) or type(error).__name__)
+        where = "" if at is None else f", at {talk.name(at)}"
+        what = f"{talk.place}: the tokenizer's chat template refuses the row ({said}){where}."
+        if "alternate" in said.lower():
+            return DataError(what, "Check the order of the roles.")
+        if at is not None and talk.messages[at]["role"] in ("system", "developer") and "system" in said.lower():
+            return DataError(what, "Put that text into the first message of the user, or use another model.")
+        cure = "The words in brackets are the template's own: change the row to what it takes, or use another model."
+        return DataError(what, cure)
+
+    def _culprit(self, talk: Talk, said: str) -> int | None:
+        """The message that brings the error: a growing conversation is fine until it, or fine again without it."""
+        errors = [self._error(replace(talk, messages=talk.messages[: n + 1])) for n in range(len(talk.messages))]
+        if said in errors and not any(errors[: errors.index(said)]):
+            return errors.index(said)
+        without = [self._error(replace(talk, messages=_without(talk.messages, n))) for n in range(len(talk.messages))]
+        return without.index("") if without.count("") == 1 else None
+
+    def _error(self, talk: Talk) -> str:
+        try:
+            self._render(talk)
+        except Exception as error:
+            return str(error) or type(error).__name__
+        return ""
+
+    # Traces.
+
+    def _same(self, talk: Talk, text: str) -> bool:
+        try:
+            return self._render(talk) == text
+        except Exception:  # what makes the template complain is read by it
+            return False
+
+    def _check_options(self, talk: Talk, prompt: str, whole: str) -> None:
+        for name, value in talk.options.items():
+            if not self._option_shows(talk, name, prompt, whole):
+                what = f"{talk.place}: {self.template} writes nothing of {name!r}, which the row gives."
+                if name not in OPTIONS and not value:
+                    self.notes.add(f"{self.template} does not know {name!r} of chat_template_kwargs ({{n row}})",
+                                   talk.place)  # fmt: skip
+                    continue
+                raise DataError(what, "Use a model whose template writes it, or remove it from the data.")
+
+    def _option_shows(self, talk: Talk, name: str, prompt: str, whole: str) -> bool:
+        value = talk.options[name]
+        if name in OPTIONS:
+            texts = list(_leaves([item.get("function", item).get("name") if name == "tools" else item
+                                  for item in value if isinstance(item.get("function", item), dict)]))  # fmt: skip
+            if self._seen.get((name, "")) and texts and all(_stands(text, prompt) for text in texts):
+                return True
+            rest: list[Any] = [_without(value, k) or None for k in range(len(value))]
+            shows = all(self._other(talk, name, fewer, prompt, whole) for fewer in rest)
+            self._seen[name, ""] = shows
+            return shows
+        key = (name, repr(value))
+        if not self._seen.get(key):
+            others = [not value] if isinstance(value, bool) else [None, f"{value}{MARK}"]
+            self._seen[key] = any(self._other(talk, name, other, prompt, whole) for other in others)
+        return self._seen[key]
+
+    def _other(self, talk: Talk, name: str, value: Any, prompt: str, whole: str) -> bool:
+        """Whether another value of an option (None: without it) gives another text."""
+        options = {key: item for key, item in {**talk.options, name: value}.items() if item is not None}
+        try:
+            return self._both(replace(talk, options=options)) != (prompt, whole)
+        except Exception:
+            return True
+
+    def _check_messages(self, talk: Talk, prompt: str, whole: str) -> None:
+        at = 0  # contents stand in the order of the messages, so the search goes on behind the last one
+        told = [_keys(message) for message in talk.messages]
+        for i, (message, keys, kind) in enumerate(zip(talk.messages, told, _kinds(talk, told), strict=True)):
+            if kind not in self._gone:
+                self._gone[kind] = {key for key in keys if self._vanishes(talk, i, key, whole)}
+                self._check_role(talk, i, whole)
+            for key in keys:
+                gone = key in self._gone[kind]
+                if key != "content":
+                    self._check_key(talk, i, key, whole, gone)
+                    continue
+                how, end = (
+                    _find(message["content"], whole, at) if i < talk.cut else _answer(message, whole, at, prompt)
+                )
+                if gone or not how:
+                    self._check_lost(talk, i, whole)
+                at = end
+                if i < talk.cut:
+                    self._note_change(talk, how)
+                else:
+                    self._check_answer(talk, how, whole[len(prompt) :])
+        self._note_thinking(talk, whole[len(prompt) :])
+
+    def _check_role(self, talk: Talk, i: int, whole: str) -> None:
+        """A message of the system or a tool must not look like one of the assistant."""
+        role = talk.messages[i]["role"]
+        if role not in ("user", "assistant") and self._same(talk.having(i, role="assistant"), whole):
+            what = f"{talk.place}: {self.template} writes {talk.name(i)} as if the assistant had said it."
+            raise DataError(what, f"Use a model whose template knows the role {role!r}, or change the role.")
+
+    def _check_key(self, talk: Talk, i: int, key: str, whole: str, gone: bool) -> None:
+        value, soft = talk.messages[i][key], self._is_soft(talk, i, key)
+        shown = all(_stands(text, whole) for text in _leaves(_told(key, value)))
+        if gone and soft:
+            lost = not shown or key not in THINKING
+        else:
+            lost = (gone or not shown) and self._vanishes(talk, i, key, whole)
+        if not lost:
+            return
+        if key in LINKS:
+            _check_link(talk, i)
+        if not soft:
+            what = f"{talk.place}: {self.template} writes nothing, or not all, of {key!r} of {talk.name(i)}."
+            raise DataError(what, f"Use a model whose template writes it, or remove it from the data. {AS_TEXT}")
+        text = THOUGHTS if key in THINKING else f"the chat template writes nothing of the key {key!r} ({{n message}})"
+        self.notes.add(text, talk.place)
+
+    def _is_soft(self, talk: Talk, i: int, key: str) -> bool:
+        """What may leave no trace, with a note."""
+        if key in THINKING:
+            return i < talk.cut  # most templates leave earlier thinking out on purpose
+        return key in BOOKKEEPING | LINKS or (key == "name" and talk.messages[i]["role"] == "tool")
+
+    def _vanishes(self, talk: Talk, i: int, key: str, whole: str) -> bool:
+        """Whether some part of a key can be changed without any change of the text."""
+        value = talk.messages[i][key]
+        if key == "content":
+            ends = (value + MARK, *([] if "</think>" in value else [MARK + value]))  # earlier thinking may go
+            return any(self._same(talk.having(i, content=other), whole) for other in ends)
+        if key == "tool_calls":
+            return any(self._same(talk.having(i, tool_calls=calls), whole) for calls in _other_calls(value))
+        without: dict[str, Any] = dict.fromkeys(THINKING if key in THINKING else (key,))
+        others = [without, {key: value + MARK}] if isinstance(value, str) and key not in THINKING else [without]
+        return all(self._same(talk.having(i, **other), whole) for other in others)
+
+    def _check_lost(self, talk: Talk, i: int, whole: str) -> None:
+        """Refuse a content that leaves no trace, or the end of which leaves none."""
+        content = talk.messages[i]["content"]
+        if i < talk.cut and "</think>" in content and not content.split("</think>")[-1].strip():
+            return
+        if self._vanishes(talk, i, "content", whole):
+            what = f"{talk.place}: {self.template} writes nothing, or not all, of {talk.name(i)}: {_short(content)}."
+            raise DataError(what, "Use a model whose template writes it, or move its text into another message.")
+
+    def _note_change(self, talk: Talk, how: str) -> None:
+        if how in ("rest", ""):
+            self.notes.add(THOUGHTS if how else REWRITTEN, talk.place)
+
+    def _check_answer(self, talk: Talk, how: str, completion: str) -> None:
+        """The answer must be trained as the row has it; blanks around it and around thinking may change."""
+        message = talk.messages[-1]
+        content = message["content"]
+        if how == "rest":
+            what = f"{talk.place}: {self.template} leaves the thinking out of the answer that is trained on."
+            raise DataError(what, f"Use a model whose template keeps it, or remove the thinking. {AS_TEXT}")
+        if how not in ("whole", "parts"):
+            what = f"{talk.place}: {self.template} changes the answer: the row has {_short(content)}, "
+            raise DataError(what + f"and {_short(completion)} would be trained on.", f"Use another model. {AS_TEXT}")
+        if content not in completion and not (content.startswith("<think>") and how == "whole"):
+            self.notes.add(TRIMMED, talk.place)
+
+    def _note_thinking(self, talk: Talk, completion: str) -> None:
+        """Some templates put empty thinking before an answer that has none, and so train not to think."""
+        message = talk.messages[-1]
+        content = message.get("content", "").strip()
+        names = [f.get("name") for f in _functions(message.get("tool_calls", ()))]
+        before = completion.partition(content or str(names[0] if names else ""))[0]
+        thought = re.search(r"(<think>\s*)?</think>", before)
+        if thought and "</think>" not in content and not any(message.get(key) for key in THINKING):
+            text = f"the chat template puts {thought[0]!r} before {{n answer}}, and it is trained on"
+            self.notes.add(text, talk.place)
+
+
+# Messages of a row.
+
+
+def messages_of(value: Any, place: str, column: str) -> list[Message]:
+    """Check a message list, drop null keys, which parquet adds, and take a text out of a list of one part.
+
+    Raises:
+        DataError: no list of {role, content}, an unknown role, or content that is no text.
+    """
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
+        raise DataError(f"{place}: {column} is not a list of {{role, content}}.", TEMPLATES_CURE)
+    return [_message(message, place, column) for message in value]
+
+
+def _message(given: Message, place: str, column: str) -> Message:
+    message = {key: item for key, item in given.items() if item is not None}
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise DataError(f"{place}: {column} has the role {role!r}.", f"Known: {', '.join(ROLES)}.")
+    if isinstance(content, list) and (text := _only_text(content)) is not None:
+        message["content"] = content = text
+    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+        what = f"{place}: {column} has a {role} message whose content is {kind_of(content)}."
+        many = " Write the parts as one text." if isinstance(content, list) else ""
+        raise DataError(what, f"Only text is supported.{many}")
+    thoughts = {message[key] for key in THINKING if isinstance(message.get(key), str)}
+    if len(thoughts) > 1:
+        what = f"{place}: {column} has a {role} message with {' and '.join(k for k in THINKING if k in message)}."
+        raise DataError(what, "They mean the same, and differ here: keep one.")
+    return message
+
+
+def _only_text(parts: list[Any]) -> str | None:
+    """The text of [{"type": "text", "text": ...}]; None for several parts and other kinds."""
+    if len(parts) != 1 or not isinstance(parts[0], dict):
+        return None
+    part = {key: value for key, value in parts[0].items() if value is not None}
+    return part["text"] if set(part) == {"type", "text"} and isinstance(part["text"], str) else None
+
+
+def kind_of(value: Any) -> str:
+    """A value's kind in words, for messages."""
+    kinds = {list: "a list", dict: "an object", str: "text", type(None): "null", bool: "true or false"}
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def _from_text(value: Any, where: str) -> Any:
+    """A column that may be given as JSON text, as may the items of its list."""
+    if isinstance(value, str):
+        return parsed(value, where) if value.strip() else None
+    if isinstance(value, list):
+        return [parsed(item, where) if isinstance(item, str) else item for item in value]
+    return value
+
+
+def _without_nulls(value: Any) -> tuple[Any, bool]:
+    if isinstance(value, list):
+        pairs = [_without_nulls(item) for item in value]
+        return [item for item, _ in pairs], any(found for _, found in pairs)
+    if isinstance(value, dict):
+        kept = {key: _without_nulls(item) for key, item in value.items() if item is not None}
+        return {key: item for key, (item, _) in kept.items()}, len(kept) < len(value) or any(
+            f for _, f in kept.values()
+        )
+    return value, False
+
+
+# Kinds of messages and their parts.
+
+
+def _keys(message: Message) -> list[str]:
+    """The keys that say something: filled, no marks for training, one of those for thinking."""
+    keys = [key for key, value in message.items() if key not in SILENT and _filled(value)]
+    thoughts = [key for key in keys if key in THINKING] if len(keys) > 1 else []
+    return [key for key in keys if key not in thoughts[1:]] if thoughts else keys
+
+
+def _filled(value: Any) -> bool:
+    return bool(value.strip()) if isinstance(value, str) else bool(value)
+
+
+def _kinds(talk: Talk, told: list[list[str]]) -> Iterator[tuple]:
+    """What a template can tell messages apart by, beside their text: position, neighbours, keys, options."""
+    roles = ["", *(message["role"] for message in talk.messages), ""]
+    asked = max((i for i, role in enumerate(roles) if role == "user"), default=0) - 1  # the last question
+    options = tuple(sorted(talk.options))
+    for i, keys in enumerate(told):
+        yield (*roles[i : i + 3], i >= talk.cut, i > asked, tuple(keys), options)
+
+
+def _functions(calls: list[Any]) -> Iterator[dict[str, Any]]:
+    for call in calls:
+        function = call.get("function", call)
+        if isinstance(function, dict):
+            yield function
+
+
+def _without(items: list[Any], k: int) -> list[Any]:
+    return [*items[:k], *items[k + 1 :]]
+
+
+def _told(key: str, value: Any) -> Any:
+    """What of a key must stand in the text: of tool calls the names and arguments."""
+    return [[f.get("name"), f.get("arguments")] for f in _functions(value)] if key == "tool_calls" else value
+
+
+def _other_calls(calls: list[Any]) -> Iterator[list[Any]]:
+    """The calls without one of them, with another name, and with other arguments."""
+    for k, call in enumerate(calls):
+        yield _without(calls, k)
+        function = call.get("function", call)
+        if not isinstance(function, dict):
+            continue
+        for changed in ({"name": f"{function.get('name')}{MARK}"}, {"arguments": _marked(function.get("arguments"))}):
+            inner = {**function, **changed}
+            yield [*calls[:k], {**call, "function": inner} if "function" in call else inner, *calls[k + 1 :]]
+
+
+def _marked(value: Any) -> Any:
+    return {**value, MARK: MARK} if isinstance(value, dict) else f"{value or ''}{MARK}"
+
+
+def _arguments(talk: Talk, kind: type) -> list[Any]:
+    calls = [call for m in talk.messages for call in m.get("tool_calls", ())]
+    return [f["arguments"] for f in _functions(calls) if isinstance(f.get("arguments"), kind)]
+
+
+def _spelled(talk: Talk, spell: Any, kind: type) -> Talk:
+    """The same conversation with the arguments of that kind in another form."""
+
+    def other(call: dict[str, Any]) -> dict[str, Any]:
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("arguments"), kind):
+            return call
+        inner = {**function, "arguments": spell(function["arguments"])}
+        return {**call, "function": inner} if "function" in call else inner
+
+    messages = [
+        {**m, "tool_calls": [other(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m
+        for m in talk.messages
+    ]
+    return replace(talk, messages=messages)
+
+
+def _json(kind: type, place: str) -> Any:
+    """How arguments of that kind are written in the other form."""
+    return (lambda value: sound(value, place)) if kind is dict else (lambda text: parsed(text, place))
+
+
+def _check_link(talk: Talk, i: int) -> None:
+    """Where the ids of calls are not written, only the order says which call a tool answers."""
+    first = i
+    while first and talk.messages[first - 1]["role"] == "tool":
+        first -= 1
+    calls = talk.messages[first - 1].get("tool_calls", []) if first else []
+    ids = [call.get("id") for call in calls]
+    own = talk.messages[i].get("tool_call_id")
+    if own in ids and ids.index(own) != i - first:
+        what = f"{talk.place}: {talk.name(i)} answers call {own!r} out of turn, and the chat template writes no ids."
+        raise DataError(what, "Put the answers of the tools in the order of the calls.")
+
+
+# Texts in texts.
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item)
+    elif isinstance(value, str):
+        if value.strip():
+            yield value.strip()
+    elif value is not None and not isinstance(value, bool):
+        yield str(value)
+
+
+def _stands(text: str, whole: str) -> bool:
+    return text in whole or sound(text, "")[1:-1] in whole
+
+
+def _find(content: str, whole: str, at: int) -> tuple[str, int]:
+    """How a content stands in the text behind `at`, and where it ends.
+
+    "whole": all of it, blanks around it aside; "parts": all, blanks around the thinking aside; "rest": all but the
+    thinking; "": not so.
+    """
+    text = content.strip()
+    for form in (text, sound(text, "")[1:-1]) if whole.find(text, at) < 0 else (text,):
+        if (start := whole.find(form, at)) >= 0:
+            return "whole", start + len(form)
+    if "</think>" not in text:
+        return "", at
+    parts = [part.strip() for part in THINK.split(text) if part.strip()]
+    end = at
+    for part in parts:
+        start = whole.find(part, end)
+        if start < 0:
+            break
+        end = start + len(part)
+    else:
+        return "parts", end
+    rest = text.split("</think>")[-1].strip()
+    start = whole.find(rest, at)
+    return ("rest", start + len(rest)) if start >= 0 else ("", at)
+
+
+def _answer(message: Message, whole: str, at: int, prompt: str) -> tuple[str, int]:
+    """The same for the answer, which stands behind the prompt; the prompt may have opened the thinking already."""
+    content = message["content"]
+    found = _find(content, whole, max(at, len(prompt)))
+    if found[0] not in ("whole", "parts") and content.lstrip().startswith("<think>"):
+        again = _find(content, whole, at)
+        return again if again[0] in ("whole", "parts") else found
+    return found
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def _not_appending(place: str, prompt: str, whole: str) -> tuple[str, str]:
+    same = next((n for n, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
+    start = max(0, same - 10)
+    what = (
+        f"{place}: the tokenizer's chat template renders the prompt differently with its answer: "
+        f"{_short(prompt[start:])} before the answer, {_short(whole[start:])} with it."
+    )
+    return what, f"{TEMPLATES_CURE} Message data needs a template that only appends."
