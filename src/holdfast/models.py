@@ -41,6 +41,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.tx
 TOKENIZER_KEYS = ("chat_template", "bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token")
 SAVED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md")
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "base_model_name_or_path", "peft_version")
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 # `tokenizer.ggml.pre` values that cut every digit off before the GPT-2 pattern; transformers ignores them
 DIGIT_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 
@@ -139,7 +140,7 @@ def _fresh_folder(final: Path, replace: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Silence the progress bars of transformers, which would break our own output."""
     from transformers.utils import logging as hf_logging
 
@@ -442,7 +443,7 @@ def _convert(gguf: Path, folder: Path) -> dict[str, Any]:
     import torch
     import transformers
 
-    with _no_bars():
+    with no_bars():
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
@@ -563,7 +564,7 @@ def load(
         options |= four_bits(options["dtype"], place)
     elif packed is not None:
         options["device_map"] = {"": place}  # its weights are laid out for where they work, and are not moved later
-    with _no_bars():
+    with no_bars():
         tokenizer = load_tokenizer(source, trust_remote_code)
         how = _Loading(options, place, _num_tokens(source, tokenizer, trust_remote_code))
         _may_load(source, how)
@@ -640,12 +641,7 @@ def four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """What from_pretrained wants for QLoRA's weights: NF4, its scales quantised too, products in `dtype`."""
     from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    config = BitsAndBytesConfig(**FOUR_BITS, bnb_4bit_compute_dtype=dtype)
     return {"quantization_config": config, "device_map": {"": device}}
 
 
@@ -784,7 +780,7 @@ def _adapted(base: Any, source: ModelSource, num_tokens: int) -> Any:
     if loadable.has_two_heads(source, base):
         _untie(base, base.get_input_embeddings().parameters())
     renames = getattr(base, "_checkpoint_conversion_mapping", {})
-    with _peft_quiet():
+    with peft_quiet():
         model = PeftModel.from_pretrained(base, source.path, is_trainable=False)
         found = model.load_adapter(
             source.path, "default", is_trainable=False, key_mapping=renames
@@ -801,15 +797,19 @@ def _adapted(base: Any, source: ModelSource, num_tokens: int) -> Any:
 
 
 @contextmanager
-def _peft_quiet() -> Iterator[None]:
-    """Silence what peft warns of and what is dealt with here: tied weights, and weights without a place."""
+def peft_quiet() -> Iterator[None]:
+    """Silence what peft warns of and what is dealt with here: tied weights, embeddings, weights without a place."""
     known = (
         "Model has `tie_word_embeddings=True`",
         "Model with `tie_word_embeddings=True`",
         "Found missing adapter keys",
     )
     with warnings.catch_warnings():
-        for start in (*known, "Input and output embeddings are no longer tied"):
+        for start in (
+            *known,
+            "Input and output embeddings are no longer tied",
+            "Setting `save_embedding_layers` to `True`",
+        ):
             warnings.filterwarnings("ignore", f"(?s){re.escape(start)}")
         yield
 
@@ -830,10 +830,11 @@ def merged(model: Any, label: str) -> PreTrainedModel:
 
     adapter, ties = model.peft_config[model.active_adapter], _ties(model.get_base_model())
     rows = twins.short_rows(model, loadable.token_ids(adapter))
-    before = twins.logits_of(model.eval(), rows)
+    with twins.in_float32(model.eval()) as exact:
+        before = twins.logits_of(model, rows)
     kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
     try:
-        with _peft_quiet():
+        with peft_quiet():
             _untie(model, _changed(model))
             plain = model.merge_and_unload()
     except Exception as error:
@@ -841,8 +842,9 @@ def merged(model: Any, label: str) -> PreTrainedModel:
         what = f"{label}: its {kind} adapter cannot be folded into the base: {text}"
         raise ModelError(what, "Use it unmerged, with plain peft.") from error
     _settle_ties(plain, ties, label)
-    apart = twins.distance(before, twins.logits_of(plain, rows))
-    limit = twins.MERGED.get(plain.dtype, 1e-3)
+    with twins.in_float32(plain):
+        apart = twins.distance(before, twins.logits_of(plain, rows))
+    limit = (twins.ROUNDED if exact else twins.ROUGH).get(plain.dtype, 1e-3)
     if not apart <= limit:
         what = (
             f"{label}: with its {kind} adapter folded in, the base computes something else: logits lie {apart:.2g} of "
@@ -941,7 +943,7 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Pat
     """
     target = Path(folder).expanduser().resolve()
     may_replace(model, target)
-    with _fresh_folder(target, replace=True) as part, _no_bars():
+    with _fresh_folder(target, replace=True) as part, no_bars():
         _mend_generation(model)
         if hasattr(model, "peft_config"):
             _save_adapter(model, part)
@@ -954,11 +956,9 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Pat
     return target
 
 
-def save_base(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
-    """Export a plain model so that adapters trained on it from now on name this folder as their base."""
-    target = save_model(model, tokenizer, folder, card=None)
-    model.name_or_path = model.config.name_or_path = str(target)
-    return target
+def name_after(model: Any, folder: Path) -> None:
+    """Let adapters that are put on a model from now on name `folder`, which holds it, as their base."""
+    model.name_or_path = model.config.name_or_path = str(folder.expanduser().resolve())
 
 
 def may_replace(model: Any, target: Path) -> None:
@@ -1005,13 +1005,15 @@ def _save_adapter(model: Any, folder: Path) -> None:
     if base is not None and base.kind == "adapter":
         what = f"This adapter was trained on {base.label}, merged, and plain peft would load it without {base.name}."
         raise ModelError(
-            what, "Save the merged base first, with models.save_base, or merge the adapter and save that."
+            what,
+            "Save the merged base, load that and train on it; or merge this adapter too and save the whole.",
         )
     if base is None:
         warnings.warn(f"The adapter's base {name!r} cannot be found: plain peft needs it given.", stacklevel=3)
     config.base_model_name_or_path = base.path if base else name
     try:
-        model.save_pretrained(folder, selected_adapters=[active])
+        with peft_quiet():
+            model.save_pretrained(folder, selected_adapters=[active])
     finally:
         config.base_model_name_or_path = name
     for file in (folder / active).glob("*"):  # peft puts any adapter but 'default' one level down
