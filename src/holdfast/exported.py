@@ -124,10 +124,11 @@ def check(export: Export, tuned: Any, soft_prompt: Any = None) -> str:
             raise TrainingError(
                 f"The {name} exported to {export.folder}, loaded the way its card says, computes something else than "
                 f"the model that was trained: logits lie {far:.2g} of their spread apart, and {limit:g} is allowed.",
-                "The run is not finished and keeps its checkpoint. Please report this, with the words of `holdfast doctor`.",
+                "The run is not finished and keeps its checkpoint. Please report this with `holdfast doctor`.",
             )
     where = "" if near else f" (on {place}, where numbers round in another way)"
-    return f"loads the way its card says, with logits {max(apart):.1g} of their spread from the trained model's{where}"
+    how = f"lie {max(apart):.1g} of their spread from" if max(apart) else "equal"
+    return f"loaded the way its card says, its logits {how} the trained model's{where}"
 
 
 def _ids(config: Any) -> list[int]:

@@ -150,13 +150,13 @@ def may_adapt(source: ModelSource) -> None:
         raise ModelError(what, "Save the adapter again with a peft that fits.") from error
     if parsed.is_prompt_learning:
         count = config.get("num_virtual_tokens")
-        what = f"{source.label} is a {kind} adapter: it puts {count} virtual tokens before every text"
+        what = f"{source.label} is an adapter of type {kind}: it puts {count} virtual tokens before every text"
         raise ModelError(f"{what}, which no weight of the base can hold.", cure)
     for key in ("layer_replication", "alora_invocation_tokens"):
         if config.get(key):
             raise ModelError(f"{source.label} uses {key}, which cannot be folded into its base.", cure)
-    if kind in ("ADAPTION_PROMPT", "XLORA", "POLY"):
-        what = f"{source.label} is a {kind} adapter, which works beside the weights of its base, not in them."
+    if kind in ("ADAPTION_PROMPT", "POLY", "SHADOW", "XLORA"):
+        what = f"{source.label} is an adapter of type {kind}, which works beside the weights of its base, not in them."
         raise ModelError(what, cure)
 
 
@@ -281,15 +281,10 @@ def embedding_names(base: Any) -> dict[str, str]:
 
 
 def _rows(header: Shapes, name: str) -> int | None:
-    """Rows of a whole embedding that an adapter brings along, plain, below a LoRA or as a module to save."""
+    """Rows of a whole embedding that an adapter brings: plain, as a module to save, or below what it trains."""
     for key, shape in header.items():
         own = key.removeprefix(PREFIX)
-        if (
-            own.startswith(f"{name}.")
-            and own.endswith(".weight")
-            and "lora_" not in own
-            and "token_adapter" not in own
-        ):
+        if own.startswith(f"{name}.") and own.endswith(".weight") and "lora_" not in own:
             return shape[0]
     return None
 
