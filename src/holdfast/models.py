@@ -920,6 +920,10 @@ def _load_full(source: ModelSource, how: _Loading) -> PreTrainedModel:
 def _cannot_load(thing: str, source: ModelSource, error: Exception) -> ModelError:
     text = " ".join(str(error).split())[:300]
     cure = "Check that the folder is whole and that transformers knows its architecture."
+    if source.base is not None:
+        cure = (
+            f"Check that {Path(source.path) / 'adapter_config.json'} fits the weights beside it and the base it names."
+        )
     packed = loadable.quantisation(source)
     if packed is not None:
         cure = f"It is quantised with {loadable.method_of(packed)}. " + loadable.unpack_cure(
