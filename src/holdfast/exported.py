@@ -25,7 +25,8 @@ class Export:
         dtype: name of the dtype to compute in, as 'bfloat16'.
         prompt: folder of a soft prompt that goes with it, or None.
         base: the merged base that this run wrote for the adapter, or None.
-        four_bits: the base is loaded in 4 bits.
+        packed: the weights of the base are kept in a few bits.
+        four_bits: and are put into 4 bits while they are loaded.
         settings: what else from_pretrained is given.
     """
 
@@ -34,6 +35,7 @@ class Export:
     dtype: str
     prompt: Path | None = None
     base: Path | None = None
+    packed: bool = False
     four_bits: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -75,11 +77,13 @@ class Export:
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
         given = {"dtype": self.dtype, **self.settings, "local_files_only": True}
+        if self.packed:
+            given["device_map"] = {"": device}  # packed weights lie where they work, and are not moved later
         if self.four_bits:
-            given |= {"quantization_config": BitsAndBytesConfig(**_four_bits(self.dtype)), "device_map": {"": device}}
+            given["quantization_config"] = BitsAndBytesConfig(**_four_bits(self.dtype))
         kind: Any = AutoPeftModelForCausalLM if self.adapter else AutoModelForCausalLM
         model = kind.from_pretrained(str(self.folder), **given).eval()
-        return model if self.four_bits else model.to(device)
+        return model if self.packed else model.to(device)
 
     def prompted(self, model: Any) -> Any:
         """What `load` gave, with the soft prompt before every text."""
@@ -105,7 +109,7 @@ def check(export: Export, tuned: Any, soft_prompt: Any = None) -> str:
     """
     from holdfast import twins
 
-    place = _place(tuned, export.four_bits)
+    place = _place(tuned, export.packed)
     if place is None:
         return "not checked: there is no room for a second copy of the model"
     trained = list(getattr(tuned, "peft_config", {}).values())
@@ -168,7 +172,7 @@ def _found(export: Export, place: Any, rows: Any, prompted: bool) -> list[Any] |
             torch.cuda.empty_cache()
 
 
-def _place(tuned: Any, four_bits: bool) -> Any:
+def _place(tuned: Any, packed: bool) -> Any:
     """Where a second copy of the model has room: beside it, else on the CPU, else nowhere (None)."""
     import torch
 
@@ -179,7 +183,7 @@ def _place(tuned: Any, four_bits: bool) -> Any:
         return tuned.device
     if torch.cuda.mem_get_info(tuned.device)[0] >= need:
         return tuned.device
-    return None if four_bits else torch.device("cpu")
+    return None if packed else torch.device("cpu")
 
 
 def _free_memory() -> float:

@@ -202,6 +202,11 @@ class Run:
             what = f"{source.label} is an adapter on quantised weights, which cannot take it up to be tuned further."
             raise ModelError(what, "Name the unquantised model as the base of the adapter.")
         if models.is_packed(model):
+            if not getattr(getattr(model, "hf_quantizer", None), "is_trainable", True):
+                what = (
+                    f"{source.label} keeps its weights as {models.precision(model)}, which nothing can be trained on."
+                )
+                raise ModelError(what, "Tune the unquantised model.")
             plan.check_host(Host("holdfast tune", quantised=True))
             if self.recipe.export.merge:
                 kept = models.precision(model)
@@ -380,6 +385,8 @@ class Run:
         base_dtype, start = job.model.dtype, time.perf_counter()
         if self._writes_base(job):
             self._save_base(job)
+        elif job.source.kind == "adapter":
+            models.name_after(job.model, self.export)  # where the whole will lie
         with self._timed("prepare"):
             self.tell("prepare", 0.0, "")
             order = job.mix.draw(training.seed)
@@ -450,6 +457,7 @@ class Run:
 
     def _export_of(self, tuned: Any, source: Any) -> Any:
         """How the export is loaded without Holdfast."""
+        from holdfast import models
         from holdfast.exported import Export
 
         spec = self.recipe.model
@@ -461,6 +469,7 @@ class Run:
             str(tuned.dtype).removeprefix("torch."),
             prompt=prompt if prompt.is_dir() else None,
             base=base if adapter and source.kind == "adapter" else None,
+            packed=models.is_packed(tuned),
             four_bits=spec.load_in_4bit,
             settings={k: v for k, v in given.items() if v is not None},
         )

@@ -127,6 +127,15 @@ def test_walking_back_reaches_adapters_of_embeddings_too(tiny_model, start, toke
         assert torch.equal(forward(session.model, token_rows)[1], base)
 
 
+def test_a_base_that_no_folder_holds_is_refused(tiny_model, start, tmp_path):
+    """`models.load(adapter, merge_adapter=True)` is called by the adapter's folder; with_plan would save that name."""
+    model = tiny_model()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    model.name_or_path = str(tmp_path)
+    with pytest.raises(PlanError, match="plain PEFT would leave that one out"):
+        start([LoRA(r=2)], model)
+
+
 def test_scaling_by_layer_on_the_adapter(tiny_model, start):
     """LiNeS 0.25 on 3 blocks: factors 0.25, 0.25 + 0.75/2 = 0.625, 1."""
     session = shifted(start([LoRA(r=2), LiNeS(alpha=0.25)], tiny_model(layers=3)))
