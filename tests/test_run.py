@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
 from holdfast.compare import ability
-from holdfast.errors import PlanError, RecipeError
+from holdfast.errors import PlanError, RecipeError, TrainingError
 from holdfast.recipe import load_recipe, recipe_from
 from holdfast.report.examples import examples
 from holdfast.run import Run, planned, tune
@@ -162,6 +162,163 @@ def test_a_run_in_bfloat16(world, tmp_path):
     mine = dict(run.tuned.named_parameters())
     assert all(torch.equal(p, mine[name]) for name, p in plain.named_parameters())
     assert load(tmp_path / "run" / "report.json")["model"]["dtype"] == "bfloat16"
+
+
+# ---- what the card says
+
+
+def by_the_card(folder: Path, monkeypatch):
+    """What the code of a card gives, run in its folder: every name it sets."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    code = text.split("## Use\n\n```python\n", 1)[1].split("\n```", 1)[0]
+    monkeypatch.chdir(folder)
+    names: dict = {}
+    exec(compile(code, "card", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_code_of_the_card_loads_the_tuned_model(whole, monkeypatch, plan):
+    run = whole(plan)
+    found, ids = by_the_card(run.folder / "model", monkeypatch), torch.arange(5, 25)[None]
+    assert torch.equal(logits(found["model"], input_ids=ids), logits(run.tuned, input_ids=ids))
+    assert found["tokenizer"]("a b").input_ids
+    assert ("task_model" in found) == ("promot" in plan)
+    if "promot" in plan:
+        embedded = torch.cat([run.soft[None], run.tuned.get_input_embeddings()(ids)], dim=1)
+        want = logits(run.tuned, inputs_embeds=embedded)
+        torch.testing.assert_close(logits(found["task_model"], input_ids=ids), want, atol=1e-6, rtol=1e-5)
+
+
+def test_every_export_is_checked_and_says_so(whole):
+    for plan in PLANS:
+        report = load(whole(plan).folder / "report.json")
+        assert report["tuned"]["export"] == "loaded the way its card says, its logits equal the trained model's"
+        assert report["timing"]["export check"] > 0
+        assert "the way its card says" in (whole(plan).folder / "report.html").read_text(encoding="utf-8")
+
+
+class Spoilt(Run):
+    """A run whose export is damaged on the way to the disk."""
+
+    damage = "weights"
+
+    def _save_export(self, job, tuned, soft):
+        super()._save_export(job, tuned, soft)
+        if self.damage == "no folder":
+            shutil.rmtree(self.export)
+            return
+        from safetensors.torch import load_file, save_file
+
+        folder = self.folder / "prompt" if self.damage == "prompt" else self.export
+        (file,) = folder.glob("*.safetensors")
+        state = load_file(file)
+        first = next(n for n in state if "lora_B" in n or "embed" in n)
+        save_file({**state, first: state[first] * 1.01 + 0.01}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("plan", "damage", "match"),
+    [
+        ("lora", "weights", "The model exported to .* computes something else"),
+        ("dense", "weights", "The model exported to .* computes something else"),
+        ("promot", "prompt", "The soft prompt exported to .* computes something else"),
+        ("lora", "no folder", "cannot be loaded the way its card says"),
+    ],
+)
+def test_a_wrong_export_ends_the_run_loudly(whole, world, tmp_path, plan, damage, match):
+    run = Spoilt(recipe(world, tmp_path / "run", plan=PLANS[plan]), world.folder, lambda *_: None)
+    run.damage = damage
+    with pytest.raises(TrainingError, match=match):
+        run.go()
+    left = {p.name for p in (tmp_path / "run").iterdir()}
+    assert "checkpoint" in left and not left & {"training.json", "after.json", "report.json"}
+    tune(run.recipe)
+    assert_same_end(tmp_path / "run", whole(plan).folder)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize(
+    "target", [["embed_tokens", "q_proj"], ["lm_head"], ["embed_tokens", "lm_head"]], ids="+".join
+)
+def test_adapters_on_a_tied_weight_are_exported_as_trained(world, tmp_path, target, merge, monkeypatch):
+    one = recipe(world, tmp_path / "run", plan=[{"LoRA": {"r": 2, "target_modules": target}}], export={"merge": merge})
+    run = Kept(one, world.folder, lambda *_: None)
+    run.go()
+    found, ids = by_the_card(tmp_path / "run" / "model", monkeypatch), torch.arange(5, 25)[None]
+    assert torch.equal(logits(found["model"], input_ids=ids), logits(run.tuned, input_ids=ids))
+    base = AutoModelForCausalLM.from_pretrained(world.base)
+    assert not torch.allclose(logits(base, input_ids=ids), logits(found["model"], input_ids=ids), atol=1e-3)
+    assert found["model"].config.tie_word_embeddings is not merge
+
+
+def test_there_may_be_no_room_for_a_second_copy(world, tmp_path, monkeypatch):
+    from holdfast import exported
+
+    monkeypatch.setattr(exported, "_free_memory", lambda: 1000.0)
+    tune(recipe(world, tmp_path / "run", training={"max_steps": 1}))
+    assert load(tmp_path / "run" / "report.json")["tuned"]["export"].startswith("not checked: there is no room")
+
+
+# ---- tuning on top of an adapter
+
+
+@pytest.fixture(scope="module")
+def stack(world, whole, tmp_path_factory):
+    """Runs on top of the finished run "lora", each on the one before: (folder, run)."""
+    place, below, runs = tmp_path_factory.mktemp("stack"), whole("lora").folder / "model", []
+    for name, plan in (("second", LORA), ("third", PLANS["promot + lora"])):
+        model = {"model_name_or_path": str(below)}
+        run = Kept(recipe(world, place / name / "run", plan=plan, model=model), world.folder, lambda *_: None)
+        run.go()
+        runs.append(run)
+        below = run.export
+    return runs
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["on an adapter", "on an adapter on an adapter"])
+def test_an_adapter_on_an_adapter_brings_its_base(stack, world, monkeypatch, which):
+    run = stack[which]
+    config = load(run.export / "adapter_config.json")
+    assert config["base_model_name_or_path"] == str(run.folder / "base") and config["revision"] is None
+    ids = torch.arange(5, 25)[None]
+    plain = AutoPeftModelForCausalLM.from_pretrained(run.export)
+    assert torch.equal(logits(plain, input_ids=ids), logits(run.tuned, input_ids=ids))
+    bare = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.base), run.export)
+    assert not torch.allclose(logits(bare, input_ids=ids), logits(plain, input_ids=ids), atol=1e-2)
+    found = by_the_card(run.export, monkeypatch)
+    assert torch.equal(logits(found["model"], input_ids=ids), logits(run.tuned, input_ids=ids))
+    assert "in the folder base of the run" in (run.export / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_finished_run_on_an_adapter_does_nothing(stack):
+    before = {p: p.stat().st_mtime_ns for p in stack[0].folder.rglob("*")}
+    told = []
+    tune(stack[0].recipe, tell=lambda *args: told.append(args[0]))
+    assert told == ["done"] and {p: p.stat().st_mtime_ns for p in stack[0].folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("phase", "call"), [("prepare", 1), ("tune", 5), ("measure after", 1)])
+def test_a_killed_run_on_an_adapter_goes_on(stack, world, whole, tmp_path, phase, call):
+    model = {"model_name_or_path": str(whole("lora").folder / "model")}
+    one = recipe(world, tmp_path / "run", plan=LORA, model=model)
+    stop_at(one, phase, call)
+    tune(one)
+    assert_same_end(tmp_path / "run", stack[0].folder)
+    config = load(tmp_path / "run" / "model" / "adapter_config.json")
+    assert config["base_model_name_or_path"] == str(tmp_path / "run" / "base")
+
+
+@pytest.mark.parametrize(("plan", "merge"), [("dense", False), ("lora", True)])
+def test_a_whole_model_needs_no_base_beside_it(world, whole, tmp_path, plan, merge):
+    model = {"model_name_or_path": str(whole("lora").folder / "model")}
+    one = recipe(world, tmp_path / "run", plan=PLANS[plan], model=model, export={"merge": merge})
+    run = Kept(one, world.folder, lambda *_: None)
+    run.go()
+    assert not (run.folder / "base").exists()
+    plain, ids = AutoModelForCausalLM.from_pretrained(run.export), torch.arange(5, 25)[None]
+    assert torch.equal(logits(plain, input_ids=ids), logits(run.tuned, input_ids=ids))
 
 
 # ---- started again

@@ -18,7 +18,14 @@ ARXIV_ID = re.compile(r"\d{4}\.\d{4,5}(v\d+)?")
 HEAD = ("measured on", "items", "before", "after", "retention", "status")
 
 
-def model_card(report: Mapping[str, Any], *, adapter: bool = False, license: str | None = None) -> str:
+def model_card(
+    report: Mapping[str, Any],
+    *,
+    adapter: bool = False,
+    license: str | None = None,
+    code: str | None = None,
+    base: str | None = None,
+) -> str:
     """Write the card of a tuned model as Markdown with YAML front matter that the hub accepts.
 
     Args:
@@ -27,10 +34,20 @@ def model_card(report: Mapping[str, Any], *, adapter: bool = False, license: str
             high and n.
         adapter: whether the folder holds a PEFT adapter.
         license: of the tuned model, if known.
+        code: Python that loads what lies beside the card.
+        base: path of the model that the run wrote as the adapter's base.
     """
     front = _front_matter(report, adapter, license)
     title = f"# {_text(_public(_get(report, 'model', 'name', default='model')))}, tuned with Holdfast"
-    sections = [title, _verdict(report), _measured(report), _plan(report), _data(report), _papers(report)]
+    sections = [
+        title,
+        _verdict(report),
+        _use(code, base),
+        _measured(report),
+        _plan(report),
+        _data(report),
+        _papers(report),
+    ]
     sections += [_versions(report), _recipe(report)]
     return f"---\n{front}---\n\n" + "\n\n".join(part for part in sections if part) + "\n"
 
@@ -127,6 +144,20 @@ def _verdict(report: Mapping[str, Any]) -> str:
     sentence = _get(report, "verdict", "sentence", default="")
     status = _get(report, "verdict", "status", default="")
     return f"**{_text(status)}**: {_text(sentence)}" if status or sentence else ""
+
+
+def _use(code: str | None, base: str | None) -> str:
+    """How to load it, in the words of the check that was made after the export."""
+    if not code:
+        return ""
+    note = ""
+    if base:
+        note = (
+            "\n\nThe adapter was trained on another adapter, merged into its base. That merged model is in the folder "
+            f"{_text(_public(base))} of the run, and `adapter_config.json` names it as the base: on any other base "
+            "this adapter does not compute what was measured."
+        )
+    return f"## Use\n\n{_code(code, 'python')}{note}"
 
 
 def _measured(report: Mapping[str, Any]) -> str:

@@ -15,13 +15,15 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from holdfast import loadable
 from holdfast.errors import ModelError, suggest
+from holdfast.loadable import read_json as _read_json
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.tx
 TOKENIZER_KEYS = ("chat_template", "bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token")
 SAVED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md")
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "base_model_name_or_path", "peft_version")
+FOUR_BITS = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 # `tokenizer.ggml.pre` values that cut every digit off before the GPT-2 pattern; transformers ignores them
 DIGIT_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 
@@ -101,15 +104,6 @@ def safe_name(text: str) -> str:
     return f"{name[:67] or 'x'}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} when the file is missing or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _write_json(path: Path, value: dict) -> None:
     part = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     part.write_text(json.dumps(value, indent=1), encoding="utf-8")
@@ -146,7 +140,7 @@ def _fresh_folder(final: Path, replace: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Silence the progress bars of transformers, which would break our own output."""
     from transformers.utils import logging as hf_logging
 
@@ -449,7 +443,7 @@ def _convert(gguf: Path, folder: Path) -> dict[str, Any]:
     import torch
     import transformers
 
-    with _no_bars():
+    with no_bars():
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         model = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
@@ -544,11 +538,13 @@ def load(
         trust_remote_code: let Python code inside the model's folder run; warns loudly.
         attn_implementation: passed to transformers.
         revision: of a hub id, only together with a name.
-        merge_adapter: fold an adapter into its base; otherwise it comes as a frozen PeftModel.
+        merge_adapter: fold an adapter into its base (see `merged`); otherwise, and on a quantised base, it comes as a
+            frozen PeftModel.
         load_in_4bit: keep the linear layers in 4 bits (bitsandbytes); only what lies beside them can then be tuned.
 
     Raises:
-        ModelError: it cannot be found or loaded, or weights are missing from its files; no 4 bits on this machine.
+        ModelError: it cannot be found or loaded, or weights are missing from its files; no 4 bits on this machine; an
+            adapter that does not belong to its base, or whose base would compute something else with it merged.
     """
     if isinstance(source, str):
         source = resolve(source, revision)
@@ -562,16 +558,17 @@ def load(
     options = {"dtype": _auto_dtype(dtype, place), "trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    packed = loadable.quantisation(source)
     if load_in_4bit:
-        may_load_in_4bit(place)
-        merged = source.base if source.kind == "adapter" and not merge_adapter else source
-        if merged is not None and merged.kind == "adapter":
-            what = f"{merged.label} is an adapter to be merged, which load_in_4bit would round to 4 bits."
-            raise ModelError(what, "Merge it into the unquantised base and save that, then load it in 4 bits.")
+        _may_pack(source, packed, place, merge_adapter)
         options |= four_bits(options["dtype"], place)
-    with _no_bars():
+    elif packed is not None:
+        options["device_map"] = {"": place}  # its weights are laid out for where they work, and are not moved later
+    with no_bars():
         tokenizer = load_tokenizer(source, trust_remote_code)
-        model = _load_any(source, options, merge_adapter)
+        how = _Loading(options, place, _num_tokens(source, tokenizer, trust_remote_code))
+        _may_load(source, how)
+        model = _load_any(source, how, merge_adapter)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         what = f"{source.label}: its tokenizer has {len(tokenizer)} tokens, its model only {rows} rows for them."
@@ -579,8 +576,52 @@ def load(
     generation = getattr(model, "generation_config", None)
     if generation is not None and generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
-    # bitsandbytes has put its weights where they belong, and transformers refuses to move them
-    return (model if load_in_4bit else model.to(place)).eval(), tokenizer
+    return model.eval(), tokenizer
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """How one `load` goes about: what from_pretrained gets, where weights go, tokens of each adapter's tokenizer."""
+
+    options: dict[str, Any]
+    place: torch.device
+    num_tokens: dict[str, int]  # path of an adapter -> size of the tokenizer that goes with it
+
+
+def _num_tokens(source: ModelSource, tokenizer: Any, trust_remote_code: bool) -> dict[str, int]:
+    found = {source.path: len(tokenizer)}
+    while (source := source.base or source).base is not None:
+        found[source.path] = len(load_tokenizer(source, trust_remote_code))
+    return found
+
+
+def _may_load(source: ModelSource, how: _Loading) -> None:
+    """Raise ModelError for what files and configurations already show cannot be loaded right."""
+    if source.base is None:
+        loadable.may_unpack(source)
+        return
+    _may_load(source.base, how)
+    loadable.may_adapt(source)
+    base = loadable.skeleton(source, how.options["trust_remote_code"])
+    if base is None:
+        return
+    loadable.may_fit(source, base)
+    if source.base.base is None:  # a base that is an adapter may have another vocabulary than the model below
+        loadable.rows_of(source, base, how.num_tokens[source.path])
+
+
+def _may_pack(source: ModelSource, packed: Any, place: torch.device, merge_adapter: bool) -> None:
+    """Raise ModelError where load_in_4bit cannot do what it says."""
+    may_load_in_4bit(place)
+    if packed is not None and loadable.method_of(packed) != "bitsandbytes":
+        what = (
+            f"{source.label} is quantised with {loadable.method_of(packed)} already: load_in_4bit has nothing to do."
+        )
+        raise ModelError(what, "Remove load_in_4bit, or name the unquantised model.")
+    below = source.base if source.kind == "adapter" and not merge_adapter else source
+    if below is not None and below.kind == "adapter":
+        what = f"{below.label} is an adapter to be merged, which load_in_4bit would round to 4 bits."
+        raise ModelError(what, "Merge it into the unquantised base and save that, then load it in 4 bits.")
 
 
 def may_load_in_4bit(device: str | torch.device = "auto") -> None:
@@ -600,19 +641,23 @@ def four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """What from_pretrained wants for QLoRA's weights: NF4, its scales quantised too, products in `dtype`."""
     from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    config = BitsAndBytesConfig(**FOUR_BITS, bnb_4bit_compute_dtype=dtype)
     return {"quantization_config": config, "device_map": {"": device}}
 
 
 def precision(model: Any) -> str:
-    """In what the weights are kept, for reports: 'bfloat16', or 'nf4, bfloat16'."""
+    """In what the weights are kept, for reports: 'bfloat16', 'nf4, bfloat16' or 'gptq, float16'."""
     name = str(model.dtype).removeprefix("torch.")
-    return f"nf4, {name}" if getattr(model, "is_loaded_in_4bit", False) else name
+    if getattr(model, "is_loaded_in_4bit", False):
+        return f"nf4, {name}"
+    packed = getattr(model.config, "quantization_config", None) if is_packed(model) else None
+    method = getattr(packed, "quant_method", None)
+    return f"{getattr(method, 'value', method)}, {name}" if method else name
+
+
+def is_packed(model: Any) -> bool:
+    """Whether weights are kept in a few bits, so that they can be neither trained nor merged into."""
+    return bool(getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False))
 
 
 def auto_place() -> tuple[torch.device, torch.dtype]:
@@ -713,42 +758,187 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool) -> PreTrainedTo
     return tokenizer
 
 
-def _load_any(source: ModelSource, options: dict[str, Any], merge_adapter: bool) -> Any:
+def _load_any(source: ModelSource, how: _Loading, merge_adapter: bool) -> Any:
     try:
         if source.base is None:
-            return _load_full(source, options)
-        from peft import PeftModel
-
-        base = _load_any(source.base, options, merge_adapter=True)  # an adapter on an adapter needs it merged
-        model = PeftModel.from_pretrained(base, source.path, is_trainable=False)
-        if not merge_adapter:
+            return _load_full(source, how)
+        base = _load_any(source.base, how, merge_adapter=True)  # an adapter on an adapter needs it merged
+        if hasattr(base, "peft_config"):
+            what = (
+                f"{source.base.label} is an adapter on quantised weights, so {source.name} cannot be put on top of it."
+            )
+            raise ModelError(what, "Name the unquantised model as the base of the lower adapter.")
+        model = _adapted(base, source, how.num_tokens[source.path])
+        if not merge_adapter or is_packed(base):
             return model
-        merged = model.merge_and_unload()
-        merged.name_or_path = merged.config.name_or_path = source.path
-        return merged
+        plain = merged(model, source.label)
+        plain.name_or_path = plain.config.name_or_path = source.path
+        return plain
     except ModelError:
         raise
     except Exception as error:
         raise _cannot_load("model", source, error) from error
 
 
-def _load_full(source: ModelSource, options: dict[str, Any]) -> PreTrainedModel:
+def _adapted(base: Any, source: ModelSource, num_tokens: int) -> Any:
+    """The adapter of `source` on its loaded base, as a frozen PeftModel with every weight of its file in its place."""
+    from peft import PeftModel
+
+    rows = loadable.rows_of(source, base, num_tokens)
+    if rows != base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(rows, mean_resizing=False)  # the adapter brings the new ones
+    if loadable.has_two_heads(source, base):
+        _untie(base, base.get_input_embeddings().parameters())
+    renames = getattr(base, "_checkpoint_conversion_mapping", {})
+    with peft_quiet():
+        model = PeftModel.from_pretrained(base, source.path, is_trainable=False)
+        found = model.load_adapter(
+            source.path, "default", is_trainable=False, key_mapping=renames
+        )  # it says what it did
+    ends = tuple(f"{n}." for n in loadable.embedding_names(base).values())
+    strange = [k for k in found.unexpected_keys if not k.removeprefix(loadable.PREFIX).startswith(ends)]
+    for names, what in ((strange, "which its base has no place for"), (found.missing_keys, "which its file lacks")):
+        if names:
+            what = f"Adapter {source.label}: {len(names)} weights, first {sorted(names)[0]}, {what}."
+            raise ModelError(
+                what, "It was made for another base or task, or is damaged: correct its adapter_config.json."
+            )
+    return model
+
+
+@contextmanager
+def peft_quiet() -> Iterator[None]:
+    """Silence what peft warns of and what is dealt with here: tied weights, embeddings, weights without a place."""
+    known = (
+        "Model has `tie_word_embeddings=True`",
+        "Model with `tie_word_embeddings=True`",
+        "Found missing adapter keys",
+    )
+    with warnings.catch_warnings():
+        for start in (
+            *known,
+            "Input and output embeddings are no longer tied",
+            "Setting `save_embedding_layers` to `True`",
+        ):
+            warnings.filterwarnings("ignore", f"(?s){re.escape(start)}")
+        yield
+
+
+def merged(model: Any, label: str) -> PreTrainedModel:
+    """The plain model that computes what a PeftModel does, which is used up. Every merge goes through here.
+
+    A weight that the adapter changes and that other modules share (a tied head) is untied first: each gets a copy of
+    its own. Where they differ afterwards the configuration says that they are not tied, so what is saved loads as is.
+
+    Args:
+        label: the adapter and its base, for messages.
+
+    Raises:
+        ModelError: it cannot be folded in, or the outcome does not compute the same on two short rows.
+    """
+    from holdfast import twins
+
+    adapter, ties = model.peft_config[model.active_adapter], _ties(model.get_base_model())
+    rows = twins.short_rows(model, loadable.token_ids(adapter))
+    with twins.in_float32(model.eval()) as exact:
+        before = twins.logits_of(model, rows)
+    kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
+    try:
+        with peft_quiet():
+            _untie(model, _changed(model))
+            plain = model.merge_and_unload()
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        what = f"{label}: its {kind} adapter cannot be folded into the base: {text}"
+        raise ModelError(what, "Use it unmerged, with plain peft.") from error
+    _settle_ties(plain, ties, label)
+    with twins.in_float32(plain):
+        apart = twins.distance(before, twins.logits_of(plain, rows))
+    limit = (twins.ROUNDED if exact else twins.ROUGH).get(plain.dtype, 1e-3)
+    if not apart <= limit:
+        what = (
+            f"{label}: with its {kind} adapter folded in, the base computes something else: logits lie {apart:.2g} of "
+            f"their spread from those of base and adapter, and rounding explains {limit:g}."
+        )
+        raise ModelError(what, "Use it unmerged, with plain peft, or keep the weights in float32.")
+    return plain
+
+
+def _changed(model: Any) -> list[torch.nn.Parameter]:
+    """The base's own weights that lie in modules an adapter works on."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers = [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    layers += [m.original_module for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    return [p for layer in layers for p in layer.parameters()]
+
+
+def _untie(model: Any, params: Iterable[torch.nn.Parameter]) -> None:
+    """Give every module but the first that holds one of `params` a copy of its own."""
+    import torch
+
+    wanted, seen = {id(p) for p in params}, set()
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and id(p) in seen:
+                module._parameters[name] = torch.nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+            elif p is not None and id(p) in wanted:
+                seen.add(id(p))
+
+
+def _ties(model: Any) -> list[tuple[Any, bool]]:
+    """Each configuration of a model that may tie its embeddings, and whether it does."""
+    configs = {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}
+    return [(c, bool(c.tie_word_embeddings)) for c in configs.values() if hasattr(c, "tie_word_embeddings")]
+
+
+def _settle_ties(model: Any, ties: list[tuple[Any, bool]], label: str) -> None:
+    """Tie again what came out equal; where something did not, say so in the configuration."""
+    named = getattr(model, "all_tied_weights_keys", None) or {}
+    pairs = [(model.get_parameter(a), model.get_parameter(b)) for a, b in named.items()]
+    equal = all(a is b or (a.shape == b.shape and bool((a == b).all())) for a, b in pairs)
+    for config, tied in ties:  # peft has changed it already
+        config.tie_word_embeddings = tied and equal
+    if equal:
+        model.tie_weights(recompute_mapping=False)
+        return
+    _untie(model, [p for pair in pairs for p in pair])
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if model.all_tied_weights_keys:
+        what = f"{label}: merging gives {', '.join(model.all_tied_weights_keys)} weights of their own"
+        raise ModelError(
+            f"{what}, which {type(model).__name__} cannot have.", "Use the adapter unmerged, with plain peft."
+        )
+
+
+def _load_full(source: ModelSource, how: _Loading) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]  (a pair, if asked)
-        source.path, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        source.path, use_safetensors=True, local_files_only=True, output_loading_info=True, **how.options
     )
     if info["missing_keys"]:  # transformers would fill them with noise
         missing = sorted(info["missing_keys"])
         what = f"{source.label} lacks {len(missing)} weights, first {missing[0]}."
         raise ModelError(what, "It is damaged, or not a causal language model.")
     model.name_or_path = model.config.name_or_path = source.loadable  # peft writes it into adapters
-    return model
+    # packed weights lie where they belong already, and transformers refuses to move them
+    return model if "device_map" in how.options else model.to(how.place)  # pyright: ignore[reportArgumentType]
 
 
 def _cannot_load(thing: str, source: ModelSource, error: Exception) -> ModelError:
     text = " ".join(str(error).split())[:300]
     cure = "Check that the folder is whole and that transformers knows its architecture."
+    if source.base is not None:
+        cure = (
+            f"Check that {Path(source.path) / 'adapter_config.json'} fits the weights beside it and the base it names."
+        )
+    packed = loadable.quantisation(source)
+    if packed is not None:
+        cure = f"It is quantised with {loadable.method_of(packed)}. " + loadable.unpack_cure(
+            loadable.method_of(packed), error
+        )
     if "trust_remote_code" in text:
         cure = "It needs its own Python code: read that code, then set trust_remote_code."
     return ModelError(f"Cannot load the {thing} of {source.label}: {type(error).__name__}: {text}", cure)
@@ -767,7 +957,7 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Pat
     """
     target = Path(folder).expanduser().resolve()
     may_replace(model, target)
-    with _fresh_folder(target, replace=True) as part, _no_bars():
+    with _fresh_folder(target, replace=True) as part, no_bars():
         _mend_generation(model)
         if hasattr(model, "peft_config"):
             _save_adapter(model, part)
@@ -778,6 +968,11 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Pat
         if card is not None:
             (part / "README.md").write_text(card, encoding="utf-8")
     return target
+
+
+def name_after(model: Any, folder: Path) -> None:
+    """Let adapters that are put on a model from now on name `folder`, which holds it, as their base."""
+    model.name_or_path = model.config.name_or_path = str(folder.expanduser().resolve())
 
 
 def may_replace(model: Any, target: Path) -> None:
@@ -810,6 +1005,9 @@ def _save_adapter(model: Any, folder: Path) -> None:
     """Save the active adapter, pointing to a base that loads without Holdfast.
 
     During the save the base is named by its local folder, or peft would ask the hub for its configuration.
+
+    Raises:
+        ModelError: the base is another adapter, which plain peft would leave out.
     """
     active = model.active_adapter
     config = model.peft_config[active]
@@ -818,11 +1016,18 @@ def _save_adapter(model: Any, folder: Path) -> None:
         base = resolve(name) if name else None
     except ModelError:
         base = None
+    if base is not None and base.kind == "adapter":
+        what = f"This adapter was trained on {base.label}, merged, and plain peft would load it without {base.name}."
+        raise ModelError(
+            what,
+            "Save the merged base, load that and train on it; or merge this adapter too and save the whole.",
+        )
     if base is None:
         warnings.warn(f"The adapter's base {name!r} cannot be found: plain peft needs it given.", stacklevel=3)
     config.base_model_name_or_path = base.path if base else name
     try:
-        model.save_pretrained(folder, selected_adapters=[active])
+        with peft_quiet():
+            model.save_pretrained(folder, selected_adapters=[active])
     finally:
         config.base_model_name_or_path = name
     for file in (folder / active).glob("*"):  # peft puts any adapter but 'default' one level down

@@ -72,6 +72,7 @@ class Run:
         self.folder = Path(recipe.training.output_dir)
         self.export = Path(recipe.export.folder) if recipe.export.folder else self.folder / "model"
         self.timing: dict[str, float] = {}
+        self.checked_export: str | None = None
 
     # ---- files
 
@@ -136,6 +137,7 @@ class Run:
         own = sum(p.numel() * p.element_size() for p in job.model.parameters())
         adapter = any(m.wraps for m in job.session.methods)
         need = own if adapter else 2 * 12 * count + own
+        need += own if self._writes_base(job) else 0
         free = shutil.disk_usage(self.folder).free
         if free < need:
             raise TrainingError(
@@ -185,12 +187,33 @@ class Run:
             for suite in names_of(m.suites):
                 check_suite(suite, Ask(tokenizer, m.num_fewshot, m.limit, labels=task.labels or ()), longest)
             model, tokenizer = self._load(source, merge_adapter=True)
+            self._may_train(source, model, plan)
             bad = not_finite(model)
             if bad:
                 what = f"The weight {bad} of {source.name} is not finite, so the model can give no probabilities."
                 raise ModelError(what, "Copy or download the model again.")
         session, training, mix = self._planned(plan, model, tokenizer, task, longest)
         return Job(source, model, tokenizer, task, session, training, mix)
+
+    def _may_train(self, source: Any, model: Any, plan: Any) -> None:
+        """Packed weights cannot be trained themselves, nor take up an adapter."""
+        from holdfast import models
+        from holdfast.plan import Host
+
+        if hasattr(model, "peft_config"):
+            what = f"{source.label} is an adapter on quantised weights, which cannot take it up to be tuned further."
+            raise ModelError(what, "Name the unquantised model as the base of the adapter.")
+        if models.is_packed(model):
+            if not getattr(getattr(model, "hf_quantizer", None), "is_trainable", True):
+                what = (
+                    f"{source.label} keeps its weights as {models.precision(model)}, which nothing can be trained on."
+                )
+                raise ModelError(what, "Tune the unquantised model.")
+            plan.check_host(Host("holdfast tune", quantised=True))
+            if self.recipe.export.merge:
+                kept = models.precision(model)
+                what = f"export.merge is true, but {source.name} keeps its weights in a few bits ({kept})."
+                raise ModelError(what, "Remove export.merge, or tune the unquantised model.")
 
     def _check_settings(self) -> None:
         """Settings that this host cannot follow are refused, never skipped."""
@@ -353,6 +376,7 @@ class Run:
         """Train and export, or load the export of a run that got this far. Returns (model, soft prompt or None)."""
         if self._read("training.json"):
             return self._exported()
+        from holdfast import models
         from holdfast.engine.forward import inner
         from holdfast.hosts.checkpoint import Checkpoint
         from holdfast.hosts.plain import train
@@ -361,6 +385,10 @@ class Run:
 
         session, training, task = job.session, job.training, job.task
         base_dtype, start = job.model.dtype, time.perf_counter()
+        if self._writes_base(job):
+            self._save_base(job)
+        elif job.source.kind == "adapter":
+            models.name_after(job.model, self.export)  # where the whole will lie
         with self._timed("prepare"):
             self.tell("prepare", 0.0, "")
             order = job.mix.draw(training.seed)
@@ -393,10 +421,11 @@ class Run:
             what = f"The weight {bad} of the tuned model is not finite; it is not exported."
             raise TrainingError(what, "Start again with a lower training.learning_rate and another output_dir.")
         tuned, soft = session.finished_model(base_dtype)
-        if self.recipe.export.merge and hasattr(tuned, "merge_and_unload"):
-            tuned = tuned.merge_and_unload()
+        if self.recipe.export.merge and hasattr(tuned, "peft_config"):
+            tuned = models.merged(tuned, f"The adapter of this run on {job.source.label}")
         self.timing["tune"] = log.seconds
         self._save_export(job, tuned, soft)
+        self._check_export(job, tuned, soft)
         self._write("training.json", self._training_part(log, training, time.perf_counter() - start))
         Checkpoint(self.folder).clear()
         return tuned, soft
@@ -428,6 +457,53 @@ class Run:
         with self._timed("export"):
             by_first(save)
 
+    def _export_of(self, tuned: Any, source: Any) -> Any:
+        """How the export is loaded without Holdfast."""
+        from holdfast import models
+        from holdfast.exported import Export
+
+        spec = self.recipe.model
+        given = {"trust_remote_code": spec.trust_remote_code or None, "attn_implementation": spec.attn_implementation}
+        adapter, prompt, base = hasattr(tuned, "peft_config"), self.folder / "prompt", self.folder / "base"
+        return Export(
+            self.export,
+            adapter,
+            str(tuned.dtype).removeprefix("torch."),
+            prompt=prompt if prompt.is_dir() else None,
+            base=base if adapter and source.kind == "adapter" else None,
+            packed=models.is_packed(tuned),
+            four_bits=spec.load_in_4bit,
+            settings={k: v for k, v in given.items() if v is not None},
+        )
+
+    def _check_export(self, job: Job, tuned: Any, soft: Any) -> None:
+        """The export, loaded the way its card says, must compute what the model in memory does."""
+        from holdfast.exported import check
+
+        with self._timed("export check"):
+            self.checked_export = by_first(lambda: check(self._export_of(tuned, job.source), tuned, soft))
+
+    def _writes_base(self, job: Job) -> bool:
+        """Whether this run trains an adapter on a base that no folder holds: another adapter, merged."""
+        wraps = any(m.wraps for m in job.session.methods)
+        return job.source.kind == "adapter" and wraps and not self.recipe.export.merge
+
+    def _save_base(self, job: Job) -> None:
+        """Write the merged base, for plain PEFT to load the new adapter on; a run that goes on has it already."""
+        from holdfast import models
+        from holdfast.hosts.checkpoint import writing
+
+        folder = self.folder / "base"
+
+        def save() -> None:
+            if not ((self.folder / "checkpoint").is_dir() and (folder / "config.json").is_file()):
+                with writing(f"The merged base in {folder}"):
+                    models.save_model(job.model, job.tokenizer, folder, card=None)
+
+        with self._timed("export"):
+            by_first(save)
+        models.name_after(job.model, folder)
+
     def _training_part(self, log: Any, training: Any, seconds: float) -> dict[str, Any]:
         """What the report says about the training; see `report.schema.TrainingPart`."""
         realised: dict[str, dict[str, int]] = {}
@@ -444,6 +520,7 @@ class Run:
             "loss": [[s, p["task"]] for s, p in log.loss],
             "terms": {t: [[s, p[t]] for s, p in log.loss if t in p] for t in sorted(terms)},
             "realised_mix": realised,
+            "export": self.checked_export,
             "timing": self.timing,
         }
 
@@ -488,7 +565,12 @@ class Run:
                 "sha": source.sha,
                 "dtype": models.precision(model),
             },
-            "tuned": {"name": task.name, "path": str(self.export), "sha": None},
+            "tuned": {
+                "name": task.name,
+                "path": str(self.export),
+                "sha": None,
+                "export": training.get("export"),
+            },
             "task": part,
             "abilities": judged,
             "plan": self._read("plan.json"),
@@ -504,18 +586,19 @@ class Run:
                 "seed": self.recipe.training.seed,
             },
         }
-        by_first(lambda: self._save_report(report))
+        by_first(lambda: self._save_report(report, self._export_of(model, source)))
         self.tell("done", 1.0, str(self.folder))
         return self.folder
 
-    def _save_report(self, report: dict[str, Any]) -> None:
+    def _save_report(self, report: dict[str, Any], export: Any) -> None:
         """report.json last: with it the run is finished."""
         from holdfast.model_card import model_card
         from holdfast.report import markdown, page
 
         report["recipe"] = (self.folder / "recipe.yaml").read_text(encoding="utf-8")
-        adapter = (self.export / "adapter_config.json").is_file()
-        write_text(self.export / "README.md", model_card(report, adapter=adapter))
+        base = str(export.base) if export.base else None
+        card = model_card(report, adapter=export.adapter, code=export.code(), base=base)
+        write_text(self.export / "README.md", card)
         page.write(report, self.folder / "report.html")
         write_text(self.folder / "report.md", markdown.summary(report))
         write_json(self.folder / "report.json", report)

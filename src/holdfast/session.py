@@ -5,6 +5,7 @@ Order of a step: batch -> forward -> token weights and terms -> backward -> grad
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from holdfast.plan import PHASES, Plan
 from holdfast.services import BaseWeights, Context, Teacher, View
 
 Counts = Mapping[str, int]
+LORA_B = re.compile(r"\.lora_(?:embedding_)?B\.")
 
 
 class Session:
@@ -300,10 +302,10 @@ class Session:
         chain = [m for m in self.methods if "merge" in m.sites()]
         if not chain:
             return
-        lora = [(n, p) for n, p in self.model.named_parameters() if ".lora_B." in n]
+        lora = [(n, p) for n, p in self.model.named_parameters() if LORA_B.search(n)]
         if lora:
             for n, p in lora:
-                name = canonical(n).split(".lora_B.")[0] + ".weight"
+                name = LORA_B.split(canonical(n))[0] + ".weight"
                 factor = torch.ones(())
                 for m in chain:
                     factor = m.merge(name, torch.zeros(()), factor, self.num_layers)

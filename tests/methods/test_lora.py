@@ -115,6 +115,27 @@ def test_walking_back_by_scaling_b_is_dense_interpolation(tiny_model, start, tok
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_walking_back_reaches_adapters_of_embeddings_too(tiny_model, start, token_rows):
+    session = start([LoRA(r=2, target_modules=("embed_tokens", "lm_head")), WiSEFT(alpha=0.0)], tiny_model())
+    with torch.no_grad():
+        for p in session.params.values():
+            p.add_(0.1)
+        base = forward(tiny_model(), token_rows)[1]
+        assert not torch.allclose(forward(session.model, token_rows)[1], base, atol=1e-2)
+        session.merge()
+        assert torch.equal(forward(session.model, token_rows)[1], base)
+
+
+def test_a_base_that_no_folder_holds_is_refused(tiny_model, start, tmp_path):
+    """`models.load(adapter, merge_adapter=True)` is called by the adapter's folder; with_plan would save that name."""
+    model = tiny_model()
+    (tmp_path / "adapter_config.json").write_text("{}")
+    model.name_or_path = str(tmp_path)
+    with pytest.raises(PlanError, match="plain PEFT would leave that one out"):
+        start([LoRA(r=2)], model)
+
+
 def test_scaling_by_layer_on_the_adapter(tiny_model, start):
     """LiNeS 0.25 on 3 blocks: factors 0.25, 0.25 + 0.75/2 = 0.625, 1."""
     session = shifted(start([LoRA(r=2), LiNeS(alpha=0.25)], tiny_model(layers=3)))

@@ -48,11 +48,12 @@ class ModelPart(TypedDict, total=False):
 
 
 class TunedPart(TypedDict, total=False):
-    """The tuned model: its name, where it lies, hash of its weights."""
+    """The tuned model: its name, where it lies, hash of its weights, and what loading the export plainly gave."""
 
     name: str
     path: str
     sha: str | None
+    export: str | None
 
 
 class TaskPart(TypedDict, total=False):

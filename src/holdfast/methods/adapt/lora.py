@@ -11,6 +11,7 @@ LoRA alone does not protect: see the results page.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,8 @@ class LoRA(Method):
     """Low-rank adaptation (Hu et al. 2021), with rsLoRA and DoRA as options.
 
     Raises:
-        PlanError: r < 1, or target_modules that match no linear layer.
+        PlanError: r < 1, target_modules that match no linear layer, or a base that is itself a merged adapter and has
+            no folder of its own.
     """
 
     r: int = 16  # usual for language models; PEFT's own default is 8
@@ -53,6 +55,13 @@ class LoRA(Method):
     def adapt(self, model: Any, ctx: Context) -> Any:
         from peft import LoraConfig, get_peft_model
 
+        name = str(getattr(model, "name_or_path", ""))
+        if name and (Path(name) / "adapter_config.json").is_file():
+            raise PlanError(
+                f"LoRA would train on {name} merged into its base, which no folder holds: the new adapter would name "
+                f"{name} as its base, and plain PEFT would leave that one out.",
+                "Save the merged model with save_pretrained, load that folder, and train on it.",
+            )
         alpha = int(self.lora_alpha) if float(self.lora_alpha).is_integer() else self.lora_alpha
         config = LoraConfig(
             r=self.r,

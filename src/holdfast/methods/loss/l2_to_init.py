@@ -81,9 +81,14 @@ def _lora_pairs(view: View) -> list[tuple[str, torch.Tensor, torch.Tensor, float
     module: Any  # PEFT's layers: torch's types know no lora_A
     for name, module in view.model.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
-            a, b = (whole(_trained(view, f"{name}.{k}.default.weight")) for k in ("lora_A", "lora_B"))
-            if a.requires_grad or b.requires_grad:
-                out.append((name, a, b, float(module.scaling["default"])))
+            keys = ("lora_A.default.weight", "lora_B.default.weight")
+        elif hasattr(module, "lora_embedding_A") and "default" in module.lora_embedding_A:
+            keys = ("lora_embedding_A.default", "lora_embedding_B.default")
+        else:
+            continue
+        a, b = (whole(_trained(view, f"{name}.{k}")) for k in keys)
+        if a.requires_grad or b.requires_grad:
+            out.append((name, a, b, float(module.scaling["default"])))
     return out
 
 
