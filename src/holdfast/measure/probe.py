@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from holdfast.errors import HoldfastError
 from holdfast.measure import BATCH_TOKENS, shard
-from holdfast.measure.generate import generate
+from holdfast.measure.generate import batch_for, generate
 from holdfast.measure.scorer import Score, Scorer
 
 Kind = Literal["exact", "choice", "calibrated", "likelihood", "generate"]
@@ -142,7 +142,8 @@ def score_suite(
     shared = [(p.task, p.cluster or p.id) for p in scored for _ in p.answers]
     scores = iter(shard.score_tokens(scorer, encoded, shared))
     results = {p.id: _RESULTS[p.kind](p, [next(scores) for _ in p.answers]) for p in scored}
-    outputs = generate(model, tokenizer, spoken, progress=lambda x: tell(share + x * (1 - share)))
+    batch = batch_for(batch_tokens)
+    outputs = generate(model, tokenizer, spoken, batch_size=batch, progress=lambda x: tell(share + x * (1 - share)))
     for p, output in zip(spoken, outputs, strict=True):
         assert p.judge is not None, "a generate probe has a judge"
         results[p.id] = {"correct": p.judge(output), "output": output}
