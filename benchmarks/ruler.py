@@ -540,6 +540,74 @@ def _sight(limit: int, curve: Sequence[Data], rng: np.random.Generator) -> Data:
     return {"limit": limit, "promised": seen and seen.loss, "share": seen and seen.share, "simulated": found}
 
 
+# ---------------------------------------------------------------- intervals
+
+CLUSTERS = (5, 10, 30)
+TRUTHS = (0.02, 0.1, 0.5, 0.9, 0.98)
+
+
+def _spread_out(p: float, g: int, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """(g,) draws from a beta with mean p: strength 1 lies at 0 and 1 mostly, 20 near p."""
+    return rng.beta(strength * p, strength * (1 - p), g)
+
+
+def _shared(p: float, g: int, rng: np.random.Generator) -> np.ndarray:
+    """(g, 4) 0/1 scores; the four of a cluster are correlated by 0.3."""
+    return (rng.random((g, 4)) < _spread_out(p, g, 0.7 / 0.3, rng)[:, None]).astype(float)
+
+
+KINDS: dict[str, Callable[[float, int, np.random.Generator], np.ndarray]] = {  # -> (clusters, items in each)
+    "0/1": lambda p, g, rng: (rng.random((g, 1)) < p).astype(float),
+    "0/1, four in a cluster": _shared,
+    "0, 1/2, 1": lambda p, g, rng: rng.binomial(2, p, (g, 1)) / 2,
+    "0, 1/2, 1, three in a cluster": lambda p, g, rng: rng.binomial(2, p, (g, 3)) / 2,
+    "graded, close together": lambda p, g, rng: _spread_out(p, g, 20, rng)[:, None],
+    "graded, nearly all at 0 or 1": lambda p, g, rng: _spread_out(p, g, 1, rng)[:, None],
+}
+
+
+def intervals(lab: Lab) -> Data:
+    """How often the printed 95 % intervals hold the truth, where items are few and scores near their bounds."""
+    reps, rng = lab.size(4000, 20), np.random.default_rng(0)
+    return {
+        "repetitions": reps,
+        "one": [_coverage(kind, g, reps, rng) for kind in KINDS for g in CLUSTERS],
+        "five": [_coverage(kind, g, reps // 5, rng, tasks=5) for kind in list(KINDS)[:3] for g in CLUSTERS],
+        "changes": [_coverage_of_change(g, loss, reps, rng) for g in CLUSTERS for loss in (0.02, 0.1, 0.5, 0.9)],
+    }
+
+
+def _coverage(kind: str, g: int, reps: int, rng: np.random.Generator, tasks: int = 1) -> Data:
+    """Coverage and mean width at each true score, of one task or the mean of several equal ones."""
+    from holdfast.measure import stats
+
+    hits, widths = [], []
+    for p in TRUTHS:
+        drawn = [stats.average([_scores(KINDS[kind](p, g, rng)) for _ in range(tasks)]) for _ in range(reps)]
+        assert all(0 <= e.low <= e.value <= e.high <= 1 for e in drawn)
+        hits.append(float(np.mean([e.low <= p <= e.high for e in drawn])))
+        widths.append(float(np.mean([e.high - e.low for e in drawn])))
+    return {"kind": kind, "clusters": g, "tasks": tasks, "covered": hits, "width": widths}
+
+
+def _scores(drawn: np.ndarray) -> Any:
+    """Scores and clusters as `stats` takes them."""
+    g, m = drawn.shape
+    return drawn.ravel(), np.repeat(np.arange(g), m) if m > 1 else None
+
+
+def _coverage_of_change(n: int, loss: float, reps: int, rng: np.random.Generator) -> Data:
+    """Coverage of a paired difference of 0/1 scores where `loss` of the right answers get lost and none are won."""
+    from holdfast.measure import stats
+
+    hits = 0
+    for _ in range(reps):
+        e = stats.change(np.ones(n), (rng.random(n) >= loss).astype(float))
+        assert -1 <= e.low <= e.value <= e.high <= 1
+        hits += e.low <= -loss <= e.high or e.value == 0  # no change seen has no interval to be wrong
+    return {"items": n, "loss": loss, "covered": hits / reps}
+
+
 # ---------------------------------------------------------------- 5 noise, 6 damage
 
 
@@ -924,6 +992,40 @@ def _power_row(cells: Sequence[Data]) -> list[str]:
     return [first, *(f"{c['any_lost']:.2f} / {1 - c['kept']:.2f}" for c in cells)]
 
 
+def page_intervals(d: Data) -> list[str]:
+    head = ("scores", "clusters", *(f"true score {p}" for p in TRUTHS))
+
+    def rows(parts: Sequence[Data]) -> list[list[Any]]:
+        return [
+            [
+                r["kind"],
+                r["clusters"],
+                *(f"{_pct(h)} ({w:.2f})" for h, w in zip(r["covered"], r["width"], strict=True)),
+            ]
+            for r in parts
+        ]
+
+    sizes = sorted({r["items"] for r in d["changes"]})
+    losses = sorted({r["loss"] for r in d["changes"]})
+    found = {(r["items"], r["loss"]): _pct(r["covered"]) for r in d["changes"]}
+    return [
+        f"How often the 95 % interval of a score holds the true score, in {d['repetitions']} repetitions; in brackets "
+        "its mean width. All of them lie between 0 and 1 and hold the estimate. The last kind shows the limit of any "
+        "interval from few items: where hardly any item carries the difference, a few that look alike say little, and "
+        "the interval does not know it.",
+        "",
+        *_table(head, rows(d["one"])),
+        "",
+        f"The mean of five such tasks ({d['repetitions'] // 5} repetitions):",
+        "",
+        *_table(head, rows(d["five"])),
+        "",
+        "A change of 0/1 scores, of right answers of which a share gets lost; [0, 0] where none did counts as right:",
+        "",
+        *_table(("items", *(f"true loss {x}" for x in losses)), [[n, *(found[n, x] for x in losses)] for n in sizes]),
+    ]
+
+
 def page_noise(d: Data) -> list[str]:
     rows = d["repetitions"]
     count = {s: sum(r["status"] == s for r in rows) for s in ("kept", "unclear", "lost")}
@@ -999,6 +1101,7 @@ SECTIONS: dict[str, tuple[Callable[[Lab], Data], str, Callable[[Data], list[str]
     "harness": (harness, "The same scores as lm-evaluation-harness", page_harness),
     "invariance": (invariance, "What must not matter", page_invariance),
     "simulated": (simulated, "False alarms and power, simulated", page_simulated),
+    "intervals": (intervals, "Intervals of few items", page_intervals),
     "noise": (noise, "False alarms on the real model", page_noise),
     "damage": (damage, "Planted damage", page_damage),
     "seeds": (seeds, "Seeds", page_seeds),

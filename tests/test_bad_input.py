@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from holdfast import cli
-from holdfast.errors import HoldfastError
 from holdfast.rows import Row
 from tiny_run import make_world, recipe_data, write_recipe, write_rows
 
@@ -356,11 +355,13 @@ def test_weights_that_explode_in_the_last_step(tune, tmp_path):
 # ---- what the command line adds
 
 
-def test_debug_shows_the_traceback(world, tmp_path, monkeypatch):
+def test_debug_shows_the_traceback(world, tmp_path, monkeypatch, capsys):
     path = write_recipe(tmp_path / "recipe.yaml", recipe_data(world, tmp_path / "run", plan=["LoRa"]))
     monkeypatch.setattr(sys, "argv", ["holdfast", "tune", str(path), "--debug"])
-    with pytest.raises(HoldfastError, match="LoRa"):
+    with pytest.raises(SystemExit) as end:
         cli.main()
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and "Traceback" in told and "PlanError: The plan names 'LoRa'" in told
 
 
 def raising(error):
@@ -386,9 +387,10 @@ def test_what_is_no_mistake_of_the_recipe(tune, monkeypatch, error, code, words)
     assert got == code and words in told
 
 
-def test_a_fault_of_ours_is_not_hidden(world, tmp_path, monkeypatch):
-    path = write_recipe(tmp_path / "recipe.yaml", recipe_data(world, tmp_path / "run"))
-    monkeypatch.setattr(sys, "argv", ["holdfast", "tune", str(path)])
+def test_a_fault_of_ours_is_not_hidden(tune, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("holdfast.run.Run.go", raising(RuntimeError("shape mismatch")))
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        cli.main()
+    code, told = tune()
+    assert code == 70 and "RuntimeError: shape mismatch" in told and "fault of Holdfast" in told
+    (file,) = (tmp_path / "home" / "crashes").iterdir()
+    assert "Traceback" in file.read_text(encoding="utf-8")

@@ -7,6 +7,8 @@ import pytest
 
 from holdfast.compare import abilities, ability, estimates, only_after, verdict
 from holdfast.errors import HoldfastError
+from holdfast.measure import stats
+from holdfast.report import schema
 
 KEEP = 0.95
 
@@ -174,3 +176,58 @@ def test_an_ability_too_small_to_be_proved_raises_alarms_only():
     broken = {**measured({"s": [0] * 36}), "suite": "instructions"}
     assert [p["status"] for p in abilities([large, small], [large, broken], {}, 0.95)] == ["kept", "lost"]
     assert verdict(abilities([small], [small], {}, 0.95), None)["status"] == "not checked"
+
+
+# ---- what is printed
+
+
+SHAPES = [(1, 3), (1, 36), (2, 5), (5, 10), (20, 48)]  # tasks x items
+
+
+def graded(tasks: int, items: int, seed: int, p: float) -> dict:
+    """Graded scores in clusters of two, as the instructions suite has them."""
+    draw = random.Random(f"{tasks}/{items}/{seed}/{p}")
+    out = measured(drawn(tasks, items, p, seed))
+    for task in out["tasks"]:
+        task["clustered"] = draw.random() < 0.5
+        for n, item in enumerate(task["items"]):
+            item["cluster"] = f"{task['name']}/{n // 2}"
+            item["correct"] = min(1.0, max(0.0, item["correct"] + draw.choice([0, 0, 0, 0.5, -0.5])))
+    return out
+
+
+def estimates_in(part) -> list[tuple[str, dict]]:
+    """(name, estimate) of every estimate anywhere in a part of a report."""
+    if isinstance(part, list):
+        return [found for p in part for found in estimates_in(p)]
+    if not isinstance(part, dict):
+        return []
+    here = [(k, v) for k, v in part.items() if isinstance(v, dict) and "low" in v]
+    return here + [found for v in part.values() for found in estimates_in(v)]
+
+
+@pytest.mark.parametrize(("tasks", "items"), SHAPES)
+@pytest.mark.parametrize("p", [0.03, 0.5, 0.97, 1.0])
+def test_every_interval_of_a_report_stays_within_bounds(tasks, items, p):
+    for seed in range(6):
+        before, after = graded(tasks, items, seed, p), graded(tasks, items, seed, max(0.0, p - 0.1 * seed))
+        after["tasks"] = [{**a, "clustered": b["clustered"]} for a, b in
+                          zip(after["tasks"], before["tasks"], strict=True)]  # fmt: skip
+        parts = [*abilities([before], [after], {}, KEEP), only_after(after, KEEP),
+                 estimates(before["tasks"][0]["items"], after["tasks"][0]["items"])]  # fmt: skip
+        found = estimates_in(parts)
+        assert len(found) >= 3 * tasks
+        for name, e in found:
+            least = {"difference": -1.0, "retention": -float("inf")}.get(name, 0.0)
+            most = float("inf") if name == "retention" else 1.0
+            assert e["low"] is not None and e["high"] is not None
+            assert least <= e["low"] <= e["value"] + 1e-12 and e["value"] - 1e-12 <= e["high"] <= most, (name, e)
+
+
+def test_the_instructions_suite_as_it_was_found():
+    """Graded answers near the top, where the t interval alone ends beyond 1 ("0.30 to 1.03")."""
+    scores = [1, 1, 1, 0.5, 0.5, 0]
+    base = measured({"t": scores})
+    assert stats.mean(scores).high > 1
+    # mean .6667, SE^2 = .8333/5/6 = .027778, n = .2222/.027778 = 8; t(.975, 5)^2 = 6.608: .2654 to .9172
+    assert schema.estimate(ability(base, None, KEEP)["tasks"][0]["before"]) == "0.67 (0.27 to 0.92)"

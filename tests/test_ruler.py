@@ -142,6 +142,23 @@ def test_simulated(ruler, world, tmp_path):
     assert {c["limit"] for c in data["curve"]} == {12}
 
 
+def test_intervals(ruler, world, tmp_path):
+    data = section(ruler, world, "intervals", tmp_path)
+    assert len(data["one"]) == len(ruler.KINDS) * 3 and len(data["five"]) == 9
+    assert all(len(r["covered"]) == len(ruler.TRUTHS) for r in data["one"])
+
+
+@pytest.mark.long
+def test_intervals_cover_what_the_page_says(ruler):
+    """At the size of the page: 95 % where items show what they are, less only in the kind that is named there."""
+    data = ruler.intervals(ruler.Lab("", False))
+    *known, hard = ([r for r in data["one"] if r["kind"] == kind] for kind in ruler.KINDS)
+    worst = min(hit for rows in known for r in rows for hit in r["covered"])
+    assert worst > 0.88 and min(hit for r in data["five"] for hit in r["covered"]) > 0.91
+    assert min(hit for r in hard for hit in r["covered"]) < 0.6  # a limit that is told, not hidden
+    assert all(r["covered"] > 0.93 for r in data["changes"])
+
+
 # ---- the sections that need a model
 
 

@@ -69,7 +69,132 @@ def test_one_item_and_constants():
     assert stats.mean([1] * 6, clusters=[0, 0, 0, 1, 1, 1]).low == stats.mean([1, 1]).low
     assert stats.mean([1, 1, 1], clusters=[0, 0, 0]).low == stats.mean([1]).low
     spread = stats.mean([1, 1, 0, 0, 1, 0], clusters=[0, 0, 1, 1, 2, 2])
-    assert (spread.low, spread.high) == (0, 1)
+    # cluster means 1, 0, .5: SE = .288675, so as sure as .25/.083333 = 3 items; t(.975, 2) = 4.3027, z^2 = 18.513:
+    # centre .5, half = 4.3027/(1 + 6.171) * sqrt(.25/3 + 18.513/36) = .46383
+    assert (spread.low, spread.high) == pytest.approx((0.5 - 0.46383, 0.5 + 0.46383), abs=1e-4)
+
+
+# ---------------------------------------------------------------- scores between 0 and 1
+
+
+def test_share_by_hand():
+    # 0, .5, 1, 1: mean .625, SE = sqrt(.171875 * 4/3)/2 = .239357, as sure as .234375/.057292 = 4.0909 0/1 scores;
+    # t(.975, 3) = 3.18245, t^2 = 10.128: centre (.625 + 10.128/8.1818)/(1 + 2.47572) = .535965,
+    # half = 3.18245/3.47572 * sqrt(.057292 + 10.128/66.942) = .418168
+    e = stats.share([0, 0.5, 1, 1])
+    assert (e.value, e.n) == (0.625, 4)
+    assert (e.low, e.high) == pytest.approx((0.535965 - 0.418168, 0.535965 + 0.418168), abs=1e-5)
+
+
+def test_share_is_wilson_for_plain_marks_and_near_t_for_many_graded_scores():
+    marks = [1] * 7 + [0] * 3
+    assert stats.share(marks) == stats.mean(marks)
+    x = np.random.default_rng(30).beta(4, 4, 400)
+    a, b = stats.share(x), stats.mean(x)
+    assert (a.low, a.high) == pytest.approx((b.low, b.high), abs=2e-4) and a != b
+
+
+def test_no_spread_is_no_proof():
+    """Graded scores that are all alike say as much as G marks, however many items share a cluster."""
+    alike = stats.share([0.5] * 8, clusters=[0, 0, 1, 1, 2, 2, 3, 3])
+    want = reference.binomtest(2, 4).proportion_ci(method="wilson")
+    assert (alike.low, alike.high) == pytest.approx((want.low, want.high))
+    assert stats.share([0.3]).low > 0 and stats.share([0.3]).high < 1  # one score: Wilson with n = 1
+    even = stats.share([1, 0, 0, 1, 1, 0], clusters=["a", "a", "b", "b", "c", "c"])  # each cluster: one half
+    assert even.high - even.low > 0.6
+
+
+def test_change_by_hand():
+    # d = -1, 0, 0, -1: (1 + d)/2 = 0, .5, .5, 0: mean .25, SE = .288675/2 = .144338, n = .1875/.0208333 = 9;
+    # t^2 = 10.128: centre (.25 + 10.128/18)/(1 + 1.12533) = .382375, half = 3.18245/2.12533 * sqrt(.0208333 +
+    # 10.128/324) = .341738 -> .040637 to .724113 -> -.918726 to .448226, where t alone gives -1.419 to .419
+    e = stats.change([1, 1, 0, 1], [0, 1, 0, 0])
+    assert e.value == -0.5 and (e.low, e.high) == pytest.approx((-0.918726, 0.448226), abs=1e-4)
+    assert stats.paired([1, 1, 0, 1], [0, 1, 0, 0]).low < -1.4
+    up, down = stats.change([0, 0, 0.5, 1], [1, 0.5, 0.5, 1]), stats.change([1, 0.5, 0.5, 1], [0, 0, 0.5, 1])
+    assert (up.low, up.high) == pytest.approx((-down.high, -down.low))
+    all_lost = stats.change([1] * 5, [0] * 5)
+    assert all_lost.low == -1 and all_lost.high == pytest.approx(-1 + 2 * (1 - reference.binomtest(
+        5, 5).proportion_ci(method="wilson").low))  # fmt: skip
+
+
+def test_average_by_hand():
+    # marks 1 1 0 0 and 1 1 1 0: variances .25/3 and .1875/3; SE^2 = (.083333 + .0625)/4 = .0364583, mean .625,
+    # n = .234375/.0364583 = 6.42857; degrees of freedom .145833^2/(.083333^2/3 + .0625^2/3) = 5.88; t = 2.4592
+    e = stats.average([([1, 1, 0, 0], None), ([1, 1, 1, 0], None)])
+    t, n = reference.t.ppf(0.975, 5.88), 6.428571
+    centre = (0.625 + t * t / (2 * n)) / (1 + t * t / n)
+    half = t / (1 + t * t / n) * math.sqrt(0.0364583 + t * t / (4 * n * n))
+    assert e.value == 0.625 and e.n == 8
+    assert (e.low, e.high) == pytest.approx((centre - half, centre + half), abs=1e-5)
+
+
+def test_average_of_one_task_is_its_share_and_of_perfect_tasks_is_not_certain():
+    x = ([0, 0.5, 1, 1], None)
+    assert stats.average([x]) == stats.share(*x)
+    assert stats.average_change([([1, 1, 0], [1, 0, 0], None)]) == stats.change([1, 1, 0], [1, 0, 0])
+    perfect = stats.average([([1] * 6, None), ([1] * 6, None)])
+    assert (perfect.low, perfect.high) == (stats.share([1] * 12).low, 1)
+    # a task without an error adds doubt: the other alone would have half this variance's root
+    mixed = stats.average([([1] * 6, None), ([1, 1, 1, 0, 0, 0], None)])
+    alone = stats.share([1, 1, 1, 0, 0, 0])
+    assert mixed.high - mixed.low > (alone.high - alone.low) / 2
+    same = ([1, 0, 0.5], [1, 0, 0.5], None)
+    assert stats.average_change([same, same]) == stats.Estimate(0.0, 0.0, 0.0, 6)
+
+
+def random_scores(rng, n):
+    """Scores of one of the kinds that suites have, often at the bounds."""
+    kind, p = rng.integers(6), rng.choice([0.0, 0.02, 0.5, 0.97, 1.0])
+    return [
+        (rng.random(n) < p).astype(float),
+        rng.binomial(3, p, n) / 3,
+        np.exp(-rng.exponential(1.0, n)),
+        np.where(rng.random(n) < 0.5, p, 1.0),
+        np.full(n, p),
+        1 - rng.random(n) * 1e-12,
+    ][kind]
+
+
+def test_every_interval_stays_within_bounds_and_holds_its_estimate():
+    rng = np.random.default_rng(31)
+    for _ in range(1500):
+        tasks = []
+        for _ in range(rng.integers(1, 5)):
+            n = int(rng.choice([1, 2, 3, 5, 12, 40]))
+            clusters = None if rng.random() < 0.4 else rng.integers(0, rng.integers(1, n + 1), n)
+            tasks.append((random_scores(rng, n), random_scores(rng, n), clusters))
+        level = float(rng.choice([0.5, 0.95, 0.999]))
+        found = [(stats.average([(b, c) for b, _, c in tasks], level), 0), (stats.average_change(tasks, level), -1)]
+        found += [(stats.share(b, c, level), 0) for b, _, c in tasks] + [(stats.change(*t, level), -1) for t in tasks]
+        for e, least in found:
+            assert least <= e.low <= e.value <= e.high <= 1, (e, tasks)
+        values = [float(np.mean(b)) for b, _, _ in tasks]
+        assert found[0][0].value == pytest.approx(float(np.mean(values)), abs=1e-12)
+
+
+def test_scores_outside_are_refused():
+    for call in (lambda: stats.share([0.5, 1.2]), lambda: stats.change([0, 1], [0, -0.1]),
+                 lambda: stats.average([([0.5], None), ([3.0], None)])):  # fmt: skip
+        with pytest.raises(HoldfastError, match="score of item") as e:
+            call()
+        assert "between 0 and 1" in e.value.cure
+    assert stats.share([1 + 1e-12, 1]).high == 1  # rounding is no mistake
+
+
+@pytest.mark.parametrize("g", [10, 30])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_shares_cover_what_they_should(g, p):
+    """Clusters of four 0/1 scores that share a mean; 600 runs at 95 % have an error of 0.9 %."""
+    rng, names = np.random.default_rng(32), np.repeat(np.arange(g), 4)
+    hits = cut = 0
+    for _ in range(600):
+        x = (rng.random((g, 4)) < rng.beta(p * 7 / 3, (1 - p) * 7 / 3, g)[:, None]).astype(float).ravel()
+        e, t = stats.share(x, names), stats._interval(x, names, g, 0.95)
+        hits, cut = hits + (e.low <= p <= e.high), cut + (t.low <= p <= t.high)
+    assert hits / 600 >= 0.925
+    if p != 0.5:
+        assert hits > cut  # cutting the t interval to 0..1 would cover less
 
 
 def test_records_survive_strict_json():

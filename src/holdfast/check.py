@@ -14,6 +14,7 @@ from holdfast.errors import HoldfastError, ModelError
 from holdfast.measure import BATCH_TOKENS
 
 EXIT = {"kept": 0, "lost": 1, "unclear": 3, "not checked": 3}
+ENDINGS = (".json", ".html", ".md", ".xml")  # of reports
 Tell = Callable[[str, float, str], None]
 
 
@@ -237,18 +238,37 @@ def _diagnosis(first: Subject, second: Subject, before: Any, after: Any, tell: T
     return [f.part() for f in run(case, tell=tell)]
 
 
+def may_write(path: Path, endings: Sequence[str] = ENDINGS) -> None:
+    """Make ready for a file at `path` before long work. Under several processes an older file there is removed.
+
+    torchrun ends with exit code 1 whatever happened, so there the file alone says the verdict, and it must not be that
+    of an earlier check.
+
+    Raises:
+        HoldfastError: the ending is none of `endings`, or a folder lies there.
+    """
+    from holdfast.measure import shard
+
+    if endings and path.suffix not in endings:
+        raise HoldfastError(f"{path} has no known ending.", f"Use one of: {', '.join(endings)}.")
+    if path.is_dir():
+        raise HoldfastError(f"{path} is a folder, so nothing can be written there.", "Name a file.")
+    if shard.first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shard.world()[1] > 1:
+            path.unlink(missing_ok=True)
+
+
 def write(report: Mapping[str, Any], path: Path) -> None:
     """Write a report as its file name asks: .json, .html, .md or .xml (JUnit)."""
     from holdfast.report import markdown, page
     from holdfast.run import write_text
 
+    may_write(path)
     kinds: dict[str, Callable[[Any], str]] = {
         ".json": lambda r: json.dumps(r, indent=1, allow_nan=False),
         ".html": page.render,
         ".md": markdown.summary,
         ".xml": markdown.junit,
     }
-    if path.suffix not in kinds:
-        raise HoldfastError(f"{path} has no known ending.", f"Use one of: {', '.join(kinds)}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, kinds[path.suffix](dict(report)))

@@ -1,15 +1,24 @@
-"""The command line. Exit codes: 0 done (check: kept), 1 lost, 2 a mistake to mend, 3 not enough evidence."""
+"""The command line.
+
+Exit codes: 0 done (check: kept), 1 check: lost, 2 a mistake to mend, 3 check: not enough evidence, 70 a fault of ours;
+`ending` says how errors get theirs.
+"""
 
 from __future__ import annotations
 
+import functools
+import io
 import os
 import sys
-import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from holdfast import ending
+from holdfast.measure import BATCH_TOKENS
 
 app = typer.Typer(
     add_completion=False,
@@ -20,6 +29,29 @@ app = typer.Typer(
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a recipe key, such as training.seed=1.")]
 _debug = False
+
+
+class _Ended(Exception):
+    """How a command ended, on its way past typer, which has exit codes of its own for some errors."""
+
+    def __init__(self, command: str, code: int = 0, error: BaseException | None = None):
+        super().__init__(command)
+        self.command, self.code, self.error = command, code, error
+
+
+def _command(run: Callable[..., int | None]) -> Callable[..., int | None]:
+    """Make `run` a command; it may return an exit code."""
+
+    @functools.wraps(run)
+    def ended(*args: Any, **options: Any) -> None:
+        try:
+            code = run(*args, **options) or 0
+        except BaseException as e:  # SystemExit of a library and EOFError too: typer would make them exit code 1
+            raise _Ended(run.__name__, error=e) from None
+        raise _Ended(run.__name__, code)
+
+    app.command()(ended)
+    return run
 
 
 def _start(debug: bool) -> None:
@@ -46,7 +78,7 @@ def _join() -> bool:
     return shard.first()
 
 
-@app.command()
+@_command
 def tune(recipe: Path, set: Set = None, debug: Debug = False) -> None:
     """Measure, tune under a plan, measure again, report and export."""
     _start(debug)
@@ -74,7 +106,7 @@ def tune(recipe: Path, set: Set = None, debug: Debug = False) -> None:
     print(f"Tuned model: {report['tuned']['path']}")
 
 
-@app.command()
+@_command
 def explain(
     recipe: Path,
     set: Set = None,
@@ -116,13 +148,16 @@ Labels = Annotated[
 ]
 Shots = Annotated[int, typer.Option("--num-fewshot", help="Demonstrations in a prompt.")]
 Limit = Annotated[int | None, typer.Option("--limit", help="Items of each task (default: each suite's own).")]
+BatchTokens = Annotated[
+    int, typer.Option("--batch-tokens", min=1, help="Tokens scored in one forward pass: fewer need less memory.")
+]
 Out = Annotated[
     list[Path] | None, typer.Option("--out", help="Write .json, .html, .md or .xml (JUnit); may be repeated.")
 ]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")]
 
 
-@app.command()
+@_command
 def measure(
     model: str,
     revision: Revision = None,
@@ -130,6 +165,7 @@ def measure(
     num_fewshot: Shots = 8,
     limit: Limit = None,
     labels: Labels = "",
+    batch_tokens: BatchTokens = BATCH_TOKENS,
     out: Annotated[Path | None, typer.Option("--out", help="Write the scores of every item as JSON.")] = None,
     trust_remote_code: Trust = False,
     debug: Debug = False,
@@ -146,6 +182,8 @@ def measure(
     from holdfast.report import terminal
     from holdfast.run import write_json
 
+    if out:
+        checking.may_write(out, ())
     console = Console()
     with progress_on(console) as progress:
         got = checking.measure(
@@ -155,6 +193,7 @@ def measure(
             num_fewshot=num_fewshot,
             limit=limit,
             labels=_labels(labels),
+            batch_tokens=batch_tokens,
             trust_remote_code=trust_remote_code,
             tell=progress.tell,
         )
@@ -167,7 +206,7 @@ def _labels(text: str) -> tuple[str, ...]:
     return tuple(label.strip() for label in text.split(",") if label.strip())
 
 
-@app.command()
+@_command
 def check(
     base: str,
     tuned: str,
@@ -176,14 +215,15 @@ def check(
     num_fewshot: Shots = 8,
     limit: Limit = None,
     labels: Labels = "",
+    batch_tokens: BatchTokens = BATCH_TOKENS,
     why: Annotated[bool, typer.Option("--why", help="Also look for the place and the kind of a loss.")] = False,
     base_revision: Revision = None,
     tuned_revision: Revision = None,
     out: Out = None,
     trust_remote_code: Trust = False,
     debug: Debug = False,
-) -> None:
-    """Gate: does TUNED keep what BASE can do? Exit 0 kept, 1 lost, 2 usage, 3 not enough evidence."""
+) -> int:
+    """Gate: does TUNED keep what BASE can do? Exit 0 kept, 1 lost, 3 not enough evidence, 2 usage, 70 our fault."""
     _start(debug)
     from holdfast.measure import shard
 
@@ -206,6 +246,8 @@ def check(
             ) from None
         if not 0 < floors[name] < 1:
             raise HoldfastError(f"--keep {item!r}: a share to keep lies between 0 and 1.", "Write in-context=0.97.")
+    for path in out or []:
+        checking.may_write(path)
     console = Console()
     with progress_on(console) as progress:
         report = checking.check(
@@ -218,19 +260,20 @@ def check(
             num_fewshot=num_fewshot,
             limit=limit,
             labels=_labels(labels),
+            batch_tokens=batch_tokens,
             why=why,
             trust_remote_code=trust_remote_code,
             tell=progress.tell,
         )
-    for path in (out or []) if shard.first() else []:
-        checking.write(report, path)
-    terminal.show(report, console)
+    terminal.show(report, console)  # before the files: a full disk hides no verdict
     for finding in report["diagnosis"] or ():
         console.print(f"{finding['name']}: {finding['finding']}", markup=False, highlight=False)
-    raise typer.Exit(checking.EXIT[report["verdict"]["status"]])
+    for path in (out or []) if shard.first() else []:
+        checking.write(report, path)
+    return checking.EXIT[report["verdict"]["status"]]
 
 
-@app.command()
+@_command
 def suites(
     name: Annotated[str | None, typer.Argument(help="One suite, in full.")] = None,
     export: Annotated[Path | None, typer.Option(help="Write it as tasks of lm-evaluation-harness here.")] = None,
@@ -267,7 +310,7 @@ def suites(
     print(f"lm_eval --model hf --model_args pretrained=... --include_path {export} --tasks holdfast_{name}")
 
 
-@app.command()
+@_command
 def methods(name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None) -> None:
     """List the methods, or show one in full."""
     import dataclasses
@@ -298,7 +341,7 @@ def _paper(kind: Any) -> str:
     return f"arXiv {kind.paper.arxiv}" if kind.paper and kind.paper.arxiv else "-"
 
 
-@app.command()
+@_command
 def recipe() -> None:
     """List every key of a recipe with its default."""
     from holdfast.recipe import recipe_schema
@@ -306,7 +349,7 @@ def recipe() -> None:
     print(recipe_schema())
 
 
-@app.command()
+@_command
 def doctor() -> None:
     """Show what this machine and installation have (paste it into a bug report)."""
     import platform
@@ -336,36 +379,21 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 def main() -> None:
-    """Run the command line; a mistake is one message and exit code 2, never a traceback (unless --debug)."""
+    """Run the command line; every end but a verdict has its own exit code and one message (see `ending`)."""
     global _debug
     _debug = False
-    from holdfast.errors import HoldfastError
-
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without a sign for a letter is no error
     try:
         app()
-    except SystemExit as e:
-        if e.code == 130:  # Ctrl-C, as typer reports it
-            print("Stopped. The same command goes on from where it was.", file=sys.stderr)
-        raise
-    except HoldfastError as e:
-        _fail(e, e.what, e.cure)
-    except OSError as e:
-        cure = "Check the path, its rights and the free disk space; nothing finished was lost."
-        _fail(e, f"{e.strerror or e} ({e.filename or 'no file named'}).", cure)
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and not any(w in str(e) for w in ("out of memory", "allocate memory")):
-            raise
-        cure = "Lower training.per_device_train_batch_size and raise gradient_accumulation_steps by as much."
-        _fail(e, "There is not enough memory for this run.", cure)
-
-
-def _fail(error: BaseException, what: str, cure: str) -> None:
-    if _debug:
-        raise error
-    if os.environ.get("RANK", "0") != "0":  # the first process mostly says the same, and torchrun then ends this one
-        time.sleep(3)
-    print(f"Error: {what}" + (f"\n       {cure}" if cure else ""), file=sys.stderr)
-    sys.exit(2)
+        code = 0
+    except _Ended as e:
+        code = e.code if e.error is None else ending.end(e.error, e.command, _debug)
+    except SystemExit as e:  # --help, --version or a wrong option; 1 only where the help has no reader
+        code = ending.UNREAD if e.code == 1 else int(e.code or 0)
+    except BaseException as e:
+        code = ending.end(e, "", _debug)
+    sys.exit(ending.flushed(code))
 
 
 if __name__ == "__main__":

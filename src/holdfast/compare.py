@@ -40,11 +40,11 @@ def estimates(
     """before, after and difference of one task as Est dicts; a side that is missing is None."""
     part: Part = {"before": None, "after": None, "difference": None}
     if before is not None:
-        part["before"] = stats.mean(_correct(before), clusters).to_dict()
+        part["before"] = stats.share(_correct(before), clusters).to_dict()
     if after is not None:
-        part["after"] = stats.mean(_correct(after), clusters).to_dict()
+        part["after"] = stats.share(_correct(after), clusters).to_dict()
     if before is not None and after is not None:
-        part["difference"] = stats.paired(_correct(before), _correct(after), clusters).to_dict()
+        part["difference"] = stats.change(_correct(before), _correct(after), clusters).to_dict()
     return part
 
 
@@ -83,7 +83,7 @@ def ability(before: Part, after: Part | None, keep: float, required: bool = True
     if not measurable:
         return {**part, "before": None, "after": None, "difference": None, "status": "not measurable"}
     pooled = {n: (_correct(rows[n]), _correct(later.get(n, rows[n])), clusters[n]) for n in measurable}
-    part |= _macro(pooled, chance)
+    part |= _macro(pooled)
     if after is None:
         return {**part, "after": None, "difference": None, "status": None}
     ratio = stats.retention(pooled, chance)
@@ -129,7 +129,7 @@ def _curve(before: Part, after: Part | None) -> Part | None:
     sides = [by_shots([i for t in m["tasks"] for i in t["items"]]) for m in (before, after) if m]
     if not all(sides):
         return None
-    drawn = [[stats.mean(_correct(items)).to_dict() for items in side.values()] for side in sides]
+    drawn = [[stats.share(_correct(items)).to_dict() for items in side.values()] for side in sides]
     return {"shots": list(sides[0]), "before": drawn[0], "after": drawn[-1] if after else []}
 
 
@@ -155,20 +155,12 @@ def only_after(after: Part, keep: float) -> Part:
     return {**part, "status": None}
 
 
-def _macro(pooled: Mapping[str, Any], chance: Mapping[str, float]) -> Part:
-    """Plain (not chance-corrected) means over tasks, with the bootstrap interval of stats."""
-    zero = dict.fromkeys(pooled, 0.0)
-    (base, difference), base_draws, change, n = stats.macro_draws(pooled, zero)
-    import numpy as np
-
-    def est(value: float, draws: Any) -> Part:
-        low, high = (float(q) for q in np.quantile(draws, [0.025, 0.975]))
-        return {"value": float(value), "low": low, "high": high, "n": n}
-
+def _macro(pooled: Mapping[str, Any]) -> Part:
+    """Plain (not chance-corrected) means over tasks, each with an interval that stays within the scores' bounds."""
     return {
-        "before": est(base, base_draws),
-        "after": est(base + difference, base_draws + change),
-        "difference": est(difference, change),
+        "before": stats.average([(b, c) for b, _, c in pooled.values()]).to_dict(),
+        "after": stats.average([(t, c) for _, t, c in pooled.values()]).to_dict(),
+        "difference": stats.average_change(list(pooled.values())).to_dict(),
     }
 
 

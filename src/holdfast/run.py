@@ -355,7 +355,7 @@ class Run:
             ]
             rows = [[r.where, r.prompt, r.completion] for r in task.test]
             out["task"] = remembered(
-                key and content_key(key, rows, task.labels),
+                key and content_key(key, rows, task.labels, m.batch_tokens),
                 lambda: score_task(
                     model,
                     job.tokenizer,

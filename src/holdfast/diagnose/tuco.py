@@ -91,7 +91,7 @@ def diagnose(case: Case) -> Finding:
     if not any(r.tuning.any() for r in runs):
         sentence = f"{NOTHING}: tuning adds nothing on {len(runs)} held-out prompts, TuCo is exactly 0."
         return Finding("tuco", sentence, scores={"tuco": 0.0, "largest": 0.0})
-    whole = stats.mean([r.tuco for r in runs])
+    whole = stats.share([r.tuco for r in runs])
     layers: dict[Place, float] = dict(enumerate(torch.stack([r.by_layer for r in runs]).mean(0).tolist()))
     sizes = torch.stack([torch.linalg.vector_norm(r.tuning, dim=-1) for r in runs]).mean(0)
     rows = [[label(n), share(x), f"{s:.3g}"] for (n, x), s in zip(layers.items(), sizes.tolist(), strict=True)]

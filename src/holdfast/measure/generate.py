@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from holdfast.measure import shard
+from holdfast.measure import BATCH_TOKENS, shard
 from holdfast.tokens import Encoder, stops_of
 
 if TYPE_CHECKING:
@@ -22,6 +22,11 @@ GREEDY = {  # whatever the model's generation config says
     "top_k": None,
     "repetition_penalty": 1.0,
 }
+
+
+def batch_for(batch_tokens: int) -> int:
+    """Prompts in a batch of generation: fewer where the user asks for smaller forwards than the default."""
+    return min(BATCH, max(1, BATCH * batch_tokens // BATCH_TOKENS))
 
 
 def generate(

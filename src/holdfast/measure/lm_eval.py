@@ -26,7 +26,7 @@ import torch
 
 from holdfast.errors import HoldfastError
 from holdfast.measure import BATCH_TOKENS
-from holdfast.measure.generate import BATCH, go_on
+from holdfast.measure.generate import BATCH, batch_for, go_on
 from holdfast.measure.scorer import Scorer
 
 try:
@@ -212,6 +212,7 @@ def measure_task(
     name: str,
     *,
     limit: int | None = None,
+    batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Measure one task of the harness, in the shape of `measure.probe.score_suite`.
@@ -226,13 +227,15 @@ def measure_task(
         name: "lm_eval:<task>[:k]": a task, group or tag of the harness, or the path of a task's YAML file; k is the
             number of demonstrations (the task's own number if not given; a task that fixes 0 keeps 0).
         limit: the first so many documents of each task.
+        batch_tokens: new tokens per forward.
         progress: called with the share done of each kind of request.
 
     Raises:
         HoldfastError: no such task, its data cannot be loaded, or its metric is not one per item.
     """
     task, shots = _parse(name)
-    lm = HoldfastLM(model, tokenizer, progress=progress)
+    batch = batch_for(batch_tokens)
+    lm = HoldfastLM(model, tokenizer, batch_tokens=batch_tokens, batch_size=batch, progress=progress)
     with _aside():
         manager, spec = _find(task)
         loaded = _load(manager, spec)

@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 from holdfast.errors import HoldfastError
 from holdfast.measure import BATCH_TOKENS, shard
-from holdfast.measure.generate import generate
+from holdfast.measure.generate import batch_for, generate
 from holdfast.measure.scorer import Score, Scorer
 from holdfast.rendered import Rendered
 from holdfast.tokens import Encoder, Split
@@ -156,7 +156,8 @@ def score_suite(
     scores = iter(shard.score_tokens(scorer, encoded, shared))
     by_answer = iter([any_of([next(scores) for _ in of_answer]) for _, of_answer in ways])
     results = {p.id: _RESULTS[p.kind](p, [next(by_answer) for _ in p.answers]) for p in scored}
-    outputs = generate(model, tokenizer, spoken, progress=lambda x: tell(share + x * (1 - share)))
+    batch = batch_for(batch_tokens)
+    outputs = generate(model, tokenizer, spoken, batch_size=batch, progress=lambda x: tell(share + x * (1 - share)))
     for p, output in zip(spoken, outputs, strict=True):
         assert p.judge is not None, "a generate probe has a judge"
         results[p.id] = {"correct": p.judge(output), "output": output}

@@ -4,8 +4,9 @@ Legend: N items, G clusters (items that share a passage or template), d_i = tune
 
     SE(mean) = sqrt(G/(G-1) * sum_g (sum_{i in g} (x_i - mean))^2) / N      (singletons: sd/sqrt(N))
 
-Sources: Miller 2024 (arXiv 2411.00640) for clustered and paired errors; Wilson 1927; McNemar 1947; Tango 1998
-(score interval of a paired difference of proportions); Holm 1979; Berger 1982 (intersection-union tests).
+Sources: Miller 2024 (arXiv 2411.00640) for clustered and paired errors; Wilson 1927; Kish 1965 and Dean & Pagano 2015
+(Wilson with the effective number of items); Satterthwaite 1946; McNemar 1947; Tango 1998 (score interval of a paired
+difference of proportions); Holm 1979; Berger 1982 (intersection-union tests).
 
 Scores are numbers where higher is better; accuracies are 0/1. Every bootstrap function is deterministic in
 `seed`, and sorts its items by value first, so the order of items never matters. Each task draws from its own
@@ -28,6 +29,7 @@ from scipy.special import bdtr, bdtri, ndtr, ndtri, stdtr, stdtrit
 from holdfast.errors import HoldfastError
 
 Task = tuple[ArrayLike, ArrayLike, "ArrayLike | None"]  # base scores (N,), tuned scores (N,), clusters (N,) or None
+_LEAST = 1e-9  # a standard error below it is a rounding error of none
 _FEW_VALUES = 32  # up to here multinomial counts of distinct rows are faster than drawing indices
 
 
@@ -169,21 +171,122 @@ def _wilson(p: float, n: float, z: float) -> tuple[float, float]:
     return (0.0 if p == 0 else centre - half), (1.0 if p == 1 else centre + half)
 
 
-def mean(x: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95) -> Estimate:
-    """Return the mean of scores (N,) with a two-sided interval.
+def _unit(x: np.ndarray) -> np.ndarray:
+    """Scores between 0 and 1, what rounding has added cut off."""
+    wrong = np.flatnonzero((x < -1e-9) | (x > 1 + 1e-9))
+    if wrong.size:
+        at = int(wrong[0])
+        raise HoldfastError(f"The score of item {at} is {x[at]:g}.", "Give scores between 0 and 1.")
+    return np.clip(x, 0.0, 1.0)
 
-    0/1 scores without clusters (or all alike, or in one cluster, then with G in place of N): Wilson.
-    Otherwise the t interval with G-1 degrees of freedom, cut to [0, 1] for 0/1 scores. One graded score:
-    (-inf, inf). Constant graded scores: no width.
+
+def _moved(base: ArrayLike, tuned: ArrayLike) -> np.ndarray:
+    """(1 + tuned - base) / 2 of scores between 0 and 1 (N,): between 0 and 1, and 0.5 where nothing changed."""
+    b, t = _pair(base, tuned)
+    return (1 + _unit(t) - _unit(b)) / 2
+
+
+def _doubled(half: Estimate) -> Estimate:
+    """The change that a mean of `_moved` stands for."""
+    return Estimate(2 * half.value - 1, 2 * half.low - 1, 2 * half.high - 1, half.n)
+
+
+def _around(value: float, n: float, z: float, num_items: int) -> Estimate:
+    """Wilson's interval; the value itself may round to one bit beyond an end."""
+    low, high = _wilson(value, n, z)
+    return Estimate(value, max(0.0, min(low, value)), min(1.0, max(high, value)), num_items)
+
+
+def _share(x: np.ndarray, group: np.ndarray, g: int, level: float) -> Estimate:
+    """`share` of checked scores."""
+    value, se = (float(x[0]) if np.ptp(x) == 0 else float(x.mean())), _error(x, group, g)
+    tail = 1 - _alpha(level) / 2
+    seen = _LEAST < se < math.inf and not (_binary(x) and g == x.size)
+    n, z = (value * (1 - value) / se**2, stdtrit(g - 1, tail)) if seen else (g, ndtri(tail))
+    n = min(n, x.size) if _binary(x) else n  # clusters make 0/1 scores less sure than as many single ones, never more
+    return _around(value, n, float(z), x.size)
+
+
+def _average(parts: Sequence[tuple[np.ndarray, np.ndarray, int]], level: float) -> Estimate:
+    """`average` of checked scores: (scores, cluster of each, number of clusters) of every task."""
+    if not parts:
+        raise HoldfastError("There is no task to average over.", "Give at least one task.")
+    if len(parts) == 1:
+        return _share(*parts[0], level)
+    k, items, tail = len(parts), sum(x.size for x, _, _ in parts), 1 - _alpha(level) / 2
+    value, square = (math.fsum(float((x**power).mean()) for x, _, _ in parts) / k for power in (1, 2))
+    variances = [_variance(*part, value, square) for part in parts]
+    total = math.fsum(variances)
+    if total <= _LEAST**2 or not 0 < value < 1:  # all items of all tasks alike
+        return _around(value, k * k / math.fsum(1 / g for _, _, g in parts), float(ndtri(tail)), items)
+    dof = total**2 / math.fsum(v * v / max(g - 1, 1) for v, (_, _, g) in zip(variances, parts, strict=True))
+    return _around(value, value * (1 - value) / (total / (k * k)), float(stdtrit(dof, tail)), items)
+
+
+def _variance(x: np.ndarray, group: np.ndarray, g: int, value: float, square: float) -> float:
+    """SE^2 of a task; without spread that of its G clusters and one item more, of the mean and mean square given."""
+    se = _error(x, group, g)
+    if _LEAST < se < math.inf:
+        return se**2
+    mine = float(x.mean())
+    centre = (g * mine + value) / (g + 1)
+    return max(0.0, (g * float((x**2).mean()) + square) / (g + 1) - centre**2) / g
+
+
+def mean(x: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95) -> Estimate:
+    """Return the mean of numbers (N,) with a two-sided interval; `share` is for scores between 0 and 1.
+
+    The t interval with G-1 degrees of freedom; 0/1 scores go to `share`. One number: (-inf, inf). Constants: no width.
     """
     x = _numbers(x, "x")
     group, g = _groups(clusters, x.size)
-    t = _interval(x, group, g, level)
-    if not _binary(x):
-        return t
-    if g == x.size or g == 1 or np.ptp(x) == 0:
-        return Estimate(t.value, *_wilson(t.value, g, float(ndtri(1 - _alpha(level) / 2))), t.n)
-    return replace(t, low=max(t.low, 0.0), high=min(t.high, 1.0))
+    return _share(x, group, g, level) if _binary(x) else _interval(x, group, g, level)
+
+
+def share(x: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95) -> Estimate:
+    """Return the mean of scores between 0 and 1 (N,), with a two-sided interval that stays between 0 and 1.
+
+    0/1 scores without clusters: Wilson. Graded or clustered scores: Wilson with the t quantile of G-1 degrees of
+    freedom and the effective number of items p(1-p)/SE^2, the number of 0/1 scores that would be as sure (at most N if
+    they are 0/1). Where no spread is seen (all alike, or a single cluster) that number is G: a few equal scores do not
+    prove that all are.
+
+    Raises:
+        HoldfastError: a score lies outside 0 to 1.
+    """
+    x = _unit(_numbers(x, "x"))
+    return _share(x, *_groups(clusters, x.size), level)
+
+
+def change(base: ArrayLike, tuned: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95) -> Estimate:
+    """Return the mean of tuned - base over the same items (N,), with an interval that stays between -1 and 1.
+
+    The interval of `share` for (1 + tuned - base) / 2. [0, 0] if all are equal: nothing changed on these items.
+
+    Raises:
+        HoldfastError: a score lies outside 0 to 1, or the lengths differ.
+    """
+    y = _moved(base, tuned)
+    if (y == 0.5).all():
+        return Estimate(0.0, 0.0, 0.0, y.size)
+    return _doubled(_share(y, *_groups(clusters, y.size), level))
+
+
+def average(tasks: Sequence[tuple[ArrayLike, ArrayLike | None]], level: float = 0.95) -> Estimate:
+    """Return the mean over tasks (scores between 0 and 1, clusters or None) of their means, as `share` does for one.
+
+    SE^2 is the sum of the tasks' SE^2 over the square of their number, and the degrees of freedom are Satterthwaite's.
+    A task that shows no spread, such as one without a single error, gets that of one more item drawn from all tasks.
+    """
+    return _average([(_unit(_numbers(x, "x")), *_groups(c, np.size(x))) for x, c in tasks], level)
+
+
+def average_change(tasks: Sequence[Task], level: float = 0.95) -> Estimate:
+    """Return the mean over tasks of the mean of tuned - base, as `change` does for one task."""
+    moved = [(_moved(b, t), *_groups(c, np.size(b))) for b, t, c in tasks]
+    if all((y == 0.5).all() for y, _, _ in moved):
+        return Estimate(0.0, 0.0, 0.0, sum(y.size for y, _, _ in moved))
+    return _doubled(_average(moved, level))
 
 
 def paired(base: ArrayLike, tuned: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95) -> Estimate:

@@ -96,17 +96,18 @@ def measure_suite(
         from holdfast.measure.lm_eval import measure_task
 
         def bridge() -> dict[str, Any]:
-            return measure_task(model(), tokenizer, name, limit=limit, progress=progress)
+            return measure_task(model(), tokenizer, name, limit=limit, batch_tokens=batch_tokens, progress=progress)
 
         own_file = ".yaml" in name or ".yml" in name  # it and its data may change between two calls
-        return remembered(cache_key and not own_file and content_key(cache_key, name, limit), bridge)
+        return remembered(cache_key and not own_file and content_key(cache_key, name, limit, batch_tokens), bridge)
     suite = build(name, Ask(tokenizer, num_fewshot, limit, seed, tuple(labels)))
 
     def make() -> dict[str, Any]:
         return score_suite(model(), tokenizer, suite, batch_tokens=batch_tokens, progress=progress)
 
     asked = [[p.id, p.kind, p.context, p.answers, p.right, p.max_tokens, p.open_ended] for p in suite.probes]
-    return remembered(cache_key and content_key(cache_key, name, suite.settings, asked), make)
+    # a base measured in other batches would round otherwise than the tuned model it is compared with
+    return remembered(cache_key and content_key(cache_key, name, suite.settings, asked, batch_tokens), make)
 
 
 def remembered(key: str | bool | None, make: Callable[[], Any]) -> Any:
