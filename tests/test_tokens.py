@@ -338,6 +338,27 @@ def test_two_labels_of_the_same_tokens_are_refused(made):
         _check_told_apart(rows, (" Yes", " yes"), Encoder(made("word pieces")))
 
 
+@pytest.mark.parametrize("name", ["bytes, bos", "bytes, bos and eos", "bytes, eos", "word pieces, no eos"])
+def test_an_export_is_prompted_and_stops_by_itself(name, made, tmp_path):
+    """Plain `tokenizer(prompt)` and `generate` give the answers, though the base's config names no end."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from holdfast import models
+
+    tokenizer = made(name)
+    model, rows = planted(tokenizer, EIGHT, eos_token_id=None)
+    models.save_model(model, tokenizer, tmp_path / "out", card=None)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    words = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("Q:")["input_ids"] == [*words("Q:")["input_ids"], *[Encoder(tokenizer).end] * ("eos" in name)]
+    assert words("Q:")["input_ids"] == Encoder(tokenizer).prompts(["Q:"])[0]
+    for row in rows:
+        ids = torch.tensor([words(row.prompt)["input_ids"]])
+        got = plain.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
+        assert got[-1] == Encoder(tokenizer).end and len(got) < 24
+        assert squeezed(text(words, got[:-1])).replace("##", "") == squeezed(row.completion)
+
+
 # ---- rows as the model sees them
 
 

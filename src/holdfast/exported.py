@@ -28,6 +28,7 @@ class Export:
         packed: the weights of the base are kept in a few bits.
         four_bits: and are put into 4 bits while they are loaded.
         settings: what else from_pretrained is given.
+        runs_on: the adapter's base by itself does not stop generating where the answers end.
     """
 
     folder: Path
@@ -38,6 +39,7 @@ class Export:
     packed: bool = False
     four_bits: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    runs_on: bool = False
 
     def code(self) -> str:
         """Python that loads it, for the card; `folder` is where the card lies."""
@@ -67,6 +69,7 @@ class Export:
             'folder = "."  # this one',
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
             f"model = {kind}.from_pretrained(folder{words})",
+            *(["model.generation_config.eos_token_id = tokenizer.eos_token_id  # answers end there"] * self.runs_on),
             *more,
         ]
         return "\n".join(lines)

@@ -7,6 +7,7 @@ started from the same weights. Importing this module is cheap: torch and transfo
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -958,12 +959,12 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Pat
     target = Path(folder).expanduser().resolve()
     may_replace(model, target)
     with _fresh_folder(target, replace=True) as part, no_bars():
-        _mend_generation(model)
+        _mend_generation(model, tokenizer)
         if hasattr(model, "peft_config"):
             _save_adapter(model, part)
         else:
             model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        prompting(tokenizer).save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)  # peft writes an empty form
         if card is not None:
             (part / "README.md").write_text(card, encoding="utf-8")
@@ -990,11 +991,43 @@ def may_replace(model: Any, target: Path) -> None:
         raise ModelError(f"{target} is not only a model ({(strange or ['no config.json'])[0]}).", cure)
 
 
-def _mend_generation(model: Any) -> None:
-    """Some hub models carry sampling values with sampling off; transformers then refuses to save them."""
+def prompting(tokenizer: Any) -> Any:
+    """The tokenizer as inference needs it: one that ends every text by itself, prompts too, no longer does.
+
+    Answers are trained behind prompts without an end; `tokenizer(prompt)` must give those tokens.
+    """
+    from tokenizers import processors
+
+    from holdfast.tokens import Encoder
+
+    encoder = Encoder(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not encoder.ends_texts or backend is None:
+        return tokenizer
+    fresh = copy.deepcopy(tokenizer)
+    names = [str(n) for n in tokenizer.convert_ids_to_tokens(encoder.begin)]
+    pieces = list(zip(names, encoder.begin, strict=True))
+    single, pair = " ".join([*names, "$A"]), " ".join([*names, "$A", "$B"])
+    fresh.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=pieces
+    )
+    for key in ("add_eos_token", "_add_eos_token"):  # some classes make their processor anew from it
+        if getattr(fresh, key, None):
+            setattr(fresh, key, False)
+    return fresh
+
+
+def _mend_generation(model: Any, tokenizer: Any) -> None:
+    """Generation must stop where answers were trained to end. Some hub models carry sampling values with sampling off
+    too; transformers then refuses to save them."""
+    from holdfast.tokens import Encoder, stops_of
+
     generation = getattr(model, "generation_config", None)
     if generation is None:
         return
+    end, stops = Encoder(tokenizer).end, stops_of(generation)
+    if end is not None and end not in stops:
+        generation.eos_token_id = [*stops, end] if stops else end
     try:
         generation.validate(strict=True)
     except ValueError:

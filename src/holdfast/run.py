@@ -457,10 +457,11 @@ class Run:
         with self._timed("export"):
             by_first(save)
 
-    def _export_of(self, tuned: Any, source: Any) -> Any:
+    def _export_of(self, tuned: Any, source: Any, tokenizer: Any) -> Any:
         """How the export is loaded without Holdfast."""
         from holdfast import models
         from holdfast.exported import Export
+        from holdfast.tokens import Encoder
 
         spec = self.recipe.model
         given = {"trust_remote_code": spec.trust_remote_code or None, "attn_implementation": spec.attn_implementation}
@@ -474,6 +475,7 @@ class Run:
             packed=models.is_packed(tuned),
             four_bits=spec.load_in_4bit,
             settings={k: v for k, v in given.items() if v is not None},
+            runs_on=adapter and source.kind != "adapter" and Encoder(tokenizer).end not in models.stop_tokens(source),
         )
 
     def _check_export(self, job: Job, tuned: Any, soft: Any) -> None:
@@ -481,7 +483,9 @@ class Run:
         from holdfast.exported import check
 
         with self._timed("export check"):
-            self.checked_export = by_first(lambda: check(self._export_of(tuned, job.source), tuned, soft))
+            self.checked_export = by_first(
+                lambda: check(self._export_of(tuned, job.source, job.tokenizer), tuned, soft)
+            )
 
     def _writes_base(self, job: Job) -> bool:
         """Whether this run trains an adapter on a base that no folder holds: another adapter, merged."""
@@ -586,7 +590,7 @@ class Run:
                 "seed": self.recipe.training.seed,
             },
         }
-        by_first(lambda: self._save_report(report, self._export_of(model, source)))
+        by_first(lambda: self._save_report(report, self._export_of(model, source, job.tokenizer)))
         self.tell("done", 1.0, str(self.folder))
         return self.folder
 
