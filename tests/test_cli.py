@@ -126,6 +126,24 @@ def test_explain_shows_rows_as_the_model_sees_them(holdfast, world, tmp_path):
     assert holdfast("explain", str(path), "--rows", "-1")[0] == 2
 
 
+def test_doctor_speaks_where_torch_does_not_work(holdfast, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1 / 0)
+    code, out, _ = holdfast("doctor")
+    assert code == 0 and "does not work: ZeroDivisionError" in out and "cache" in out
+
+
+@pytest.mark.parametrize("words", ["suites", "suites in-context", "recipe"])
+def test_a_list_loads_nothing_heavy(words):
+    code = (
+        f"import sys; from holdfast import cli; sys.argv = ['holdfast', *{words.split()!r}]\n"
+        "try: cli.main()\n"
+        f"finally: print('heavy:', [m for m in {HEAVY[:-1]!r} if m in sys.modules])"
+    )
+    told = outside("-c", code)
+    assert told.returncode == 0 and told.stderr == "" and "heavy: []" in told.stdout
+
+
 def test_explain_writes_nothing(holdfast, world, tmp_path, monkeypatch):
     monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
     plan = [{"LoRA": {"r": 2}}, {"ICLAnchor": {"pool": 4}}]

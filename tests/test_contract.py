@@ -424,7 +424,7 @@ def test_12_the_prompt_is_a_peft_adapter(base_folder, tokenizer, rows, tmp_path)
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from holdfast.run import save_prompt
+    from holdfast.soft_prompt import save as save_prompt
 
     base, _ = models.load(str(base_folder), dtype="float32", device="cpu")
     result = run([BY_NAME["ProMoT"].method], base, tokenizer, rows, 8)

@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
 from holdfast.compare import ability
-from holdfast.errors import PlanError, RecipeError, TrainingError
+from holdfast.errors import ModelError, PlanError, RecipeError, TrainingError
 from holdfast.recipe import load_recipe, recipe_from
 from holdfast.report.examples import examples
 from holdfast.run import Run, planned, tune
@@ -589,3 +589,20 @@ def test_a_measured_model_against_itself_is_never_lost(whole):
         told = ability(part, part, 0.95)
         assert told["status"] in ("kept", "unclear")
         assert told["difference"]["value"] == 0 and told["retention"]["value"] == 1
+
+
+# ---- what the export needs is looked at before
+
+
+@pytest.mark.parametrize("what", ["configuration", "tokenizer"])
+def test_what_cannot_be_saved_is_told_before_any_training(world, tmp_path, monkeypatch, what):
+    from transformers import LlamaConfig, PreTrainedTokenizerBase
+
+    def fail(*_args, **_options):
+        raise TypeError("Object of type set is not JSON serializable")
+
+    kind = LlamaConfig if what == "configuration" else PreTrainedTokenizerBase
+    monkeypatch.setattr(kind, "save_pretrained", fail)
+    with pytest.raises(ModelError, match=f"The {what} of .* cannot be saved .TypeError: Object of type set"):
+        Run(recipe(world, tmp_path / "run"), world.folder, lambda *_: None).go()
+    assert not (tmp_path / "run" / "before.json").exists()

@@ -287,7 +287,7 @@ def suites(
     from rich.console import Console
     from rich.table import Table
 
-    from holdfast.measure.suites import DEFAULT, SUITES, about, names_of
+    from holdfast.measure.names import DEFAULT, SUITES, about, names_of
 
     if name is None:
         table = Table("suite", "in the default", "what it measures")
@@ -354,16 +354,19 @@ def doctor() -> None:
     """Show what this machine and installation have (paste it into a bug report)."""
     import platform
 
-    import torch
-
     from holdfast.models import cache_dir
     from holdfast.run import versions
 
     facts: dict[str, Any] = dict(versions())
     facts["system"] = platform.platform()
-    facts["threads"] = torch.get_num_threads()
-    facts["cpu"] = torch.backends.cpu.get_cpu_capability()
-    facts["cuda"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    try:
+        import torch
+
+        facts["threads"] = torch.get_num_threads()
+        facts["cpu"] = torch.backends.cpu.get_cpu_capability()
+        facts["cuda"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    except Exception as e:  # a broken installation is what a bug report is about
+        facts["torch"] = f"{facts.get('torch', 'missing')}, does not work: {type(e).__name__}: {e}"
     facts["cache"] = str(cache_dir())
     for key, value in facts.items():
         print(f"{key:14} {value}")

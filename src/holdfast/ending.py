@@ -86,7 +86,7 @@ def flushed(code: int) -> int:
 
 def _mistake(error: BaseException, command: str) -> tuple[str, str] | None:
     """(what is wrong, what to do) of an error that a user can mend; None for a fault."""
-    if _out_of_memory(error):
+    if out_of_memory(error):
         return "There is not enough memory for this run.", MEMORY_CURES.get(
             command, "Stop other programs that hold memory."
         )
@@ -100,7 +100,7 @@ def _mistake(error: BaseException, command: str) -> tuple[str, str] | None:
     return None
 
 
-def _out_of_memory(error: BaseException | None) -> bool:
+def out_of_memory(error: BaseException | None) -> bool:
     """Whether memory ran out here, or where the error that is told about it came from."""
     while error is not None:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):

@@ -192,6 +192,7 @@ class Run:
             if bad:
                 what = f"The weight {bad} of {source.name} is not finite, so the model can give no probabilities."
                 raise ModelError(what, "Copy or download the model again.")
+            check_saving(model, tokenizer, source.name)
         session, training, mix = self._planned(plan, model, tokenizer, task, longest)
         return Job(source, model, tokenizer, task, session, training, mix)
 
@@ -277,6 +278,7 @@ class Run:
         from holdfast.plan import Host
         from holdfast.services import Context
         from holdfast.session import Session
+        from holdfast.soft_prompt import check_export
 
         t = self.recipe.training
         most = min(self.recipe.data.max_length, longest)
@@ -284,6 +286,9 @@ class Run:
         if t.packing and any("stages" in m.sites() for m in plan.active):
             plan.check(Host("training.packing: true", packing=True), ctx)
         plan.check(self._host(), ctx)
+        for m in plan.active:
+            if any(s.trains == "prompt" for s in m.stages()):
+                check_export(model, tokenizer, m.name)
         session = Session(plan, model, ctx, compute_dtype=model.dtype, knows_rows=True, packing=t.packing is not False)
         mix = session.mix(task.token_rows)
         size = t.per_device_train_batch_size * t.gradient_accumulation_steps
@@ -447,6 +452,7 @@ class Run:
     def _save_export(self, job: Job, tuned: Any, soft: Any) -> None:
         from holdfast import models
         from holdfast.hosts.checkpoint import writing
+        from holdfast.soft_prompt import save as save_prompt
 
         def save() -> None:
             with writing(f"The tuned model in {self.export}"):
@@ -632,24 +638,26 @@ def not_finite(model: Any) -> str | None:
     return next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
 
 
-def save_prompt(model: Any, soft_prompt: Any, folder: Path, base: Path) -> None:
-    """Write a soft prompt (p, D) as a PEFT prompt-tuning adapter on `base`."""
-    from peft import PromptTuningConfig
-    from safetensors.torch import save_file
+def check_saving(model: Any, tokenizer: Any, name: str) -> None:
+    """Save everything but the weights to a folder that is thrown away: better now than after the training.
 
-    folder.mkdir(parents=True, exist_ok=True)
-    config = PromptTuningConfig(
-        task_type="CAUSAL_LM",
-        num_virtual_tokens=len(soft_prompt),
-        token_dim=soft_prompt.shape[1],
-        num_transformer_submodules=1,
-        num_attention_heads=model.config.num_attention_heads,
-        num_layers=model.config.num_hidden_layers,
-        base_model_name_or_path=str(base),
-        inference_mode=True,
-    )
-    config.save_pretrained(str(folder))
-    save_file({"prompt_embeddings": soft_prompt.float().cpu().contiguous()}, folder / "adapter_model.safetensors")
+    Raises:
+        ModelError: the configuration or the tokenizer cannot be saved.
+    """
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory(prefix="holdfast-") as folder:
+        for what, part in (("configuration", model.config), ("tokenizer", tokenizer)):
+            try:
+                part.save_pretrained(folder)
+            except OSError:  # no room in this folder says nothing about the one of the export
+                return
+            except Exception as e:  # values that JSON cannot hold, checks of transformers, custom code
+                words = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+                raise ModelError(
+                    f"The {what} of {name} cannot be saved ({words}), so the tuned model could not be exported.",
+                    "Load and save it once with plain transformers, mend what fails there, and tune that.",
+                ) from e
 
 
 def versions() -> dict[str, str]:

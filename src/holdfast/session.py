@@ -58,7 +58,7 @@ class Session:
         self.effects: Counter[str] = Counter()
         self.teacher: Teacher | None = None
         self.base_weights: Mapping[str, torch.Tensor] = {}
-        self.num_layers = int(getattr(inner(model).config, "num_hidden_layers", 1))
+        self.num_layers = int(getattr(inner(model).config.get_text_config(), "num_hidden_layers", 1))
         self.stage = self.stages[0]
         self.realised: Counter[str] = Counter()
         self._source_of: dict[str, str] = {}  # label of a row -> the method whose source it came from

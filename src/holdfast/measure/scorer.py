@@ -168,7 +168,7 @@ class Scorer:
         if self.soft_prompt is None:
             return []
         cache = DynamicCache(config=self.model.config)
-        soft = self.soft_prompt[None].to(self._dtype)
+        soft = self.soft_prompt[None].to(self._dtype, copy=True)  # some models (CTRL) scale what they get in place
         self.model(inputs_embeds=soft, **{self._cache: cache}, use_cache=True, logits_to_keep=1)
         return [(layer.keys, layer.values) for layer in cache.layers]
 

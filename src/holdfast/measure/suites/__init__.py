@@ -11,52 +11,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import HoldfastError, suggest
+from holdfast.errors import HoldfastError
 from holdfast.measure import BATCH_TOKENS
+from holdfast.measure.names import DEFAULT, SUITES, about, names_of
 from holdfast.measure.probe import Ask, Probe, Suite, score_suite
 
-SUITES = {
-    "in-context": "in_context:build_suite",
-    "format": "format:build_suite",
-    "language": "language:build_suite",
-    "knowledge": "knowledge:build_suite",
-    "instructions": "instructions:build_suite",
-    "reasoning": "reasoning:build_suite",
-    "safety": "safety:build_suite",
-    "calibration": "calibration:build_suite",
-    "shots": "shots:build_suite",
-    "recognition": "recognition:build_suite",
-    "copying": "copying:build_suite",
-    "anchors": "in_context:build_anchors",
-}
-DEFAULT = ("in-context", "format", "language", "knowledge", "instructions", "reasoning", "safety")
-
-
-def names_of(asked: Sequence[str]) -> tuple[str, ...]:
-    """The suites meant by `asked`: "default" and "all" are several; checked, each once.
-
-    Raises:
-        HoldfastError: a suite is unknown.
-    """
-    several = {"default": DEFAULT, "all": tuple(s for s in SUITES if s != "anchors")}
-    names = tuple(dict.fromkeys(n for a in asked for n in several.get(a, (a,))))
-    for name in names:
-        if name not in SUITES and not name.startswith(("lm_eval:", "jsonl:")):
-            cure = suggest(name, (*SUITES, *several))
-            raise HoldfastError(f"There is no suite {name!r}.", f"{cure} Or use lm_eval:<task> or jsonl:<path>.")
-    return names
-
-
-def about(name: str) -> tuple[str, str]:
-    """(what a suite measures in one sentence, its whole description)."""
-    import inspect
-
-    module, function = SUITES[name].split(":")
-    doc = inspect.getdoc(importlib.import_module(f"holdfast.measure.suites.{module}")) or ""
-    first = doc.split("\n\n")[0].replace("\n", " ").partition(": ")[2]
-    if function == "build_anchors":
-        first = "the same on the tasks that a plan may train on (their gap to in-context shows mere memory)"
-    return first, doc
+__all__ = (
+    "DEFAULT",
+    "SUITES",
+    "about",
+    "build",
+    "check_suite",
+    "measure_suite",
+    "names_of",
+    "probes_of",
+    "remembered",
+)
 
 
 def build(name: str, ask: Ask) -> Suite:

@@ -45,7 +45,7 @@ class Freeze(Method):
     def check(self, ctx: Context) -> None:
         from holdfast.engine.forward import inner
 
-        whole = int(getattr(inner(ctx.model).config, "num_hidden_layers", 0))
+        whole = int(getattr(inner(ctx.model).config.get_text_config(), "num_hidden_layers", 0))
         if self.layers > whole:
             raise PlanError(f"Freeze.layers is {self.layers}, but the model has {whole} blocks.", "Freeze fewer.")
         names = [canonical(n) for n, _ in ctx.model.named_parameters()]

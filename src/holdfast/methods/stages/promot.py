@@ -11,7 +11,8 @@ best checkpoint is kept in stage 1 when the host can evaluate; the prompt starts
 tokens, as PEFT's "SAMPLE_VOCAB" (the paper's random-uniform start was ablated there). LoRA in stage 2 is an extension.
 Packing in one row the model cannot see into (TRL) is refused: only the first example would get the prompt.
 Cost: stage 1 stores no optimizer state beyond p * D; stage 2 reads p more tokens an example.
-Export: the tuned model, and `prompt/`, a PEFT prompt-tuning adapter on it.
+A model that cannot read one (no `inputs_embeds`, or tokens looked up again inside) is refused before training.
+Export: the tuned model, and `prompt/`, a PEFT prompt-tuning adapter on it; generate with it by `use_cache=False`.
 """
 
 import random
@@ -25,6 +26,7 @@ from holdfast.engine.forward import SOFT_PROMPT, inner
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Stage, State
 from holdfast.services import Context
+from holdfast.soft_prompt import check_reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ class ProMoT(Method):
             raise PlanError(f"ProMoT.num_virtual_tokens is {self.num_virtual_tokens}.", "Use at least 1.")
         if not 0 < self.prompt_share < 1:
             raise PlanError(f"ProMoT.prompt_share is {self.prompt_share}.", "Use a part between 0 and 1.")
+        check_reading(ctx.model, ctx.tokenizer, self.name)
 
     def prepare(self, ctx: Context) -> State:
         table = inner(ctx.model).get_input_embeddings().weight
