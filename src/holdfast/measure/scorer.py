@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -70,11 +70,15 @@ class Scorer:
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
         self.soft_prompt, self.progress = soft_prompt, progress
         self.device = next(model.parameters()).device
-        self.encoder = Encoder(tokenizer, stops_of(getattr(model, "generation_config", None)))
         self._cache = cache_name(model)
         self.num_unique_tokens = 0  # of the last call: the floor is 2 * parameters * this
 
     # ---- tokens
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The tokenizer's rules, with what stops this model's generation."""
+        return Encoder(self.tokenizer, stops_of(getattr(self.model, "generation_config", None)))
 
     def encode(self, request: Request) -> tuple[list[int], int]:
         """Return (context + continuation tokens, number of context tokens)."""
