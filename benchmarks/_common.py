@@ -128,7 +128,7 @@ DATA = ("short", "medium", "text")
 
 
 def _shipped(what: str) -> list[Any]:
-    from holdfast.rows import read_rows
+    from holdfast.data.rows import read_rows
 
     if what == "tickets":
         asked = {"prompt": "{text}\nQueue:", "completion": " {queue}"}
@@ -137,7 +137,7 @@ def _shipped(what: str) -> list[Any]:
 
 
 def _shared(task: str, shared: Path) -> list[Any]:
-    from holdfast.rows import cap, read_rows
+    from holdfast.data.rows import cap, read_rows
 
     return cap(read_rows(str(shared / f"text/{task}/train.jsonl"), **TASKS[task], base_dir=HERE), 1000, 0)
 
@@ -147,7 +147,7 @@ def rows_of(what: str, shared: Path | None, tokenizer: Any) -> list[Any]:
 
     Without `shared`: the shortest third of the shipped tickets, all tickets, shipped texts and tickets.
     """
-    from holdfast.tokens import tokenize
+    from holdfast.data.tokens import tokenize
 
     if what == "text":
         rows = _shipped("text") + (_shared("agnews", shared)[:200] if shared else _shipped("tickets")[:200])
@@ -185,7 +185,7 @@ class Job:
     seed: int = 0
 
     def drawn(self) -> list[Any]:
-        from holdfast.mix import Mix
+        from holdfast.data.mix import Mix
 
         return list(islice(Mix(self.rows).draw(self.seed), self.steps * self.batch))
 
@@ -450,7 +450,7 @@ def peak_bytes() -> int:
 
 def facts() -> Data:
     """Hardware and versions."""
-    from holdfast.run import versions
+    from holdfast.versions import versions
 
     return {
         "system": platform.system(),

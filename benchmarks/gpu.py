@@ -207,7 +207,7 @@ def _scored(name: str, s: C.Data) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from holdfast.run import write_json
+    from holdfast.files import write_json
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on whatever there is; needs no GPU")

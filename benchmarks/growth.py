@@ -83,7 +83,7 @@ def measure_items(model: Any, tokenizer: Any, suite: Any) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Measure the points that have no JSON yet."""
-    from holdfast.run import write_json
+    from holdfast.files import write_json
 
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {k: getattr(args, k) for k in ("base", "steps", "batch", "length", "vocab")}

@@ -99,7 +99,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> None:
-    from holdfast.run import write_json
+    from holdfast.files import write_json
 
     settings = {k: getattr(args, k) for k in ("model", "data", "shared", "steps", "batch")}
     found: dict[str, list[C.Data]] = {n: [] for n in SIDES}

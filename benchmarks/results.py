@@ -36,7 +36,7 @@ FULL, LORA, DEFAULT = 2e-5, 3e-4, 1.5e-3
 def plans() -> dict[str, tuple[list[Any], float]]:
     """name -> (methods, learning rate)."""
     from holdfast import methods as M
-    from holdfast.run import default_plan
+    from holdfast.verbs.tune import default_plan
 
     anchor = M.ICLAnchor(weight=1.0, gold=0.0)  # the KL alone
     return {
@@ -123,8 +123,8 @@ def path_of(task: str, method: str, seed: int) -> Path:
 
 def read(task: str, shared: Path, tokenizer: Any) -> tuple[list[Any], list[Any], list[Any], tuple[str, ...]]:
     """(train rows, token rows, test rows, labels)."""
-    from holdfast.rows import cap, labels_of, read_rows
-    from holdfast.tokens import tokenize
+    from holdfast.data.rows import cap, labels_of, read_rows
+    from holdfast.data.tokens import tokenize
 
     def source(split: str) -> str:
         return f"holdfast:tickets/{split}.jsonl" if task == "tickets" else str(shared / f"text/{task}/{split}.jsonl")
@@ -141,7 +141,7 @@ def read(task: str, shared: Path, tokenizer: Any) -> tuple[list[Any], list[Any],
 
 def shared_items(shared: Path) -> list[tuple[str, Any]]:
     """(task, prompt) of the other authors' few-shot tasks."""
-    from holdfast.fewshot import FORMATS, build
+    from holdfast.data.fewshot import FORMATS, build
 
     out = []
     for file in sorted((shared / "icl").glob("*.json")):
@@ -156,10 +156,10 @@ def shared_items(shared: Path) -> list[tuple[str, Any]]:
 
 def measure(model: Any, tokenizer: Any, test: list[Any], labels: Any, shared: Path, soft: Any = None) -> dict:
     """Everything the table needs, per item."""
+    from holdfast.data.task import score_task
     from holdfast.measure.scorer import Scorer
     from holdfast.measure.suites.in_context import measure as in_context
     from holdfast.measure.tasks import held_out_tasks
-    from holdfast.task import score_task
 
     start = time.perf_counter()
     held = in_context(model, tokenizer, held_out_tasks(), limit=LIMIT)
@@ -184,12 +184,12 @@ def run(task: str, method: str, seed: int, shared: Path) -> None:
 
     from holdfast import methods as M
     from holdfast import models
+    from holdfast.data.task import score_task
+    from holdfast.files import write_json
     from holdfast.hosts.plain import Training, train
     from holdfast.plan import Host, Plan
-    from holdfast.run import write_json
     from holdfast.services import Context
     from holdfast.session import Session
-    from holdfast.task import score_task
 
     model, tokenizer = models.load("smollm2-135m")
     compute = model.dtype

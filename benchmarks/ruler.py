@@ -67,7 +67,7 @@ def measured(model: Any, tokenizer: Any, name: str, limit: int | None, shots: in
 
 def judged(before: Data, after: Data) -> Data:
     """The verdict on one ability, short."""
-    from holdfast.compare import abilities
+    from holdfast.measure.compare import abilities
 
     (part,) = abilities([before], [after], {}, KEEP)
     pair = {f"{side}_score": part[side] and part[side]["value"] for side in ("before", "after")}
@@ -83,7 +83,7 @@ def items_of(measurement: Data) -> list[Data]:
 
 def zero(lab: Lab) -> Data:
     """The base against itself: loaded and scored twice."""
-    from holdfast.compare import abilities
+    from holdfast.measure.compare import abilities
     from holdfast.measure.suites import DEFAULT
 
     runs = []
@@ -513,7 +513,7 @@ def _as_measurement(name: str, tasks: Mapping[str, Sequence[int]], chance: Mappi
 
 def _direct(discordance: float, reps: int, rng: np.random.Generator) -> Data:
     """The quick verdict beside `compare.abilities` itself, on all abilities; a third of the repetitions has a loss."""
-    from holdfast.compare import abilities
+    from holdfast.measure.compare import abilities
 
     same, total, alarms, calm = 0, 0, 0, 0
     for rep in range(reps):
@@ -761,12 +761,12 @@ def _trained(lab: Lab, num: int) -> tuple[Data, list[Data]]:
 
 def _tuned(lab: Lab, seed: int) -> tuple[Any, Any]:
     from holdfast import methods as M
+    from holdfast.data.rows import read_rows
+    from holdfast.data.tokens import tokenize
     from holdfast.hosts.plain import Training, train
     from holdfast.plan import Host, Plan
-    from holdfast.rows import read_rows
     from holdfast.services import Context
     from holdfast.session import Session
-    from holdfast.tokens import tokenize
 
     model, tokenizer = lab.load()
     compute, steps, batch = model.dtype, lab.size(40, 2), lab.size(8, 2)
@@ -791,7 +791,7 @@ CHILD = """
 import json, sys, time
 start = time.perf_counter()
 import peft, torch, transformers
-from holdfast.check import check
+from holdfast.verbs.check import check
 benchmarks, base, tuned, settings = sys.argv[1:]
 sys.path.insert(0, benchmarks)
 from _common import peak_bytes
@@ -1117,7 +1117,8 @@ def run(lab: Lab, out: Path, only: str | None = None) -> None:
     """Measure the sections that have no JSON yet."""
     import torch
 
-    from holdfast.run import versions, write_json
+    from holdfast.files import write_json
+    from holdfast.versions import versions
 
     out.mkdir(parents=True, exist_ok=True)
     for name in [only] if only else SECTIONS:
@@ -1164,7 +1165,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.smoke and (args.out is None or args.out.resolve() == OUT.resolve()):
         parser.error("--smoke needs its own --out folder: its numbers mean nothing")
     if args.what == "page":
-        from holdfast.run import write_text
+        from holdfast.files import write_text
 
         write_text(PAGE, page(args.out or OUT))
         return

@@ -514,7 +514,7 @@ def anchor_pool() -> Data:
 def measure(out: Path, only: str | None) -> None:
     """Add the cases that are not in `out` yet."""
     import _common as C
-    from holdfast.run import write_json
+    from holdfast.files import write_json
 
     # every large block goes back to the system when it is freed, so that resident memory is what is held
     os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}

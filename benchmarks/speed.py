@@ -153,7 +153,7 @@ def figures(blocks: dict[str, list[C.Block]], num_parameters: int, flops: float,
 
 def run(args: Any) -> None:
     """Measure the cells that have no JSON yet."""
-    from holdfast.run import write_json
+    from holdfast.files import write_json
 
     args.out.mkdir(parents=True, exist_ok=True)
     jobs = [(n, k) for n in CELLS for k in ("lora", "full") if args.only in f"{n}.{k}"]

@@ -105,7 +105,7 @@ def main() -> None:
     if args.child:
         print(json.dumps(child(args.child)))
         return
-    from holdfast.run import write_json
+    from holdfast.files import write_json
 
     found = measure(args.model, args.times)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 
 from holdfast import methods as hf
+from holdfast.data.mix import Mix
+from holdfast.data.tokens import tokenize
 from holdfast.engine.forward import forward
 from holdfast.hosts.plain import Log, Training, train
 from holdfast.method import Method, canonical
 from holdfast.methods.loss._divergence import forward_kl
-from holdfast.mix import Mix
 from holdfast.plan import Host, Plan
 from holdfast.services import Context
 from holdfast.session import Session
-from holdfast.tokens import tokenize
 
 Weights = dict[str, torch.Tensor]
 Watch = Callable[[Session, int], None]

@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from holdfast import loadable, models, twins
+from holdfast import models
+from holdfast.engine import twins
 from holdfast.errors import ModelError
+from holdfast.models import loadable
 from tiny import VOCAB, build_model
 
 IDS = (5, 7, 9, 300)  # the tokens that some adapters train

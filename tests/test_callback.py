@@ -15,12 +15,13 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from holdfast import Plan, RetentionCallback, check, with_plan
+from holdfast import Plan, RetentionCallback, with_plan
 from holdfast import methods as hf
-from holdfast.callback import FILE, untouched
 from holdfast.errors import HoldfastError, ModelError
+from holdfast.hosts.callback import FILE, untouched
 from holdfast.measure.scorer import Scorer
 from holdfast.measure.suites import measure_suite
+from holdfast.verbs import check
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from holdfast.data.rows import Row, read_rows
 from holdfast.errors import DataError
-from holdfast.rows import Row, read_rows
 
 CHATML = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"

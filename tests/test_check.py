@@ -8,10 +8,10 @@ import xml.etree.ElementTree as ET
 import pytest
 import torch
 
-from holdfast import check as checking
 from holdfast import cli, models
 from holdfast.errors import HoldfastError, ModelError
 from holdfast.measure import suites
+from holdfast.verbs import check as checking
 from tiny_run import make_world
 
 FEW: dict = {"num_fewshot": 1, "limit": 2, "suites": ("in-context",)}

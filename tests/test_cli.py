@@ -10,7 +10,7 @@ import typer.main
 from rich.console import Console
 
 from holdfast import __version__, cli
-from holdfast.progress import Bars, Lines, progress_on
+from holdfast.report.progress import Bars, Lines, progress_on
 from tiny_run import make_world, recipe_data, write_recipe
 
 OPTIONS = {  # frozen: settings of a method belong in a recipe, never here

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from holdfast.compare import abilities, ability, estimates, only_after, verdict
 from holdfast.errors import HoldfastError
 from holdfast.measure import stats
+from holdfast.measure.compare import abilities, ability, estimates, only_after, verdict
 from holdfast.report import schema
 
 KEEP = 0.95

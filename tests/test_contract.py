@@ -11,11 +11,11 @@ import yaml
 from cases import BY_NAME, CASES, GENERAL, HOST, Seen, run, same, start, token_rows, weights_of
 from holdfast import methods as hf
 from holdfast import models
+from holdfast.data.mix import Mix, Source
 from holdfast.engine.forward import ATTENTION, SOFT_PROMPT, forward
 from holdfast.errors import NoEffect, PlanError
 from holdfast.hosts import plain
 from holdfast.method import Method, Term
-from holdfast.mix import Mix, Source
 from holdfast.plan import Host, Plan
 from holdfast.services import Context
 from holdfast.session import Session
@@ -424,7 +424,7 @@ def test_12_the_prompt_is_a_peft_adapter(base_folder, tokenizer, rows, tmp_path)
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from holdfast.soft_prompt import save as save_prompt
+    from holdfast.measure.soft_prompt import save as save_prompt
 
     base, _ = models.load(str(base_folder), dtype="float32", device="cpu")
     result = run([BY_NAME["ProMoT"].method], base, tokenizer, rows, 8)

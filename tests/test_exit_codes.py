@@ -12,20 +12,21 @@ import pytest
 import safetensors
 import torch
 
-from holdfast import check as checking
-from holdfast import cli, ending
+from holdfast import cli
 from holdfast.errors import ModelError
+from holdfast.verbs import check as checking
+from holdfast.verbs import ending
 from tiny_run import make_world, recipe_data, write_recipe
 
 COMMANDS = {  # a call of each command, and the piece below it that fails
-    "tune": (["tune", "RECIPE"], "holdfast.run.Run.go"),
-    "explain": (["explain", "RECIPE"], "holdfast.run.Run.checked"),
-    "measure": (["measure", "x"], "holdfast.check.measure"),
-    "check": (["check", "x", "y"], "holdfast.check.check"),
+    "tune": (["tune", "RECIPE"], "holdfast.verbs.tune.Run.go"),
+    "explain": (["explain", "RECIPE"], "holdfast.verbs.tune.Run.checked"),
+    "measure": (["measure", "x"], "holdfast.verbs.check.measure"),
+    "check": (["check", "x", "y"], "holdfast.verbs.check.check"),
     "suites": (["suites", "in-context", "--export", "x"], "holdfast.models.resolve"),
     "methods": (["methods"], "holdfast.methods.all_methods"),
     "recipe": (["recipe"], "holdfast.recipe.recipe_schema"),
-    "doctor": (["doctor"], "holdfast.run.versions"),
+    "doctor": (["doctor"], "holdfast.versions.versions"),
 }
 
 
@@ -103,7 +104,7 @@ def too_deep() -> RecursionError:
 )  # fmt: skip
 def test_no_error_looks_like_a_verdict(ended, monkeypatch, tmp_path, error):
     """A library that calls sys.exit(1) has not found a loss, and one that calls sys.exit(0) has not shown none."""
-    failing(monkeypatch, "holdfast.check.check", error)
+    failing(monkeypatch, "holdfast.verbs.check.check", error)
     code, told = ended("check", "x", "y")
     assert code == 70 and "Traceback" not in told and len(crashes(tmp_path)) == 1
     if isinstance(error, SystemExit):
@@ -111,16 +112,16 @@ def test_no_error_looks_like_a_verdict(ended, monkeypatch, tmp_path, error):
 
 
 def test_debug_shows_the_traceback_and_exits_the_same(ended, monkeypatch, tmp_path):
-    failing(monkeypatch, "holdfast.check.check", OfALibrary("shape"))
+    failing(monkeypatch, "holdfast.verbs.check.check", OfALibrary("shape"))
     code, told = ended("check", "x", "y", "--debug")
     assert code == 70 and "Traceback" in told and "OfALibrary: shape" in told and not crashes(tmp_path)
-    failing(monkeypatch, "holdfast.check.check", ModelError("No model.", "Name one."))
+    failing(monkeypatch, "holdfast.verbs.check.check", ModelError("No model.", "Name one."))
     code, told = ended("check", "x", "y", "--debug")
     assert code == 2 and "Traceback" in told and "Error: No model.\n       Name one." in told
 
 
 def test_a_traceback_that_cannot_be_written_is_printed(ended, monkeypatch, tmp_path):
-    failing(monkeypatch, "holdfast.check.check", OfALibrary("shape"))
+    failing(monkeypatch, "holdfast.verbs.check.check", OfALibrary("shape"))
     (tmp_path / "home").write_text("in the way")
     code, told = ended("check", "x", "y")
     assert code == 70 and "could not be written" in told and "Traceback" in told and "OfALibrary: shape" in told
@@ -130,7 +131,7 @@ def test_a_verdict_keeps_its_code(ended, monkeypatch):
     monkeypatch.setattr("holdfast.report.terminal.show", lambda *_: None)
     for status, code in {"kept": 0, "lost": 1, "unclear": 3, "not checked": 3}.items():
         found = {"verdict": {"status": status}, "diagnosis": None}
-        monkeypatch.setattr("holdfast.check.check", lambda *_a, found=found, **_k: found)
+        monkeypatch.setattr("holdfast.verbs.check.check", lambda *_a, found=found, **_k: found)
         assert ended("check", "x", "y") == (code, "")
 
 
@@ -175,7 +176,7 @@ def test_memory_has_a_cure_that_fits_the_command(ended, monkeypatch, tmp_path, n
 
 
 def test_a_row_that_speaks_of_memory_is_no_lack_of_it(ended, monkeypatch):
-    failing(monkeypatch, "holdfast.check.check", ModelError("The label 'out of memory' is new.", "Mend it."))
+    failing(monkeypatch, "holdfast.verbs.check.check", ModelError("The label 'out of memory' is new.", "Mend it."))
     assert ended("check", "x", "y") == (2, "Error: The label 'out of memory' is new.\n       Mend it.\n")
 
 
@@ -188,7 +189,7 @@ def test_a_row_that_speaks_of_memory_is_no_lack_of_it(ended, monkeypatch):
 )  # fmt: skip
 def test_the_system_says_no(ended, monkeypatch, error, words):
     """A broken pipe too, where it is not our own output that nobody reads."""
-    failing(monkeypatch, "holdfast.check.check", error)
+    failing(monkeypatch, "holdfast.verbs.check.check", error)
     code, told = ended("check", "x", "y")
     assert code == 2 and words in told
 
@@ -302,7 +303,7 @@ def test_alone_an_older_report_stays_until_there_is_a_new_one(ended, world, tmp_
 @pytest.mark.parametrize("name", ["report.pdf", "folder"])
 def test_a_report_that_cannot_be_is_refused_before_any_work(ended, monkeypatch, tmp_path, name):
     (tmp_path / "folder").mkdir()
-    failing(monkeypatch, "holdfast.check.check", AssertionError("too late"))
+    failing(monkeypatch, "holdfast.verbs.check.check", AssertionError("too late"))
     code, told = ended("check", "x", "y", "--out", tmp_path / name)
     assert code == 2 and name in told
 

@@ -9,15 +9,15 @@ from transformers import AutoModelForCausalLM
 
 import holdfast.methods as hf
 from holdfast import models
+from holdfast.data.mix import Mix
 from holdfast.engine.pack import token_row
 from holdfast.errors import ModelError, PlanError, RecipeError
 from holdfast.hosts.plain import Training, train
-from holdfast.mix import Mix
 from holdfast.plan import Host, Plan
 from holdfast.recipe import recipe_from
-from holdfast.run import Run
 from holdfast.services import Context
 from holdfast.session import Session, is_plain
+from holdfast.verbs.tune import Run
 from tiny_run import make_world, recipe_data
 
 FOUR = Host("holdfast tune", quantised=True)

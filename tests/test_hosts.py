@@ -28,6 +28,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from holdfast import Plan, with_plan
 from holdfast import methods as hf
+from holdfast.data.tokens import tokenize
 from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import DataError, HoldfastError, PlanError
 from holdfast.hosts import hf as host
@@ -35,7 +36,6 @@ from holdfast.hosts.plain import Training, train
 from holdfast.method import Method, canonical
 from holdfast.services import Context
 from holdfast.session import Session
-from holdfast.tokens import tokenize
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),

@@ -5,12 +5,12 @@ import torch
 
 from holdfast import Plan
 from holdfast import methods as M
+from holdfast.data.tokens import tokenize
 from holdfast.hosts import plain
 from holdfast.hosts.master import MasterAdamW, linear_weights, may_hold
 from holdfast.hosts.plain import Training, train
 from holdfast.services import Context
 from holdfast.session import Session
-from holdfast.tokens import tokenize
 
 BF16 = torch.bfloat16
 ON = {"autocast": BF16, "learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_norm": 0.5, "save_steps": 0}

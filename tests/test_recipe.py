@@ -264,5 +264,5 @@ def test_template_columns():
 
 def test_reading_a_recipe_loads_no_heavy_library():
     heavy = "{'torch', 'transformers', 'datasets', 'pyarrow'}"
-    code = f"import sys, holdfast.recipe, holdfast.rows; assert not {heavy} & set(sys.modules)"
+    code = f"import sys, holdfast.recipe, holdfast.data.rows; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

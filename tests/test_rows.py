@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from holdfast import rows as rows_module
+from holdfast.data import rows as rows_module
+from holdfast.data.rows import Row, cap, check_labels, labels_of, leaks, read_rows, split
 from holdfast.errors import DataError
 from holdfast.recipe import Source
-from holdfast.rows import Row, cap, check_labels, labels_of, leaks, read_rows, split
 
 CHATML = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>\n{% endfor %}"

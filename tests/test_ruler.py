@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from holdfast.compare import ability
 from holdfast.measure import stats
+from holdfast.measure.compare import ability
 from holdfast.measure.sight import DISCORDANT, POWER, can_see
 from tiny_run import make_world
 

@@ -11,11 +11,11 @@ import yaml
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
-from holdfast.compare import ability
 from holdfast.errors import ModelError, PlanError, RecipeError, TrainingError
+from holdfast.measure.compare import ability
 from holdfast.recipe import load_recipe, recipe_from
 from holdfast.report.examples import examples
-from holdfast.run import Run, planned, tune
+from holdfast.verbs.tune import Run, planned, tune
 from tiny_run import make_world, recipe_data, write_recipe, write_rows
 
 LORA = [{"LoRA": {"r": 2, "lora_dropout": 0.1}}, {"ICLAnchor": {"pool": 4, "every": 1}}]
@@ -254,7 +254,7 @@ def test_adapters_on_a_tied_weight_are_exported_as_trained(world, tmp_path, targ
 
 
 def test_there_may_be_no_room_for_a_second_copy(world, tmp_path, monkeypatch):
-    from holdfast import exported
+    from holdfast.models import exported
 
     monkeypatch.setattr(exported, "_free_memory", lambda: 1000.0)
     tune(recipe(world, tmp_path / "run", training={"max_steps": 1}))

@@ -7,16 +7,17 @@ import torch
 import transformers as hf
 from peft import PeftModel
 
-from holdfast import models, soft_prompt
+from holdfast import models
 from holdfast.engine.forward import SOFT_PROMPT
 from holdfast.errors import PlanError
 from holdfast.hosts import plain
+from holdfast.measure import soft_prompt
 from holdfast.measure.scorer import Scorer
 from holdfast.methods import Freeze, LiNeS, ProMoT
 from holdfast.plan import Host, Plan
-from holdfast.run import Run, load_recipe, planned
 from holdfast.services import Context
 from holdfast.session import Session
+from holdfast.verbs.tune import Run, load_recipe, planned
 from tiny import VOCAB, build_model
 from tiny_run import make_world, recipe_data, write_recipe
 

@@ -9,8 +9,8 @@ import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "scipy", "matplotlib", "trl"}
-LIGHT = ("holdfast", "holdfast.cli", "holdfast.models", "holdfast.recipe", "holdfast.rows", "holdfast.run",
-         "holdfast.check", "holdfast.diagnose", "holdfast.report.page", "holdfast.report.terminal")  # fmt: skip
+LIGHT = ("holdfast", "holdfast.cli", "holdfast.models", "holdfast.recipe", "holdfast.data.rows", "holdfast.verbs.tune",
+         "holdfast.verbs.check", "holdfast.diagnose", "holdfast.report.page", "holdfast.report.terminal")  # fmt: skip
 
 
 def loaded_by(*modules: str, where: Path | None = None) -> str:

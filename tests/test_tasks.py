@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
+from holdfast.data.fewshot import FORMATS
 from holdfast.errors import HoldfastError
-from holdfast.fewshot import FORMATS
 from holdfast.measure.suites.in_context import items_of, measure, pick_shots
 from holdfast.measure.tasks import AnchorTask, HeldOutTask, anchor_tasks, held_out_tasks, tasks
 

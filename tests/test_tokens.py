@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from cases import run
-from holdfast.chat import Chat
+from holdfast.data.chat import Chat
+from holdfast.data.notes import Notes
+from holdfast.data.rendered import Rendered
+from holdfast.data.rows import Row
+from holdfast.data.task import score_task
+from holdfast.data.tokens import Encoder, stops_of, tokenize, tokenize_all
 from holdfast.errors import DataError
 from holdfast.measure.generate import generate
 from holdfast.measure.probe import Ask, Probe, any_of, score_suite, ways_of
 from holdfast.measure.scorer import Score, Scorer
-from holdfast.notes import Notes
-from holdfast.rendered import Rendered
-from holdfast.rows import Row
-from holdfast.task import score_task
-from holdfast.tokens import Encoder, stops_of, tokenize, tokenize_all
 from tiny import build_model
 from tokenizers_made import MADE
 
@@ -330,7 +330,7 @@ def test_an_answer_may_end_with_its_line_or_with_the_text(made):
 
 
 def test_two_labels_of_the_same_tokens_are_refused(made):
-    from holdfast.task import _check_told_apart
+    from holdfast.data.task import _check_told_apart
 
     rows = [Row("Q:", " Yes"), Row("Q:", " yes")]
     _check_told_apart(rows, (" Yes", " yes"), Encoder(made("bytes")))

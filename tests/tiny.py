@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from holdfast.rows import Row
+from holdfast.data.rows import Row
 
 torch.set_num_threads(1)
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from holdfast.callback import RetentionCallback
     from holdfast.errors import HoldfastError
+    from holdfast.hosts.callback import RetentionCallback
     from holdfast.hosts.hf import with_plan
     from holdfast.method import Method
     from holdfast.plan import Plan
-    from holdfast.run import tune
+    from holdfast.verbs.tune import tune
 
 __version__ = "0.2.0.dev0"
 
 _WHERE = {
-    "tune": "holdfast.run",
+    "tune": "holdfast.verbs.tune",
     "Plan": "holdfast.plan",
     "with_plan": "holdfast.hosts.hf",
     "Method": "holdfast.method",
     "HoldfastError": "holdfast.errors",
-    "RetentionCallback": "holdfast.callback",
+    "RetentionCallback": "holdfast.hosts.callback",
 }
 __all__ = ["HoldfastError", "Method", "Plan", "RetentionCallback", "__version__", "tune", "with_plan"]
 

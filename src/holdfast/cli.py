@@ -17,8 +17,8 @@ from typing import Annotated, Any
 
 import typer
 
-from holdfast import ending
 from holdfast.measure import BATCH_TOKENS
+from holdfast.verbs import ending
 
 app = typer.Typer(
     add_completion=False,
@@ -86,9 +86,9 @@ def tune(recipe: Path, set: Set = None, debug: Debug = False) -> None:
 
     from rich.console import Console
 
-    from holdfast.progress import progress_on
     from holdfast.report import terminal
-    from holdfast.run import Run, load_recipe
+    from holdfast.report.progress import progress_on
+    from holdfast.verbs.tune import Run, load_recipe
 
     loaded = load_recipe(recipe, set or [])
     writes = _join()
@@ -118,7 +118,7 @@ def explain(
     from rich.console import Console
     from rich.table import Table
 
-    from holdfast.run import load_recipe, planned
+    from holdfast.verbs.tune import load_recipe, planned
 
     job = planned(load_recipe(recipe, set or []), recipe.absolute().parent)
     session, training, task = job.session, job.training, job.task
@@ -177,10 +177,10 @@ def measure(
     shard.start()
     from rich.console import Console
 
-    from holdfast import check as checking
-    from holdfast.progress import progress_on
+    from holdfast.files import write_json
     from holdfast.report import terminal
-    from holdfast.run import write_json
+    from holdfast.report.progress import progress_on
+    from holdfast.verbs import check as checking
 
     if out:
         checking.may_write(out, ())
@@ -230,10 +230,10 @@ def check(
     shard.start()
     from rich.console import Console
 
-    from holdfast import check as checking
     from holdfast.errors import HoldfastError
-    from holdfast.progress import progress_on
     from holdfast.report import terminal
+    from holdfast.report.progress import progress_on
+    from holdfast.verbs import check as checking
 
     floors = {}
     for item in keep or []:
@@ -355,7 +355,7 @@ def doctor() -> None:
     import platform
 
     from holdfast.models import cache_dir
-    from holdfast.run import versions
+    from holdfast.versions import versions
 
     facts: dict[str, Any] = dict(versions())
     facts["system"] = platform.platform()

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 if TYPE_CHECKING:
+    from holdfast.data.mix import Mix
     from holdfast.engine.pack import TokenRow
-    from holdfast.mix import Mix
     from holdfast.services import Context, View
 
 State = dict[str, torch.Tensor]

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from holdfast.data.mix import Mix
 from holdfast.engine.forward import SOFT_PROMPT, forward, inner
 from holdfast.engine.pack import TokenRow
 from holdfast.engine.shards import cut_like, whole
 from holdfast.errors import NoEffect, TrainingError
 from holdfast.method import Method, Stage, State, canonical
-from holdfast.mix import Mix
 from holdfast.plan import PHASES, Plan
 from holdfast.services import BaseWeights, Context, Teacher, View
 

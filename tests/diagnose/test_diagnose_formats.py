@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from holdfast.data.fewshot import FORMATS, build
 from holdfast.diagnose import NOTHING, Case, formats
 from holdfast.engine.forward import forward
-from holdfast.fewshot import FORMATS, build
 from holdfast.measure.tasks import HeldOutTask, held_out_tasks
 from holdfast.methods.data._shots import encode_shots
 

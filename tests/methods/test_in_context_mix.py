@@ -4,12 +4,12 @@ from itertools import islice
 
 import pytest
 
+from holdfast.data.mix import Mix
+from holdfast.data.rows import Row
 from holdfast.engine.pack import token_row
 from holdfast.errors import HoldfastError, PlanError
 from holdfast.measure.tasks import anchor_tasks
 from holdfast.methods import InContextMix
-from holdfast.mix import Mix
-from holdfast.rows import Row
 from holdfast.services import Context
 
 

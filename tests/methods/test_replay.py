@@ -6,10 +6,10 @@ from itertools import islice
 
 import pytest
 
+from holdfast.data.mix import Mix
 from holdfast.engine.pack import token_row
 from holdfast.errors import PlanError
 from holdfast.methods import Replay
-from holdfast.mix import Mix
 from holdfast.services import Context
 
 

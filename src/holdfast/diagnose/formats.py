@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from holdfast.data.fewshot import FORMATS, Format, Pair, Prompt, build, formats_for
+from holdfast.data.rendered import Rendered
 from holdfast.diagnose import NOTHING, Case, Finding
-from holdfast.fewshot import FORMATS, Format, Pair, Prompt, build, formats_for
 from holdfast.measure import stats
 from holdfast.measure.probe import Group, Probe, Suite, score_suite
 from holdfast.measure.suites.in_context import pick_shots, shuffled
 from holdfast.measure.tasks import Task, held_out_tasks
-from holdfast.rendered import Rendered
 
 TASKS = ("first_letter", "last_of_three", "nationality", "past_tense", "plural")  # short, open answers: no guessing
 SHOTS, ITEMS, POOL = 4, 7, 8  # demonstrations, questions of a task, and what demonstrations are drawn from

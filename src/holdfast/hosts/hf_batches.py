@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from holdfast.data.rows import Row
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import DataError, PlanError
-from holdfast.rows import Row
 
 TENSORS = frozenset(
     "input_ids labels shift_labels attention_mask position_ids cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k "

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from holdfast.data.tokens import Encoder, stops_of
 from holdfast.measure import BATCH_TOKENS, shard
-from holdfast.tokens import Encoder, stops_of
 
 if TYPE_CHECKING:
     from holdfast.measure.probe import Probe

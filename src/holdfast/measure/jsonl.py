@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from holdfast.data.rows import NOTES, read_jsonl, read_text
 from holdfast.errors import DataError, suggest
 from holdfast.measure.probe import Ask, Group, Kind, Probe, Suite
 from holdfast.measure.suites.in_context import shuffled
-from holdfast.rows import NOTES, read_jsonl, read_text
 
 Rows = list[tuple[str, Probe]]  # place (file:line) and question
 OPTIONAL = {"task", "id", "cluster"}

@@ -25,12 +25,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from holdfast.data.rendered import Rendered
+from holdfast.data.tokens import Encoder, Split
 from holdfast.errors import HoldfastError
 from holdfast.measure import BATCH_TOKENS, shard
 from holdfast.measure.generate import batch_for, generate
 from holdfast.measure.scorer import Score, Scorer
-from holdfast.rendered import Rendered
-from holdfast.tokens import Encoder, Split
 
 Kind = Literal["exact", "begins", "choice", "calibrated", "likelihood", "generate"]
 ENDS = ("\n", "\n\n")  # what ends an answer beside the end-of-text token: some vocabularies have both as one token

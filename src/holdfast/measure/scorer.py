@@ -8,7 +8,7 @@ A CPU computes several parts of the tree at once, each with its share of the thr
 beside each other take less time than two of two threads in turn.
 
 Truncation and the greedy flag follow lm-evaluation-harness 0.4.13 (`HFLM.loglikelihood`); so do the tokens of
-`score`, which takes text. Our own suites and tasks give tokens (`holdfast.tokens`).
+`score`, which takes text. Our own suites and tasks give tokens (`holdfast.data.tokens`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from holdfast.data.tokens import Encoder, Split, stops_of
 from holdfast.engine.forward import attention, can_pack, inner
 from holdfast.engine.threads import may_share, side_by_side
 from holdfast.engine.tree import TREE_ATTENTION, Tree, grow, parts, slices, tiles
 from holdfast.errors import DataError, HoldfastError
 from holdfast.measure import BATCH_TOKENS
-from holdfast.tokens import Encoder, Split, stops_of
 
 Request = tuple[str, str]
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # of some scored tokens: request, log-probability, is it the argmax

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from holdfast.data.fewshot import Pair
 from holdfast.errors import HoldfastError, suggest
-from holdfast.fewshot import Pair
 
 FOLDER = Path(__file__).parent / "suites" / "incontext"
 

@@ -88,7 +88,7 @@ def show_measured(suites: Sequence[Any], console: Console) -> None:
     Args:
         suites: measurements (`measure.probe.score_suite`).
     """
-    from holdfast.compare import ability
+    from holdfast.measure.compare import ability
 
     for measured in suites:
         part = schema.clean(ability(measured, None, 1.0))

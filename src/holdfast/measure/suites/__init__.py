@@ -60,7 +60,7 @@ def measure_suite(
     Raises:
         HoldfastError: the suite is unknown, or its prompts do not fit the model.
     """
-    from holdfast.run import content_key
+    from holdfast.files import content_key
 
     if name.startswith("lm_eval:"):
         from holdfast.measure.lm_eval import measure_task
@@ -89,9 +89,10 @@ def remembered(key: str | bool | None, make: Callable[[], Any]) -> Any:
         return make()
     import torch
 
+    from holdfast.files import content_key, write_json
     from holdfast.measure import shard
     from holdfast.models import cache_dir
-    from holdfast.run import content_key, versions, write_json
+    from holdfast.versions import versions
 
     name = content_key(key, versions(), torch.get_num_threads())
     path = cache_dir() / "measurements" / f"{name}.json"

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from holdfast.data.fewshot import Format, Pair, Prompt, build, formats_for
 from holdfast.errors import HoldfastError
-from holdfast.fewshot import Format, Pair, Prompt, build, formats_for
 from holdfast.measure import BATCH_TOKENS
 from holdfast.measure.probe import Ask, Group, Probe, Suite, score_suite
 from holdfast.measure.tasks import Task, anchor_tasks, held_out_tasks

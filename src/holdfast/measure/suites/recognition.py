@@ -25,8 +25,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from holdfast.data.fewshot import FORMATS, Pair, build, stop_of
 from holdfast.errors import HoldfastError
-from holdfast.fewshot import FORMATS, Pair, build, stop_of
 from holdfast.measure.probe import Ask, Group, Probe, Suite
 from holdfast.measure.suites.in_context import pick_shots, shuffled
 

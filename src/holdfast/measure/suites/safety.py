@@ -24,9 +24,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from holdfast.data.tokens import Encoder
 from holdfast.measure.probe import Ask, Group, Probe, Suite
 from holdfast.measure.suites.reasoning import spread
-from holdfast.tokens import Encoder
 
 DATA = Path(__file__).with_name("data") / "safety.json"
 LIMIT = 24  # requests of a likelihood task, each asked with every pair of openings

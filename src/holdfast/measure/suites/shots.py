@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from holdfast.data.fewshot import FORMATS, build
 from holdfast.errors import HoldfastError
-from holdfast.fewshot import FORMATS, build
 from holdfast.measure.probe import Ask, Group, Probe, Suite
 from holdfast.measure.suites.in_context import shuffled
 from holdfast.measure.tasks import Task, held_out_tasks

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from holdfast.data.fewshot import Prompt
+from holdfast.data.tokens import Encoder
 from holdfast.engine.pack import TokenRow, token_row
-from holdfast.fewshot import Prompt
-from holdfast.tokens import Encoder
 
 
 def encode_shots(

@@ -13,13 +13,13 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
+from holdfast.data.fewshot import Prompt, build, formats_for
+from holdfast.data.mix import Mix, Source
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
-from holdfast.fewshot import Prompt, build, formats_for
 from holdfast.measure.tasks import anchor_tasks
 from holdfast.method import Method, Paper
 from holdfast.methods.data._shots import encode_shots
-from holdfast.mix import Mix, Source
 from holdfast.services import Context
 
 

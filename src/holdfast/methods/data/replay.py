@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from holdfast.data.mix import Mix, Source
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper
-from holdfast.mix import Mix, Source
 from holdfast.services import Context
 
 GENERAL = ("holdfast:general/instructions.jsonl", "holdfast:general/text.jsonl")
@@ -67,8 +67,8 @@ def read_sources(
     sources: Sequence[str], ctx: Context, *, owner: str, source: str | None = None, all_tokens: bool = False
 ) -> list[TokenRow]:
     """Tokenised rows of general data files, in one shuffled order that depends on the run's seed alone."""
-    from holdfast.rows import read_rows
-    from holdfast.tokens import stops_of, tokenize_all
+    from holdfast.data.rows import read_rows
+    from holdfast.data.tokens import stops_of, tokenize_all
 
     rows = [r for s in sources for r in read_rows(s, base_dir=ctx.base_dir or Path.cwd(), tokenizer=ctx.tokenizer)]
     random.Random(f"replay/{ctx.seed}").shuffle(rows)

@@ -25,9 +25,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from holdfast.data.fewshot import build, formats_for
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
-from holdfast.fewshot import build, formats_for
 from holdfast.measure.tasks import AnchorTask, anchor_tasks
 from holdfast.method import Method, Paper, Term
 from holdfast.methods.data._shots import encode_shots

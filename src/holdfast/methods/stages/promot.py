@@ -24,9 +24,9 @@ import torch
 
 from holdfast.engine.forward import SOFT_PROMPT, inner
 from holdfast.errors import PlanError
+from holdfast.measure.soft_prompt import check_reading
 from holdfast.method import Method, Paper, Stage, State
 from holdfast.services import Context
-from holdfast.soft_prompt import check_reading
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,7 +110,7 @@ def check(export: Export, tuned: Any, soft_prompt: Any = None) -> str:
     Raises:
         TrainingError: it does not load the way its card says, or computes something else.
     """
-    from holdfast import twins
+    from holdfast.engine import twins
 
     place = _place(tuned, export.packed)
     if place is None:
@@ -139,7 +139,7 @@ def check(export: Export, tuned: Any, soft_prompt: Any = None) -> str:
 
 
 def _ids(config: Any) -> list[int]:
-    from holdfast.loadable import token_ids
+    from holdfast.models.loadable import token_ids
 
     return token_ids(config)
 
@@ -150,7 +150,7 @@ def _found(export: Export, place: Any, rows: Any, prompted: bool) -> list[Any] |
 
     import torch
 
-    from holdfast import twins
+    from holdfast.engine import twins
     from holdfast.models import no_bars
 
     loaded = None

@@ -60,8 +60,8 @@ class Subject:
     @cached_property
     def vocabulary(self) -> str:
         """Identity of what text becomes: vocabulary and a few encoded strings."""
-        from holdfast.run import content_key
-        from holdfast.tokens import Encoder
+        from holdfast.data.tokens import Encoder
+        from holdfast.files import content_key
 
         probes = ["Q: 12 apples\n\nA: pears", "  def f(x):\n\treturn x", "\u00dcber \u4f60\u597d"]
         return content_key(sorted(self.tokenizer.get_vocab().items()), Encoder(self.tokenizer).prompts(probes))
@@ -78,8 +78,8 @@ class Subject:
         tell: Tell = lambda *_: None,
     ) -> list[dict[str, Any]]:
         """Measure `suites`; what was measured before on this content is read from the cache."""
+        from holdfast.files import content_key
         from holdfast.measure.suites import measure_suite
-        from holdfast.run import content_key
 
         tell(phase, 0.0, self.source.name)
         key = content_key(self.sha, str(self.dtype), self.device.type)
@@ -153,7 +153,7 @@ def check(
     Raises:
         ModelError: the two models do not read text the same way, so their scores cannot be paired.
     """
-    from holdfast.compare import abilities
+    from holdfast.measure.compare import abilities
     from holdfast.measure.suites import names_of
     from holdfast.recipe import KEEP_FRAC
     from holdfast.report.examples import examples
@@ -196,9 +196,9 @@ def comparison(
 
     judged: abilities as `compare.abilities` gives them; after: the tuned model's measurements; shown: its examples.
     """
-    from holdfast.compare import verdict
+    from holdfast.measure.compare import verdict
     from holdfast.report.examples import prompts
-    from holdfast.run import versions
+    from holdfast.versions import versions
 
     return {
         "holdfast_version": holdfast.__version__,
@@ -261,8 +261,8 @@ def may_write(path: Path, endings: Sequence[str] = ENDINGS) -> None:
 
 def write(report: Mapping[str, Any], path: Path) -> None:
     """Write a report as its file name asks: .json, .html, .md or .xml (JUnit)."""
+    from holdfast.files import write_text
     from holdfast.report import markdown, page
-    from holdfast.run import write_text
 
     may_write(path)
     kinds: dict[str, Callable[[Any], str]] = {

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from holdfast.rendered import Rendered
+from holdfast.data.rendered import Rendered
 
 Pair = tuple[str, str]
 

@@ -7,7 +7,6 @@ folder and writes, and tells the others (`hosts/processes.py`).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -22,8 +21,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import holdfast
-from holdfast.errors import HoldfastError, ModelError, PlanError, RecipeError, TrainingError
+from holdfast.errors import ModelError, PlanError, RecipeError, TrainingError
+from holdfast.files import content_key, write_json, write_text
 from holdfast.recipe import KEEP_FRAC, Recipe, _resolved, load_recipe
+from holdfast.versions import versions
 
 T = TypeVar("T")
 Tell = Callable[[str, float, str], None]  # phase, share done (0..1), words beside the bar
@@ -170,9 +171,9 @@ class Run:
     def checked(self) -> Job:
         """Check everything, the cheap before the dear: settings, plan, rows, prompts, weights. Writes nothing."""
         from holdfast import models
+        from holdfast.data.task import read_task
         from holdfast.measure.probe import Ask
         from holdfast.measure.suites import check_suite, names_of
-        from holdfast.task import read_task
 
         r, m = self.recipe, self.recipe.measure
         self._check_settings()
@@ -275,10 +276,10 @@ class Run:
         import torch
 
         from holdfast.hosts.plain import Training
+        from holdfast.measure.soft_prompt import check_export
         from holdfast.plan import Host
         from holdfast.services import Context
         from holdfast.session import Session
-        from holdfast.soft_prompt import check_export
 
         t = self.recipe.training
         most = min(self.recipe.data.max_length, longest)
@@ -328,8 +329,8 @@ class Run:
         found = self._read(f"{when}.json")
         if found:
             return found
+        from holdfast.data.task import score_task
         from holdfast.measure.suites import measure_suite, names_of, remembered
-        from holdfast.task import score_task
 
         m, task, out = self.recipe.measure, job.task, {}
         key = None
@@ -382,11 +383,11 @@ class Run:
         if self._read("training.json"):
             return self._exported()
         from holdfast import models
+        from holdfast.data.task import score_task
         from holdfast.engine.forward import inner
         from holdfast.hosts.checkpoint import Checkpoint
         from holdfast.hosts.plain import train
         from holdfast.measure.shard import first
-        from holdfast.task import score_task
 
         session, training, task = job.session, job.training, job.task
         base_dtype, start = job.model.dtype, time.perf_counter()
@@ -452,7 +453,7 @@ class Run:
     def _save_export(self, job: Job, tuned: Any, soft: Any) -> None:
         from holdfast import models
         from holdfast.hosts.checkpoint import writing
-        from holdfast.soft_prompt import save as save_prompt
+        from holdfast.measure.soft_prompt import save as save_prompt
 
         def save() -> None:
             with writing(f"The tuned model in {self.export}"):
@@ -466,8 +467,8 @@ class Run:
     def _export_of(self, tuned: Any, source: Any, tokenizer: Any) -> Any:
         """How the export is loaded without Holdfast."""
         from holdfast import models
-        from holdfast.exported import Export
-        from holdfast.tokens import Encoder
+        from holdfast.data.tokens import Encoder
+        from holdfast.models.exported import Export
 
         spec = self.recipe.model
         given = {"trust_remote_code": spec.trust_remote_code or None, "attn_implementation": spec.attn_implementation}
@@ -486,7 +487,7 @@ class Run:
 
     def _check_export(self, job: Job, tuned: Any, soft: Any) -> None:
         """The export, loaded the way its card says, must compute what the model in memory does."""
-        from holdfast.exported import check
+        from holdfast.models.exported import check
 
         with self._timed("export check"):
             self.checked_export = by_first(
@@ -543,7 +544,7 @@ class Run:
 
     def _report(self, job: Job, model: Any, before: Any, after: Any) -> Path:
         from holdfast import models
-        from holdfast.compare import abilities, estimates, only_after, verdict
+        from holdfast.measure.compare import abilities, estimates, only_after, verdict
 
         task, source, floors = job.task, job.source, self.recipe.measure.keep
         training = self._read("training.json")
@@ -602,7 +603,7 @@ class Run:
 
     def _save_report(self, report: dict[str, Any], export: Any) -> None:
         """report.json last: with it the run is finished."""
-        from holdfast.model_card import model_card
+        from holdfast.models.card import model_card
         from holdfast.report import markdown, page
 
         report["recipe"] = (self.folder / "recipe.yaml").read_text(encoding="utf-8")
@@ -658,38 +659,3 @@ def check_saving(model: Any, tokenizer: Any, name: str) -> None:
                     f"The {what} of {name} cannot be saved ({words}), so the tuned model could not be exported.",
                     "Load and save it once with plain transformers, mend what fails there, and tune that.",
                 ) from e
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers."""
-    import platform
-    from importlib import metadata
-
-    out = {"python": platform.python_version(), "holdfast": holdfast.__version__}
-    for name in ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "lm_eval"):
-        try:
-            out[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return out
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    fresh = path.with_name(path.name + ".new")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, path)
-    except OSError as e:
-        fresh.unlink(missing_ok=True)
-        raise HoldfastError(f"{path} could not be written: {e.strerror or e}.", "Free some disk space.") from e
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all; NaN is refused."""
-    write_text(path, json.dumps(value, allow_nan=False, indent=1))
-
-
-def content_key(*parts: Any) -> str:
-    """A short hash of plain data, for names of cached files."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]

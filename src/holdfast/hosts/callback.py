@@ -30,12 +30,12 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
 
-from holdfast.check import comparison
-from holdfast.compare import abilities, verdict
 from holdfast.engine.forward import inner
 from holdfast.errors import HoldfastError, ModelError
 from holdfast.measure import shard
+from holdfast.measure.compare import abilities, verdict
 from holdfast.measure.suites import measure_suite, names_of
+from holdfast.verbs.check import comparison
 
 FILE = "retention.json"  # in a checkpoint: the base's measurements, because a resumed run has no base to measure
 REWRITES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # adapters whose start changes the weights below them
@@ -141,7 +141,7 @@ class RetentionCallback(TrainerCallback):
         """Put the base's measurements into the checkpoint."""
         folder = _checkpoint(args, state)
         if state.is_world_process_zero and folder.is_dir():
-            from holdfast.run import write_json
+            from holdfast.files import write_json
 
             write_json(folder / FILE, {"before": self._before, "history": self.history})
 
@@ -202,7 +202,8 @@ class RetentionCallback(TrainerCallback):
     def report(self) -> dict[str, Any]:
         """The last measurement against the base, in the shape of `check.check` (`report.schema`).
 
-        Write it with `holdfast.check.write(report, Path("report.html"))`. Examples are there once training has ended.
+        Write it with `holdfast.verbs.check.write(report, Path("report.html"))`; it has examples once training has
+        ended.
 
         Raises:
             HoldfastError: nothing was measured yet, or the model is gone.

@@ -18,14 +18,14 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from .chat import LAST_ONLY, OPTIONS, TEMPLATES_CURE, Chat, Message, kind_of, messages_of
-from .errors import DataError, suggest
-from .jsontext import DECODER, SYNTAX, Bent, Written
-from .notes import BOOKKEEPING as NOTES
-from .notes import Notes
-from .recipe import FILE_KINDS, SHIPPED, Source, locate, template_columns
+from holdfast.data.chat import LAST_ONLY, OPTIONS, TEMPLATES_CURE, Chat, Message, kind_of, messages_of
+from holdfast.data.jsontext import DECODER, SYNTAX, Bent, Written
+from holdfast.data.notes import BOOKKEEPING as NOTES
+from holdfast.data.notes import Notes
+from holdfast.errors import DataError, suggest
+from holdfast.recipe import FILE_KINDS, SHIPPED, Source, locate, template_columns
 
-DATA_DIR = Path(__file__).parent / "data"  # behind holdfast:<file>
+DATA_DIR = Path(__file__).parent / "shipped"  # behind holdfast:<file>
 SCHEMAS = {  # what each schema needs; names as in TRL and LLaMA-Factory
     "prompt/completion": {"prompt", "completion"},
     "messages": {"messages"},

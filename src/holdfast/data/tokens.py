@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from holdfast.data.notes import Notes
+from holdfast.data.rendered import Rendered
+from holdfast.data.rows import Row
 from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import DataError
-from holdfast.notes import Notes
-from holdfast.rendered import Rendered
-from holdfast.rows import Row
 
 Tokens = list[int]
 SHOWN = 12  # tokens of a prompt's end that a message shows

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from holdfast.data.rows import Row, cap, check_labels, labels_of, leaks, read_rows, split
+from holdfast.data.tokens import Encoder, tokenize_all
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import DataError
 from holdfast.measure import BATCH_TOKENS, shard
 from holdfast.measure.scorer import Scorer
 from holdfast.recipe import Recipe
-from holdfast.rows import Row, cap, check_labels, labels_of, leaks, read_rows, split
-from holdfast.tokens import Encoder, tokenize_all
 
 
 @dataclass(frozen=True)

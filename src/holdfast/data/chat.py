@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
-from .jsontext import parsed, sound
-from .notes import BOOKKEEPING, Notes
-from .rendered import Rendered
+from holdfast.data.jsontext import parsed, sound
+from holdfast.data.notes import BOOKKEEPING, Notes
+from holdfast.data.rendered import Rendered
+from holdfast.errors import DataError
 
 Message = dict[str, Any]  # role, content, perhaps tool_calls, reasoning_content, name, ...
 ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -7,12 +7,12 @@ rows an adapter with a changed vocabulary wants its base to have. Importing this
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import ModelError
+from holdfast.files import read_json
 
 if TYPE_CHECKING:
     from holdfast.models import ModelSource
@@ -43,15 +43,6 @@ PREFIX = "base_model.model."
 
 
 # --- quantised checkpoints --------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} when the file is missing or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def quantisation(source: ModelSource) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any
 
-from .errors import DataError
+from holdfast.errors import DataError
 
 DIGITS = 4000  # Python itself turns integers of more than 4,300 digits into text no more
 
