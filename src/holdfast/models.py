@@ -548,8 +548,11 @@ def load(
         load_in_4bit: keep the linear layers in 4 bits (bitsandbytes); only what lies beside them can then be tuned.
 
     Raises:
-        ModelError: it cannot be found or loaded, or weights are missing from its files; no 4 bits on this machine.
+        ModelError: it cannot be found or loaded, or weights are missing from its files; no 4 bits on this machine;
+            it is not causal (`engine.trial`).
     """
+    from holdfast.engine.trial import packs
+
     if isinstance(source, str):
         source = resolve(source, revision)
     elif revision is not None and revision != source.revision:
@@ -580,7 +583,9 @@ def load(
     if generation is not None and generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
     # bitsandbytes has put its weights where they belong, and transformers refuses to move them
-    return (model if load_in_4bit else model.to(place)).eval(), tokenizer
+    model = (model if load_in_4bit else model.to(place)).eval()
+    packs(model)
+    return model, tokenizer
 
 
 def may_load_in_4bit(device: str | torch.device = "auto") -> None:
