@@ -88,8 +88,8 @@ def _batches(model: Any, pad: int, prompts: Sequence[tuple[list[int], int]], mos
     """
     order = sorted(range(len(prompts)), key=lambda n: (prompts[n][1], len(prompts[n][0])))
     lengths, limit = {len(ids) for ids, _ in prompts}, trial.together(model)
-    pads = len(lengths) == 1 or trial.pads_left(model, pad)
-    size = most if pads or trial.beside(model) else 1
+    pads = len(lengths) > 1 and trial.continues(model, pad, padded=True)
+    size = most if pads or (len(prompts) > 1 and trial.continues(model, pad, padded=False)) else 1
     out: list[list[int]] = []
     for n in order:
         ids, new = prompts[n]
