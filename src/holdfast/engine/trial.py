@@ -232,8 +232,7 @@ class Trial:
 
     @cached_property
     def tells(self) -> bool:
-        """False where logits are not finite, or all the same: nothing can be seen there."""
-        return all(_some(a).any() and a[:, _some(a)].float().std(-1, correction=0).min() > 0 for a in self.alone)
+        return all(tells(a) for a in self.alone)
 
     def must_be_causal(self, name: str) -> None:
         """Leave off the end of the long row, or change it: what the model says before it must not change."""
@@ -266,7 +265,7 @@ class Trial:
     def continues(self, pad: int, padded: bool) -> bool:
         """Two new tokens: the first reads the prompt, the second what the cache keeps of it."""
         prompts = [self.short if padded else self.changed, self.long]
-        alone = [self._two_steps([prompt], pad) for prompt in prompts]
+        alone = [self._two_steps([prompt], pad) for prompt in (prompts[:1] if padded else prompts)]
         try:
             logits, words = self._two_steps(prompts, pad)
         except Exception as error:
@@ -358,6 +357,12 @@ def apart(got: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """(T,) root mean square difference of (T, V) logits, in spreads of `expected`."""
     some = _some(expected)
     return (got[:, some].float() - expected[:, some].float()).pow(2).mean(-1).sqrt() / spread(expected)
+
+
+def tells(logits: torch.Tensor) -> bool:
+    """False where logits (T, V) are not finite, or all the same: nothing can be seen there."""
+    some = _some(logits)
+    return bool(some.any() and logits[:, some].float().std(-1, correction=0).min() > 0)
 
 
 def spread(logits: torch.Tensor) -> torch.Tensor:
