@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from holdfast.engine import trial
 from holdfast.engine.forward import attention, can_pack, forward
 from holdfast.engine.pack import ATTENTION, layout, packed_attention, token_row
 from holdfast.engine.tree import TREE_ATTENTION
-from holdfast.errors import ModelError
+from holdfast.errors import ModelError, PlanError
 from holdfast.measure.generate import GREEDY, go_on
 from holdfast.measure.scorer import Scorer, supports_tree
 from tiny import build_model
@@ -217,6 +218,11 @@ def test_cut_weights_never_go_one_by_one():
     with pytest.raises(ModelError, match="Crowd must see its rows one by one"):
         forward(model, make_rows())
     forward(model, make_rows((5,)))
+    host = SimpleNamespace(_loss_is_ours=True, _kind=Trainer)
+    for whole in (odd(Crowd), build_model()):
+        with_plan(Trainer)._try(host, whole, sharded=type(whole) is not Crowd)
+    with pytest.raises(PlanError, match=r"Trainer with FSDP runs several rows at once.*Crowd"):
+        with_plan(Trainer)._try(host, odd(Crowd), sharded=True)
 
 
 ROPES = {
