@@ -1,8 +1,8 @@
 """One forward for everything: rows in, logits at their scored positions out.
 
 Three paths give the same numbers: packed attention without padding (models with plain full attention), padding on the
-right (every other causal LM, and gradient checkpointing), and either with a soft prompt before the task's rows
-(ProMoT).
+right (most other causal LMs, and gradient checkpointing), and one row at a time (models in which neighbours or padding
+matter); each with a soft prompt before the task's rows, perhaps (ProMoT). `engine.trial` finds out which are right.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from holdfast.engine.pack import ATTENTION, Packed, TokenRow, pack
+from holdfast.errors import ModelError
 
 SOFT_PROMPT = "holdfast_prompt"  # name of the (p, D) parameter ProMoT hangs on the model
 
@@ -26,8 +27,18 @@ def inner(model: Any) -> Any:
 
 
 def can_pack(model: Any) -> bool:
-    """True when every layer is plain full attention that takes a custom attention function."""
-    core = inner(model)
+    """True when every layer is plain full attention that takes a custom attention function, and it works (`trial`).
+
+    Raises:
+        ModelError: the model is not causal.
+    """
+    from holdfast.engine.trial import packs
+
+    return packs(model) and _may_pack(inner(model))
+
+
+def _may_pack(core: Any) -> bool:
+    """What the configuration says: short rows show no window."""
     config = getattr(core.config, "text_config", None) or core.config
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     kinds = getattr(config, "layer_types", None) or ()
@@ -52,7 +63,16 @@ def _recomputes(model: Any) -> bool:
 
 @contextmanager
 def attention(model: Any, name: str) -> Iterator[None]:
-    """Switch the attention function for the duration (read by the model at every call)."""
+    """Switch the attention function for the duration (read by the model at every call); the model is tried before."""
+    from holdfast.engine.trial import packs
+
+    packs(model)
+    with _switched(model, name):
+        yield
+
+
+@contextmanager
+def _switched(model: Any, name: str) -> Iterator[None]:
     config = inner(model).config
     before = config._attn_implementation
     config._attn_implementation = name
@@ -68,20 +88,39 @@ def forward(
     """Run `rows` once. Returns the packing and (N, V) logits at the scored positions, in row order.
 
     With `hidden`, (N, D) inputs of the output head come back instead of logits. Without `packing` rows are padded.
+
+    Raises:
+        ModelError: the model is not causal, or must see its rows one by one where its weights are cut over processes.
     """
     soft = getattr(inner(model), SOFT_PROMPT, None)
     prompts = [len(soft) if soft is not None and r.owner == r.source == "task" else 0 for r in rows]
     device = next(model.parameters()).device
     packed = pack(rows, device, prompts)
-    call = _packed if packing and can_pack(model) and not _recomputes(model) else _padded
-    return packed, call(model, packed, prompts, soft, hidden)
+    way = _way(model, [len(r.ids) + n for r, n in zip(rows, prompts, strict=True)], packing)
+    return packed, way(model, packed, prompts, soft, hidden)
+
+
+def _way(model: Any, lengths: Sequence[int], packing: bool) -> Any:
+    """The function that runs rows of these lengths."""
+    from holdfast.engine.trial import is_cut, pads_right, together
+
+    may, alone = can_pack(model), len(lengths) == 1
+    if alone or max(lengths) <= together(model):
+        if packing and may and not _recomputes(model):
+            return _packed
+        if alone or pads_right(model):
+            return _padded
+    if is_cut(model):  # every process must ask for as many forwards as the others
+        what = f"{type(inner(model)).__name__} must see its rows one by one, but its weights are cut over processes."
+        raise ModelError(what, "Use DDP, which leaves them whole.")
+    return _one_by_one
 
 
 def _packed(model: Any, p: Packed, prompts: list[int], soft: Any, hidden: bool) -> torch.Tensor:
     inputs: dict[str, Any] = {"input_ids": p.ids}
     if any(prompts):
         inputs = {"inputs_embeds": _embed(model, p, prompts, soft)[None]}
-    with attention(model, ATTENTION), _capture(model, hidden) as seen:
+    with _switched(model, ATTENTION), _capture(model, hidden) as seen:
         out = model(
             **inputs,
             position_ids=p.positions,
@@ -121,9 +160,17 @@ def _padded(model: Any, p: Packed, prompts: list[int], soft: Any, hidden: bool) 
         inputs = {"inputs_embeds": embedded}
     at = torch.as_tensor(starts[p.row], device=p.where.device)
     where = torch.as_tensor(p.row, device=p.where.device), p.where - at
+    if len(p.rows) > 1:
+        inputs["attention_mask"] = mask
     with _capture(model, hidden) as seen:
-        out = model(**inputs, attention_mask=mask, use_cache=False)
+        out = model(**inputs, use_cache=False)
     return (seen[0] if hidden else out.logits)[where]
+
+
+def _one_by_one(model: Any, p: Packed, prompts: list[int], soft: Any, hidden: bool) -> torch.Tensor:
+    device = p.ids.device
+    each = zip(p.rows, prompts, strict=True)
+    return torch.cat([_padded(model, pack([row], device, [n]), [n], soft, hidden) for row, n in each])
 
 
 @contextmanager

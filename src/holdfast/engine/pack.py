@@ -5,7 +5,7 @@ Legend: B rows, T tokens of the packed row, N scored positions, V vocabulary, H 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 ATTENTION = "holdfast_packed"
+# what layers hand to any attention and plain full attention does not read
+UNREAD = frozenset("position_ids use_cache logits_to_keep cache_position output_attentions return_dict".split())
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,6 +159,13 @@ class _Gather(torch.autograd.Function):
         return grads[0].index_select(0, index) * real, None
 
 
+def only_plain(name: str, mask: torch.Tensor | None, more: Mapping[str, Any]) -> None:
+    """Raise RuntimeError where a layer asks for more than plain full attention: a window, a cap, sinks, a mask."""
+    asked = [k for k, v in more.items() if not (k in UNREAD or v is None or v is (k == "is_causal"))]
+    if asked or mask is not None:
+        raise RuntimeError(f"Attention {name!r} knows no {', '.join(asked) or 'mask'}.")
+
+
 def packed_attention(
     module: Any,
     query: torch.Tensor,  # (1, H, T, D)
@@ -166,11 +175,12 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     packed_layout: Layout | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each packed row; returns (1, T, H, D). Padding follows a row: causality hides it."""
     if packed_layout is None:
         raise RuntimeError(f"Attention {ATTENTION!r} needs packed_layout; call the model through holdfast.engine.")
+    only_plain(ATTENTION, attention_mask, more)
     spread = [_Spread.apply(x[0].transpose(0, 1).flatten(1), packed_layout) for x in (query, key, value)]
     heads = [query.shape[1], key.shape[1], value.shape[1]]
     outs, at = [], 0

@@ -14,20 +14,20 @@ import torch
 import torch.distributed as dist
 
 from holdfast.engine.forward import inner
+from holdfast.engine.trial import moves
 
 T = TypeVar("T")
 R = TypeVar("R")
-MOVING = ("dynamic", "longrope")  # rotary embeddings that a forward changes
 
 
 def may_share(model: Any) -> bool:
     """Whether forwards of `model` may run at once: on a CPU, and none leaves anything behind in the model."""
     core = inner(model)
-    moves = any(str(getattr(m, "rope_type", "")) in MOVING for m in core.modules())
+    moved = any(moves(m) for m in core.modules())
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1  # may talk in a forward
     hooked = getattr(core, "hf_device_map", None) or any(_hooks(m) for m in core.modules())
     quantised = getattr(core, "is_quantized", False)  # its layers set themselves up in their first forward
-    return core.device.type == "cpu" and not (moves or several or hooked or quantised)
+    return core.device.type == "cpu" and not (moved or several or hooked or quantised)
 
 
 def _hooks(module: torch.nn.Module) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from holdfast.engine.pack import register
+from holdfast.engine.pack import only_plain, register
 
 TREE_ATTENTION = "holdfast_tree"
 TILE = 64  # queries of a tile: fewer see fewer keys in vain, more make larger matrix products
@@ -162,11 +162,12 @@ def tree_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     tree_tiles: Sequence[Tiles] = (),
-    **_: Any,
+    **more: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of new tokens over cached and new ones, tile by tile; returns (1, T, H, D)."""
     if not tree_tiles:
         raise RuntimeError(f"Attention {TREE_ATTENTION!r} needs tree_tiles; score through holdfast.measure.scorer.")
+    only_plain(TREE_ATTENTION, attention_mask, more)
     outs = []
     for tile in tree_tiles:
         b, _one, length, width = tile.mask.shape

@@ -45,6 +45,7 @@ import torch
 
 from holdfast.engine.forward import SOFT_PROMPT, attention, can_pack, forward, inner
 from holdfast.engine.pack import ATTENTION, TokenRow
+from holdfast.engine.trial import pads_right
 from holdfast.errors import NoEffect, PlanError, TrainingError
 from holdfast.hosts.hf_batches import dataset_rows, rows_of
 from holdfast.hosts.hf_refuse import refuse
@@ -85,6 +86,7 @@ def with_plan(trainer: type) -> Any:
 
     Raises (when the trainer is built):
         PlanError: the plan, the trainer and its arguments cannot work together.
+        ModelError: the model is not causal.
     """
     from transformers import Trainer
 
@@ -129,6 +131,7 @@ class PlannedTrainer(_Base):
         ctx = context_of(self._kind, plan, given)
         plan.check(host_of(self._kind, options, model), ctx)
         place(model, options)
+        self._try(model, sharded)
         self.session = Session(plan, model, ctx, sharded=sharded)
         self._base = fingerprint(model)
         self._frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -142,6 +145,16 @@ class PlannedTrainer(_Base):
         super().__init__(**given)
         self._refuse_late()
         self._mix_in()
+
+    def _try(self, model: Any, sharded: bool) -> None:
+        """Find out how the model may be run while its weights are whole in every process."""
+        if sharded and self._loss_is_ours and not pads_right(model):
+            raise PlanError(
+                f"{self._kind.__name__} with FSDP runs several rows at once, but the results of a row of "
+                f"{type(inner(model)).__name__} depend on its neighbours or on padding.",
+                "Use DDP, which leaves the weights whole: then rows go one by one.",
+            )
+        can_pack(model)
 
     def _refuse_late(self) -> None:
         """What only the built trainer, or the wrapped model, shows."""

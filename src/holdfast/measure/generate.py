@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from holdfast.data.tokens import Encoder, stops_of
+from holdfast.engine import trial
 from holdfast.measure import BATCH_TOKENS, shard
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ def generate(
 ) -> list[str]:
     """The model's greedy text after each probe's context, up to its `max_tokens` or the end-of-text token.
 
-    Prompts are padded on the left and sorted by length. Greedy text depends on the last bits of the logits, so two
-    batch sizes may give other words in bf16; the batches depend on the probes alone, so base and tuned get the same.
+    Prompts are sorted by length and padded on the left (not for models that read the padding, see `engine.trial`).
+    Greedy text depends on the last bits of the logits, so two batch sizes may give other words in bf16; the batches
+    depend on the probes and the kind of model alone, so base and tuned get the same.
     """
     encoder = Encoder(tokenizer, stops_of(model.generation_config))
     prompts = [(encoder.prompts([p.context])[0] or encoder.first, p.max_tokens) for p in probes]
@@ -67,8 +69,7 @@ def go_on(
     """
     if not prompts:
         return []
-    order = sorted(range(len(prompts)), key=lambda n: (prompts[n][1], len(prompts[n][0])))
-    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    batches = _batches(model, _pad(tokenizer), prompts, batch_size)
     rank, num = (0, 1) if settings.get("do_sample") else shard.world(model)  # dice are rolled batch after batch
     mine, texts = batches[rank::num], {}
     was_training = model.training
@@ -87,12 +88,33 @@ def go_on(
     return [whole[n] for n in range(len(prompts))]
 
 
+def _batches(model: Any, pad: int, prompts: Sequence[tuple[list[int], int]], most: int) -> list[list[int]]:
+    """Indices of prompts that go together, sorted by length.
+
+    They are of one length where the model reads the padding too (recurrent ones do) or a longer prompt would move the
+    positions of the others, and alone where even neighbours matter.
+    """
+    order = sorted(range(len(prompts)), key=lambda n: (prompts[n][1], len(prompts[n][0])))
+    lengths, limit = {len(ids) for ids, _ in prompts}, trial.together(model)
+    pads = len(lengths) > 1 and trial.continues(model, pad, padded=True)
+    size = most if pads or (len(prompts) > 1 and trial.continues(model, pad, padded=False)) else 1
+    out: list[list[int]] = []
+    for n in order:
+        ids, new = prompts[n]
+        before = [len(prompts[i][0]) for i in out[-1]] if out else []
+        alike = len(ids) in before or (pads and max([*before, len(ids)]) + new <= limit)
+        if before and alike and len(before) < size:
+            out[-1].append(n)
+        else:
+            out.append([n])
+    return out
+
+
 def _batch(
     model: Any, tokenizer: Any, prompts: Sequence[tuple[list[int], int]], stop: Sequence[str], settings: dict[str, Any]
 ) -> torch.Tensor:
     """(B, new tokens) ids that follow the prompts."""
-    device = next(model.parameters()).device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    device, pad = next(model.parameters()).device, _pad(tokenizer)
     width = max(len(ids) for ids, _ in prompts)
     ids = torch.full((len(prompts), width), pad)
     mask = torch.zeros_like(ids)
@@ -108,6 +130,10 @@ def _batch(
         **settings,
     )
     return got[:, width:]
+
+
+def _pad(tokenizer: Any) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
 
 def _ended(tokenizer: Any, stop: Sequence[str], width: int) -> Callable[..., torch.Tensor]:

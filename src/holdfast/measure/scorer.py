@@ -24,6 +24,7 @@ import torch
 from transformers import DynamicCache
 
 from holdfast.data.tokens import Encoder, Split, stops_of
+from holdfast.engine import trial
 from holdfast.engine.forward import attention, can_pack, inner
 from holdfast.engine.threads import may_share, side_by_side
 from holdfast.engine.tree import TREE_ATTENTION, Tree, grow, parts, slices, tiles
@@ -56,6 +57,9 @@ class Scorer:
         batch_tokens: new tokens per forward.
         soft_prompt: (p, D) embeddings put before everything (ProMoT's task prompt), or None.
         progress: called with the share done, 0 to 1.
+
+    Raises:
+        ModelError: the model is not causal (when first used, where its weights are cut over processes).
     """
 
     def __init__(
@@ -71,6 +75,8 @@ class Scorer:
         self.soft_prompt, self.progress = soft_prompt, progress
         self.device = next(model.parameters()).device
         self._cache = cache_name(model)
+        if not trial.is_cut(model):
+            trial.packs(model)
         self.num_unique_tokens = 0  # of the last call: the floor is 2 * parameters * this
 
     # ---- tokens
@@ -125,9 +131,7 @@ class Scorer:
 
     @property
     def max_length(self) -> int:
-        config = getattr(self.model.config, "text_config", None) or self.model.config
-        limit = getattr(config, "max_position_embeddings", None) or 2048
-        return limit - (0 if self.soft_prompt is None else len(self.soft_prompt))
+        return trial.reach(self.model) - self._held
 
     # ---- scores
 
@@ -146,13 +150,24 @@ class Scorer:
         was_training = self.model.training
         self.model.eval()
         try:
-            walk = self._walk_tree if supports_tree(self.model) else self._walk_padded
-            for request, logprob, hit in walk(encoded):
+            for request, logprob, hit in self._walk(encoded):
                 np.add.at(total, request, logprob)
                 np.logical_and.at(greedy, request, hit)
         finally:
             self.model.train(was_training)
         return [Score(float(total[n]), bool(greedy[n]), len(ids) - start) for n, (ids, start) in enumerate(encoded)]
+
+    def _walk(self, encoded: Sequence[tuple[list[int], int]]) -> Iterator[Found]:
+        """One tree where that is right and no sequence would move the positions of the others."""
+        longest = max(len(ids) - 1 for ids, _ in encoded) + self._held
+        if supports_tree(self.model) and longest <= trial.together(self.model):
+            return self._walk_tree(encoded)
+        return self._walk_padded(encoded)
+
+    @property
+    def _held(self) -> int:
+        """Tokens of the soft prompt, which stand before everything."""
+        return 0 if self.soft_prompt is None else len(self.soft_prompt)
 
     def _walk_tree(self, encoded: Sequence[tuple[list[int], int]]) -> Iterator[Found]:
         tree = grow(encoded)
@@ -187,7 +202,7 @@ class Scorer:
         for n, (keys, values) in enumerate(soft):
             assert cache is not None
             cache.update(keys, values, n)
-        held = 0 if self.soft_prompt is None else len(self.soft_prompt)
+        held = self._held
         for nodes in todo:
             found += self._forward(tree, before, nodes, part.start, cache, held)
             if nodes is not todo[-1]:
@@ -218,14 +233,11 @@ class Scorer:
 
     def _walk_padded(self, encoded: Sequence[tuple[list[int], int]]) -> Iterator[Found]:
         """For models without plain full attention: right-padded batches sorted by length (causal, so exact)."""
-        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i][0]))
         self.num_unique_tokens = sum(len(e[0]) - 1 for e in encoded)
         at = 0
-        while at < len(order):
-            width = len(encoded[order[at]][0]) - 1
-            batch = order[at : at + max(1, self.batch_tokens // width)]
+        for batch in self._batches([len(ids) - 1 for ids, _ in encoded]):
             at += len(batch)
-            ids = torch.zeros((len(batch), width), dtype=torch.long)
+            ids = torch.zeros((len(batch), len(encoded[batch[0]][0]) - 1), dtype=torch.long)
             for i, n in enumerate(batch):
                 ids[i, : len(encoded[n][0]) - 1] = torch.tensor(encoded[n][0][:-1])
             logits = self._logits(ids.to(self.device))
@@ -235,7 +247,22 @@ class Scorer:
                 mine = logits[i, start - 1 : len(tokens) - 1]
                 yield np.full(len(target), n), *_read(mine, np.arange(len(target)), target)
             if self.progress:
-                self.progress(at / len(order))
+                self.progress(at / len(encoded))
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Sequences that go side by side, the longest first: of equal length or alone where padding is not right."""
+        pads, together = trial.pads_right(self.model), trial.together(self.model) - self._held
+        order = sorted(range(len(lengths)), key=lambda n: -lengths[n])
+        while order:
+            width = lengths[order[0]]
+            most = max(1, self.batch_tokens // width)
+            if not pads and (most == 1 or not trial.beside(self.model)):
+                most = 1
+            batch = order[:most]
+            if not pads or width > together:
+                batch = [n for n in batch if lengths[n] == width]
+            del order[: len(batch)]
+            yield batch
 
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
         """(B, T, V) logits of ids (B, T), read behind the soft prompt if there is one."""
@@ -285,5 +312,25 @@ def cache_name(model: Any) -> str:
 
 
 def supports_tree(model: Any) -> bool:
-    """True for models that can be packed."""
-    return can_pack(model)
+    """True for models that can be packed, and that score a small tree as row by row (tried once a model)."""
+    return can_pack(model) and trial.kept(model, "tree", _tree_is_right)
+
+
+def _tree_is_right(model: Any) -> bool:
+    """Two rows that part after a few tokens, in two slices: the later of them against itself alone."""
+    one = trial.Trial(model)
+    other, ids = sorted([*row, one.short[0]] for row in (one.long, one.changed))
+    scorer = Scorer(model, None, batch_tokens=len(ids) - 2)
+    tree = grow([(other, 1), (ids, 1)])
+    try:
+        with attention(model, TREE_ATTENTION):
+            found = scorer._part(tree, (), range(1, len(tree)))
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+        return False  # attention or a cache of its own
+    logits = one.plain([ids[:-1]])[0]  # of the later one: behind the other in the order of the tree
+    if not trial.tells(logits):
+        return True
+    expected = logits.float().log_softmax(-1).gather(1, torch.tensor(ids[1:], device=logits.device)[:, None])[:, 0]
+    got = np.concatenate([logprob[request == 1] for request, logprob, _ in found])
+    error = (torch.from_numpy(got).to(expected) - expected).abs() / trial.spread(logits)
+    return not one.beyond(error)

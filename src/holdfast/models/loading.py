@@ -48,6 +48,8 @@ def load(
         ModelError: it cannot be found or loaded, or weights are missing from its files; no 4 bits on this machine; an
             adapter that does not belong to its base, or whose base would compute something else with it merged.
     """
+    from holdfast.engine.trial import packs
+
     if isinstance(source, str):
         source = resolve(source, revision)
     elif revision is not None and revision != source.revision:
@@ -78,7 +80,8 @@ def load(
     generation = getattr(model, "generation_config", None)
     if generation is not None and generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
-    return model.eval(), tokenizer
+    packs(model.eval())  # tries the model, and refuses one that is not causal
+    return model, tokenizer
 
 
 @dataclass(frozen=True)
