@@ -76,8 +76,8 @@ def refuse_other(host: str, own: Answer, plans: Answer, model: Any, options: Any
         words = f"logits that are {away:.2g} of their spread away from the plan's"
     kind = getattr(model.config, "_attn_implementation", None)
     raise PlanError(
-        f"{host} would begin with {words} for the same rows, so something that it or the model reads is unknown to the "
-        f"plan (the batch holds {', '.join(sorted(batch))}; the model's attention is {kind!r}).",
+        f"{host} would begin with {words} for the same rows, so something that it or the model reads is unknown to "
+        f"the plan (the batch holds {', '.join(sorted(batch))}; the model's attention is {kind!r}).",
         "Use right-padded batches of input_ids, attention_mask and labels, and the model's own attention and loss.",
     )
 
