@@ -41,6 +41,7 @@ from holdfast import methods as hf
 from holdfast.errors import HoldfastError, PlanError
 from holdfast.hosts import hf_agree
 from holdfast.hosts.hf_noise import Noise
+from holdfast.hosts.hf_setup import settle_tokenizer
 from holdfast.method import Method
 from test_hosts import FirstLayerOnly, LongestHalf, distance, weights_of
 from test_shard import together
@@ -677,6 +678,19 @@ def test_a_new_option_is_noticed():
         loss_scale: float = 1.0
 
     assert missing(TABLE, {f.name for f in dataclasses.fields(Newer)}) == {"loss_scale"}
+
+
+def test_methods_write_rows_with_the_tokenizer_that_trains(tmp_path):
+    """SFTTrainer changes the tokenizer when it is built; the anchor's prompts are written before that."""
+    (tmp_path / "t.jinja").write_text(TEMPLATE.replace("assistant", "helper"))
+    anchor = hf.ICLAnchor(pool=8, every=1, formats=("chat",))
+    options = {"chat_template_path": "{folder}/t.jinja", "eos_token": "<|im_end|>"}
+    trainer = built(Case(options, given(train_dataset=chats)), [anchor], tmp_path)
+    rows = [TOKENIZER.decode(r.ids) for r in trainer.session.asides["ICLAnchor"]]
+    assert rows and all("<|im_start|>helper\n" in text for text in rows)
+    fresh = tokenizer()
+    settle_tokenizer({"args": SimpleNamespace(eos_token="<|im_end|>"), "processing_class": fresh})
+    assert fresh.eos_token == "<|im_end|>" and fresh.chat_template == TEMPLATE
 
 
 # ---- NEFTune: how large, where, and when

@@ -15,6 +15,9 @@ after epoch). The user's own `requires_grad=False` is kept. The optimizer, its s
 and checkpoints stay the trainer's; evaluation is the trainer's own loss, without the plan's terms. SFTTrainer's
 entropy and token accuracy are not logged in training, because nothing computes them there.
 
+What looks at the shape of a batch means what it means without a plan (`hf_noise`: NEFTune; `_count`: what a loss is
+divided by), or is refused (`hf_refuse`, `hf_batches`). Before the first step both answer two rows (`hf_agree`).
+
 Several processes (DDP): the rows a method asks for beside the task are the same for the whole step and are dealt over
 its micro-batches and processes; a choice of rows (the batch site) is made on each process among its own.
 FSDP2: the plan is prepared on the whole base, in each process, before the trainer cuts the weights. Then penalties
@@ -47,7 +50,7 @@ import torch
 from holdfast.engine.forward import SOFT_PROMPT, attention, can_pack, forward, inner
 from holdfast.engine.pack import ATTENTION, TokenRow
 from holdfast.errors import NoEffect, PlanError, TrainingError
-from holdfast.hosts.hf_agree import asks_logits, plans_answer, refuse_other, some_of, trainers_answer
+from holdfast.hosts.hf_agree import Answer, asks_logits, plans_answer, refuse_other, some_of, trainers_answer
 from holdfast.hosts.hf_batches import dataset_rows, placed_rows, rows_of
 from holdfast.hosts.hf_noise import Noise, Places
 from holdfast.hosts.hf_refuse import refuse, refuse_optimizer
@@ -259,40 +262,47 @@ class PlannedTrainer(_Base):
         if not self._loss_is_ours or not batches:
             return batches, items
         self._compare(batches)
-        step, ranks = self._done + self.state.global_step, self.accelerator.num_processes
-        parsed = [placed_rows(b, self._sources) for b in batches]
-        drawn = [[row for row, _ in rows] for rows in parsed]
-        rows = self._deal(drawn, step)
-        asides = self.session.rows_of(step)
-        counts = self._count(rows, asides, items if rows is drawn else None)
-        every = len(batches) * ranks
-        for n, batch in enumerate(batches):
-            mine = asides[n * ranks + self.accelerator.process_index :: every]
-            shape = tuple(batch["input_ids"].shape)
-            places = Places(shape, [at for _, at in parsed[n]], [len(r.ids) for r in mine]) if rows is drawn else None
-            batch[CARRIED] = Micro((*rows[n], *mine), counts[n], step, 1 / every, places)
-            self._realise(batch[CARRIED].rows)
+        self._carry(batches, items, self._done + self.state.global_step)
         self._steps_in_parts += 1
         return batches, items
+
+    def _carry(self, batches: Sequence[Any], items: Any, step: int) -> None:
+        """Give each batch of a step its Micro."""
+        parsed = [placed_rows(b, self._sources) for b in batches]
+        drawn = [[row for row, _ in rows] for rows in parsed]
+        rows, asides = self._deal(drawn, step), self.session.rows_of(step)
+        counts = self._count(rows, asides, items if rows is drawn else None)
+        first, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        every = len(batches) * ranks
+        for n, batch in enumerate(batches):
+            mine, at = asides[n * ranks + first :: every], [at for _, at in parsed[n]]
+            places = Places(tuple(batch["input_ids"].shape), at, [len(r.ids) for r in mine]) if rows is drawn else None
+            batch[CARRIED] = Micro((*rows[n], *mine), counts[n], step, 1 / every, places)
+            self._realise(batch[CARRIED].rows)
 
     def _compare(self, batches: Sequence[Any]) -> None:
         """Once, before the first step: what the trainer and the plan make of two rows must be the same."""
         if self._compared:
             return
-        self._compared, model = True, self.model
-        was_training, some = model.training, some_of(batches)
+        self._compared, model, was_training = True, self.model, self.model.training
+        some = some_of(batches)
         model.eval()
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # SFTTrainer's, about asking for logits
-            asked = asks_logits(inner(model), some)
-            own = super().compute_loss(model, dict(self._prepare_inputs(dict(some))), return_outputs=asked)
+        with torch.no_grad():
+            own = self._own_answer(model, some)
             with self.accelerator.autocast():
                 plans = plans_answer(model, some)
         model.train(was_training)
         self._reshard()
-        getattr(self, "_metrics", {"eval": {}})["eval"].clear()  # SFTTrainer noted what it saw
-        own = trainers_answer(*(own if asked else (own, None)), some)
         refuse_other(self._kind.__name__, own, plans, inner(model), self.args, some)
+
+    def _own_answer(self, model: Any, batch: Mapping[str, Any]) -> Answer:
+        """What the trainer without a plan makes of a batch."""
+        inputs, asked = dict(self._prepare_inputs(dict(batch))), asks_logits(inner(model), batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # SFTTrainer's, about asking for logits
+            out: Any = super().compute_loss(model, inputs, return_outputs=asked)
+        getattr(self, "_metrics", {"eval": {}})["eval"].clear()  # SFTTrainer noted what it saw
+        return trainers_answer(out[0], out[1], batch) if asked else Answer(out.item(), None)
 
     def _deal(self, micro: list[list[TokenRow]], step: int) -> Sequence[Sequence[TokenRow]]:
         """The batch site, on all rows of the step; what it picks is dealt over the micro-batches again."""

@@ -44,13 +44,14 @@ def some_of(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def asks_logits(model: Any, batch: Mapping[str, Any]) -> bool:
-    return batch["input_ids"].numel() * model.config.get_text_config().vocab_size <= MOST_LOGITS
+    """Whether the logits of all positions are few enough to be built."""
+    return batch["input_ids"].numel() * getattr(model.config.get_text_config(), "vocab_size", 0) <= MOST_LOGITS
 
 
 def trainers_answer(loss: torch.Tensor, outputs: Any, batch: Mapping[str, Any]) -> Answer:
     """From what compute_loss returned for `batch`."""
     logits = getattr(outputs, "logits", None)
-    if logits is None:
+    if logits is None:  # a forward of the user's own
         return Answer(loss.item(), None)
     at = np.concatenate([places[np.flatnonzero(row.scored) - 1] for row, places in placed_rows(batch)])
     return Answer(loss.item(), logits.flatten(0, 1)[torch.as_tensor(at, device=logits.device)])
@@ -86,8 +87,8 @@ def _apart(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
     """Mean distance of two sets of logits as a share of their spread over the vocabulary."""
     if a is None or b is None or not len(b):
         return 0.0
-    a, b = a.float(), b.float()
-    return ((a - b).abs().mean() / b.std(-1).mean().clamp(min=1e-6)).item()
+    spread = b.float().std(-1).mean().clamp(min=1e-6)
+    return ((a.float() - b.float()).abs().mean() / spread).item()
 
 
 def near(model: Any, options: Any) -> float:
