@@ -26,6 +26,8 @@ from transformers import (
     DataCollatorWithFlattening,
     GPT2Config,
     GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -246,6 +248,11 @@ def gpt2() -> Any:
 def experts() -> Any:
     torch.manual_seed(0)
     return MixtralForCausalLM(MixtralConfig(num_local_experts=4, **SIZES, **LAYERS)).eval()
+
+
+def mamba() -> Any:
+    torch.manual_seed(0)
+    return MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=8, **SIZES)).eval()
 
 
 def sliding() -> Any:
@@ -530,7 +537,17 @@ LATE: dict[str, Refused] = {
         kind=Trainer,
         words=("Trainer", "cu_seq_lens"),
     ),
+    "states that see other documents": Refused(
+        {"padding_free": True, "max_length": None, "gradient_checkpointing": False},
+        model=mamba,
+        words=("SFTTrainer", "position_ids"),
+    ),
     "an attention of its own": Refused(model=without_mask, words=("SFTTrainer", "looks_ahead")),
+    "states that see other documents, bf16": Refused(
+        {"padding_free": True, "max_length": None, "gradient_checkpointing": False, "bf16": True},
+        model=mamba,
+        words=("SFTTrainer", "position_ids"),
+    ),
     "an attention of its own, Trainer": Refused(model=without_mask, kind=Trainer, words=("looks_ahead",)),
 }  # fmt: skip
 REFUSED: dict[str, Refused] = {

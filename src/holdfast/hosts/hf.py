@@ -50,7 +50,16 @@ import torch
 from holdfast.engine.forward import SOFT_PROMPT, attention, can_pack, forward, inner
 from holdfast.engine.pack import ATTENTION, TokenRow
 from holdfast.errors import NoEffect, PlanError, TrainingError
-from holdfast.hosts.hf_agree import Answer, asks_logits, plans_answer, refuse_other, some_of, trainers_answer
+from holdfast.hosts.hf_agree import (
+    Answer,
+    asks_logits,
+    bare_forward,
+    plans_answer,
+    refuse_other,
+    some_of,
+    trainers_answer,
+    works_in_fp32,
+)
 from holdfast.hosts.hf_batches import dataset_rows, placed_rows, rows_of
 from holdfast.hosts.hf_noise import Noise, Places
 from holdfast.hosts.hf_refuse import refuse, refuse_optimizer
@@ -285,15 +294,16 @@ class PlannedTrainer(_Base):
         if self._compared:
             return
         self._compared, model, was_training = True, self.model, self.model.training
-        some = some_of(batches)
+        some, mixed = some_of(batches), self.accelerator.mixed_precision != "no"
+        rounds = mixed and (self.is_fsdp_enabled or self.is_deepspeed_enabled or not works_in_fp32(inner(model)))
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if rounds else bare_forward(model):
             own = self._own_answer(model, some)
-            with self.accelerator.autocast():
+            with self.accelerator.autocast() if rounds else nullcontext():
                 plans = plans_answer(model, some)
         model.train(was_training)
         self._reshard()
-        refuse_other(self._kind.__name__, own, plans, inner(model), self.args, some)
+        refuse_other(self._kind.__name__, own, plans, inner(model), rounds, some)
 
     def _own_answer(self, model: Any, batch: Mapping[str, Any]) -> Answer:
         """What the trainer without a plan makes of a batch."""
