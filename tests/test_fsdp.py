@@ -22,6 +22,7 @@ from holdfast import methods as hf
 from holdfast.engine.shards import whole
 from holdfast.errors import PlanError
 from holdfast.hosts.hf_refuse import fsdp_version
+from holdfast.hosts.hf_setup import mixes
 from holdfast.measure import shard
 from holdfast.method import Method, canonical
 from test_hosts import dataset, refused
@@ -84,7 +85,8 @@ def trainer(
     tokenizer = build_tokenizer()
     options = {
         "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4 // ranks, "warmup_steps": 2,
-        "gradient_accumulation_steps": 2, "seed": 0, "train_sampling_strategy": "sequential", "report_to": [],
+        "gradient_accumulation_steps": 2, "seed": 0, "report_to": [],
+        "train_sampling_strategy": "random" if any(map(mixes, methods)) else "sequential",
         "use_cpu": True, "bf16": False, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True,
         "learning_rate": 3e-3, "weight_decay": 0.1, "max_grad_norm": 0.5, **more,
     }  # fmt: skip

@@ -32,6 +32,8 @@ from holdfast.data.tokens import tokenize
 from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import DataError, HoldfastError, PlanError
 from holdfast.hosts import hf as host
+from holdfast.hosts.hf_batches import placed_rows
+from holdfast.hosts.hf_setup import mixes
 from holdfast.hosts.plain import Training, train
 from holdfast.method import Method, canonical
 from holdfast.services import Context
@@ -162,7 +164,7 @@ def make(base, data, tokenizer, tmp_path) -> Callable[..., Any]:
             "per_device_train_batch_size": 2,
             "warmup_steps": 2,
             "seed": 0,
-            "train_sampling_strategy": "sequential",
+            "train_sampling_strategy": "random" if any(map(mixes, methods)) else "sequential",
             "report_to": [],
             "use_cpu": True,
             "bf16": False,
@@ -258,16 +260,12 @@ def test_a_mix_is_packed_again(make):
 def test_rows_of_a_padded_batch():
     batch = {
         "input_ids": torch.tensor([[9, 5, 6, 7], [3, 4, 9, 9]]),
-        "labels": torch.tensor([[-100, 5, -100, 7], [-100, 4, -100, -100]]),
+        "labels": torch.tensor([[-100, -100, -100, 7], [3, 4, -100, -100]]),
         "attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]]),
     }
     a, b = host.rows_of(batch)
-    assert a.ids.tolist() == [5, 6, 7] and a.scored.tolist() == [
-        False,
-        False,
-        True,
-    ]  # nothing before the first
-    assert b.ids.tolist() == [3, 4] and b.scored.tolist() == [False, True]
+    assert a.ids.tolist() == [5, 6, 7] and a.scored.tolist() == [False, False, True]
+    assert b.ids.tolist() == [3, 4] and b.scored.tolist() == [False, True]  # nothing before the first
 
 
 @pytest.mark.parametrize(
@@ -280,7 +278,7 @@ def test_rows_of_a_padded_batch():
 def test_rows_of_a_packed_batch(marks):
     ids = torch.tensor([[1, 2, 3, 4, 5, 0]])
     labels = ids.clone()
-    labels[0, [0, 5]] = -100  # the last token is padding, and the second document's first label counts no more
+    labels[0, [0, 3, 5]] = -100  # first tokens, and the last token is padding
     rows = host.rows_of({"input_ids": ids, "labels": labels, **marks}, {token_row([4, 5], 1).key: "shots"})
     assert [r.key for r in rows] == [token_row([1, 2, 3], 1).key, token_row([4, 5], 1).key]
     assert [r.source for r in rows] == ["task", "shots"]
@@ -301,11 +299,40 @@ def test_rows_of_shifted_labels_and_of_nothing():
         ({"labels": torch.tensor([[2, 3, 4]])}, "not the tokens themselves"),
         ({"labels": torch.tensor([[1, 2, 3]]), "pixel_values": torch.zeros(1)}, "pixel_values"),
         ({"labels": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 1, 3, 3)}, "shape"),
+        (
+            {"labels": torch.tensor([[1, 2, 3]]), "attention_mask": torch.tensor([[1, 1, 0]])},
+            "padding would be learnt",
+        ),
+        ({"labels": torch.tensor([[1, 2, 3]]), "attention_mask": torch.tensor([[0, 1, 1]])}, "behind padding"),
+        ({"labels": torch.tensor([[1, -100, 3]]), "attention_mask": torch.tensor([[1, 0, 1]])}, "between ones"),
+        ({"labels": torch.tensor([[1, 2, 3]]), "token_type_ids": torch.tensor([[0, 0, 1]])}, "token_type_ids"),
+        ({"labels": torch.tensor([[1, 2, 3]]), "position_ids": torch.tensor([[0, 2, 4]])}, "0, 2, 4"),
+        ({"labels": torch.tensor([[1, 2, 3]]), "position_ids": torch.tensor([[4, 5, 6]])}, "4, 5, 6"),
+        ({"labels": torch.tensor([[1, 2, 3]]), "position_ids": torch.tensor([[0, 1, 0]])}, "another document"),
+        ({"labels": torch.tensor([[1, 2, 3]]), "cu_seq_lens_q": torch.tensor([0, 1, 3])}, "another document"),
+        (
+            {
+                "labels": torch.tensor([[1, 2, -100]]),
+                "position_ids": torch.tensor([[0, 1, 0]]),
+                "attention_mask": torch.ones(1, 3),
+            },
+            "see earlier ones",
+        ),
     ],
 )
 def test_rows_of_refuses(extra, words):
     with pytest.raises(DataError, match=words):
         host.rows_of({"input_ids": torch.tensor([[1, 2, 3]]), **extra})
+
+
+def test_rows_know_where_they_stood():
+    ids = torch.tensor([[9, 5, 6, 7], [3, 4, 9, 9]])
+    labels = torch.tensor([[-100, -100, -100, 7], [3, 4, -100, -100]])
+    padded = {"input_ids": ids, "labels": labels, "attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 0, 0]])}
+    flat = {"input_ids": ids[:1], "labels": ids[:1] * 0 - 100, "position_ids": torch.tensor([[0, 1, 0, 1]])}
+    flat["labels"][0, 3] = 7
+    assert [at.tolist() for _, at in placed_rows(padded)] == [[1, 2, 3], [4, 5]]
+    assert [at.tolist() for _, at in placed_rows(flat)] == [[2, 3]]  # the first document has no target
 
 
 def test_a_batch_without_targets_changes_nothing_but_runs(make, base, task):

@@ -15,6 +15,9 @@ after epoch). The user's own `requires_grad=False` is kept. The optimizer, its s
 and checkpoints stay the trainer's; evaluation is the trainer's own loss, without the plan's terms. SFTTrainer's
 entropy and token accuracy are not logged in training, because nothing computes them there.
 
+What looks at the shape of a batch means what it means without a plan (`hf_noise`: NEFTune; `_count`: what a loss is
+divided by), or is refused (`hf_refuse`, `hf_batches`). Before the first step both answer two rows (`hf_agree`).
+
 Several processes (DDP): the rows a method asks for beside the task are the same for the whole step and are dealt over
 its micro-batches and processes; a choice of rows (the batch site) is made on each process among its own.
 FSDP2: the plan is prepared on the whole base, in each process, before the trainer cuts the weights. Then penalties
@@ -31,9 +34,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -47,8 +51,19 @@ from holdfast.engine.forward import SOFT_PROMPT, attention, can_pack, forward, i
 from holdfast.engine.pack import ATTENTION, TokenRow
 from holdfast.engine.trial import pads_right
 from holdfast.errors import NoEffect, PlanError, TrainingError
-from holdfast.hosts.hf_batches import dataset_rows, rows_of
-from holdfast.hosts.hf_refuse import refuse
+from holdfast.hosts.hf_agree import (
+    Answer,
+    asks_logits,
+    bare_forward,
+    plans_answer,
+    refuse_other,
+    some_of,
+    trainers_answer,
+    works_in_fp32,
+)
+from holdfast.hosts.hf_batches import dataset_rows, placed_rows, rows_of
+from holdfast.hosts.hf_noise import Noise, Places
+from holdfast.hosts.hf_refuse import refuse, refuse_optimizer
 from holdfast.hosts.hf_setup import (
     by_name,
     context_of,
@@ -59,6 +74,7 @@ from holdfast.hosts.hf_setup import (
     mixes,
     place,
     rows_a_step,
+    settle_tokenizer,
     stage_folder,
     steps_of,
 )
@@ -107,12 +123,13 @@ def with_plan(trainer: type) -> Any:
 
 @dataclass(frozen=True)
 class Micro:
-    """One micro-batch: its rows, the scored positions of the whole step by owner, the step, its part of a penalty."""
+    """One micro-batch: its rows, what each owner's loss is divided by, the step, its part of a penalty, its noise."""
 
     rows: Sequence[TokenRow]
     counts: Mapping[str, int]
     step: int
     share: float
+    places: Places | None = None
 
 
 class PlannedTrainer(_Base):
@@ -126,6 +143,7 @@ class PlannedTrainer(_Base):
         given = by_name(self._kind, args, kwargs)
         given["args"] = options = given.get("args") or default_args(self._kind, given.get("model"))
         load_named(self._kind, given)
+        settle_tokenizer(given)
         model = given["model"]
         sharded = refuse(self._kind, plan, given, self._loss_is_ours)
         ctx = context_of(self._kind, plan, given)
@@ -140,6 +158,8 @@ class PlannedTrainer(_Base):
         self._sources: dict[bytes, str] = {}
         self._steps_in_parts = self._done = self._rows_an_epoch = 0
         self._hooked, self._changed, self._trained, self._sees_shards = None, False, False, False
+        self._noise: Noise | None = None
+        self._compared = False
         self.session.prepare()
         given["model"] = self._enter(self.session.stages[0])
         super().__init__(**given)
@@ -182,6 +202,15 @@ class PlannedTrainer(_Base):
                 f"{name} would add the model's load-balancing loss for experts, which the plan's loss leaves out.",
                 "Set router_aux_loss_coef=0.0 (SFTConfig), or config.output_router_logits=False.",
             )
+        again = (self.args.gradient_checkpointing_kwargs or {}).get(
+            "use_reentrant"
+        ) and self.args.gradient_checkpointing
+        whole = not any(m.wraps for m in self.session.methods) and self.session.stage.trains == "rest"
+        if again and whole and not inner(self.session.model).get_input_embeddings().weight.requires_grad:
+            raise PlanError(
+                f"{name} with use_reentrant=True gives layers above frozen embeddings no gradient.",
+                "Set gradient_checkpointing_kwargs={'use_reentrant': False}, or train the embeddings.",
+            )
 
     # ---- what trains
 
@@ -203,6 +232,7 @@ class PlannedTrainer(_Base):
         if self.optimizer is None and self._groups_wanted():
             self.optimizer = self._grouped_optimizer()
         optimizer = super().create_optimizer(*args)
+        refuse_optimizer(optimizer, self.session.plan, self.is_deepspeed_enabled)
         if self._hooked is not optimizer and isinstance(optimizer, torch.optim.Optimizer):
             self._check_holds(optimizer)
             self.session.hook(optimizer)
@@ -253,17 +283,49 @@ class PlannedTrainer(_Base):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self._loss_is_ours or not batches:
             return batches, items
-        step, ranks = self._done + self.state.global_step, self.accelerator.num_processes
-        rows = self._deal([rows_of(b, self._sources) for b in batches], step)
-        asides = self.session.rows_of(step)
-        counts = self._count(rows, asides)
-        every = len(batches) * ranks
-        for n, batch in enumerate(batches):
-            mine = asides[n * ranks + self.accelerator.process_index :: every]
-            batch[CARRIED] = Micro((*rows[n], *mine), counts, step, 1 / every)
-            self._realise(batch[CARRIED].rows)
+        self._compare(batches)
+        self._carry(batches, items, self._done + self.state.global_step)
         self._steps_in_parts += 1
         return batches, items
+
+    def _carry(self, batches: Sequence[Any], items: Any, step: int) -> None:
+        """Give each batch of a step its Micro."""
+        parsed = [placed_rows(b, self._sources) for b in batches]
+        drawn = [[row for row, _ in rows] for rows in parsed]
+        rows, asides = self._deal(drawn, step), self.session.rows_of(step)
+        counts = self._count(rows, asides, items if rows is drawn else None)
+        first, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        every = len(batches) * ranks
+        for n, batch in enumerate(batches):
+            mine, at = asides[n * ranks + first :: every], [at for _, at in parsed[n]]
+            places = Places(tuple(batch["input_ids"].shape), at, [len(r.ids) for r in mine]) if rows is drawn else None
+            batch[CARRIED] = Micro((*rows[n], *mine), counts[n], step, 1 / every, places)
+            self._realise(batch[CARRIED].rows)
+
+    def _compare(self, batches: Sequence[Any]) -> None:
+        """Once, before the first step: what the trainer and the plan make of two rows must be the same."""
+        if self._compared:
+            return
+        self._compared, model, was_training = True, self.model, self.model.training
+        some, mixed = some_of(batches), self.accelerator.mixed_precision != "no"
+        rounds = mixed and (self.is_fsdp_enabled or self.is_deepspeed_enabled or not works_in_fp32(inner(model)))
+        model.eval()
+        with torch.no_grad(), nullcontext() if rounds else bare_forward(model):
+            own = self._own_answer(model, some)
+            with self.accelerator.autocast() if rounds else nullcontext():
+                plans = plans_answer(model, some)
+        model.train(was_training)
+        self._reshard()
+        refuse_other(self._kind.__name__, own, plans, inner(model), rounds, some)
+
+    def _own_answer(self, model: Any, batch: Mapping[str, Any]) -> Answer:
+        """What the trainer without a plan makes of a batch."""
+        inputs, asked = dict(self._prepare_inputs(dict(batch))), asks_logits(inner(model), batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # SFTTrainer's, about asking for logits
+            out: Any = super().compute_loss(model, inputs, return_outputs=asked)
+        getattr(self, "_metrics", {"eval": {}})["eval"].clear()  # SFTTrainer noted what it saw
+        return trainers_answer(out[0], out[1], batch) if asked else Answer(out.item(), None)
 
     def _deal(self, micro: list[list[TokenRow]], step: int) -> Sequence[Sequence[TokenRow]]:
         """The batch site, on all rows of the step; what it picks is dealt over the micro-batches again."""
@@ -274,18 +336,28 @@ class PlannedTrainer(_Base):
         idle = [TokenRow(drawn[0].ids, np.zeros_like(drawn[0].scored))]  # every process takes part in every backward
         return [picked[n :: len(micro)] or idle for n in range(len(micro))]
 
-    def _count(self, micro: Sequence[Sequence[TokenRow]], asides: Sequence[TokenRow]) -> Counter[str]:
-        """Scored positions of the step over all micro-batches and processes."""
+    def _count(
+        self, micro: Sequence[Sequence[TokenRow]], asides: Sequence[TokenRow], items: Any
+    ) -> list[Counter[str]]:
+        """What the loss of each owner is divided by in each micro-batch: scored positions of the whole step.
+
+        For the task that is `items`, what the trainer counted, unless its rows were exchanged. Models that take no
+        count get the mean of their micro-batches' means, as without a plan.
+        """
         counts: Counter[str] = Counter()
         for row in asides:
             counts[row.owner] += row.num_scored
-        own, ranks = sum(r.num_scored for rows in micro for r in rows), self.accelerator.num_processes
-        if ranks > 1 and self.args.average_tokens_across_devices:
-            own = int(self._summed(torch.tensor(own, device=self.args.device)))
-        elif ranks > 1:
-            own *= ranks  # the user wants the mean of each process's own mean
-        counts["task"] += own
-        return counts
+        own, ranks = [sum(r.num_scored for r in rows) for rows in micro], self.accelerator.num_processes
+        if not self.model_accepts_loss_kwargs:
+            return [counts + Counter(task=n * len(micro) * ranks) for n in own]
+        whole, shared = sum(own), ranks > 1 and self.args.average_tokens_across_devices
+        if items is not None:
+            whole = int(items)
+        elif shared:
+            whole = int(self._summed(torch.tensor(whole, device=self.args.device)))
+        if ranks > 1 and not shared:
+            whole *= ranks  # the user wants the mean of each process's own mean
+        return [counts + Counter(task=whole)] * len(micro)
 
     def _realise(self, rows: Iterable[TokenRow]) -> None:
         for row in rows:
@@ -305,6 +377,9 @@ class PlannedTrainer(_Base):
             if self._loss_is_ours and not model.training and hasattr(inner(model), SOFT_PROMPT):
                 return self._prompted_loss(model, inputs, bool(kwargs.get("return_outputs") or args[:1] == (True,)))
             return super().compute_loss(model, inputs, *args, **kwargs)
+        self._note_tokens(inputs)
+        if self._noise:
+            self._noise.expect(micro.places)
         with self.accelerator.autocast():  # the terms and the teacher too, as in the plain host
             loss, parts = self.session.loss(model, micro.rows, micro.counts, micro.step, micro.share)
         self._parts.update(parts)
@@ -316,6 +391,21 @@ class PlannedTrainer(_Base):
                 "Lower learning_rate, or look at the rows of this step; the last checkpoint is kept.",
             )
         return loss * self.accelerator.num_processes  # DDP averages gradients, the loss is a sum over processes
+
+    def _note_tokens(self, inputs: Mapping[str, Any]) -> None:
+        """SFTTrainer's num_tokens, which its own loss would count."""
+        if hasattr(self, "_total_train_tokens") and "train" in getattr(self, "_metrics", {}):
+            seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
+            self._total_train_tokens += int(self._summed(seen))
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
+        if self._loss_is_ours and not prediction_loss_only and hasattr(inner(model), SOFT_PROMPT):
+            raise PlanError(
+                f"{self._kind.__name__} cannot predict with a soft prompt, which its own forward leaves out.",
+                "Call evaluate(), which gives the loss with the prompt.",
+            )
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
 
     def _prompted_loss(self, model: Any, inputs: Any, outputs: bool) -> Any:
         """Mean loss of an evaluation batch read with the soft prompt, which the trainer's own forward leaves out."""
@@ -413,16 +503,32 @@ class PlannedTrainer(_Base):
         stages = self.session.stages
         folder = self._resume_folder(resume_from_checkpoint, stages)
         at = self._restore(folder) if folder else stages[0].name
-        if len(stages) == 1:
-            out = self._train_from(folder, *args, **kwargs)
-        else:
-            out = self._train_stages(stages, at, folder)
+        with self._noisy():
+            if len(stages) == 1:
+                out = self._train_from(folder, *args, **kwargs)
+            else:
+                out = self._train_stages(stages, at, folder)
         self._trained = True
         self._reshard()
         self.session.merge()
         self._sum_effects()
         self.session.finish()
         return out
+
+    @contextmanager
+    def _noisy(self) -> Iterator[None]:
+        """NEFTune by our own hook: transformers' looks at the shape of the forward, which is packed here."""
+        alpha = self.neftune_noise_alpha
+        if not self._loss_is_ours or alpha is None:
+            yield
+            return
+        self.neftune_noise_alpha = None
+        self._noise = Noise(self.session.model, alpha, self.args.torch_compile)
+        try:
+            yield
+        finally:
+            self._noise.remove()
+            self._noise, self.neftune_noise_alpha = None, alpha
 
     def _reshard(self) -> None:
         """An evaluation may have left gathered weights in the model, but only the shards are kept."""

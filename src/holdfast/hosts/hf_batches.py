@@ -25,25 +25,76 @@ def rows_of(batch: Mapping[str, Any], sources: Mapping[bytes, str] | None = None
     target are left out (one is kept when none has any). `sources` names where a row came from, by its key.
 
     Raises:
-        DataError: the batch has no token ids, has parts that are no text, or labels that are not its own tokens.
+        DataError: the batch has no token ids, or says something of its tokens that a row of tokens cannot hold.
     """
+    return [row for row, _ in placed_rows(batch, sources)]
+
+
+def placed_rows(
+    batch: Mapping[str, Any], sources: Mapping[bytes, str] | None = None
+) -> list[tuple[TokenRow, np.ndarray]]:
+    """`rows_of`, each row with where its tokens stand in the flattened (B * T,) batch."""
     if "input_ids" not in batch or set(batch) - TENSORS:
         strange = sorted(set(batch) - TENSORS) or ["no input_ids"]
         raise DataError(
             f"The collator gives a batch with {', '.join(strange)}, but a plan trains on token ids alone.",
-            "Use a text-only dataset with input_ids and labels.",
+            "Use a text-only dataset with input_ids and labels and without other columns, or remove_unused_columns.",
         )
     ids = as_array(batch["input_ids"])  # (B, T)
-    labels, starts = _labels(batch, ids), _starts(batch, ids)
+    labels, positions, starts = _labels(batch, ids), _positions(batch, ids), _starts(batch, ids)
     real = _like(batch, "attention_mask", ids).astype(bool) if "attention_mask" in batch else ids >= 0
+    _refuse_marks(batch, ids, labels, real)
     out = []
-    for i, label, start, mask in zip(ids, labels, starts, real, strict=True):
-        cuts = np.flatnonzero(start[mask])
-        cuts = cuts[cuts > 0]
-        for part, target in zip(np.split(i[mask], cuts), np.split(label[mask], cuts), strict=True):
-            if len(part):
-                out.append(row_of(part, target, sources or {}))
-    return [r for r in out if r.num_scored] or out[:1]
+    for n, columns in enumerate(np.flatnonzero(r) for r in real):
+        parts = np.split(columns, np.flatnonzero(starts[n, columns[1:]]) + 1) if len(columns) else []
+        _refuse_documents(parts, labels[n], None if positions is None else positions[n], "attention_mask" in batch)
+        out += [(row_of(ids[n, at], labels[n, at], sources or {}), n * ids.shape[1] + at) for at in parts]
+    return [r for r in out if r[0].num_scored] or out[:1]
+
+
+def _refuse_marks(batch: Mapping[str, Any], ids: np.ndarray, labels: np.ndarray, real: np.ndarray) -> None:
+    """Raise DataError where the trainer's own forward would read something that a row leaves out."""
+    last = real.shape[1] - 1 - real[:, ::-1].argmax(axis=1)
+    holes = real.any(axis=1) & (last - real.argmax(axis=1) + 1 != real.sum(axis=1))
+    types = _like(batch, "token_type_ids", ids) if "token_type_ids" in batch else np.zeros(1)
+    for wrong, what, cure in (
+        (
+            (labels[:, 1:] != -100) & ~real[:, 1:],
+            "labels where attention_mask is 0, so that padding would be learnt",
+            "Set these labels to -100, as DataCollatorForSeq2Seq(tokenizer) does.",
+        ),
+        (
+            holes,
+            "an attention_mask with zeros between ones, but a plan reads every row from end to end",
+            "Leave these tokens out of input_ids; labels of -100 keep tokens from being learnt.",
+        ),
+        (types, "token_type_ids other than 0, which a plan does not read", "Leave the column out."),
+    ):
+        if wrong.any():
+            raise DataError(f"The collator gives {what}.", cure)
+
+
+def _refuse_documents(parts: list[np.ndarray], labels: np.ndarray, positions: Any, masked: bool) -> None:
+    """Raise DataError where documents of one row are not read as the trainer's own forward reads them."""
+    if len(parts) > 1 and masked:
+        raise DataError(
+            "The collator gives position_ids that start again inside a row, and an attention_mask, with which "
+            "transformers lets later documents see earlier ones.",
+            "Leave attention_mask out of packed batches.",
+        )
+    for at in parts:
+        if positions is not None and (positions[at] != np.arange(len(at))).any():
+            raise DataError(
+                f"The collator gives position_ids {positions[at][:4].tolist()}..., but a plan counts every document "
+                "from 0, one by one.",
+                "Leave position_ids out, or count them so.",
+            )
+        if at[0] > 0 and labels[at[0]] != -100:
+            raise DataError(
+                "The collator gives a label to a first token that stands behind padding or another document, which "
+                "nothing in its own row predicts.",
+                "Pad on the right (tokenizer.padding_side), or set the labels of first tokens to -100.",
+            )
 
 
 def row_of(ids: np.ndarray, labels: np.ndarray, sources: Mapping[bytes, str]) -> TokenRow:
@@ -82,6 +133,10 @@ def _labels(batch: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:
             "Use a collator with labels, such as DataCollatorForLanguageModeling(tokenizer, mlm=False).",
         )
     return _like(batch, "labels", ids)
+
+
+def _positions(batch: Mapping[str, Any], ids: np.ndarray) -> np.ndarray | None:
+    return _like(batch, "position_ids", ids) if "position_ids" in batch else None
 
 
 def _starts(batch: Mapping[str, Any], ids: np.ndarray) -> np.ndarray:

@@ -6,11 +6,16 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from holdfast.engine.forward import inner
 from holdfast.errors import PlanError
+from holdfast.hosts.hf_setup import is_template, mixes
+from holdfast.method import Method
 from holdfast.plan import Plan
 
 ONLY_WITH_LOSS = ("data", "batch", "token_weight", "loss", "stages")
+INSIDE_BACKWARD = ("lomo", "layerwise")  # optimizers that step while gradients are still being made
 
 
 def refuse(kind: type, plan: Plan, given: Mapping[str, Any], ours: bool) -> bool:
@@ -24,16 +29,75 @@ def refuse(kind: type, plan: Plan, given: Mapping[str, Any], ours: bool) -> bool
     for wrong, what, cure in (*_wrong_args(given), *(_wrong_losses(given) if ours else ())):
         if wrong:
             raise PlanError(f"{kind.__name__} with a plan cannot use {what}.", cure)
-    gradients = next((m for m in plan.active if "grad" in m.sites()), None)
-    if gradients and given["args"].fp16:
-        raise PlanError(
-            f"{gradients.name} changes gradients, but {kind.__name__} scales them under fp16.",
-            "Set bf16=True instead.",
-        )
+    for name, wrong, what, cure in _wrong_together(plan, given, ours):
+        if wrong:
+            raise PlanError(f"{name} {what.format(kind.__name__)}.", cure)
     version = fsdp_version(given["args"])
     if version:
         _refuse_fsdp(kind, plan, given["args"], ours, version)
     return bool(version)
+
+
+def _first(plan: Plan, *sites: str) -> Method | None:
+    """The first method at work at one of these sites."""
+    return next((m for m in plan.active if set(sites) & set(m.sites())), None)
+
+
+def _wrong_together(plan: Plan, given: Mapping[str, Any], ours: bool) -> Iterator[tuple[str, Any, str, str]]:
+    """(name of a method, whether it is wrong here, what is wrong with {} for the trainer, cure)."""
+    options = given["args"]
+    strategy = getattr(options, "train_sampling_strategy", "random")
+    noise = ours and options.neftune_noise_alpha is not None
+    optim = str(getattr(options.optim, "value", options.optim))
+    if method := _first(plan, "grad"):
+        yield method.name, options.fp16, "changes gradients, but {} scales them under fp16", "Set bf16=True instead."
+    if method := next((m for m in plan.active if mixes(m)), None):
+        yield (
+            method.name,
+            strategy != "random",
+            f"decides the order of the rows, but {{}} was asked for train_sampling_strategy={strategy!r}",
+            "Leave train_sampling_strategy out.",
+        )
+    if method := _first(plan, "batch"):
+        what = "exchanges rows of a batch, but {} would add NEFTune's noise by the batch's own shape"
+        yield method.name, noise, what, "Leave neftune_noise_alpha out."
+    if method := _first(plan, "stages"):
+        what = "reads the task behind a soft prompt, for which {}'s NEFTune noise is not defined"
+        yield method.name, noise, what, "Leave neftune_noise_alpha out."
+        metrics = given.get("compute_metrics") or given.get("preprocess_logits_for_metrics")
+        what = "reads the task behind a soft prompt, which the logits that {} gives to compute_metrics leave out"
+        yield method.name, metrics, what, "Leave compute_metrics out; evaluation gives the loss with the prompt."
+        what = "ends each stage with its last weights, but {} was asked for load_best_model_at_end"
+        yield method.name, options.load_best_model_at_end, what, "Set it to False."
+    if method := _first(plan, "grad", "update"):
+        yield method.name, optim.endswith(INSIDE_BACKWARD), *_steps_early(f"optim={optim!r}")
+    if method := _first(plan, "update", "merge"):
+        yield method.name, optim.startswith("schedule_free"), *_two_weights(f"optim={optim!r}")
+
+
+def _steps_early(optimizer: str) -> tuple[str, str]:
+    what = f"changes gradients or steps, but {optimizer} takes its steps inside of the backward"
+    return what, "Use optim='adamw_torch_fused'."
+
+
+def _two_weights(optimizer: str) -> tuple[str, str]:
+    what = f"changes weights after a step, but {optimizer} keeps others for training than it gives"
+    return what, "Use optim='adamw_torch_fused'."
+
+
+def refuse_optimizer(optimizer: Any, plan: Plan, deepspeed: bool) -> None:
+    """Raise PlanError for a built optimizer that hides from the plan what a method of it must see."""
+    name = type(optimizer).__name__
+    steps, weights = _first(plan, "grad", "update"), _first(plan, "update", "merge")
+    if steps and (name.lower().endswith("lomo") or "LayerWise" in name):
+        raise PlanError(" ".join((steps.name, _steps_early(name)[0])) + ".", _steps_early(name)[1])
+    if steps and not deepspeed and not isinstance(optimizer, torch.optim.Optimizer):
+        raise PlanError(
+            f"{steps.name} changes gradients or steps, but the steps of {name}, no torch.optim.Optimizer, are hidden.",
+            "Use optim='adamw_torch_fused'.",
+        )
+    if weights and callable(getattr(optimizer, "eval", None)):
+        raise PlanError(" ".join((weights.name, _two_weights(name)[0])) + ".", _two_weights(name)[1])
 
 
 def fsdp_version(options: Any) -> int:
@@ -84,6 +148,12 @@ def _wrong_args(given: Mapping[str, Any]) -> Iterator[tuple[Any, str, str]]:
         options.n_gpu > 1,
         "nn.DataParallel, which several visible GPUs in one process mean",
         "Start it with torchrun or accelerate launch, or show it one GPU.",
+    )
+    template = getattr(options, "chat_template_path", None)
+    yield (
+        template and not is_template(template),
+        f"chat_template_path={template!r}, because another tokenizer may bring tokens that the prepared base lacks",
+        "Give a .jinja file, or call trl.clone_chat_template(model, tokenizer, ...) before.",
     )
     yield options.auto_find_batch_size, "auto_find_batch_size, which starts the run anew", "Set it to False."
     yield (

@@ -63,6 +63,7 @@ def load_named(kind: type, given: dict[str, Any]) -> None:
         given["args"] = options = copy.copy(options)
         more = dict(getattr(options, "model_init_kwargs", None) or {})
         options.model_init_kwargs = None  # used here
+        more.setdefault("trust_remote_code", getattr(options, "trust_remote_code", False))
         if given.get("quantization_config") is not None:
             more["quantization_config"] = given.pop("quantization_config")
         given["model"] = AutoModelForCausalLM.from_pretrained(model, **{"dtype": torch.float32, **more})
@@ -70,7 +71,26 @@ def load_named(kind: type, given: dict[str, Any]) -> None:
         raise PlanError(f"with_plan({kind.__name__}) was given no model.", "Pass model=, not model_init=.")
     if given.get("processing_class") is None and is_sft(kind):
         name = model if isinstance(model, str) else inner(model).config._name_or_path
-        given["processing_class"] = AutoTokenizer.from_pretrained(name, revision=more.get("revision", "main"))
+        remote = getattr(options, "trust_remote_code", False)
+        given["processing_class"] = AutoTokenizer.from_pretrained(
+            name, revision=more.get("revision", "main"), trust_remote_code=remote
+        )
+
+
+def settle_tokenizer(given: Mapping[str, Any]) -> None:
+    """What SFTTrainer does to the tokenizer when it is built, done now: methods write rows with it before that."""
+    options, processor = given["args"], given.get("processing_class")
+    template, eos = getattr(options, "chat_template_path", None), getattr(options, "eos_token", None)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if processor is not None and template and is_template(template):
+        processor.chat_template = Path(template).read_text(encoding="utf-8")
+    if tokenizer is not None and eos and eos in tokenizer.get_vocab():  # else SFTTrainer says so
+        tokenizer.eos_token = eos
+
+
+def is_template(path: str) -> bool:
+    """True for a template's own file; TRL takes everything else for a tokenizer to take the template from."""
+    return os.path.isfile(path) and path.endswith((".jinja", ".j2"))
 
 
 def quantised(model: Any) -> bool:
@@ -127,13 +147,19 @@ def mixes(method: Method) -> bool:
     return type(method).data is not Method.data
 
 
+def rows_a_batch(options: Any) -> int:
+    """Rows that all processes together draw at once."""
+    split = getattr(options.accelerator_config, "split_batches", False)
+    return options.train_batch_size * (1 if split else max(1, options.world_size))
+
+
 def rows_a_step(options: Any) -> int:
-    return options.train_batch_size * options.gradient_accumulation_steps * max(1, options.world_size)
+    return rows_a_batch(options) * options.gradient_accumulation_steps
 
 
 def steps_of(options: Any, rows: int) -> int:
     """Optimizer steps of one epoch, counted as the trainer does."""
-    each = options.train_batch_size * max(1, options.world_size)
+    each = rows_a_batch(options)
     batches = rows // each if options.dataloader_drop_last else math.ceil(rows / each)
     return max(1, math.ceil(batches / options.gradient_accumulation_steps))
 
