@@ -98,11 +98,13 @@ def _chat(shots: Sequence[Pair], query: Pair, instruction: str, tokenizer: Any) 
         turns.append({"role": "user", "content": f"{instruction}\n{x}" if n == 0 else x})
         turns.append({"role": "assistant", "content": y})
     context = Rendered(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
-    whole = tokenizer.apply_chat_template(turns, tokenize=False)
-    spans = (*_chat_spans(turns[:-1], context, tokenizer), (len(context), len(context) + len(query[1])))
-    if not whole.startswith(context + query[1]):  # a template that rewrites turns cannot be scored this way
-        return Prompt(context, query[1], "", spans)
-    return Prompt(context, query[1], whole[len(context) + len(query[1]) :].strip(), spans)
+    rest = tokenizer.apply_chat_template(turns, tokenize=False).removeprefix(context)
+    lead, _, stop = rest.partition(query[1])  # Llama 2 and Mistral put a blank before an answer
+    if lead.strip() or not rest.startswith(lead + query[1]):  # it rewrites turns: its answer cannot be scored
+        lead = stop = ""
+    start = len(context) + len(lead)
+    spans = (*_chat_spans(turns[:-1], context, tokenizer), (start, start + len(query[1])))
+    return Prompt(context, lead + query[1], stop.rstrip(), spans)
 
 
 def _chat_spans(turns: list[dict[str, str]], context: str, tokenizer: Any) -> tuple[tuple[int, int], ...]:
