@@ -210,7 +210,7 @@ def test_a_tokenizer_that_cannot_write_an_a(made):
 
 @pytest.mark.parametrize("completion", ["</s>", " </s>", "</s>\n", "</s></s>"])
 def test_an_answer_that_only_ends_is_refused(completion, made):
-    with pytest.raises(DataError, match="a:1: the completion .* says nothing before its end"):
+    with pytest.raises(DataError, match=r"a:1: the completion .* says nothing before its end"):
         tokenize(Row("Q:", completion, where="a:1"), made("bytes"), None)
 
 
