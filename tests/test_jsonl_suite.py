@@ -109,6 +109,26 @@ def test_a_bad_row_is_named_by_file_and_line(write, row, what):
     assert error.value.cure
 
 
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"context": "a:", "choices": [" Yes", " yes"], "answer": 1}, "' Yes' and ' yes' are the same tokens"),
+        ({"context": "a:", "choices": [" \u4f60", " \u597d"], "answer": 1}, "are the same tokens"),
+        ({"context": "a:", "answer": " \u4f60"}, "has no token for a part of the answer"),
+        ({"context": "a:", "begins": " no \u4f60", "task": "t"}, "has no token for a part of the answer"),
+        ({"context": "a:", "answer": "\u0001"}, "adds no token"),
+    ],
+)
+def test_answers_that_the_tokenizer_cannot_tell(write, row, what):
+    from tokenizers_made import word_pieces
+
+    tokenizer = word_pieces()
+    with pytest.raises(DataError) as error:
+        read_suite(write([{"context": "a:", "answer": " b", "task": "good"}, "", row]), Ask(tokenizer))
+    assert error.value.what.startswith("own.jsonl:3: ") and what in error.value.what
+    read_suite(write([{"context": "a:", "choices": [" yes", " no"], "answer": 1}]), Ask(tokenizer))
+
+
 def test_a_missing_or_empty_file(write):
     with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
         read_suite("nowhere.jsonl", Ask(None))

@@ -197,6 +197,20 @@ def test_blanks_around_a_column_name_are_named(tmp_path):
         read(tmp_path, "t.csv", "text, queue\na,b\n", **TEMPLATES)
 
 
+@pytest.mark.parametrize("answer", ["\u200b", "\ufeff", "\u00a0\u200d", "\u200e \n"])
+def test_an_answer_that_nobody_sees_is_empty(answer, tmp_path):
+    rows = [{"prompt": "q", "completion": "\u200bok"}, {"prompt": "q", "completion": answer}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"t\.jsonl:2: the completion is empty but for '.*', which nobody sees"):
+        read_rows("t.jsonl", base_dir=tmp_path)
+
+
+def test_a_blank_alpaca_input_is_none(tmp_path):
+    rows = [{"instruction": "Add.", "input": given, "output": "2"} for given in ("", " ", "\n", None)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert {r.prompt for r in read_rows("t.jsonl", base_dir=tmp_path)} == {"### Instruction:\nAdd.\n\n### Response:\n"}
+
+
 def test_odd_characters_of_an_answer_are_noted(tmp_path):
     notes: list[str] = []
     row = {"text": "caf\ufffd", "queue": "a\r\nb"}

@@ -149,3 +149,55 @@ def test_chance_is_the_best_constant_answer():
         else:
             most = Counter(y for _, y in task.items).most_common(1)[0][1]
             assert task.chance == pytest.approx(max(most / len(task.items), 1 / len(task.labels)))
+
+
+@pytest.mark.parametrize(
+    ("answered", "answer", "stop"),
+    [
+        ("{{ m.content }}</s>\n", "no", "</s>"),
+        (" {{ m.content }}</s>", " no", "</s>"),  # Mistral
+        (" {{ m.content }} </s>", " no", " </s>"),  # Llama 2
+        ("{{ m.content }}\n", "no", ""),
+        ("<think>\n\n</think>\n\n{{ m.content }}</s>", "no", ""),  # rewritten: the prompts have no thinking
+    ],
+)
+def test_an_answer_in_a_chat_stands_as_the_template_writes_it(answered, answer, stop, tokenizer):
+    """A model that goes on as its template does is right: the blank before an answer belongs to it."""
+    import copy
+
+    from holdfast.data.fewshot import build
+
+    words = copy.deepcopy(tokenizer)
+    words.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}"
+        + answered
+        + "{% endif %}{% endfor %}"
+    )
+    prompt = build(FORMATS["chat"], [("a", "yes")], ("b", "no"), instruction="Do", tokenizer=words)
+    assert (prompt.answer, prompt.stop) == (answer, stop)
+    start, end = prompt.spans[-1]
+    assert (prompt.context + prompt.answer)[start:end] == "no" and len(prompt.spans) == 2
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}\n{% endfor %}",
+        "{% for m in messages %}{{ m.content[0]['text'] + '' }}{% endfor %}",
+        "{% for m in messages %}{{ m.content + no_such_token }}{% endfor %}",
+        "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+    ],
+)
+def test_a_chat_template_that_writes_no_plain_text_is_not_asked_through(template, tokenizer):
+    """Its prompts would hold no question: the suites ask in plain text, as without a template."""
+    import copy
+
+    from holdfast.data.fewshot import formats_for
+    from holdfast.measure.probe import Ask
+
+    words = copy.deepcopy(tokenizer)
+    assert [f.name for f in formats_for(words)] == list(FORMATS)
+    assert "hello" in Ask(words).chat("hello") != "Question: hello\nAnswer:"
+    words.chat_template = template
+    assert [f.name for f in formats_for(words)] == [name for name in FORMATS if name != "chat"]
+    assert (Ask(words).chat("hello"), Ask(words).lead("no")) == ("Question: hello\nAnswer:", " no")

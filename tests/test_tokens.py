@@ -17,7 +17,7 @@ from holdfast.measure.generate import generate
 from holdfast.measure.probe import Ask, Probe, any_of, score_suite, ways_of
 from holdfast.measure.scorer import Score, Scorer
 from tiny import build_model
-from tokenizers_made import MADE
+from tokenizers_made import MADE, few_letters
 
 PAIRS = {
     "plain": ("Q: where is it\nA:", " billing"),
@@ -116,6 +116,9 @@ def test_text_is_scored_as_the_harness_does(name, made):
     tokenizer = made(name)
     model = build_model(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None)
     pairs = [*PAIRS.values(), ("", "positive"), ("<s>Q:", " 3"), ("Q: 3</s>", " billing")]
+    pairs += (
+        [(" ", " positive"), ("\n\n", "a")] if Encoder(tokenizer).begin else []
+    )  # else it has nothing to start from
     theirs, ours = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1), Scorer(model, tokenizer)
     compared = 0
     for pair in pairs:
@@ -192,6 +195,45 @@ def test_what_was_odd_is_counted_and_named(made):
     notes.clear()
     tokenize_all([Row("Q:", " yes", where="a:6"), Row("", "A text.", where="a:7")], made("bytes"), None, notes=notes)
     assert not notes
+
+
+def test_a_tokenizer_that_cannot_write_an_a(made):
+    """What it puts around texts is asked of a text that it can write: BOS is no end."""
+    tokenizer = few_letters()
+    encoder = Encoder(tokenizer)
+    assert tokenizer("a")["input_ids"] == [1] and not encoder.ends_texts
+    (split,) = encoder.join([("ACG:", " T")], end=True)
+    assert split.ids[: split.start] == tokenizer("ACG:")["input_ids"] and split.ids[-1] == tokenizer.eos_token_id
+    bare = made("bytes, bos")
+    assert Encoder(bare).begin == [bare.bos_token_id]
+
+
+@pytest.mark.parametrize("completion", ["</s>", " </s>", "</s>\n", "</s></s>"])
+def test_an_answer_that_only_ends_is_refused(completion, made):
+    with pytest.raises(DataError, match=r"a:1: the completion .* says nothing before its end"):
+        tokenize(Row("Q:", completion, where="a:1"), made("bytes"), None)
+
+
+def test_an_answer_with_an_unknown_letter_is_never_exact(made):
+    """The model may say its tokens, and the text that they write is another."""
+    tokenizer = made("word pieces")
+    model, rows = planted(tokenizer, [("Q: one", " billing"), ("Q: two", " \u4f60")])
+    assert [squeezed(g) for g in said(model, tokenizer, rows)] == ["billing", "[UNK]"]
+    assert [i["correct"] for i in score_task(model, tokenizer, rows, None)] == [1, 0]
+
+
+def test_a_python_tokenizer_marks_the_answers_of_shots():
+    """It tells no places of its tokens; a letter that takes two of them is marked whole."""
+    from transformers import ByT5Tokenizer
+
+    from holdfast.data.fewshot import FORMATS, build
+    from holdfast.methods.data._shots import encode_shots
+
+    tokenizer = ByT5Tokenizer()
+    prompt = build(FORMATS["qa"], [("x", "\u00fcber"), ("y", "no")], ("z", "so"), tokenizer=tokenizer)
+    row = encode_shots(prompt, tokenizer, "t", every_token=False)
+    assert text(tokenizer, row.ids) == prompt.context + prompt.answer + prompt.stop
+    assert text(tokenizer, row.ids[row.scored]) == "\u00fcberno so\n"
 
 
 def test_what_cannot_be_told_apart_is_refused(made):

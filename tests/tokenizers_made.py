@@ -81,6 +81,17 @@ def word_pieces(eos: str | None = "[SEP]") -> Any:
     )  # fmt: skip
 
 
+def few_letters() -> Any:
+    """Letters of genes and digits only; whatever else a text has, an "a" too, is left out in silence."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = [*SPECIAL, *"ACGT: 0123456789\n"]
+    backend = Tokenizer(models.BPE(vocab={word: n for n, word in enumerate(words)}, merges=[]))
+    backend.add_special_tokens(SPECIAL)
+    backend.decoder = decoders.Fuse()
+    return _wrap(backend, "<s>", "", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
 MADE = {
     "bytes": lambda: byte_level(),
     "bytes, bos": lambda: byte_level("<s>"),

@@ -123,6 +123,17 @@ def test_without_a_chat_template_no_chat_is_asked(tokenizer):
     assert {"chat", "turn"}.isdisjoint(formats.frames_for(plain))
 
 
+def test_an_answer_in_a_turn_ends_as_the_tokenizer_writes_it():
+    """A vocabulary with a blank line as one token never says a single newline there."""
+    from tokenizers_made import LLAMA3, byte_level
+
+    tokenizer = byte_level(pattern=LLAMA3)
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"
+    frames = {"io": FORMATS["io"], "turn": formats.frames_for(tokenizer)["turn"]}
+    probes = formats.build_suite(held_out_tasks()[:1], frames, tokenizer, 0).probes
+    assert {p.task: p.answers[0][-2:] for p in probes} == {"io": "\n\n", "turn": "\n\n"}
+
+
 # ---- planted causes
 
 

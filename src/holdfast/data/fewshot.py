@@ -98,11 +98,13 @@ def _chat(shots: Sequence[Pair], query: Pair, instruction: str, tokenizer: Any) 
         turns.append({"role": "user", "content": f"{instruction}\n{x}" if n == 0 else x})
         turns.append({"role": "assistant", "content": y})
     context = Rendered(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
-    whole = tokenizer.apply_chat_template(turns, tokenize=False)
-    spans = (*_chat_spans(turns[:-1], context, tokenizer), (len(context), len(context) + len(query[1])))
-    if not whole.startswith(context + query[1]):  # a template that rewrites turns cannot be scored this way
-        return Prompt(context, query[1], "", spans)
-    return Prompt(context, query[1], whole[len(context) + len(query[1]) :].strip(), spans)
+    rest = tokenizer.apply_chat_template(turns, tokenize=False).removeprefix(context)
+    lead, _, stop = rest.partition(query[1])  # Llama 2 and Mistral put a blank before an answer
+    if lead.strip() or not rest.startswith(lead + query[1]):  # it rewrites turns: its answer cannot be scored
+        lead = stop = ""
+    start = len(context) + len(lead)
+    spans = (*_chat_spans(turns[:-1], context, tokenizer), (start, start + len(query[1])))
+    return Prompt(context, lead + query[1], stop.rstrip(), spans)
 
 
 def _chat_spans(turns: list[dict[str, str]], context: str, tokenizer: Any) -> tuple[tuple[int, int], ...]:
@@ -119,7 +121,23 @@ def _chat_spans(turns: list[dict[str, str]], context: str, tokenizer: Any) -> tu
     return tuple(spans) if text == context else ()
 
 
+def can_chat(tokenizer: Any, shots: int = 1) -> bool:
+    """Whether the tokenizer has a chat template that writes a question of plain text, behind so many answered ones.
+
+    Templates for images drop or refuse plain text, and some need an end that the tokenizer lacks.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return False
+    said = [f"zq{n}" for n in range(2 * shots + 1)]
+    turns = [{"role": "assistant" if n % 2 else "user", "content": text} for n, text in enumerate(said)]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template is somebody's program and raises what it likes
+        return False
+    return all(part in text for part in said)
+
+
 def formats_for(tokenizer: Any, names: Sequence[str] | None = None) -> list[Format]:
-    """The formats a tokenizer can write: all of them, less "chat" when it has no chat template."""
+    """The formats a tokenizer can write: all of them, less "chat" when it has no chat template for plain text."""
     chosen = [FORMATS[n] for n in (names or FORMATS)]
-    return [f for f in chosen if f.name != "chat" or getattr(tokenizer, "chat_template", None)]
+    return [f for f in chosen if f.name != "chat" or can_chat(tokenizer)]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 from typing import Any
+from unicodedata import category
 
 from holdfast.data.chat import LAST_ONLY, OPTIONS, TEMPLATES_CURE, Chat, Message, kind_of, messages_of
 from holdfast.data.jsontext import DECODER, SYNTAX, Bent, Written
@@ -371,8 +372,9 @@ def _sound(pair: tuple[str, str], place: str, notes: Notes) -> tuple[str, str]:
             )
         if "\ufffd" in side:
             notes.add("{n text} with U+FFFD, which stands for a letter that was lost in a conversion", place)
-    if not pair[1].strip():
-        raise DataError(f"{place}: the completion is empty.", "Remove the row or fill it in.")
+    if all(char.isspace() or category(char) in ("Cc", "Cf") for char in pair[1]):
+        seen = f" but for {pair[1].strip()!a}, which nobody sees" if pair[1].strip() else ""
+        raise DataError(f"{place}: the completion is empty{seen}.", "Remove the row or fill it in.")
     if "\r" in pair[1]:
         notes.add("{n answer} with a carriage return (a line break of Windows), trained on as it stands", place)
     return pair
@@ -551,6 +553,7 @@ def _alpaca(row: dict[str, Any], place: str, chat: Chat) -> tuple[str, str]:
     )
     if not isinstance(given, str):
         raise DataError(f"{place}: column 'input' holds {kind_of(given)}, expected text.", TEMPLATES_CURE)
+    given = given if given.strip() else ""
     extra = [name for name in ("system", "history") if row.get(name)]
     if extra:
         what = f"{place}: alpaca column {extra[0]!r} is filled, and it is not read."

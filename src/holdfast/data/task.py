@@ -116,7 +116,8 @@ def score_task(
 ) -> list[dict[str, Any]]:
     """Score rows: with labels the likeliest label wins, without them the greedy completion must be exact.
 
-    Both count with the end that training puts behind them: "1" does not win where the model says "10".
+    Both count with the end that training puts behind them: "1" does not win where the model says "10". A completion
+    that the vocabulary cannot write is never exact: its tokens may be, and the text they write is another.
 
     Several processes each score a share of the rows, and all get the whole.
 
@@ -135,6 +136,7 @@ def score_task(
             right = labels.index(row.completion)
             item = {"correct": int(best == right), "logprob": mine[right].logprob, "answer": labels[best]}
         else:
-            item = {"correct": int(mine[0].greedy), "logprob": mine[0].logprob, "answer": None}
+            exact = mine[0].greedy and not scorer.encoder.lacks(splits[n].answer)
+            item = {"correct": int(exact), "logprob": mine[0].logprob, "answer": None}
         out.append({"id": row.where or str(n), **item})
     return out

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice, pairwise
 from typing import Any
 
 from holdfast.data.notes import Notes
@@ -26,6 +27,7 @@ from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import DataError
 
 Tokens = list[int]
+SAMPLES, MOST_SAMPLES = ("a", "0", "A", "."), 64
 SHOWN = 12  # tokens of a prompt's end that a message shows
 MENDED = "{n prompt} ending inside a token of the answer; each was cut there, as inference sees it"
 UNWRITTEN = "{n completion} that the tokenizer cannot write as it stands"
@@ -64,7 +66,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, stops: Iterable[int] = ()):
         self.tokenizer = tokenizer
-        full, bare = tokenizer("a")["input_ids"], self.bare(["a"])[0]
+        full, bare = self._sample()
         at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), len(full))
         after = full[at + len(bare) :]
         self.begin: Tokens = full[:at] if at < len(full) else []
@@ -72,6 +74,15 @@ class Encoder:
         eos = tokenizer.eos_token_id
         self.end: int | None = eos if eos is not None else (after[-1] if after else None)
         self.stops = frozenset({*stops, self.end} - {None})
+
+    def _sample(self) -> tuple[Tokens, Tokens]:
+        """Tokens of a short text, with all that the tokenizer adds and without; a text that it can write at all."""
+        special = set(self.tokenizer.all_special_tokens)
+        own = (word for word in sorted(self.tokenizer.get_vocab()) if word not in special)
+        for text in (*SAMPLES, *islice(own, MOST_SAMPLES)):
+            if bare := self.bare([text])[0]:  # a vocabulary of other letters may write nothing of an "a"
+                return self.tokenizer(text)["input_ids"], bare
+        return [], []
 
     # ---- whole texts
 
@@ -85,11 +96,29 @@ class Encoder:
         """Tokens of each text as a model sees it that is to go on with it."""
         return [[*self._lead(text, ids), *ids] for text, ids in zip(texts, self._each(texts), strict=True)]
 
-    def marked(self, text: str) -> tuple[Tokens, list[tuple[int, int]]]:
-        """As `prompts`, with the characters (start, end) of each token; (0, 0) for what was put before."""
-        got = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
-        lead = self._lead(text, got["input_ids"])
-        return [*lead, *got["input_ids"]], [*[(0, 0)] * len(lead), *map(tuple, got["offset_mapping"])]
+    def marked(self, text: str, cuts: Iterable[int] = ()) -> tuple[Tokens, list[tuple[int, int]]]:
+        """As `prompts`, with the characters (start, end) of each token; (0, 0) for what was put before.
+
+        A tokenizer written in Python tells no places: of its tokens only those between two `cuts` are told apart.
+        """
+        if not self.tokenizer.is_fast:
+            ids = self.bare([text])[0]
+            places = self._between(text, ids, sorted({0, *cuts, len(text)}))
+        else:
+            got = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
+            ids, places = got["input_ids"], list(map(tuple, got["offset_mapping"]))
+        lead = self._lead(text, ids)
+        return [*lead, *ids], [*[(0, 0)] * len(lead), *places]
+
+    def _between(self, text: str, ids: Tokens, cuts: Sequence[int]) -> list[tuple[int, int]]:
+        """The stretch between two cuts in which each token stands: a text up to a cut begins with the same tokens."""
+        places: list[tuple[int, int]] = []
+        for (start, end), head in zip(pairwise(cuts), self.bare([text[:cut] for cut in cuts[1:]]), strict=True):
+            same = next(
+                (n for n, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), min(len(head), len(ids))
+            )
+            places += [(start, end)] * ((same if end < len(text) else len(ids)) - len(places))
+        return places
 
     def _each(self, texts: Sequence[str]) -> list[Tokens]:
         """`bare`, every distinct text once."""
@@ -141,8 +170,10 @@ class Encoder:
         """The answer's tokens behind those of the prompt, so that both read as the whole text.
 
         Many tokenizers put a blank before a text, or write a word's beginning otherwise than its middle; behind some
-        other character, which is cut off again, the answer stands as inside a text.
+        other character, which is cut off again, the answer stands as inside a text. Nothing where it writes nothing.
         """
+        if whole == head and not self.bare([answer])[0]:
+            return []
         text = self._text(whole)
         for before in ("", prompt[-1:], "\n", "a", "."):
             lead, both = self.bare([before, before + answer]) if before else ([], self.bare([answer])[0])
@@ -187,6 +218,15 @@ class Encoder:
 
     def _names(self, ids: Tokens) -> str:
         return "[" + ", ".join(map(repr, map(str, self.tokenizer.convert_ids_to_tokens(ids[-SHOWN:])))) + "]"
+
+    def lacks(self, answer: Sequence[int]) -> bool:
+        """Whether some part of an answer was lost: its tokens hold the one for what the vocabulary lacks."""
+        unknown = self.tokenizer.unk_token_id
+        return unknown is not None and unknown not in self.stops and unknown in answer  # GPT-2's is its end
+
+    def says(self, answer: Sequence[int]) -> bool:
+        """Whether an answer holds more than blanks and its end."""
+        return bool(self._text([token for token in answer if token not in self.stops]).strip())
 
     def writes(self, answer: str, split: Split) -> bool:
         """Whether the tokens of an answer read as the answer, blanks and end apart."""
@@ -257,6 +297,9 @@ def tokenize_all(
                 f"{row.where or 'A row'} has {len(split.ids)} tokens, more than max_length {max_length}.",
                 "Raise data.max_length (up to the model's own limit), or shorten or drop the row.",
             )
+        if not encoder.says(split.answer):
+            what = f"{row.where or 'A row'}: the completion {row.completion!r} says nothing before its end."
+            raise DataError(what, "Remove the row or fill it in: the model would learn to stop at once.")
         _note(odd, encoder, row, split)
         start = 1 if all_tokens or not row.prompt else split.start
         out.append(token_row(split.ids, start, owner, source or row.source))

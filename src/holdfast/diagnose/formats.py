@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from holdfast.data.fewshot import FORMATS, Format, Pair, Prompt, build, formats_for
+from holdfast.data.fewshot import FORMATS, Format, Pair, Prompt, build, can_chat, formats_for
 from holdfast.data.rendered import Rendered
 from holdfast.diagnose import NOTHING, Case, Finding
 from holdfast.measure import stats
@@ -81,7 +81,7 @@ class Judgement:
 
 def frames_for(tokenizer: Any) -> dict[str, Format]:
     """The usual formats, then the conjugate frames; those of a chat only with a chat template."""
-    chat = bool(getattr(tokenizer, "chat_template", None))
+    chat = can_chat(tokenizer, shots=0)
     return {f.name: f for f in (*formats_for(tokenizer), *CONJUGATE.values()) if chat or f.name != "turn"}
 
 
@@ -105,7 +105,7 @@ def _prompt(form: Format, shots: Sequence[Pair], query: Pair, task: Task, tokeni
     lead = tokenizer.apply_chat_template(
         [{"role": "user", "content": ASKED}], tokenize=False, add_generation_prompt=True
     )
-    inside = build(FORMATS["io"], shots, query)
+    inside = build(FORMATS["io"], shots, query, tokenizer=tokenizer)
     return Prompt(Rendered(lead + inside.context), inside.answer, inside.stop)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.data.rows import NOTES, read_jsonl, read_text
+from holdfast.data.tokens import Encoder
 from holdfast.errors import DataError, suggest
 from holdfast.measure.probe import Ask, Group, Kind, Probe, Suite
 from holdfast.measure.suites.in_context import shuffled
@@ -33,7 +34,8 @@ def read_suite(path: str | Path, ask: Ask) -> Suite:
     """Read a file of questions; with `ask.limit`, so many of each task, drawn by `ask.seed`.
 
     Raises:
-        DataError: no such file, or a row that is none of the three kinds; names file and line.
+        DataError: no such file, a row that is none of the kinds, or one whose answers the tokenizer cannot write or
+            writes alike; names file and line.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -46,10 +48,27 @@ def read_suite(path: str | Path, ask: Ask) -> Suite:
     if not tasks:
         raise DataError(f"{file.name}: holds no rows.", CURE)
     groups = tuple(_group(task, rows) for task, rows in tasks.items())
+    if ask.tokenizer is not None:
+        _check_tokens([row for rows in tasks.values() for row in rows], Encoder(ask.tokenizer))
     drawn = [p for task, rows in tasks.items() for p in _drawn(task, [p for _, p in rows], ask)]
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     settings = {"num_fewshot": 0, "limit": ask.limit, "seed": ask.seed, "content": digest}
     return Suite(f"jsonl:{path}", groups, tuple(drawn), settings)
+
+
+def _check_tokens(rows: Rows, encoder: Encoder) -> None:
+    """Refuse what no model with this tokenizer can be asked: answers that it does not write, or writes alike."""
+    asked = [(place, p, a) for place, p in rows for a in p.answers]
+    pairs, wheres = [(p.context, a) for _, p, a in asked], [place for place, _, _ in asked]
+    seen: dict[tuple[str, tuple[int, ...]], str] = {}
+    for (place, p, answer), split in zip(asked, encoder.join(pairs, end=False, wheres=wheres), strict=True):
+        if p.kind in ("exact", "begins") and encoder.lacks(split.answer):
+            what = f"{place}: the tokenizer has no token for a part of the answer {answer!r}, so no model can say it."
+            raise DataError(what, "Change the answer, remove the row, or use a model whose tokenizer writes it.")
+        twin = seen.setdefault((place, tuple(split.answer)), answer)
+        if twin != answer:
+            what = f"{place}: the choices {twin!r} and {answer!r} are the same tokens, so no model can tell them."
+            raise DataError(what, "Rename one of them, or use a model whose tokenizer writes both.")
 
 
 def _drawn(task: str, probes: Sequence[Probe], ask: Ask) -> list[Probe]:

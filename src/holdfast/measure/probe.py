@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from holdfast.data.fewshot import can_chat
 from holdfast.data.rendered import Rendered
 from holdfast.data.tokens import Encoder, Split
 from holdfast.errors import HoldfastError
@@ -117,15 +118,15 @@ class Ask:
     labels: tuple[str, ...] = ()
 
     def chat(self, request: str) -> str:
-        """`request` as one user turn, in the model's own chat template or as plain text."""
-        if not getattr(self.tokenizer, "chat_template", None):
+        """`request` as one user turn in the model's own chat template, or as plain text (`can_chat`)."""
+        if not can_chat(self.tokenizer, shots=0):
             return f"Question: {request}\nAnswer:"
         turns = [{"role": "user", "content": request}]
         return Rendered(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
     def lead(self, answer: str) -> str:
         """`answer` as it follows `chat`: with a blank where the context ends in a colon."""
-        return answer if getattr(self.tokenizer, "chat_template", None) else f" {answer}"
+        return answer if can_chat(self.tokenizer, shots=0) else f" {answer}"
 
 
 def score_suite(

@@ -97,13 +97,13 @@ class Scorer:
         has beyond as many tokens as the context has alone, even where the two disagree about these. Only a tokenizer
         that ends every text by itself is not followed there: the harness would then drop the first token.
         """
-        asked = [_spaces_moved(*r) if r[0] else r for r in requests]
+        asked = [_spaces_moved(*r, alone=bool(self.encoder.begin)) if r[0] else r for r in requests]
         heads = self.encoder.prompts([context for context, _ in asked])
         texts = [type(context)(context + rest) for context, rest in asked]
         wholes = self.encoder.prompts(texts)
         out = []
-        for (context, rest), head, whole in zip(asked, heads, wholes, strict=True):
-            if not context:
+        for given, (context, rest), head, whole in zip(requests, asked, heads, wholes, strict=True):
+            if not context and not given[0]:
                 head = whole[:1] if whole[:1] == self.encoder.first[:1] else self.encoder.first
                 whole = [*head, *whole] if whole[:1] != head[:1] else whole
             out.append(self._cut([*head, *whole[len(head) :]], max(1, len(head)), rest))
@@ -273,10 +273,13 @@ class Scorer:
         return self.model(inputs_embeds=embedded, use_cache=False).logits[:, soft.shape[1] :]
 
 
-def _spaces_moved(context: str, continuation: str) -> Request:
-    """Spaces that end the context begin the continuation, as the tokenizer would have them."""
+def _spaces_moved(context: str, continuation: str, alone: bool) -> Request:
+    """Spaces that end the context begin the continuation, as the tokenizer would have them.
+
+    alone: the tokenizer puts something before texts, so that a context of spaces only leaves a token to start from.
+    """
     moved = len(context) - len(context.rstrip())
-    if moved and context.strip():
+    if moved and (alone or context.strip()):
         return type(context)(context[:-moved]), context[-moved:] + continuation  # Rendered stays Rendered
     return context, continuation
 

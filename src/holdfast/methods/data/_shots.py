@@ -20,7 +20,7 @@ def encode_shots(
 ) -> TokenRow:
     """Tokenise a finished few-shot prompt; targets are all tokens, or the answers of all shots and the query."""
     encoder, context = Encoder(tokenizer), prompt.context
-    head, places = encoder.marked(context)
+    head, places = encoder.marked(context, [n for span in prompt.spans for n in span if n <= len(context)])
     (split,) = encoder.join([(context, prompt.answer + prompt.stop)], end=False)
     inside = np.zeros(len(context) + 1, dtype=bool)
     for start, end in prompt.spans:
