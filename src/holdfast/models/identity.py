@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
-TOKENIZER_KEYS = ("chat_template", "bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token", "add_eos_token",
-                  "add_prefix_space")  # fmt: skip
+TOKENIZER_KEYS = ("chat_template", "bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token",
+                  "add_eos_token", "add_prefix_space")  # fmt: skip
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "base_model_name_or_path", "peft_version")
 MERGING = 2  # how adapters are folded in; raise it when that changes, and what was measured is measured anew
 WEIGHTS = "*.safetensors"
