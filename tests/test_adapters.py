@@ -395,3 +395,23 @@ def test_a_plain_model_is_not_taken_for_a_packed_one(bases):
     source = models.resolve(str(bases[True]))
     assert loadable.quantisation(source) is None
     loadable.may_unpack(source)
+
+
+def test_an_adapter_whose_base_is_no_name(bases, tokenizer, tmp_path):
+    saved(bases[True], KINDS["linear"](), tmp_path / "adapter", tokenizer, base_model_name_or_path=5)
+    with pytest.raises(ModelError, match="does not name its base model"):
+        models.resolve(str(tmp_path / "adapter"))
+
+
+def test_other_ends_of_answers_are_another_model(bases, tmp_path):
+    """What generation stops at changes what is measured, so a kept measurement must not be taken for it."""
+    shutil.copytree(bases[True], tmp_path / "copy")
+    before = models.resolve(str(tmp_path / "copy")).sha
+    assert before == models.resolve(str(bases[True])).sha
+    edit(tmp_path / "copy" / "tokenizer_config.json", add_eos_token=True)
+    ending = models.resolve(str(tmp_path / "copy")).sha
+    assert ending != before
+    edit(tmp_path / "copy" / "tokenizer_config.json", add_eos_token=False)
+    before = models.resolve(str(tmp_path / "copy")).sha
+    edit(tmp_path / "copy" / "generation_config.json", eos_token_id=[1, 4])
+    assert models.resolve(str(tmp_path / "copy")).sha != before

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+import zoo
 from holdfast.engine.forward import forward
 from holdfast.errors import PlanError
 from holdfast.methods import L2ToInit, LiNeS, LoRA, WiSEFT
+from holdfast.methods.adapt.lora import unfit
 from holdfast.plan import Host, Plan
 from holdfast.services import Context
 
@@ -179,3 +181,36 @@ def test_dora_is_not_scaled_by_b(other, tiny_model, tokenizer):
     with pytest.raises(PlanError, match=f"LoRA and {other.name}"):
         Plan([LoRA(use_dora=True), other]).check(Host("plain"), ctx)
     Plan([LoRA(), other]).check(Host("plain"), ctx)
+
+
+APART = {  # what nothing can stand beside, and what is left to adapt
+    "llama4_text": ("router", "q_proj"),
+    "deepseek_v4": ("o_a_proj", "o_b_proj"),
+    "mamba": ("out_proj", "in_proj"),
+    "bamba": ("out_proj", "in_proj"),
+    "jamba": ("dt_proj", "out_proj"),
+    "longcat_flash": ("classifier", "o_proj"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match any:RuntimeWarning")  # PEFT, of experts
+@pytest.mark.parametrize("kind", APART)
+def test_maps_that_no_adapter_can_stand_beside(kind):
+    """Routers that return tuples, grouped maps, weights that a layer reads itself: left out, or refused by name."""
+    out, kept = APART[kind]
+    model = zoo.build(kind)
+    ctx = Context(model, None, 0, ())
+    for chosen in ((out, kept), rf".*\.{out}"):
+        with pytest.raises(PlanError, match=rf"takes \S*\.{out}, but") as caught:
+            LoRA(target_modules=chosen).check(ctx)
+        assert kept in caught.value.cure and f" {out}," not in caught.value.cure
+    LoRA(target_modules=(kept,)).check(ctx)
+    wrapped = LoRA(r=2).adapt(model, ctx)
+    names = {n.rsplit(".", 1)[-1] for n in layers(wrapped)}
+    assert kept in names and out not in names
+    wrapped(torch.arange(3, 40)[None]).logits.sum().backward()
+    assert all(m.lora_B["default"].weight.grad is not None for n, m in layers(wrapped).items() if n.endswith(kept))
+
+
+def test_a_map_with_a_forward_of_its_own_that_multiplies_is_adapted():
+    assert unfit(zoo.build("falcon")) == {} == unfit(zoo.build("bloom"))

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
-TOKENIZER_KEYS = ("chat_template", "bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token")
+TOKENIZER_KEYS = ("chat_template", "bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token",
+                  "add_eos_token", "add_prefix_space")  # fmt: skip
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "base_model_name_or_path", "peft_version")
 MERGING = 2  # how adapters are folded in; raise it when that changes, and what was measured is measured anew
 WEIGHTS = "*.safetensors"
@@ -54,7 +55,8 @@ def folder_sha(folder: Path, base_sha: str = "") -> str:
     parts: dict[str, Any] = {"base": base_sha, **({"merging": MERGING} if base_sha else {})}
     for file in sorted(folder.glob(WEIGHTS)):
         parts[file.name] = file_sha(file)
-    for name in ("config.json", "adapter_config.json"):
+    # generation_config.json says which tokens end an answer
+    for name in ("config.json", "adapter_config.json", "generation_config.json"):
         parts[name] = {k: v for k, v in read_json(folder / name).items() if k not in VOLATILE_KEYS}
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():

@@ -181,7 +181,7 @@ def _adapter_base(name: str, folder: Path, seen: tuple[str, ...]) -> ModelSource
     config = read_json(folder / "adapter_config.json")
     base = config.get("base_model_name_or_path")
     cure = f"Correct base_model_name_or_path in {folder / 'adapter_config.json'}."
-    if not base:
+    if not base or not isinstance(base, str):
         raise ModelError(f"Adapter {name} does not name its base model.", cure)
     beside = (folder / base).resolve()
     local = beside if beside.is_dir() else Path(base).expanduser().resolve()
