@@ -1,9 +1,11 @@
 """The command line from outside: what it imports, prints and accepts."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer.main
@@ -58,6 +60,12 @@ def test_options_are_frozen():
     commands = typer.main.get_command(cli.app).commands
     found = {name: [p.opts[0] for p in c.params if p.name != "help"] for name, c in commands.items()}
     assert found == OPTIONS
+
+
+def test_every_command_has_a_file_of_its_own():
+    files = {p.stem for p in (Path(cli.__file__).parent / "verbs").glob("*.py")} - {"__init__", "ending"}
+    assert files == set(OPTIONS)
+    assert all(callable(importlib.import_module(f"holdfast.verbs.{name}").command) for name in files)
 
 
 def test_help_imports_nothing_heavy():

@@ -10,24 +10,27 @@ if TYPE_CHECKING:
     from holdfast.hosts.hf import with_plan
     from holdfast.method import Method
     from holdfast.plan import Plan
+    from holdfast.verbs import check
     from holdfast.verbs.tune import tune
 
 __version__ = "0.2.0.dev0"
 
 _WHERE = {
     "tune": "holdfast.verbs.tune",
+    "check": "holdfast.verbs.check",  # the module: check.check, check.write
     "Plan": "holdfast.plan",
     "with_plan": "holdfast.hosts.hf",
     "Method": "holdfast.method",
     "HoldfastError": "holdfast.errors",
     "RetentionCallback": "holdfast.hosts.callback",
 }
-__all__ = ["HoldfastError", "Method", "Plan", "RetentionCallback", "__version__", "tune", "with_plan"]
+__all__ = ["HoldfastError", "Method", "Plan", "RetentionCallback", "__version__", "check", "tune", "with_plan"]
 
 
 def __getattr__(name: str) -> Any:  # heavy libraries are imported only where used
     if name in _WHERE:
         import importlib
 
-        return getattr(importlib.import_module(_WHERE[name]), name)
+        module = importlib.import_module(_WHERE[name])
+        return module if name == "check" else getattr(module, name)
     raise AttributeError(f"module 'holdfast' has no attribute {name!r}")

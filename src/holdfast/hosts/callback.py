@@ -202,7 +202,7 @@ class RetentionCallback(TrainerCallback):
     def report(self) -> dict[str, Any]:
         """The last measurement against the base, in the shape of `check.check` (`report.schema`).
 
-        Write it with `holdfast.report.writing.write(report, Path("report.html"))`; it has examples once training has
+        Write it with `holdfast.check.write(report, Path("report.html"))`; it has examples once training has
         ended.
 
         Raises:

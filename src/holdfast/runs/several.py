@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 def join() -> bool:
     """Join the processes that torchrun started, if any; whether this one prints and writes."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if (os.environ.get("WORLD_SIZE") or "1") == "1":
         return True
     from holdfast.measure import shard
 

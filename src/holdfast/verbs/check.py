@@ -20,6 +20,7 @@ from holdfast.runs.several import join
 if TYPE_CHECKING:
     from holdfast.runs.subject import Subject
 
+__all__ = ("EXIT", "check", "command", "may_write", "write")
 EXIT = {"kept": 0, "lost": 1, "unclear": 3, "not checked": 3}
 
 
