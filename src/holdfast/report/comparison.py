@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-import holdfast
 from holdfast.measure.compare import verdict
 from holdfast.report.examples import prompts
 from holdfast.versions import versions
@@ -28,8 +27,9 @@ def comparison(
 
     judged: abilities as `compare.abilities` gives them; after: the tuned model's measurements; shown: its examples.
     """
+    used = versions()
     return {
-        "holdfast_version": holdfast.__version__,
+        "holdfast_version": used["holdfast"],
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kind": "check",
         "verdict": verdict(judged, None),
@@ -40,6 +40,6 @@ def comparison(
         "examples": shown,
         "diagnosis": diagnosis,
         "prompts": prompts(tokenizer, after),
-        "versions": versions(),
+        "versions": used,
         "settings": {m["suite"]: ", ".join(f"{k} {m[k]}" for k in SETTINGS if m.get(k)) for m in after},
     }

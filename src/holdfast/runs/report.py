@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from typing import Any
 
-import holdfast
 from holdfast import models
 from holdfast.files import write_json, write_text
 from holdfast.measure.compare import abilities, estimates, only_after, verdict
@@ -60,9 +59,9 @@ def _task(job: Job, before: Measured | None, after: Measured) -> dict[str, Any]:
 def _report(job: Job, tuned: Any, judged: list[Any], task: Any, shown: list[Any]) -> dict[str, Any]:
     """The whole report but the words of the recipe; see `report.schema.Report`."""
     run, recipe, source = job.run, job.recipe, job.source
-    training = run.folder.read("training.json")
+    training, used = run.folder.read("training.json"), versions()
     return {
-        "holdfast_version": holdfast.__version__,
+        "holdfast_version": used["holdfast"],
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kind": "tune",
         "verdict": verdict(judged, task),
@@ -81,7 +80,7 @@ def _report(job: Job, tuned: Any, judged: list[Any], task: Any, shown: list[Any]
         "examples": shown,
         "rows": seen_rows(job, ROWS),
         "timing": {**training.get("timing", {}), **run.timing},
-        "versions": versions(),
+        "versions": used,
         "settings": {
             "num_fewshot": recipe.measure.num_fewshot,
             "limit": recipe.measure.limit,
