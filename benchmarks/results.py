@@ -36,7 +36,7 @@ FULL, LORA, DEFAULT = 2e-5, 3e-4, 1.5e-3
 def plans() -> dict[str, tuple[list[Any], float]]:
     """name -> (methods, learning rate)."""
     from holdfast import methods as M
-    from holdfast.verbs.tune import default_plan
+    from holdfast.runs.job import default_plan
 
     anchor = M.ICLAnchor(weight=1.0, gold=0.0)  # the KL alone
     return {

@@ -382,14 +382,14 @@ def raising(error):
     ids=["ctrl-c", "gpu memory", "memory", "rights"],
 )
 def test_what_is_no_mistake_of_the_recipe(tune, monkeypatch, error, code, words):
-    monkeypatch.setattr("holdfast.verbs.tune.Run.go", raising(error))
+    monkeypatch.setattr("holdfast.verbs.tune.go", raising(error))
     got, told = tune()
     assert got == code and words in told
 
 
 def test_a_fault_of_ours_is_not_hidden(tune, tmp_path, monkeypatch):
     monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("holdfast.verbs.tune.Run.go", raising(RuntimeError("shape mismatch")))
+    monkeypatch.setattr("holdfast.verbs.tune.go", raising(RuntimeError("shape mismatch")))
     code, told = tune()
     assert code == 70 and "RuntimeError: shape mismatch" in told and "fault of Holdfast" in told
     (file,) = (tmp_path / "home" / "crashes").iterdir()

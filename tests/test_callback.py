@@ -21,7 +21,7 @@ from holdfast.errors import HoldfastError, ModelError
 from holdfast.hosts.callback import FILE, untouched
 from holdfast.measure.scorer import Scorer
 from holdfast.measure.suites import measure_suite
-from holdfast.verbs import check
+from holdfast.report import writing
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
@@ -178,7 +178,7 @@ def test_the_report_can_be_written(base, make, suite, tmp_path):
     report = watch.report()
     assert report["abilities"][0]["status"] == "lost" and report["examples"]
     for name in ("r.json", "r.html", "r.md", "r.xml"):
-        check.write(report, tmp_path / name)
+        writing.write(report, tmp_path / name)
         assert "own" in (tmp_path / name).read_text(encoding="utf-8")
 
 

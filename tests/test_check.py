@@ -11,6 +11,7 @@ import torch
 from holdfast import cli, models
 from holdfast.errors import HoldfastError, ModelError
 from holdfast.measure import suites
+from holdfast.report import writing
 from holdfast.verbs import check as checking
 from tiny_run import make_world
 
@@ -75,7 +76,7 @@ def test_usage_mistakes_exit_with_2(world, monkeypatch, capsys, words, message):
 
 def test_an_unknown_ending_is_refused(tmp_path):
     with pytest.raises(HoldfastError, match="no known ending"):
-        checking.write({}, tmp_path / "report.pdf")
+        writing.write({}, tmp_path / "report.pdf")
 
 
 def test_every_suite_of_a_model_against_itself(world):

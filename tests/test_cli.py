@@ -1,5 +1,6 @@
 """The command line from outside: what it imports, prints and accepts."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -58,6 +59,10 @@ def test_options_are_frozen():
     commands = typer.main.get_command(cli.app).commands
     found = {name: [p.opts[0] for p in c.params if p.name != "help"] for name, c in commands.items()}
     assert found == OPTIONS
+
+
+def test_every_command_has_a_file_of_its_own():
+    assert all(callable(importlib.import_module(f"holdfast.verbs.{name}").command) for name in OPTIONS)
 
 
 def test_help_imports_nothing_heavy():

@@ -1,5 +1,7 @@
 """The pages say what the code says: generated pages are fresh, code compiles, recipes load, links lead somewhere."""
 
+import ast
+import importlib
 import importlib.util
 import re
 from pathlib import Path
@@ -76,6 +78,18 @@ def test_a_changed_page_is_noticed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_blocks_compile(code):
     compile(code, "block", "exec")
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_what_python_blocks_import_of_us_is_there(code):
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            names = [(alias.name, None) for alias in node.names]
+        else:
+            names = [(node.module, alias.name) for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+        for module, name in names:
+            if module.split(".")[0] == "holdfast":
+                assert name is None or hasattr(importlib.import_module(module), name), (module, name)
 
 
 @pytest.mark.parametrize("code", blocks("yaml"))

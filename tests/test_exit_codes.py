@@ -19,9 +19,9 @@ from holdfast.verbs import ending
 from tiny_run import make_world, recipe_data, write_recipe
 
 COMMANDS = {  # a call of each command, and the piece below it that fails
-    "tune": (["tune", "RECIPE"], "holdfast.verbs.tune.Run.go"),
-    "explain": (["explain", "RECIPE"], "holdfast.verbs.tune.Run.checked"),
-    "measure": (["measure", "x"], "holdfast.verbs.check.measure"),
+    "tune": (["tune", "RECIPE"], "holdfast.verbs.tune.go"),
+    "explain": (["explain", "RECIPE"], "holdfast.runs.job.checked"),
+    "measure": (["measure", "x"], "holdfast.verbs.measure.measure"),
     "check": (["check", "x", "y"], "holdfast.verbs.check.check"),
     "suites": (["suites", "in-context", "--export", "x"], "holdfast.models.resolve"),
     "methods": (["methods"], "holdfast.methods.all_methods"),

@@ -15,9 +15,10 @@ from holdfast.errors import ModelError, PlanError, RecipeError
 from holdfast.hosts.plain import Training, train
 from holdfast.plan import Host, Plan
 from holdfast.recipe import recipe_from
+from holdfast.runs.job import checked
+from holdfast.runs.run import Run
 from holdfast.services import Context
 from holdfast.session import Session, is_plain
-from holdfast.verbs.tune import Run
 from tiny_run import make_world, recipe_data
 
 FOUR = Host("holdfast tune", quantised=True)
@@ -29,7 +30,7 @@ def world(tmp_path_factory, tiny_model, tokenizer, rows):
 
 
 def run_of(world, out, **changes):
-    return Run(recipe_from(recipe_data(world, out, **changes)), world.folder, lambda *_: None)
+    return Run(recipe_from(recipe_data(world, out, **changes)), world.folder)
 
 
 @pytest.mark.parametrize(
@@ -61,20 +62,20 @@ def test_an_adapter_may_carry_everything_else():
 def test_the_plan_is_refused_before_the_model_is_looked_for(world, tmp_path):
     run = run_of(world, tmp_path, model={"load_in_4bit": True, "model_name_or_path": "nowhere"}, plan=["L2ToInit"])
     with pytest.raises(PlanError, match="L2ToInit trains the model's own weights"):
-        run.checked()
+        checked(run)
 
 
 def test_a_merged_export_is_refused(world, tmp_path):
     run = run_of(world, tmp_path, model={"load_in_4bit": True}, export={"merge": True})
     with pytest.raises(RecipeError, match=r"export.merge is true, but model.load_in_4bit"):
-        run.checked()
+        checked(run)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine could do it")
 def test_without_cuda_it_is_refused(world, tmp_path):
     for attempt in (
         lambda: models.load(str(world.base), load_in_4bit=True),
-        lambda: run_of(world, tmp_path, model={"load_in_4bit": True}).checked(),
+        lambda: checked(run_of(world, tmp_path, model={"load_in_4bit": True})),
     ):
         with pytest.raises(ModelError, match="load_in_4bit needs a CUDA device") as found:
             attempt()

@@ -15,7 +15,10 @@ from holdfast.errors import ModelError, PlanError, RecipeError, TrainingError
 from holdfast.measure.compare import ability
 from holdfast.recipe import load_recipe, recipe_from
 from holdfast.report.examples import examples
-from holdfast.verbs.tune import Run, planned, tune
+from holdfast.runs import export, measuring, training
+from holdfast.runs.run import Run
+from holdfast.verbs.explain import planned
+from holdfast.verbs.tune import go, tune
 from tiny_run import make_world, recipe_data, write_recipe, write_rows
 
 LORA = [{"LoRA": {"r": 2, "lora_dropout": 0.1}}, {"ICLAnchor": {"pool": 4, "every": 1}}]
@@ -29,9 +32,14 @@ RESULT = ("steps", "loss", "terms", "tokens", "realised_mix")  # of training.jso
 class Kept(Run):
     """A run that remembers the tuned model in memory."""
 
-    def _measured(self, when, job, model, soft_prompt=None):
-        self.tuned, self.soft = model, soft_prompt
-        return super()._measured(when, job, model, soft_prompt)
+    def go(self):
+        def measured(job, when, model, soft_prompt=None, plain=measuring.measured):
+            self.tuned, self.soft = model, soft_prompt
+            return plain(job, when, model, soft_prompt)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(measuring, "measured", measured)
+            go(self)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +58,7 @@ def whole(world, tmp_path_factory):
     def run_of(name: str) -> Kept:
         if name not in done:
             out = tmp_path_factory.mktemp("whole") / "run"
-            run = Kept(recipe(world, out, plan=PLANS[name]), world.folder, lambda *_: None)
+            run = Kept(recipe(world, out, plan=PLANS[name]), world.folder)
             run.go()
             done[name] = run
         return done[name]
@@ -76,7 +84,7 @@ def logits(model, **inputs):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_run_leaves_everything(whole, plan):
-    folder = whole(plan).folder
+    folder = whole(plan).path
     missing = [name for name in FILES if not (folder / name).is_file()]
     assert missing == []
     assert not [p for p in folder.iterdir() if p.name.startswith("checkpoint") or p.suffix == ".new"]
@@ -93,18 +101,18 @@ def test_a_run_leaves_everything(whole, plan):
 
 
 def test_the_card_has_front_matter(whole):
-    text = (whole("lora").folder / "model" / "README.md").read_text(encoding="utf-8")
+    text = (whole("lora").path / "model" / "README.md").read_text(encoding="utf-8")
     _, front, body = text.split("---\n", 2)
     card = yaml.safe_load(front)
     assert card["library_name"] == "peft"
     assert card["model-index"][0]["results"][0]["metrics"][0]["type"] == "accuracy"
     assert "## Before and after" in body and "## Recipe" in body
-    dense = (whole("dense").folder / "model" / "README.md").read_text(encoding="utf-8")
+    dense = (whole("dense").path / "model" / "README.md").read_text(encoding="utf-8")
     assert yaml.safe_load(dense.split("---\n", 2)[1])["library_name"] == "transformers"
 
 
 def test_training_learns(whole):
-    loss = [value for _, value in load(whole("dense").folder / "training.json")["loss"]]
+    loss = [value for _, value in load(whole("dense").path / "training.json")["loss"]]
     assert loss[-1] < loss[0] - 0.5
 
 
@@ -114,7 +122,7 @@ def test_training_learns(whole):
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_export_is_the_tuned_model(whole, world, plan):
     run = whole(plan)
-    name = run.folder / "model"
+    name = run.path / "model"
     if "lora" in plan:
         plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world.base), name)
     else:
@@ -127,9 +135,7 @@ def test_the_export_is_the_tuned_model(whole, world, plan):
 
 def test_the_exported_prompt_gives_the_task_model(whole):
     run = whole("promot")
-    plain = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(run.folder / "model"), run.folder / "prompt"
-    )
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.path / "model"), run.path / "prompt")
     ids = torch.arange(5, 25)[None]
     soft = run.soft[None]
     embedded = torch.cat([soft, run.tuned.get_input_embeddings()(ids)], dim=1)
@@ -143,7 +149,6 @@ def test_export_merged_and_elsewhere(world, tmp_path):
     run = Kept(
         recipe(world, tmp_path / "run", export={"merge": True, "folder": str(tmp_path / "out")}),
         world.folder,
-        lambda *_: None,
     )
     run.go()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -155,7 +160,7 @@ def test_export_merged_and_elsewhere(world, tmp_path):
 
 
 def test_a_run_in_bfloat16(world, tmp_path):
-    run = Kept(recipe(world, tmp_path / "run", plan=[], model={"dtype": "bfloat16"}), world.folder, lambda *_: None)
+    run = Kept(recipe(world, tmp_path / "run", plan=[], model={"dtype": "bfloat16"}), world.folder)
     run.go()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert plain.dtype == torch.bfloat16
@@ -180,7 +185,7 @@ def by_the_card(folder: Path, monkeypatch):
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_code_of_the_card_loads_the_tuned_model(whole, monkeypatch, plan):
     run = whole(plan)
-    found, ids = by_the_card(run.folder / "model", monkeypatch), torch.arange(5, 25)[None]
+    found, ids = by_the_card(run.path / "model", monkeypatch), torch.arange(5, 25)[None]
     assert torch.equal(logits(found["model"], input_ids=ids), logits(run.tuned, input_ids=ids))
     assert found["tokenizer"]("a b").input_ids
     assert ("task_model" in found) == ("promot" in plan)
@@ -192,29 +197,29 @@ def test_the_code_of_the_card_loads_the_tuned_model(whole, monkeypatch, plan):
 
 def test_every_export_is_checked_and_says_so(whole):
     for plan in PLANS:
-        report = load(whole(plan).folder / "report.json")
+        report = load(whole(plan).path / "report.json")
         assert report["tuned"]["export"] == "loaded the way its card says, its logits equal the trained model's"
         assert report["timing"]["export check"] > 0
-        assert "the way its card says" in (whole(plan).folder / "report.html").read_text(encoding="utf-8")
+        assert "the way its card says" in (whole(plan).path / "report.html").read_text(encoding="utf-8")
 
 
-class Spoilt(Run):
-    """A run whose export is damaged on the way to the disk."""
+def spoil(patch, damage):
+    """From now on exports are damaged on the way to the disk."""
 
-    damage = "weights"
-
-    def _save_export(self, job, tuned, soft):
-        super()._save_export(job, tuned, soft)
-        if self.damage == "no folder":
-            shutil.rmtree(self.export)
+    def save(job, tuned, soft, plain=export.save):
+        plain(job, tuned, soft)
+        if damage == "no folder":
+            shutil.rmtree(job.run.export)
             return
         from safetensors.torch import load_file, save_file
 
-        folder = self.folder / "prompt" if self.damage == "prompt" else self.export
+        folder = job.run.path / "prompt" if damage == "prompt" else job.run.export
         (file,) = folder.glob("*.safetensors")
         state = load_file(file)
         first = next(n for n in state if "lora_B" in n or "embed" in n)
         save_file({**state, first: state[first] * 1.01 + 0.01}, file, metadata={"format": "pt"})
+
+    patch.setattr(export, "save", save)
 
 
 @pytest.mark.parametrize(
@@ -226,15 +231,15 @@ class Spoilt(Run):
         ("lora", "no folder", "cannot be loaded the way its card says"),
     ],
 )
-def test_a_wrong_export_ends_the_run_loudly(whole, world, tmp_path, plan, damage, match):
-    run = Spoilt(recipe(world, tmp_path / "run", plan=PLANS[plan]), world.folder, lambda *_: None)
-    run.damage = damage
-    with pytest.raises(TrainingError, match=match):
-        run.go()
+def test_a_wrong_export_ends_the_run_loudly(whole, world, tmp_path, monkeypatch, plan, damage, match):
+    one = recipe(world, tmp_path / "run", plan=PLANS[plan])
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match=match):
+        spoil(patch, damage)
+        tune(one)
     left = {p.name for p in (tmp_path / "run").iterdir()}
     assert "checkpoint" in left and not left & {"training.json", "after.json", "report.json"}
-    tune(run.recipe)
-    assert_same_end(tmp_path / "run", whole(plan).folder)
+    tune(one)
+    assert_same_end(tmp_path / "run", whole(plan).path)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
@@ -244,7 +249,7 @@ def test_a_wrong_export_ends_the_run_loudly(whole, world, tmp_path, plan, damage
 )
 def test_adapters_on_a_tied_weight_are_exported_as_trained(world, tmp_path, target, merge, monkeypatch):
     one = recipe(world, tmp_path / "run", plan=[{"LoRA": {"r": 2, "target_modules": target}}], export={"merge": merge})
-    run = Kept(one, world.folder, lambda *_: None)
+    run = Kept(one, world.folder)
     run.go()
     found, ids = by_the_card(tmp_path / "run" / "model", monkeypatch), torch.arange(5, 25)[None]
     assert torch.equal(logits(found["model"], input_ids=ids), logits(run.tuned, input_ids=ids))
@@ -267,10 +272,10 @@ def test_there_may_be_no_room_for_a_second_copy(world, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def stack(world, whole, tmp_path_factory):
     """Runs on top of the finished run "lora", each on the one before: (folder, run)."""
-    place, below, runs = tmp_path_factory.mktemp("stack"), whole("lora").folder / "model", []
+    place, below, runs = tmp_path_factory.mktemp("stack"), whole("lora").path / "model", []
     for name, plan in (("second", LORA), ("third", PLANS["promot + lora"])):
         model = {"model_name_or_path": str(below)}
-        run = Kept(recipe(world, place / name / "run", plan=plan, model=model), world.folder, lambda *_: None)
+        run = Kept(recipe(world, place / name / "run", plan=plan, model=model), world.folder)
         run.go()
         runs.append(run)
         below = run.export
@@ -281,7 +286,7 @@ def stack(world, whole, tmp_path_factory):
 def test_an_adapter_on_an_adapter_brings_its_base(stack, world, monkeypatch, which):
     run = stack[which]
     config = load(run.export / "adapter_config.json")
-    assert config["base_model_name_or_path"] == str(run.folder / "base") and config["revision"] is None
+    assert config["base_model_name_or_path"] == str(run.path / "base") and config["revision"] is None
     ids = torch.arange(5, 25)[None]
     plain = AutoPeftModelForCausalLM.from_pretrained(run.export)
     assert torch.equal(logits(plain, input_ids=ids), logits(run.tuned, input_ids=ids))
@@ -293,30 +298,30 @@ def test_an_adapter_on_an_adapter_brings_its_base(stack, world, monkeypatch, whi
 
 
 def test_a_finished_run_on_an_adapter_does_nothing(stack):
-    before = {p: p.stat().st_mtime_ns for p in stack[0].folder.rglob("*")}
+    before = {p: p.stat().st_mtime_ns for p in stack[0].path.rglob("*")}
     told = []
     tune(stack[0].recipe, tell=lambda *args: told.append(args[0]))
-    assert told == ["done"] and {p: p.stat().st_mtime_ns for p in stack[0].folder.rglob("*")} == before
+    assert told == ["done"] and {p: p.stat().st_mtime_ns for p in stack[0].path.rglob("*")} == before
 
 
 @pytest.mark.parametrize(("phase", "call"), [("prepare", 1), ("tune", 5), ("measure after", 1)])
 def test_a_killed_run_on_an_adapter_goes_on(stack, world, whole, tmp_path, phase, call):
-    model = {"model_name_or_path": str(whole("lora").folder / "model")}
+    model = {"model_name_or_path": str(whole("lora").path / "model")}
     one = recipe(world, tmp_path / "run", plan=LORA, model=model)
     stop_at(one, phase, call)
     tune(one)
-    assert_same_end(tmp_path / "run", stack[0].folder)
+    assert_same_end(tmp_path / "run", stack[0].path)
     config = load(tmp_path / "run" / "model" / "adapter_config.json")
     assert config["base_model_name_or_path"] == str(tmp_path / "run" / "base")
 
 
 @pytest.mark.parametrize(("plan", "merge"), [("dense", False), ("lora", True)])
 def test_a_whole_model_needs_no_base_beside_it(world, whole, tmp_path, plan, merge):
-    model = {"model_name_or_path": str(whole("lora").folder / "model")}
+    model = {"model_name_or_path": str(whole("lora").path / "model")}
     one = recipe(world, tmp_path / "run", plan=PLANS[plan], model=model, export={"merge": merge})
-    run = Kept(one, world.folder, lambda *_: None)
+    run = Kept(one, world.folder)
     run.go()
-    assert not (run.folder / "base").exists()
+    assert not (run.path / "base").exists()
     plain, ids = AutoModelForCausalLM.from_pretrained(run.export), torch.arange(5, 25)[None]
     assert torch.equal(logits(plain, input_ids=ids), logits(run.tuned, input_ids=ids))
 
@@ -326,10 +331,10 @@ def test_a_whole_model_needs_no_base_beside_it(world, whole, tmp_path, plan, mer
 
 def test_a_finished_run_does_nothing(whole, world):
     run = whole("lora")
-    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.folder.rglob("*") if p.is_file()}
+    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.path.rglob("*") if p.is_file()}
     told = []
-    assert tune(run.folder / "recipe.yaml", tell=lambda *args: told.append(args)) == run.folder
-    after = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.folder.rglob("*") if p.is_file()}
+    assert tune(run.path / "recipe.yaml", tell=lambda *args: told.append(args)) == run.path
+    after = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in run.path.rglob("*") if p.is_file()}
     assert after == before
     assert [phase for phase, _, _ in told] == ["done"]
     assert "is finished" in told[0][2]
@@ -345,7 +350,7 @@ def test_a_recipe_in_python_finds_its_own_run(world, tmp_path):
 
 def test_a_folder_is_for_one_recipe(whole, world):
     run = whole("lora")
-    other = recipe(world, run.folder, plan=LORA, training={"seed": 5})
+    other = recipe(world, run.path, plan=LORA, training={"seed": 5})
     with pytest.raises(RecipeError, match="another recipe") as caught:
         tune(other)
     assert "output_dir" in caught.value.cure
@@ -420,7 +425,7 @@ def test_a_killed_run_goes_on_to_the_same_end(whole, world, tmp_path, monkeypatc
     tune(one, tell=lambda *args: started.append(args))
     if phase == "tune" and call > 2:  # it did go on, and did not begin anew
         assert min(share for name, share, _ in started if name == "tune") > 2 / 8
-    assert_same_end(tmp_path / "run", whole(plan).folder)
+    assert_same_end(tmp_path / "run", whole(plan).path)
 
 
 def assert_same_end(folder: Path, other: Path) -> None:
@@ -436,7 +441,7 @@ def test_killed_between_two_checkpoints(whole, world, tmp_path):
     stop_at(one, "tune", 5)
     os.replace(tmp_path / "run" / "checkpoint", tmp_path / "run" / "checkpoint.old")  # between the two renames
     tune(one)
-    assert_same_end(tmp_path / "run", whole("lora").folder)
+    assert_same_end(tmp_path / "run", whole("lora").path)
 
 
 def test_killed_after_the_export(whole, world, tmp_path):
@@ -444,7 +449,7 @@ def test_killed_after_the_export(whole, world, tmp_path):
     stop_at(one, "measure after", 1)
     (tmp_path / "run" / "training.json").unlink()  # as if it had died just before
     tune(one)
-    assert_same_end(tmp_path / "run", whole("promot").folder)
+    assert_same_end(tmp_path / "run", whole("promot").path)
 
 
 # ---- computed once
@@ -493,19 +498,19 @@ def test_a_damaged_cache_is_made_anew(world, tmp_path, monkeypatch):
 # ---- settings that must not be skipped
 
 
-def test_gradient_checkpointing_changes_memory_only(whole, world, tmp_path):
+def test_gradient_checkpointing_changes_memory_only(whole, world, tmp_path, monkeypatch):
     used = []
     one = recipe(world, tmp_path / "run", plan=PLANS["dense"], training={"gradient_checkpointing": True})
 
-    class Watched(Run):
-        def _tuned(self, job):
-            out = super()._tuned(job)
-            used.append(job.model.is_gradient_checkpointing)
-            return out
+    def watched(job, plain=training.trained):
+        out = plain(job)
+        used.append(job.model.is_gradient_checkpointing)
+        return out
 
-    Watched(one, world.folder, lambda *_: None).go()
+    monkeypatch.setattr(training, "trained", watched)
+    tune(one)
     assert used == [True]
-    mine, plain = (load(f / "training.json")["loss"] for f in (tmp_path / "run", whole("dense").folder))
+    mine, plain = (load(f / "training.json")["loss"] for f in (tmp_path / "run", whole("dense").path))
     torch.testing.assert_close(torch.tensor(mine), torch.tensor(plain), atol=2e-4, rtol=0)
 
 
@@ -572,7 +577,7 @@ def test_explaining_writes_nothing(world, tmp_path):
 
 def test_examples_show_what_broke(world, tmp_path, whole, tokenizer):
     run = whole("dense")
-    before, after = load(run.folder / "before.json"), load(run.folder / "after.json")
+    before, after = load(run.path / "before.json"), load(run.path / "after.json")
     task = before["abilities"][0]["tasks"][3]
     task["items"][1]["correct"], after["abilities"][0]["tasks"][3]["items"][1]["correct"] = 1, 0
     (shown,) = examples(lambda: run.tuned, tokenizer, before["abilities"], after["abilities"])
@@ -583,7 +588,7 @@ def test_examples_show_what_broke(world, tmp_path, whole, tokenizer):
 
 
 def test_a_measured_model_against_itself_is_never_lost(whole):
-    for part in load(whole("dense").folder / "before.json")["abilities"]:
+    for part in load(whole("dense").path / "before.json")["abilities"]:
         for n, item in enumerate(i for t in part["tasks"] for i in t["items"]):
             item["correct"] = int(n % 5 > 0)  # as if the model could do something
         told = ability(part, part, 0.95)
@@ -604,5 +609,5 @@ def test_what_cannot_be_saved_is_told_before_any_training(world, tmp_path, monke
     kind = LlamaConfig if what == "configuration" else PreTrainedTokenizerBase
     monkeypatch.setattr(kind, "save_pretrained", fail)
     with pytest.raises(ModelError, match=f"The {what} of .* cannot be saved .TypeError: Object of type set"):
-        Run(recipe(world, tmp_path / "run"), world.folder, lambda *_: None).go()
+        tune(recipe(world, tmp_path / "run"))
     assert not (tmp_path / "run" / "before.json").exists()

@@ -15,9 +15,11 @@ from holdfast.measure import soft_prompt
 from holdfast.measure.scorer import Scorer
 from holdfast.methods import Freeze, LiNeS, ProMoT
 from holdfast.plan import Host, Plan
+from holdfast.recipe import load_recipe
 from holdfast.services import Context
 from holdfast.session import Session
-from holdfast.verbs.tune import Run, load_recipe, planned
+from holdfast.verbs.explain import planned
+from holdfast.verbs.tune import tune
 from tiny import VOCAB, build_model
 from tiny_run import make_world, recipe_data, write_recipe
 
@@ -150,7 +152,7 @@ def run_of(tmp_path_factory, tokenizer, rows):
                 world.base = folder / "base"
                 data = recipe_data(world, folder / "run", plan=[{"ProMoT": {"num_virtual_tokens": 3}}],
                                    training={"max_steps": 4}, measure={"suites": ["format"], "limit": 2})  # fmt: skip
-                Run(load_recipe(write_recipe(folder / "r.yaml", data)), folder, lambda *_: None).go()
+                tune(write_recipe(folder / "r.yaml", data))
             done[name] = folder / "run"
         return done[name]
 
@@ -189,7 +191,7 @@ def test_it_is_told_before_any_training(monkeypatch, tokenizer, rows, tmp_path):
     monkeypatch.setattr(soft_prompt, "_with_peft", lambda *_: 1 / 0)
     monkeypatch.setattr(plain, "train", lambda *_a, **_k: pytest.fail("it trained"))
     with pytest.raises(PlanError, match="PEFT: ZeroDivisionError"):
-        Run(recipe, tmp_path, lambda *_: None).go()
+        tune(recipe)
     assert not (tmp_path / "run" / "before.json").exists()
 
 

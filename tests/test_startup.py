@@ -9,8 +9,10 @@ import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "scipy", "matplotlib", "trl"}
-LIGHT = ("holdfast", "holdfast.cli", "holdfast.models", "holdfast.recipe", "holdfast.data.rows", "holdfast.verbs.tune",
-         "holdfast.verbs.check", "holdfast.diagnose", "holdfast.report.page", "holdfast.report.terminal")  # fmt: skip
+VERBS = ("tune", "explain", "measure", "check", "suites", "methods", "recipe", "doctor", "ending")
+LIGHT = ("holdfast", "holdfast.cli", "holdfast.models", "holdfast.recipe", "holdfast.data.rows", "holdfast.runs.run",
+         "holdfast.diagnose", "holdfast.report.page", "holdfast.report.terminal", "holdfast.report.writing",
+         *(f"holdfast.verbs.{verb}" for verb in VERBS))  # fmt: skip
 
 
 def loaded_by(*modules: str, where: Path | None = None) -> str:

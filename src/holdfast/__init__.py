@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from holdfast.hosts.hf import with_plan
     from holdfast.method import Method
     from holdfast.plan import Plan
+    from holdfast.verbs import check
     from holdfast.verbs.tune import tune
 
 __version__ = "0.2.0.dev0"
@@ -23,7 +24,7 @@ _WHERE = {
     "RetentionCallback": "holdfast.hosts.callback",
 }
 _MODULES = {"check": "holdfast.verbs.check"}  # public modules that moved into a room
-__all__ = ["HoldfastError", "Method", "Plan", "RetentionCallback", "__version__", "tune", "with_plan"]
+__all__ = ["HoldfastError", "Method", "Plan", "RetentionCallback", "__version__", "check", "tune", "with_plan"]
 
 
 def __getattr__(name: str) -> Any:  # heavy libraries are imported only where used

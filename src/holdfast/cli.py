@@ -1,4 +1,4 @@
-"""The command line.
+"""The command line: what can be typed. What a command does is told in `verbs`, one file each, and loaded on use.
 
 Exit codes: 0 done (check: kept), 1 check: lost, 2 a mistake to mend, 3 check: not enough evidence, 70 a fault of ours;
 `ending` says how errors get theirs.
@@ -68,42 +68,17 @@ def _start(debug: bool) -> None:
     warnings.showwarning = lambda message, *_, **__: print(f"Warning: {message}", file=sys.stderr)
 
 
-def _join() -> bool:
-    """Join the processes of torchrun, if any; whether this one prints and writes. Alone it need not load torch."""
-    if "RANK" not in os.environ:
-        return True
-    from holdfast.measure import shard
-
-    shard.start()
-    return shard.first()
+def _labels(text: str) -> tuple[str, ...]:
+    return tuple(label.strip() for label in text.split(",") if label.strip())
 
 
 @_command
 def tune(recipe: Path, set: Set = None, debug: Debug = False) -> None:
     """Measure, tune under a plan, measure again, report and export."""
     _start(debug)
-    import json
+    from holdfast.verbs import tune as verb
 
-    from rich.console import Console
-
-    from holdfast.report import terminal
-    from holdfast.report.progress import progress_on
-    from holdfast.verbs.tune import Run, load_recipe
-
-    loaded = load_recipe(recipe, set or [])
-    writes = _join()
-    console = Console()
-    with progress_on(console) as progress:
-        run = Run(loaded, recipe.absolute().parent, progress.tell)
-        was_done = run.finished
-        folder = run.go()
-    if not writes:
-        return
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    if was_done:
-        print(f"This run was finished before; nothing was done. Its folder: {folder}")
-    terminal.show(report, console, folder / "report.html")
-    print(f"Tuned model: {report['tuned']['path']}")
+    verb.command(recipe, set or ())
 
 
 @_command
@@ -115,27 +90,9 @@ def explain(
 ) -> None:
     """Show what a recipe's plan will do, before any training. Checks the plan on the real model."""
     _start(debug)
-    from rich.console import Console
-    from rich.table import Table
+    from holdfast.verbs import explain as verb
 
-    from holdfast.verbs.tune import load_recipe, planned
-
-    job = planned(load_recipe(recipe, set or []), recipe.absolute().parent)
-    session, training, task = job.session, job.training, job.task
-    table = Table("method", "sites", "does", "settings", title=f"{task.name}: {training.num_steps} steps")
-    for row in session.plan.explain():
-        settings = ", ".join(f"{k}={v}" for k, v in row["settings"].items())
-        table.add_row(row["method"], ", ".join(row["sites"]), row["does"], settings)
-    Console().print(table)
-    extra = [m.name for m in session.methods if "base_logits" in m.needs]
-    if extra:
-        Console().print(f"The base's answers are computed once before training, for: {', '.join(extra)}.")
-    if task.note:
-        Console().print(f"Note: {task.note}.", markup=False, highlight=False)
-    if rows:
-        from holdfast.report.seen import seen_rows, show_rows
-
-        show_rows(seen_rows(job, rows), Console())
+    verb.command(recipe, set or (), rows)
 
 
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
@@ -172,38 +129,19 @@ def measure(
 ) -> None:
     """Measure what one model can do."""
     _start(debug)
-    from holdfast.measure import shard
+    from holdfast.verbs import measure as verb
 
-    shard.start()
-    from rich.console import Console
-
-    from holdfast.files import write_json
-    from holdfast.report import terminal
-    from holdfast.report.progress import progress_on
-    from holdfast.verbs import check as checking
-
-    if out:
-        checking.may_write(out, ())
-    console = Console()
-    with progress_on(console) as progress:
-        got = checking.measure(
-            model,
-            revision=revision,
-            suites=suite,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            labels=_labels(labels),
-            batch_tokens=batch_tokens,
-            trust_remote_code=trust_remote_code,
-            tell=progress.tell,
-        )
-    terminal.show_measured(got["suites"], console)
-    if out and shard.first():
-        write_json(out, got)
-
-
-def _labels(text: str) -> tuple[str, ...]:
-    return tuple(label.strip() for label in text.split(",") if label.strip())
+    verb.command(
+        model,
+        out=out,
+        revision=revision,
+        suites=suite,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        labels=_labels(labels),
+        batch_tokens=batch_tokens,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 @_command
@@ -225,52 +163,23 @@ def check(
 ) -> int:
     """Gate: does TUNED keep what BASE can do? Exit 0 kept, 1 lost, 3 not enough evidence, 2 usage, 70 our fault."""
     _start(debug)
-    from holdfast.measure import shard
+    from holdfast.verbs import check as verb
 
-    shard.start()
-    from rich.console import Console
-
-    from holdfast.errors import HoldfastError
-    from holdfast.report import terminal
-    from holdfast.report.progress import progress_on
-    from holdfast.verbs import check as checking
-
-    floors = {}
-    for item in keep or []:
-        name, _, value = item.partition("=")
-        try:
-            floors[name] = float(value)
-        except ValueError:
-            raise HoldfastError(
-                f"--keep {item!r} is not of the form ability=share.", "Write in-context=0.97."
-            ) from None
-        if not 0 < floors[name] < 1:
-            raise HoldfastError(f"--keep {item!r}: a share to keep lies between 0 and 1.", "Write in-context=0.97.")
-    for path in out or []:
-        checking.may_write(path)
-    console = Console()
-    with progress_on(console) as progress:
-        report = checking.check(
-            base,
-            tuned,
-            base_revision=base_revision,
-            tuned_revision=tuned_revision,
-            keep=floors,
-            suites=suite,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            labels=_labels(labels),
-            batch_tokens=batch_tokens,
-            why=why,
-            trust_remote_code=trust_remote_code,
-            tell=progress.tell,
-        )
-    terminal.show(report, console)  # before the files: a full disk hides no verdict
-    for finding in report["diagnosis"] or ():
-        console.print(f"{finding['name']}: {finding['finding']}", markup=False, highlight=False)
-    for path in (out or []) if shard.first() else []:
-        checking.write(report, path)
-    return checking.EXIT[report["verdict"]["status"]]
+    return verb.command(
+        base,
+        tuned,
+        keep=keep or (),
+        out=out or (),
+        base_revision=base_revision,
+        tuned_revision=tuned_revision,
+        suites=suite,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        labels=_labels(labels),
+        batch_tokens=batch_tokens,
+        why=why,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 @_command
@@ -284,92 +193,33 @@ def suites(
 ) -> None:
     """List the suites of abilities, show one in full, or export it for plain lm_eval."""
     _start(debug)
-    from rich.console import Console
-    from rich.table import Table
+    from holdfast.verbs import suites as verb
 
-    from holdfast.measure.names import DEFAULT, SUITES, about, names_of
-
-    if name is None:
-        table = Table("suite", "in the default", "what it measures")
-        for suite in SUITES:
-            table.add_row(suite, "yes" if suite in DEFAULT else "", about(suite)[0])
-        Console().print(table)
-        return
-    names_of([name])
-    if export is None:
-        print(about(name)[1] if name in SUITES else f"{name}: yours, or another tool's.")
-        return
-    from holdfast import models
-    from holdfast.measure.export import export_suite
-    from holdfast.measure.probe import Ask
-    from holdfast.measure.suites import build
-
-    tokenizer = models.load_tokenizer(models.resolve(model), False)
-    for part in export_suite(build(name, Ask(tokenizer, num_fewshot, limit)), export):
-        print(part.task, part.warning)
-    print(f"lm_eval --model hf --model_args pretrained=... --include_path {export} --tasks holdfast_{name}")
+    verb.command(name, export, model=model, num_fewshot=num_fewshot, limit=limit)
 
 
 @_command
 def methods(name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None) -> None:
     """List the methods, or show one in full."""
-    import dataclasses
-    import inspect
+    from holdfast.verbs import methods as verb
 
-    from rich.console import Console
-    from rich.table import Table
-
-    from holdfast.errors import PlanError, suggest
-    from holdfast.methods import all_methods
-
-    known = all_methods()
-    if name:
-        if name not in known:
-            raise PlanError(f"There is no method {name!r}.", suggest(name, tuple(known)))
-        print(inspect.getdoc(sys.modules[known[name].__module__]))
-        print("\nSettings:")
-        for f in dataclasses.fields(known[name]):
-            print(f"  {f.name} = {f.default!r}")
-        return
-    table = Table("method", "sites", "does", "paper")
-    for kind in known.values():
-        table.add_row(kind.__name__, ", ".join(kind().sites()), kind.does, _paper(kind))
-    Console().print(table)
-
-
-def _paper(kind: Any) -> str:
-    return f"arXiv {kind.paper.arxiv}" if kind.paper and kind.paper.arxiv else "-"
+    verb.command(name)
 
 
 @_command
 def recipe() -> None:
     """List every key of a recipe with its default."""
-    from holdfast.recipe import recipe_schema
+    from holdfast.verbs import recipe as verb
 
-    print(recipe_schema())
+    verb.command()
 
 
 @_command
 def doctor() -> None:
     """Show what this machine and installation have (paste it into a bug report)."""
-    import platform
+    from holdfast.verbs import doctor as verb
 
-    from holdfast.models import cache_dir
-    from holdfast.versions import versions
-
-    facts: dict[str, Any] = dict(versions())
-    facts["system"] = platform.platform()
-    try:
-        import torch
-
-        facts["threads"] = torch.get_num_threads()
-        facts["cpu"] = torch.backends.cpu.get_cpu_capability()
-        facts["cuda"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    except Exception as e:  # a broken installation is what a bug report is about
-        facts["torch"] = f"{facts.get('torch', 'missing')}, does not work: {type(e).__name__}: {e}"
-    facts["cache"] = str(cache_dir())
-    for key, value in facts.items():
-        print(f"{key:14} {value}")
+    verb.command()
 
 
 @app.callback(invoke_without_command=True)

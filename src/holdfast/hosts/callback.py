@@ -35,7 +35,7 @@ from holdfast.errors import HoldfastError, ModelError
 from holdfast.measure import shard
 from holdfast.measure.compare import abilities, verdict
 from holdfast.measure.suites import measure_suite, names_of
-from holdfast.verbs.check import comparison
+from holdfast.report.comparison import comparison
 
 FILE = "retention.json"  # in a checkpoint: the base's measurements, because a resumed run has no base to measure
 REWRITES = ("pissa", "olora", "corda", "loftq", "lora_ga")  # adapters whose start changes the weights below them
@@ -202,7 +202,7 @@ class RetentionCallback(TrainerCallback):
     def report(self) -> dict[str, Any]:
         """The last measurement against the base, in the shape of `check.check` (`report.schema`).
 
-        Write it with `holdfast.verbs.check.write(report, Path("report.html"))`; it has examples once training has
+        Write it with `holdfast.check.write(report, Path("report.html"))`; it has examples once training has
         ended.
 
         Raises:

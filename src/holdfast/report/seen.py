@@ -17,7 +17,7 @@ def seen_rows(job: Any, count: int) -> list[dict[str, Any]]:
     """The first rows that training draws, and the first that each method asks for beside them.
 
     Args:
-        job: a checked recipe (`verbs.tune.Job`).
+        job: a checked recipe (`runs.job.Job`).
         count: rows of the draw.
 
     Returns: {"where", "source", "num_tokens", "num_targets", "tokens": [[text, id, target, special]]}.

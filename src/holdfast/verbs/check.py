@@ -1,135 +1,27 @@
-"""measure and check: abilities of one model, and a gate between a base and a tuned model from any tool."""
+"""check: a gate between a base and a tuned model from any tool. Does the tuned model keep what the base can do?"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import holdfast
+from rich.console import Console
+
 from holdfast.errors import HoldfastError, ModelError
-from holdfast.measure import BATCH_TOKENS
+from holdfast.recipe import KEEP_FRAC
+from holdfast.report import terminal
+from holdfast.report.examples import examples
+from holdfast.report.progress import progress_on
+from holdfast.report.writing import may_write, write
+from holdfast.runs.run import Tell, silent
+from holdfast.runs.several import join
 
+if TYPE_CHECKING:
+    from holdfast.runs.subject import Subject
+
+__all__ = ("EXIT", "check", "command", "may_write", "write")
 EXIT = {"kept": 0, "lost": 1, "unclear": 3, "not checked": 3}
-ENDINGS = (".json", ".html", ".md", ".xml")  # of reports
-Tell = Callable[[str, float, str], None]
-
-
-class Subject:
-    """One model to be measured: its files, its tokenizer, and its weights once somebody needs them.
-
-    Args:
-        name: hub id, folder, adapter, GGUF file or alias.
-        revision: of a hub id.
-        trust_remote_code: run Python code that comes with the model.
-    """
-
-    def __init__(self, name: str, revision: str | None = None, trust_remote_code: bool = False):
-        from holdfast import models
-
-        self.source = models.resolve(name, revision)
-        self.trust = trust_remote_code
-        self.tokenizer: Any = models.load_tokenizer(self.source, trust_remote_code)
-        self.device, self.dtype = models.auto_place()
-
-    @cached_property
-    def model(self) -> Any:
-        """The model, adapter merged."""
-        from holdfast import models
-
-        return models.load(self.source, trust_remote_code=self.trust, merge_adapter=True)[0]
-
-    @cached_property
-    def sha(self) -> str:
-        """Identity of its content."""
-        from holdfast import models
-        from holdfast.measure import shard
-
-        return shard.told(lambda: models.fingerprint(self.source))
-
-    @cached_property
-    def kind(self) -> str:
-        """Its architecture, from the configuration alone."""
-        from holdfast.models import read_config
-
-        return read_config(self.source, self.trust).model_type
-
-    @cached_property
-    def vocabulary(self) -> str:
-        """Identity of what text becomes: vocabulary and a few encoded strings."""
-        from holdfast.data.tokens import Encoder
-        from holdfast.files import content_key
-
-        probes = ["Q: 12 apples\n\nA: pears", "  def f(x):\n\treturn x", "\u00dcber \u4f60\u597d"]
-        return content_key(sorted(self.tokenizer.get_vocab().items()), Encoder(self.tokenizer).prompts(probes))
-
-    def measure(
-        self,
-        suites: Sequence[str],
-        *,
-        num_fewshot: int = 8,
-        limit: int | None = None,
-        labels: Sequence[str] = (),
-        batch_tokens: int = BATCH_TOKENS,
-        phase: str = "measure",
-        tell: Tell = lambda *_: None,
-    ) -> list[dict[str, Any]]:
-        """Measure `suites`; what was measured before on this content is read from the cache."""
-        from holdfast.files import content_key
-        from holdfast.measure.suites import measure_suite
-
-        tell(phase, 0.0, self.source.name)
-        key = content_key(self.sha, str(self.dtype), self.device.type)
-        out = [
-            measure_suite(
-                suite,
-                lambda: self.model,
-                self.tokenizer,
-                num_fewshot=num_fewshot,
-                limit=limit,
-                labels=labels,
-                batch_tokens=batch_tokens,
-                cache_key=key,
-                progress=lambda x, n=n, suite=suite: tell(phase, (n + x) / len(suites), suite),
-            )
-            for n, suite in enumerate(suites)
-        ]
-        tell(phase, 1.0, self.source.name)
-        return out
-
-
-def measure(
-    name: str,
-    *,
-    revision: str | None = None,
-    suites: Sequence[str] = ("default",),
-    trust_remote_code: bool = False,
-    tell: Tell = lambda *_: None,
-    **settings: Any,
-) -> dict[str, Any]:
-    """Measure a model's suites; `settings` go to `Subject.measure`.
-
-    Returns {"model": {...}, "suites": [measurements]}.
-    """
-    from holdfast.measure.suites import names_of
-
-    names = names_of(suites)  # a wrong name is found before the model is loaded
-    subject = Subject(name, revision, trust_remote_code)
-    measured = subject.measure(names, tell=tell, **settings)
-    return {"model": _model_part(subject), "suites": measured}
-
-
-def _model_part(subject: Subject) -> dict[str, Any]:
-    source = subject.source
-    return {
-        "name": source.name,
-        "revision": source.revision,
-        "sha": subject.sha,
-        "dtype": str(subject.dtype).removeprefix("torch."),
-    }
 
 
 def check(
@@ -142,7 +34,7 @@ def check(
     suites: Sequence[str] = ("default",),
     why: bool = False,
     trust_remote_code: bool = False,
-    tell: Tell = lambda *_: None,
+    tell: Tell = silent,
     **settings: Any,
 ) -> dict[str, Any]:
     """Compare two models on the same items; returns a report (`report.schema`) whose verdict says kept or lost.
@@ -155,24 +47,20 @@ def check(
     """
     from holdfast.measure.compare import abilities
     from holdfast.measure.suites import names_of
-    from holdfast.recipe import KEEP_FRAC
-    from holdfast.report.examples import examples
+    from holdfast.report.comparison import comparison
+    from holdfast.runs.subject import Subject
 
     names, keep = names_of(suites), dict(keep or {})
-    unknown = [k for k in keep if k not in names]
-    if unknown:
-        raise HoldfastError(
-            f"--keep names {unknown[0]!r}, but only {', '.join(names)} is measured.", "Add it with --suite."
-        )
+    _check_floors(keep, names)
     first = Subject(base, base_revision, trust_remote_code)
     second = Subject(tuned, tuned_revision, trust_remote_code)
     _check_pair(base, first, tuned, second)
     before = first.measure(names, phase="measure before", tell=tell, **settings)
     if not why:
-        first.__dict__.pop("model", None)  # one model in memory at a time
+        first.forget()  # one model in memory at a time
     after = second.measure(names, phase="measure after", tell=tell, **settings)
     return comparison(
-        _model_part(first),
+        first.part(),
         {"name": second.source.name, "path": tuned, "sha": second.sha},
         abilities(before, after, keep, KEEP_FRAC),
         after,
@@ -182,42 +70,12 @@ def check(
     )
 
 
-def comparison(
-    model: Mapping[str, Any],
-    tuned: Mapping[str, Any],
-    judged: Sequence[Any],
-    after: Sequence[Any],
-    tokenizer: Any,
-    *,
-    shown: Sequence[Any],
-    diagnosis: Sequence[Any] | None = None,
-) -> dict[str, Any]:
-    """The report (`report.schema`) of two models that were measured on the same items.
-
-    judged: abilities as `compare.abilities` gives them; after: the tuned model's measurements; shown: its examples.
-    """
-    from holdfast.measure.compare import verdict
-    from holdfast.report.examples import prompts
-    from holdfast.versions import versions
-
-    return {
-        "holdfast_version": holdfast.__version__,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "kind": "check",
-        "verdict": verdict(judged, None),
-        "model": model,
-        "tuned": tuned,
-        "task": None,
-        "abilities": judged,
-        "examples": shown,
-        "diagnosis": diagnosis,
-        "prompts": prompts(tokenizer, after),
-        "versions": versions(),
-        "settings": {
-            m["suite"]: ", ".join(f"{k} {m[k]}" for k in ("num_fewshot", "limit", "seed", "labels") if m.get(k))
-            for m in after
-        },
-    }
+def _check_floors(keep: Mapping[str, float], names: Sequence[str]) -> None:
+    unknown = [k for k in keep if k not in names]
+    if unknown:
+        raise HoldfastError(
+            f"--keep names {unknown[0]!r}, but only {', '.join(names)} is measured.", "Add it with --suite."
+        )
 
 
 def _check_pair(base: str, first: Subject, tuned: str, second: Subject) -> None:
@@ -238,37 +96,30 @@ def _diagnosis(first: Subject, second: Subject, before: Any, after: Any, tell: T
     return [f.part() for f in run(case, tell=tell)]
 
 
-def may_write(path: Path, endings: Sequence[str] = ENDINGS) -> None:
-    """Make ready for a file at `path` before long work. Under several processes an older file there is removed.
-
-    torchrun ends with exit code 1 whatever happened, so there the file alone says the verdict, and it must not be that
-    of an earlier check.
-
-    Raises:
-        HoldfastError: the ending is none of `endings`, or a folder lies there.
-    """
-    from holdfast.measure import shard
-
-    if endings and path.suffix not in endings:
-        raise HoldfastError(f"{path} has no known ending.", f"Use one of: {', '.join(endings)}.")
-    if path.is_dir():
-        raise HoldfastError(f"{path} is a folder, so nothing can be written there.", "Name a file.")
-    if shard.first():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if shard.world()[1] > 1:
-            path.unlink(missing_ok=True)
+def command(base: str, tuned: str, *, keep: Sequence[str], out: Sequence[Path], **settings: Any) -> int:
+    """`holdfast check`: the verdict on the terminal, in the files `out` and as exit code; `settings` go to `check`."""
+    writes = join()
+    floors = dict(_floor(item) for item in keep)
+    for path in out:
+        may_write(path)
+    console = Console()
+    with progress_on(console) as progress:
+        report = check(base, tuned, keep=floors, tell=progress.tell, **settings)
+    terminal.show(report, console)  # before the files: a full disk hides no verdict
+    for finding in report["diagnosis"] or ():
+        console.print(f"{finding['name']}: {finding['finding']}", markup=False, highlight=False)
+    for path in out if writes else ():
+        write(report, path)
+    return EXIT[report["verdict"]["status"]]
 
 
-def write(report: Mapping[str, Any], path: Path) -> None:
-    """Write a report as its file name asks: .json, .html, .md or .xml (JUnit)."""
-    from holdfast.files import write_text
-    from holdfast.report import markdown, page
-
-    may_write(path)
-    kinds: dict[str, Callable[[Any], str]] = {
-        ".json": lambda r: json.dumps(r, indent=1, allow_nan=False),
-        ".html": page.render,
-        ".md": markdown.summary,
-        ".xml": markdown.junit,
-    }
-    write_text(path, kinds[path.suffix](dict(report)))
+def _floor(item: str) -> tuple[str, float]:
+    """An ability and the share of it to keep, from "ability=share"."""
+    name, _, value = item.partition("=")
+    try:
+        share = float(value)
+    except ValueError:
+        raise HoldfastError(f"--keep {item!r} is not of the form ability=share.", "Write in-context=0.97.") from None
+    if not 0 < share < 1:
+        raise HoldfastError(f"--keep {item!r}: a share to keep lies between 0 and 1.", "Write in-context=0.97.")
+    return name, share

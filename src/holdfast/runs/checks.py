@@ -1,0 +1,91 @@
+"""What is looked at before any long work, so that nothing fails after hours that could have been told at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from holdfast import models
+from holdfast.errors import ModelError, RecipeError
+from holdfast.measure.suites import names_of
+from holdfast.plan import Host
+from holdfast.runs.run import Run
+
+
+def check_settings(run: Run) -> None:
+    """Refuse settings that `holdfast tune` cannot follow: they are never skipped.
+
+    Raises:
+        HoldfastError: a setting cannot be followed, or contradicts another.
+    """
+    recipe, t = run.recipe, run.recipe.training
+    names_of(recipe.measure.suites)
+    if t.save_total_limit != 1:
+        raise RecipeError(
+            f"training.save_total_limit is {t.save_total_limit}, but holdfast tune keeps one checkpoint.",
+            "Remove training.save_total_limit.",
+        )
+    if recipe.export.merge and recipe.model.load_in_4bit:
+        raise RecipeError(
+            "export.merge is true, but model.load_in_4bit would round the merged weights to 4 bits again.",
+            "Remove export.merge; merge the adapter into the unquantised base afterwards.",
+        )
+    if t.bf16 is False and recipe.model.dtype == "bfloat16":
+        raise RecipeError("training.bf16 is false, but model.dtype is bfloat16.", "Remove one of the two.")
+    if recipe.export.folder and not (run.path / "training.json").is_file():
+        models.may_replace(None, run.export.expanduser().resolve())
+
+
+def check_model(run: Run, source: Any, model: Any, tokenizer: Any, plan: Any) -> None:
+    """Raise HoldfastError for a model that `plan` cannot train, that computes nothing, or that cannot be saved."""
+    _may_train(run, source, model, plan)
+    bad = not_finite(model)
+    if bad:
+        what = f"The weight {bad} of {source.name} is not finite, so the model can give no probabilities."
+        raise ModelError(what, "Copy or download the model again.")
+    check_saving(model, tokenizer, source.name)
+
+
+def _may_train(run: Run, source: Any, model: Any, plan: Any) -> None:
+    """Packed weights cannot be trained themselves, nor take up an adapter."""
+    if hasattr(model, "peft_config"):
+        what = f"{source.label} is an adapter on quantised weights, which cannot take it up to be tuned further."
+        raise ModelError(what, "Name the unquantised model as the base of the adapter.")
+    if not models.is_packed(model):
+        return
+    kept = models.precision(model)
+    if not getattr(getattr(model, "hf_quantizer", None), "is_trainable", True):
+        what = f"{source.label} keeps its weights as {kept}, which nothing can be trained on."
+        raise ModelError(what, "Tune the unquantised model.")
+    plan.check_host(Host("holdfast tune", quantised=True))
+    if run.recipe.export.merge:
+        what = f"export.merge is true, but {source.name} keeps its weights in a few bits ({kept})."
+        raise ModelError(what, "Remove export.merge, or tune the unquantised model.")
+
+
+def not_finite(model: Any) -> str | None:
+    """The first weight that holds NaN or infinity: every number computed from it would too."""
+    return next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
+
+
+def check_saving(model: Any, tokenizer: Any, name: str) -> None:
+    """Save everything but the weights to a folder that is thrown away: better now than after the training.
+
+    Raises:
+        ModelError: the configuration or the tokenizer cannot be saved.
+    """
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory(prefix="holdfast-") as folder:
+        for what, part in (("configuration", model.config), ("tokenizer", tokenizer)):
+            try:
+                part.save_pretrained(folder)
+            except OSError:  # no room in this folder says nothing about the one of the export
+                return
+            except Exception as e:  # values that JSON cannot hold, checks of transformers, custom code
+                words = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+                raise ModelError(
+                    f"The {what} of {name} cannot be saved ({words}), so the tuned model could not be exported.",
+                    "Load and save it once with plain transformers, mend what fails there, and tune that.",
+                ) from e

@@ -1,0 +1,116 @@
+"""What a run hands over: the tuned model, its soft prompt, and the base below an adapter where no folder holds it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from holdfast import models
+from holdfast.data.tokens import Encoder
+from holdfast.hosts.checkpoint import Checkpoint, writing
+from holdfast.measure.soft_prompt import save as save_prompt
+from holdfast.models import exported
+from holdfast.runs.job import Job, load
+from holdfast.runs.run import Run
+from holdfast.runs.several import by_first
+
+STATE_BYTES = 12  # a checkpoint keeps of each number that trains: the weight and two moments, in fp32
+
+
+def room(job: Job) -> int:
+    """Bytes that checkpoints (at most two at a time) and export of this job take at the most."""
+    count = sum(p.numel() for p in job.model.parameters())
+    own = sum(p.numel() * p.element_size() for p in job.model.parameters())
+    need = own if job.wraps else 2 * STATE_BYTES * count + own
+    return need + (own if _writes_base(job) else 0)
+
+
+# ---- the base below
+
+
+def _writes_base(job: Job) -> bool:
+    """Whether this run trains an adapter on a base that no folder holds: another adapter, merged."""
+    return job.source.kind == "adapter" and job.wraps and not job.recipe.export.merge
+
+
+def place_base(job: Job) -> None:
+    """Tell a model that came from an adapter where its weights will lie, and write them there if nobody else does."""
+    if _writes_base(job):
+        _save_base(job)
+    elif job.source.kind == "adapter":
+        models.name_after(job.model, job.run.export)  # where the whole will lie
+
+
+def _save_base(job: Job) -> None:
+    """Write the merged base, for plain PEFT to load the new adapter on; a run that goes on has it already."""
+    run, folder = job.run, job.run.path / "base"
+
+    def save() -> None:
+        if not ((run.path / "checkpoint").is_dir() and (folder / "config.json").is_file()):
+            with writing(f"The merged base in {folder}"):
+                models.save_model(job.model, job.tokenizer, folder, card=None)
+
+    with run.timed("export"):
+        by_first(save)
+    models.name_after(job.model, folder)
+
+
+# ---- the tuned model
+
+
+def save(job: Job, tuned: Any, soft: Any) -> None:
+    """Write the tuned model, and its soft prompt if it has one.
+
+    Raises:
+        TrainingError: the disk is full or refuses.
+    """
+    run = job.run
+
+    def write() -> None:
+        with writing(f"The tuned model in {run.export}"):
+            models.save_model(tuned, job.tokenizer, run.export, card=None)
+            if soft is not None:
+                save_prompt(tuned, soft, run.path / "prompt", run.export)
+
+    with run.timed("export"):
+        by_first(write)
+
+
+def check(job: Job, tuned: Any, soft: Any) -> str | None:
+    """The export, loaded the way its card says, must compute what the model in memory does; says what was done.
+
+    Raises:
+        TrainingError: it does not, or cannot be loaded.
+    """
+    with job.run.timed("export check"):
+        return by_first(lambda: exported.check(described(job, tuned), tuned, soft))
+
+
+def described(job: Job, tuned: Any) -> exported.Export:
+    """How the export is loaded without Holdfast."""
+    run, spec, source = job.run, job.recipe.model, job.source
+    given = {"trust_remote_code": spec.trust_remote_code or None, "attn_implementation": spec.attn_implementation}
+    adapter, prompt, stacked = hasattr(tuned, "peft_config"), run.path / "prompt", source.kind == "adapter"
+    ends = Encoder(job.tokenizer).end in models.stop_tokens(source)
+    return exported.Export(
+        run.export,
+        adapter,
+        str(tuned.dtype).removeprefix("torch."),
+        prompt=prompt if prompt.is_dir() else None,
+        base=run.path / "base" if adapter and stacked else None,
+        packed=models.is_packed(tuned),
+        four_bits=spec.load_in_4bit,
+        settings={k: v for k, v in given.items() if v is not None},
+        runs_on=adapter and not stacked and not ends,
+    )
+
+
+def loaded(run: Run) -> tuple[Any, Any]:
+    """The tuned model of a run that got this far, and its soft prompt or None."""
+    Checkpoint(run.path).clear()
+    tuned, _ = load(run.recipe, models.resolve(str(run.export)), merge_adapter=False)
+    soft = run.path / "prompt" / "adapter_model.safetensors"
+    if not soft.is_file():
+        return tuned, None
+    from safetensors.torch import load_file
+
+    return tuned, next(iter(load_file(soft).values())).to(tuned.device)

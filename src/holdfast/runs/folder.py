@@ -1,0 +1,133 @@
+"""The run folder: it belongs to one recipe, and every finished piece of work is a file in it, whole or absent.
+
+Whatever works in one (tune, and every verb that takes long) goes on at its last finished piece when it is started
+again, and does nothing when all is there. Nothing here knows what the work is.
+
+Several processes (torchrun) all ask; the first alone looks and writes, and tells the others. Importing this is cheap.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import RecipeError, TrainingError
+from holdfast.files import write_json
+from holdfast.recipe import Recipe, load_recipe
+from holdfast.runs.several import by_first
+
+RECIPE, INPUTS, LAST, LOG = "recipe.yaml", "inputs.json", "report.json", "log.jsonl"
+
+
+class RunFolder:
+    """The folder of one recipe.
+
+    Args:
+        path: where it lies or will lie.
+        recipe: whose folder it is.
+        work: names of files and folders that a changed recipe would spoil.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, work: Collection[str]):
+        self.path, self.recipe, self.work = path, recipe, frozenset(work)
+
+    # ---- whose it is
+
+    @property
+    def finished(self) -> bool:
+        """Whether this recipe has its report, which is written last."""
+        return by_first(lambda: (self.path / LAST).is_file() and self._same_recipe())
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is something that a changed recipe would spoil."""
+        return by_first(lambda: any((self.path / name).exists() for name in self.work))
+
+    def claim(self) -> None:
+        """Make the folder this recipe's own. Work that failed before its first piece leaves it to a mended recipe.
+
+        Raises:
+            RecipeError: it holds work of another recipe or files of somebody else, or it cannot be written.
+        """
+        by_first(self._claim)
+
+    def keep_inputs(self, now: Mapping[str, Any]) -> None:
+        """Write down what the work begins with, by content; work goes on only with what it began with.
+
+        Args:
+            now: name of an input ("model", "data") -> its identity.
+
+        Raises:
+            RecipeError: an input is not what the work here began with.
+        """
+        began = (self.read(INPUTS) if self.has_work else None) or {}
+        for what in began:
+            if began[what] != now[what]:
+                raise RecipeError(
+                    f"The {what} of this recipe is no longer what the run in {self.path} began with.",
+                    "Choose another training.output_dir, or put it back as it was.",
+                )
+        self.write(INPUTS, now)
+
+    def _same_recipe(self) -> bool:
+        path = self.path / RECIPE
+        return path.is_file() and load_recipe(path) == self.recipe
+
+    def _claim(self) -> None:
+        try:
+            self._refuse_others({p.name for p in self.path.iterdir()} if self.path.is_dir() else set())
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.recipe.save(self.path / f"{RECIPE}.new")
+            os.replace(self.path / f"{RECIPE}.new", self.path / RECIPE)
+        except OSError as e:
+            raise RecipeError(
+                f"The run folder {self.path} cannot be written: {e.strerror or e}.",
+                "Check training.output_dir, its rights and the free disk space.",
+            ) from e
+
+    def _refuse_others(self, there: set[str]) -> None:
+        if there & self.work and RECIPE in there and not self._same_recipe():
+            raise RecipeError(
+                f"The run folder {self.path} holds a run of another recipe (see its recipe.yaml).",
+                "Choose another training.output_dir, or remove the folder.",
+            )
+        if there - {f"{RECIPE}.new"} and RECIPE not in there:
+            raise RecipeError(
+                f"The folder {self.path} is not empty and holds no Holdfast run.",
+                "Choose another training.output_dir.",
+            )
+
+    # ---- what is in it
+
+    def read(self, name: str) -> Any:
+        """A finished piece, or None."""
+        path = self.path / name
+        return by_first(lambda: json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None)
+
+    def write(self, name: str, value: Any) -> None:
+        """Finish a piece: JSON, written whole or not at all."""
+        by_first(lambda: write_json(self.path / name, value))
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Add a line to log.jsonl; for the first process alone.
+
+        Work that goes on from a checkpoint writes the steps after it again; the last line counts.
+        """
+        with (self.path / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def check_room(self, need: int, what: str) -> None:
+        """Raise TrainingError unless the disk has `need` bytes free for `what` (plural)."""
+        by_first(lambda: self._check_room(need, what))
+
+    def _check_room(self, need: int, what: str) -> None:
+        free = shutil.disk_usage(self.path).free
+        if free < need:
+            raise TrainingError(
+                f"{self.path} has {free / 1e9:.1f} GB free, but {what} need up to {need / 1e9:.1f} GB.",
+                "Free some disk space or choose another training.output_dir.",
+            )

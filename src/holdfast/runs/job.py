@@ -1,0 +1,167 @@
+"""A recipe checked on its real model and data, the cheap before the dear; nothing is written, measured or trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from holdfast import models
+from holdfast.data.task import TaskData, read_task
+from holdfast.errors import PlanError
+from holdfast.files import content_key
+from holdfast.hosts.plain import Training
+from holdfast.measure.probe import Ask
+from holdfast.measure.soft_prompt import check_export
+from holdfast.measure.suites import check_suite, names_of
+from holdfast.plan import Host, Plan
+from holdfast.recipe import Recipe
+from holdfast.runs.checks import check_model, check_settings
+from holdfast.runs.run import Run
+from holdfast.services import Context
+from holdfast.session import Session
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe that can be worked on. `mix` draws its rows, `training` is its schedule, `session` its plan."""
+
+    run: Run
+    source: models.ModelSource
+    model: Any
+    tokenizer: Any
+    task: TaskData
+    session: Session
+    training: Training
+    mix: Any
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.run.recipe
+
+    @property
+    def wraps(self) -> bool:
+        """Whether an adapter is trained, and not the weights themselves."""
+        return any(m.wraps for m in self.session.methods)
+
+    def inputs(self) -> dict[str, Any]:
+        """Identity of the model and of the rows, by content."""
+        rows = [[r.prompt, r.completion] for r in (*self.task.train, *self.task.test)]
+        return {"model": self.source.sha, "data": content_key(rows)}
+
+
+def default_plan() -> list[Any]:
+    """What `holdfast tune` uses when the recipe names no plan; chosen in docs/results.md."""
+    from holdfast.methods import ICLAnchor, LoRA
+
+    return [LoRA(), ICLAnchor()]
+
+
+def checked(run: Run) -> Job:
+    """Check settings, plan, rows, prompts and weights, in this order.
+
+    Raises:
+        HoldfastError: one clear message for anything that a user can mend.
+    """
+    check_settings(run)
+    plan = _plan(run.recipe)
+    spec = run.recipe.model
+    with run.timed("load"):
+        run.tell("load", 0.0, spec.model_name_or_path)
+        source = models.resolve(spec.model_name_or_path, spec.model_revision)
+        tokenizer = models.load_tokenizer(source, spec.trust_remote_code)
+        longest = models.context_length(source, spec.trust_remote_code)
+        task = read_task(run.recipe, tokenizer, run.base_dir, longest, models.stop_tokens(source))
+        _check_suites(run.recipe, tokenizer, task, longest)
+        model, tokenizer = load(run.recipe, source, merge_adapter=True)
+        check_model(run, source, model, tokenizer, plan)
+    session = _session(run, plan, model, tokenizer, task, longest)
+    mix = session.mix(task.token_rows)
+    session.ctx.total_steps = steps = _steps(run.recipe, session, mix)
+    return Job(run, source, model, tokenizer, task, session, _training(run, model.dtype, steps), mix)
+
+
+def load(recipe: Recipe, source: models.ModelSource, *, merge_adapter: bool) -> tuple[Any, Any]:
+    """(model, tokenizer) of `source`, loaded as the recipe says."""
+    spec = recipe.model
+    plain = spec.dtype == "auto" and recipe.training.bf16 is False
+    return models.load(
+        source,
+        dtype="float32" if plain else spec.dtype,
+        trust_remote_code=spec.trust_remote_code,
+        attn_implementation=spec.attn_implementation,
+        merge_adapter=merge_adapter,
+        load_in_4bit=spec.load_in_4bit,
+    )
+
+
+def _plan(recipe: Recipe) -> Plan:
+    """The plan, checked as far as that needs no model."""
+    plan = Plan(default_plan()) if recipe.plan is None else Plan.from_recipe(recipe.plan)
+    plan.check_together()
+    if recipe.model.load_in_4bit:
+        plan.check_host(_host(recipe))
+        models.may_load_in_4bit()
+    return plan
+
+
+def _host(recipe: Recipe) -> Host:
+    return Host("holdfast tune", quantised=recipe.model.load_in_4bit)
+
+
+def _check_suites(recipe: Recipe, tokenizer: Any, task: TaskData, longest: int) -> None:
+    m = recipe.measure
+    for suite in names_of(m.suites):
+        check_suite(suite, Ask(tokenizer, m.num_fewshot, m.limit, labels=task.labels or ()), longest)
+
+
+def _session(run: Run, plan: Plan, model: Any, tokenizer: Any, task: TaskData, longest: int) -> Session:
+    """The plan on the real model, all of it checked."""
+    t, most = run.recipe.training, min(run.recipe.data.max_length, longest)
+    ctx = Context(model, tokenizer, t.seed, task.train, max_length=most, base_dir=run.base_dir)
+    if t.packing and any("stages" in m.sites() for m in plan.active):
+        plan.check(Host("training.packing: true", packing=True), ctx)
+    plan.check(_host(run.recipe), ctx)
+    for m in plan.active:
+        if any(s.trains == "prompt" for s in m.stages()):
+            check_export(model, tokenizer, m.name)
+    return Session(plan, model, ctx, compute_dtype=model.dtype, knows_rows=True, packing=t.packing is not False)
+
+
+def _steps(recipe: Recipe, session: Session, mix: Any) -> int:
+    """Optimizer steps of the whole run, at least one for each stage."""
+    t = recipe.training
+    size = t.per_device_train_batch_size * t.gradient_accumulation_steps
+    steps = t.max_steps if t.max_steps > 0 else math.ceil(mix.num_rows(t.num_train_epochs) / size)
+    if steps < len(session.stages):
+        owner = next(m.name for m in session.plan.active if "stages" in m.sites())
+        raise PlanError(
+            f"{owner} splits the run into {len(session.stages)} stages, but the run has {steps} step.",
+            "Raise training.max_steps or num_train_epochs, or lower the batch size.",
+        )
+    return steps
+
+
+def _training(run: Run, dtype: torch.dtype, steps: int) -> Training:
+    t = run.recipe.training
+    half = dtype if dtype in (torch.bfloat16, torch.float16) else None
+    return Training(
+        num_steps=steps,
+        batch_size=t.per_device_train_batch_size,
+        gradient_accumulation_steps=t.gradient_accumulation_steps,
+        learning_rate=t.learning_rate,
+        lr_scheduler_type=t.lr_scheduler_type,
+        warmup_steps=t.warmup_steps,
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        adam_beta1=t.adam_beta1,
+        adam_beta2=t.adam_beta2,
+        adam_epsilon=t.adam_epsilon,
+        fused=t.optim == "adamw_torch_fused",
+        seed=t.seed if t.data_seed is None else t.data_seed,  # of the order of rows (and of dropout)
+        autocast=torch.bfloat16 if t.bf16 else half,
+        save_steps=t.save_steps,
+        folder=run.path,
+    )

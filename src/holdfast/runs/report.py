@@ -1,0 +1,100 @@
+"""The end of a run: one report of everything, as page, Markdown, model card and JSON."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from typing import Any
+
+from holdfast import models
+from holdfast.files import write_json, write_text
+from holdfast.measure.compare import abilities, estimates, only_after, verdict
+from holdfast.models.card import model_card
+from holdfast.models.exported import Export
+from holdfast.recipe import KEEP_FRAC
+from holdfast.report import markdown, page
+from holdfast.report.examples import examples
+from holdfast.report.seen import seen_rows
+from holdfast.runs import export
+from holdfast.runs.folder import LAST, RECIPE
+from holdfast.runs.job import Job
+from holdfast.runs.run import Run
+from holdfast.runs.several import by_first
+from holdfast.versions import versions
+
+ROWS = 3  # of the training data that the report shows token by token
+Measured = dict[str, Any]
+
+
+def write(job: Job, tuned: Any, before: Measured | None, after: Measured) -> None:
+    """Judge what was measured and write the report; before: None where the base was not measured."""
+    run = job.run
+    with run.timed("examples"):
+        shown = examples(lambda: tuned, job.tokenizer, before["abilities"], after["abilities"]) if before else []
+    report = _report(job, tuned, _judged(job, before, after), _task(job, before, after), shown)
+    described = export.described(job, tuned)
+    by_first(lambda: _write(run, report, described))
+
+
+def _judged(job: Job, before: Measured | None, after: Measured) -> list[Any]:
+    """Each ability before and after, and whether it was kept."""
+    floors = job.recipe.measure.keep
+    if before:
+        return abilities(before["abilities"], after["abilities"], floors, KEEP_FRAC)
+    return [only_after(a, floors.get(a["suite"], KEEP_FRAC)) for a in after["abilities"]]
+
+
+def _task(job: Job, before: Measured | None, after: Measured) -> dict[str, Any]:
+    """The task before and after; see `report.schema.TaskPart`."""
+    task = job.task
+    return {
+        "name": task.name,
+        "metric": task.metric,
+        "chance": task.chance,
+        "split": "test" if job.recipe.data.test else "validation",
+        "note": task.note or None,
+        **estimates(before["task"] if before else None, after["task"]),
+    }
+
+
+def _report(job: Job, tuned: Any, judged: list[Any], task: Any, shown: list[Any]) -> dict[str, Any]:
+    """The whole report but the words of the recipe; see `report.schema.Report`."""
+    run, recipe, source = job.run, job.recipe, job.source
+    training, used = run.folder.read("training.json"), versions()
+    return {
+        "holdfast_version": used["holdfast"],
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "kind": "tune",
+        "verdict": verdict(judged, task),
+        "model": {
+            "name": source.name,
+            "revision": source.revision,
+            "sha": source.sha,
+            "dtype": models.precision(tuned),
+        },
+        "tuned": {"name": job.task.name, "path": str(run.export), "sha": None, "export": training.get("export")},
+        "task": task,
+        "abilities": judged,
+        "plan": run.folder.read("plan.json"),
+        "data": {"name": job.task.name, "train": recipe.data.train.path, "rows": len(job.task.train)},
+        "training": training,
+        "examples": shown,
+        "rows": seen_rows(job, ROWS),
+        "timing": {**training.get("timing", {}), **run.timing},
+        "versions": used,
+        "settings": {
+            "num_fewshot": recipe.measure.num_fewshot,
+            "limit": recipe.measure.limit,
+            "seed": recipe.training.seed,
+        },
+    }
+
+
+def _write(run: Run, report: dict[str, Any], described: Export) -> None:
+    """The card, the pages, and report.json last: with it the run is finished."""
+    report["recipe"] = (run.path / RECIPE).read_text(encoding="utf-8")
+    base = str(described.base) if described.base else None
+    card = model_card(report, adapter=described.adapter, code=described.code(), base=base)
+    write_text(run.export / "README.md", card)
+    page.write(report, run.path / "report.html")
+    write_text(run.path / "report.md", markdown.summary(report))
+    write_json(run.path / LAST, report)

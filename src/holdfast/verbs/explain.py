@@ -1,0 +1,47 @@
+"""explain: what the plan of a recipe will do, checked on the real model, before any training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from holdfast.recipe import Recipe, load_recipe
+from holdfast.report.seen import seen_rows, show_rows
+from holdfast.runs.run import Run
+
+if TYPE_CHECKING:
+    from holdfast.runs.job import Job
+
+
+def planned(recipe: Recipe, base_dir: Path) -> Job:
+    """The job of a recipe, checked on the real model; nothing is written."""
+    from holdfast.runs import job
+
+    return job.checked(Run(recipe, base_dir))
+
+
+def command(recipe: Path, overrides: Sequence[str], rows: int) -> None:
+    """`holdfast explain`: the plan as a table, and `rows` rows as the model will see them."""
+    job = planned(load_recipe(recipe, overrides), recipe.absolute().parent)
+    console = Console()
+    console.print(_table(job))
+    asking = [m.name for m in job.session.methods if "base_logits" in m.needs]
+    if asking:
+        console.print(f"The base's answers are computed once before training, for: {', '.join(asking)}.")
+    if job.task.note:
+        console.print(f"Note: {job.task.note}.", markup=False, highlight=False)
+    if rows:
+        show_rows(seen_rows(job, rows), console)
+
+
+def _table(job: Job) -> Table:
+    title = f"{job.task.name}: {job.training.num_steps} steps"
+    table = Table("method", "sites", "does", "settings", title=title)
+    for row in job.session.plan.explain():
+        settings = ", ".join(f"{k}={v}" for k, v in row["settings"].items())
+        table.add_row(row["method"], ", ".join(row["sites"]), row["does"], settings)
+    return table
