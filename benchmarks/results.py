@@ -156,10 +156,10 @@ def shared_items(shared: Path) -> list[tuple[str, Any]]:
 
 def measure(model: Any, tokenizer: Any, test: list[Any], labels: Any, shared: Path, soft: Any = None) -> dict:
     """Everything the table needs, per item."""
-    from holdfast.data.task import score_task
     from holdfast.measure.scorer import Scorer
     from holdfast.measure.suites.in_context import measure as in_context
     from holdfast.measure.tasks import held_out_tasks
+    from holdfast.measure.tuned_task import score_task
 
     start = time.perf_counter()
     held = in_context(model, tokenizer, held_out_tasks(), limit=LIMIT)
@@ -184,9 +184,9 @@ def run(task: str, method: str, seed: int, shared: Path) -> None:
 
     from holdfast import methods as M
     from holdfast import models
-    from holdfast.data.task import score_task
     from holdfast.files import write_json
     from holdfast.hosts.plain import Training, train
+    from holdfast.measure.tuned_task import score_task
     from holdfast.plan import Host, Plan
     from holdfast.services import Context
     from holdfast.session import Session

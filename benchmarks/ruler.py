@@ -60,7 +60,7 @@ def suite_of(name: str, tokenizer: Any, limit: int | None = None, shots: int = 8
 
 def measured(model: Any, tokenizer: Any, name: str, limit: int | None, shots: int = 8) -> Data:
     """A measurement made now: no cache."""
-    from holdfast.measure.probe import score_suite
+    from holdfast.measure.asking import score_suite
 
     return score_suite(model, tokenizer, suite_of(name, tokenizer, limit, shots))
 
@@ -148,8 +148,9 @@ def _datasets_in(folder: str) -> Iterator[None]:
 
 
 def _exported(lab: Lab, kind: str, both: Sequence[Any], folder: Path) -> Data:
+    from holdfast.measure.asking import score_suite
     from holdfast.measure.export import export_suite
-    from holdfast.measure.probe import Suite, score_suite
+    from holdfast.measure.probe import Suite
 
     name, probe_kind, groups, each = SOURCES[kind]
     lm, each = both[0], lab.size(each, 2)

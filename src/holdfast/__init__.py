@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from holdfast.versions import __version__
+
 if TYPE_CHECKING:
     from holdfast.errors import HoldfastError
-    from holdfast.hosts.callback import RetentionCallback
     from holdfast.hosts.hf import with_plan
     from holdfast.method import Method
     from holdfast.plan import Plan
+    from holdfast.verbs.callback import RetentionCallback
     from holdfast.verbs.tune import tune
-
-__version__ = "0.2.0.dev0"
 
 _WHERE = {
     "tune": "holdfast.verbs.tune",
@@ -20,7 +20,7 @@ _WHERE = {
     "with_plan": "holdfast.hosts.hf",
     "Method": "holdfast.method",
     "HoldfastError": "holdfast.errors",
-    "RetentionCallback": "holdfast.hosts.callback",
+    "RetentionCallback": "holdfast.verbs.callback",
 }
 __all__ = ["HoldfastError", "Method", "Plan", "RetentionCallback", "__version__", "tune", "with_plan"]
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from holdfast.measure import BATCH_TOKENS
+from holdfast.engine import BATCH_TOKENS
 from holdfast.verbs import ending
 
 app = typer.Typer(
@@ -72,10 +72,10 @@ def _join() -> bool:
     """Join the processes of torchrun, if any; whether this one prints and writes. Alone it need not load torch."""
     if "RANK" not in os.environ:
         return True
-    from holdfast.measure import shard
+    from holdfast.engine import processes
 
-    shard.start()
-    return shard.first()
+    processes.start()
+    return processes.first()
 
 
 @_command
@@ -172,9 +172,9 @@ def measure(
 ) -> None:
     """Measure what one model can do."""
     _start(debug)
-    from holdfast.measure import shard
+    from holdfast.engine import processes
 
-    shard.start()
+    processes.start()
     from rich.console import Console
 
     from holdfast.files import write_json
@@ -198,7 +198,7 @@ def measure(
             tell=progress.tell,
         )
     terminal.show_measured(got["suites"], console)
-    if out and shard.first():
+    if out and processes.first():
         write_json(out, got)
 
 
@@ -225,9 +225,9 @@ def check(
 ) -> int:
     """Gate: does TUNED keep what BASE can do? Exit 0 kept, 1 lost, 3 not enough evidence, 2 usage, 70 our fault."""
     _start(debug)
-    from holdfast.measure import shard
+    from holdfast.engine import processes
 
-    shard.start()
+    processes.start()
     from rich.console import Console
 
     from holdfast.errors import HoldfastError
@@ -268,7 +268,7 @@ def check(
     terminal.show(report, console)  # before the files: a full disk hides no verdict
     for finding in report["diagnosis"] or ():
         console.print(f"{finding['name']}: {finding['finding']}", markup=False, highlight=False)
-    for path in (out or []) if shard.first() else []:
+    for path in (out or []) if processes.first() else []:
         checking.write(report, path)
     return checking.EXIT[report["verdict"]["status"]]
 
@@ -375,7 +375,7 @@ def doctor() -> None:
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        from holdfast import __version__
+        from holdfast.versions import __version__
 
         print(__version__)
         raise typer.Exit()

@@ -47,9 +47,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from holdfast.engine.forward import SOFT_PROMPT, attention, can_pack, forward, inner
+from holdfast.engine.forward import attention, can_pack, forward
 from holdfast.engine.pack import ATTENTION, TokenRow
 from holdfast.engine.trial import pads_right
+from holdfast.engine.ways import SOFT_PROMPT, inner
 from holdfast.errors import NoEffect, PlanError, TrainingError
 from holdfast.hosts.hf_agree import (
     Answer,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from holdfast.engine.forward import inner
+from holdfast.engine.ways import inner
 from holdfast.errors import PlanError
 from holdfast.hosts.hf_setup import is_template, mixes
 from holdfast.method import Method

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from holdfast.engine import BATCH_TOKENS
 from holdfast.errors import HoldfastError
-from holdfast.measure import BATCH_TOKENS
 from holdfast.measure.generate import BATCH, batch_for, go_on
 from holdfast.measure.scorer import Scorer
 

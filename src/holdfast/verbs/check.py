@@ -9,9 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import holdfast
+from holdfast.engine import BATCH_TOKENS
 from holdfast.errors import HoldfastError, ModelError
-from holdfast.measure import BATCH_TOKENS
 
 EXIT = {"kept": 0, "lost": 1, "unclear": 3, "not checked": 3}
 ENDINGS = (".json", ".html", ".md", ".xml")  # of reports
@@ -46,9 +45,9 @@ class Subject:
     def sha(self) -> str:
         """Identity of its content."""
         from holdfast import models
-        from holdfast.measure import shard
+        from holdfast.engine import processes
 
-        return shard.told(lambda: models.fingerprint(self.source))
+        return processes.told(lambda: models.fingerprint(self.source))
 
     @cached_property
     def kind(self) -> str:
@@ -198,10 +197,10 @@ def comparison(
     """
     from holdfast.measure.compare import verdict
     from holdfast.report.examples import prompts
-    from holdfast.versions import versions
+    from holdfast.versions import __version__, versions
 
     return {
-        "holdfast_version": holdfast.__version__,
+        "holdfast_version": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kind": "check",
         "verdict": verdict(judged, None),
@@ -247,15 +246,15 @@ def may_write(path: Path, endings: Sequence[str] = ENDINGS) -> None:
     Raises:
         HoldfastError: the ending is none of `endings`, or a folder lies there.
     """
-    from holdfast.measure import shard
+    from holdfast.engine import processes
 
     if endings and path.suffix not in endings:
         raise HoldfastError(f"{path} has no known ending.", f"Use one of: {', '.join(endings)}.")
     if path.is_dir():
         raise HoldfastError(f"{path} is a folder, so nothing can be written there.", "Name a file.")
-    if shard.first():
+    if processes.first():
         path.parent.mkdir(parents=True, exist_ok=True)
-        if shard.world()[1] > 1:
+        if processes.world()[1] > 1:
             path.unlink(missing_ok=True)
 
 

@@ -20,11 +20,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
-import holdfast
 from holdfast.errors import ModelError, PlanError, RecipeError, TrainingError
 from holdfast.files import content_key, write_json, write_text
 from holdfast.recipe import KEEP_FRAC, Recipe, _resolved, load_recipe
-from holdfast.versions import versions
+from holdfast.versions import __version__, versions
 
 T = TypeVar("T")
 Tell = Callable[[str, float, str], None]  # phase, share done (0..1), words beside the bar
@@ -329,8 +328,8 @@ class Run:
         found = self._read(f"{when}.json")
         if found:
             return found
-        from holdfast.data.task import score_task
         from holdfast.measure.suites import measure_suite, names_of, remembered
+        from holdfast.measure.tuned_task import score_task
 
         m, task, out = self.recipe.measure, job.task, {}
         key = None
@@ -383,11 +382,11 @@ class Run:
         if self._read("training.json"):
             return self._exported()
         from holdfast import models
-        from holdfast.data.task import score_task
         from holdfast.engine.forward import inner
+        from holdfast.engine.processes import first
         from holdfast.hosts.checkpoint import Checkpoint
         from holdfast.hosts.plain import train
-        from holdfast.measure.shard import first
+        from holdfast.measure.tuned_task import score_task
 
         session, training, task = job.session, job.training, job.task
         base_dtype, start = job.model.dtype, time.perf_counter()
@@ -566,7 +565,7 @@ class Run:
         with self._timed("examples"):
             shown = examples(lambda: model, job.tokenizer, before["abilities"], after["abilities"]) if before else []
         report = {
-            "holdfast_version": holdfast.__version__,
+            "holdfast_version": __version__,
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "kind": "tune",
             "verdict": verdict(judged, part),
