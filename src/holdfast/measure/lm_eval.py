@@ -215,7 +215,7 @@ def measure_task(
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure one task of the harness, in the shape of `measure.probe.score_suite`.
+    """Measure one task of the harness, in the shape of `measure.asking.score_suite`.
 
     The score of an item is the task's first of acc_norm, acc, exact_match, then any other metric between 0 and 1.
     A rolling perplexity becomes exp(-loss per byte), or per word if the task counts only words; `metric` says which.
