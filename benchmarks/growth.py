@@ -76,7 +76,7 @@ def child(settings: C.Data) -> C.Data:
 
 
 def measure_items(model: Any, tokenizer: Any, suite: Any) -> int:
-    from holdfast.measure.probe import score_suite
+    from holdfast.measure.asking import score_suite
 
     return sum(len(t["items"]) for t in score_suite(model, tokenizer, suite)["tasks"])
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from holdfast.measure import stats
 from holdfast.report import plots
+from results_plans import BATCH, STEPS, TABLE, TEST, plans
 
 MARKS = ("<!-- results -->", "<!-- end of results -->")
 SHORT = {
@@ -61,11 +62,9 @@ def share(ratio: stats.Ratio) -> str:
 
 
 def rows(runs: dict, data: str, overhead: dict[str, float]) -> list[str]:
-    """The table of one data set, in the order of `results.TABLE`, then what was swept."""
-    import results
-
+    """The table of one data set, in the order of `TABLE`, then what was swept."""
     base = runs[data, "base"][0]
-    names = [*results.TABLE, *(n for n in results.plans() if " lr " in n and n not in results.TABLE)]
+    names = [*TABLE, *(n for n in plans() if " lr " in n and n not in TABLE)]
     out = ["| training | seeds | task accuracy | held-out ICL kept | other authors' ICL kept | time |"]
     out.append("|---|---|---|---|---|---|")
     for name in names:
@@ -137,8 +136,6 @@ def readme(runs: dict, path: Path) -> None:
 
 def write(folder: Path, docs: Path) -> None:
     """Write docs/results.md, docs/tradeoff.png and the README's table."""
-    import results
-
     runs = load(folder)
     path = folder / "overhead.json"
     overhead = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -149,9 +146,9 @@ def write(folder: Path, docs: Path) -> None:
         "What each method learns and what it keeps, on SmolLM2-135M-Instruct. Produced by `benchmarks/results.py`;",
         "do not edit by hand. `make results` goes on where it stopped.",
         "",
-        f"Every run: {results.STEPS} steps of {results.BATCH} rows, AdamW, linear schedule, bf16 compute; the same rows",
-        f"in the same order for every method. Task accuracy on {results.TEST['sst2']} test rows (tickets, RTE, AG News:",
-        f"{results.TEST['tickets']}; likeliest label). In-context learning (ICL): greedy exact match at 8 shots; held-out:",
+        f"Every run: {STEPS} steps of {BATCH} rows, AdamW, linear schedule, bf16 compute; the same rows",
+        f"in the same order for every method. Task accuracy on {TEST['sst2']} test rows (tickets, RTE, AG News:",
+        f"{TEST['tickets']}; likeliest label). In-context learning (ICL): greedy exact match at 8 shots; held-out:",
         f"the built-in held-out tasks in three formats each (base {next(iter(base.values())):.3f}); other authors': 12",
         "tasks of the function-vectors data, in their own format.",
         "Kept: tuned over base, corrected for chance, 95 % interval over items (tasks whose base is not above chance",
@@ -168,6 +165,6 @@ def write(folder: Path, docs: Path) -> None:
         if (data, "base") in runs:
             text += [f"## {title}", "", *rows(runs, data, overhead.get(data, {"ratio": {}})["ratio"]), ""]
     (docs / "results.md").write_text("\n".join(text), encoding="utf-8")
-    best = points(runs, "sst2", results.TABLE)
+    best = points(runs, "sst2", TABLE)
     readme(runs, docs.parent / "README.md")
     plots.save_png(best, docs / "tradeoff.png", x_name="SST-2 accuracy", y_name="in-context learning kept")

@@ -18,10 +18,10 @@ from trl import SFTConfig, SFTTrainer
 from holdfast import Plan, RetentionCallback, with_plan
 from holdfast import methods as hf
 from holdfast.errors import HoldfastError, ModelError
-from holdfast.hosts.callback import FILE, untouched
 from holdfast.measure.scorer import Scorer
 from holdfast.measure.suites import measure_suite
 from holdfast.report import writing
+from holdfast.verbs.callback import FILE, untouched
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),

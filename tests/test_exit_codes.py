@@ -204,7 +204,7 @@ def test_ctrl_c(ended, monkeypatch, tmp_path, name):
 def test_a_process_that_others_left_alone(ended, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     error = RuntimeError("[gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:5555")
-    failing(monkeypatch, "holdfast.measure.shard.start", error)
+    failing(monkeypatch, "holdfast.engine.processes.start", error)
     code, told = ended("check", "x", "y")
     assert code == 70 and "another process of this run has ended" in told and "fault of Holdfast" not in told
 

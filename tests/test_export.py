@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from holdfast.errors import HoldfastError
+from holdfast.measure.asking import score_suite
 from holdfast.measure.export import Exported, export_suite
-from holdfast.measure.probe import Group, Probe, Suite, score_suite
+from holdfast.measure.probe import Group, Probe, Suite
 from holdfast.measure.scorer import Scorer
 
 ANSWERS = (" billing", " shipping desk", " other")

@@ -19,11 +19,11 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from cases import CASES, GENERAL, Weights, token_rows
 from holdfast import Plan, with_plan
 from holdfast import methods as hf
+from holdfast.engine import processes
 from holdfast.engine.shards import whole
 from holdfast.errors import PlanError
 from holdfast.hosts.hf_refuse import fsdp_version
 from holdfast.hosts.hf_setup import mixes
-from holdfast.measure import shard
 from holdfast.method import Method, canonical
 from test_hosts import dataset, refused
 from test_shard import close, together
@@ -122,7 +122,7 @@ class Runs:
 
     def __init__(self, folder: Path):
         self.folder, self.facts = folder, {}
-        self.rank, self.ranks = shard.world()
+        self.rank, self.ranks = processes.world()
 
     def train(self, name: str, methods: Sequence[Method], fsdp: bool, resume: Path | None = None, **more: Any) -> Any:
         built = trainer(methods, self.folder / name, self.ranks, fsdp, **more)
@@ -304,7 +304,7 @@ def test_fsdp_of_accelerate_launch_is_seen(tmp_path, monkeypatch):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    shard.start()
+    processes.start()
     runs = Runs(Path(sys.argv[1]))
     for part in sys.argv[2:]:
         getattr(runs, part)()

@@ -5,8 +5,9 @@ import json
 import pytest
 
 from holdfast.errors import DataError
+from holdfast.measure.asking import score_suite
 from holdfast.measure.jsonl import read_suite
-from holdfast.measure.probe import Ask, score_suite
+from holdfast.measure.probe import Ask
 from holdfast.measure.suites import build
 
 ROWS = [

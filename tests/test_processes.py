@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from cases import CASES, run
 from holdfast import methods as hf
 from holdfast import services
+from holdfast.engine.processes import first, start, world
 from holdfast.errors import HoldfastError, RecipeError, TrainingError
 from holdfast.hosts import processes
-from holdfast.measure import shard
 from holdfast.method import Method
 from holdfast.session import Session
 from test_shard import close, two
@@ -63,7 +63,7 @@ def weights_of(result: Any) -> dict[str, torch.Tensor]:
 
 def worker(folder: Path) -> None:
     """What each of the two does; everything it finds goes to files."""
-    rank, facts, plain = shard.world()[0], {}, Session.loss
+    rank, facts, plain = world()[0], {}, Session.loss
     mine: list[int] = []
     asked: list[int] = []
     batches = services._batches
@@ -103,7 +103,7 @@ def worker(folder: Path) -> None:
 
 
 def fail() -> None:
-    raise RecipeError("Only the first looked.", "Mend it.") if shard.first() else AssertionError
+    raise RecipeError("Only the first looked.", "Mend it.") if first() else AssertionError
 
 
 def said(make: Any) -> list[str]:
@@ -219,5 +219,5 @@ def test_alone_nothing_is_shared():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    shard.start()
+    start()
     worker(Path(sys.argv[1]))

@@ -85,10 +85,10 @@ def test_chance_is_not_measurable():
 
 def test_the_promise_holds_in_simulation(ruler):
     """A loss of the promised size is called lost about nine times in ten."""
-    rng, plain = np.random.default_rng(1), ruler.World(20, 48, DISCORDANT)
-    seen = can_see(ruler.measurement(plain.draw(1, rng)[0], plain.chance)[0], ruler.KEEP)
-    world = ruler.World(20, 48, DISCORDANT, seen.loss)
-    found = ruler.statuses([ruler.judge(world.draw(2000, rng), world.chance)])
+    rng, plain = np.random.default_rng(1), ruler.simulated.World(20, 48, DISCORDANT)
+    seen = can_see(ruler.simulated.measurement(plain.draw(1, rng)[0], plain.chance)[0], ruler.simulated.KEEP)
+    world = ruler.simulated.World(20, 48, DISCORDANT, seen.loss)
+    found = ruler.simulated.statuses([ruler.simulated.judge(world.draw(2000, rng), world.chance)])
     assert 0.8 < (found == "lost").mean() < 0.97
 
 
@@ -96,27 +96,29 @@ def test_the_promise_holds_in_simulation(ruler):
 
 
 def test_worlds_are_what_they_say(ruler):
-    world = ruler.World(20, 48, 0.1, 0.05)
+    world = ruler.simulated.World(20, 48, 0.1, 0.05)
     cells = world.cells()
     assert np.allclose(cells.sum(1), 1) and (cells >= 0).all()
     np.testing.assert_allclose(cells[0], [0.67 - 0.075, 0.075, 0.025, 0.33 - 0.025])
-    share = ruler.World(20, 48, 0.1, 0.05, relative=True).truth()["share"]
+    share = ruler.simulated.World(20, 48, 0.1, 0.05, relative=True).truth()["share"]
     assert share == pytest.approx(0.05)
-    assert ruler.World(20, 48, 0.2).truth()["loss"] == 0
+    assert ruler.simulated.World(20, 48, 0.2).truth()["loss"] == 0
 
 
 def test_the_quick_verdict_is_that_of_compare(ruler):
     rng = np.random.default_rng(0)
     for n, loss in enumerate((0.0, 0.0, 0.04, 0.08, 0.12)):
-        world = ruler.World(6, 24, 0.1, loss)
+        world = ruler.simulated.World(6, 24, 0.1, loss)
         counts = world.draw(1, rng)
-        known, p_loss, _, kept = (x[0] for x in ruler.judge(counts, world.chance))
-        part = ability(*ruler.measurement(counts[0], world.chance), ruler.KEEP)
-        assert known and part["status"] == ruler.statuses([ruler.judge(counts, world.chance)])[0, 0], n
+        known, p_loss, _, kept = (x[0] for x in ruler.simulated.judge(counts, world.chance))
+        part = ability(*ruler.simulated.measurement(counts[0], world.chance), ruler.simulated.KEEP)
+        assert (
+            known and part["status"] == ruler.simulated.statuses([ruler.simulated.judge(counts, world.chance)])[0, 0]
+        ), n
         assert kept == pytest.approx(part["retention"]["value"])
         assert p_loss == pytest.approx(part["p_loss"], abs=0.02)
-        (drawn,) = ruler.bootstrapped(counts, world.chance, np.array([p_loss]), rng)
-        assert drawn == pytest.approx(part["p_loss"], abs=0.02 if p_loss >= ruler.ALPHA else 0.006)
+        (drawn,) = ruler.simulated.bootstrapped(counts, world.chance, np.array([p_loss]), rng)
+        assert drawn == pytest.approx(part["p_loss"], abs=0.02 if p_loss >= ruler.simulated.ALPHA else 0.006)
 
 
 def test_few_tasks_that_are_not_measurable_are_left_out_as_in_stats(ruler):
@@ -124,7 +126,7 @@ def test_few_tasks_that_are_not_measurable_are_left_out_as_in_stats(ruler):
     for p, chance in ((0.3, 0.0), (0.6, 0.5), (0.1, 0.0), (0.75, 0.5)):
         for right in rng.binomial(24, p, 10):
             marks = np.repeat([1, 0], [right, 24 - right])
-            quick = ruler._measurable(np.array([right / 24]), np.array([24]), np.array([chance]))[0]
+            quick = ruler.simulated._measurable(np.array([right / 24]), np.array([24]), np.array([chance]))[0]
             assert quick == stats.measurable(marks, None, chance), (right, chance)
 
 
@@ -133,7 +135,7 @@ def test_holm_is_that_of_stats(ruler):
     verdicts = [(np.array([True]), np.array([x]), np.array([0.5]), np.array([0.8])) for x in p]
     adjusted = stats.holm({str(n): x for n, x in enumerate(p)})
     want = ["lost" if adjusted[str(n)] < 0.05 else "unclear" for n in range(4)]
-    assert list(ruler.statuses(verdicts)[0]) == want == ["lost", "unclear", "lost", "unclear"]
+    assert list(ruler.simulated.statuses(verdicts)[0]) == want == ["lost", "unclear", "lost", "unclear"]
 
 
 def test_simulated(ruler, world, tmp_path):
@@ -144,15 +146,15 @@ def test_simulated(ruler, world, tmp_path):
 
 def test_intervals(ruler, world, tmp_path):
     data = section(ruler, world, "intervals", tmp_path)
-    assert len(data["one"]) == len(ruler.KINDS) * 3 and len(data["five"]) == 9
-    assert all(len(r["covered"]) == len(ruler.TRUTHS) for r in data["one"])
+    assert len(data["one"]) == len(ruler.intervals.KINDS) * 3 and len(data["five"]) == 9
+    assert all(len(r["covered"]) == len(ruler.intervals.TRUTHS) for r in data["one"])
 
 
 @pytest.mark.long
 def test_intervals_cover_what_the_page_says(ruler):
     """At the size of the page: 95 % where items show what they are, less only in the kind that is named there."""
-    data = ruler.intervals(ruler.Lab("", False))
-    *known, hard = ([r for r in data["one"] if r["kind"] == kind] for kind in ruler.KINDS)
+    data = ruler.intervals.intervals(ruler.Lab("", False))
+    *known, hard = ([r for r in data["one"] if r["kind"] == kind] for kind in ruler.intervals.KINDS)
     worst = min(hit for rows in known for r in rows for hit in r["covered"])
     assert worst > 0.88 and min(hit for r in data["five"] for hit in r["covered"]) > 0.91
     assert min(hit for r in hard for hit in r["covered"]) < 0.6  # a limit that is told, not hidden
@@ -231,10 +233,10 @@ def test_speed(ruler, world, tmp_path, monkeypatch):
 
 def test_what_was_not_measured_is_not_on_the_page(ruler, world, tmp_path):
     section(ruler, world, "simulated", tmp_path)
-    assert ruler.page(tmp_path).count("Not measured yet.") == len(ruler.SECTIONS)  # a smoke run is no measurement
+    assert ruler.written(tmp_path).count("Not measured yet.") == len(ruler.SECTIONS)  # a smoke run is no measurement
     found = json.loads((tmp_path / "simulated.json").read_text())
     (tmp_path / "simulated.json").write_text(json.dumps(found | {"smoke": False}))
-    assert ruler.page(tmp_path).count("Not measured yet.") == len(ruler.SECTIONS) - 1
+    assert ruler.written(tmp_path).count("Not measured yet.") == len(ruler.SECTIONS) - 1
 
 
 def test_a_section_is_measured_once(ruler, world, tmp_path, capsys):

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from holdfast.measure import shard
-from holdfast.measure.probe import Group, Probe, Suite, score_suite
+from holdfast.engine import processes
+from holdfast.measure.asking import score_suite
+from holdfast.measure.probe import Group, Probe, Suite
 from holdfast.measure.suites import measure_suite
 
 WORKER = """
@@ -23,15 +24,16 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from holdfast import RetentionCallback
-from holdfast.measure import generate, scorer, shard
+from holdfast.engine import processes
+from holdfast.measure import generate, scorer
 
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[2])
 from test_shard import probes
-from holdfast.measure.probe import score_suite
+from holdfast.measure.asking import score_suite
 
 generate.generate.__kwdefaults__["batch_size"] = 4
-shard.start()
+processes.start()
 folder, rank = sys.argv[1], dist.get_rank()
 model = AutoModelForCausalLM.from_pretrained(folder).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -44,10 +46,10 @@ split.weight.ds_id = 0
 facts = {
     "measured": out,
     "asked": list(asked),
-    "gathered": shard.gather({"rank": rank, "text": "\\u00fc" * (1 + 9 * rank)}),
-    "told": shard.told(lambda: [f"from {rank}", float("inf")]),
-    "split": shard.world(split),
-    "world": shard.world(model),
+    "gathered": processes.gather({"rank": rank, "text": "\\u00fc" * (1 + 9 * rank)}),
+    "told": processes.told(lambda: [f"from {rank}", float("inf")]),
+    "split": processes.world(split),
+    "world": processes.world(model),
 }
 rows = [{"input_ids": [5 + n, 6, 7], "labels": [5 + n, 6, 7]} for n in range(8)]
 args = TrainingArguments(
@@ -195,7 +197,7 @@ def test_a_trainer_of_two_processes_is_watched_as_one(ran, tiny_model, tokenizer
 def test_shares_keep_clusters_and_balance():
     keys = ["a", "b", "a", "c", "d", "b", "a"]
     sizes = [5, 1, 5, 4, 9, 1, 5]
-    dealt = shard.shares(keys, sizes, 2)
+    dealt = processes.shares(keys, sizes, 2)
     assert sorted(n for part in dealt for n in part) == list(range(7))
     assert not {keys[n] for n in dealt[0]} & {keys[n] for n in dealt[1]}
     assert [sum(sizes[n] for n in part) for part in dealt] == [15, 15]
@@ -203,12 +205,12 @@ def test_shares_keep_clusters_and_balance():
 
 @pytest.mark.parametrize("keys", [[], ["a"], ["a", "a"]])
 def test_more_processes_than_clusters(keys: Sequence[str]):
-    dealt = shard.shares(keys, [1] * len(keys), 3)
+    dealt = processes.shares(keys, [1] * len(keys), 3)
     assert dealt == [list(range(len(keys))), [], []]
 
 
 def test_alone_nothing_is_started(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    shard.start()
-    assert shard.world() == (0, 1) and shard.first()
-    assert shard.gather([1]) == [[1]] and shard.told(lambda: "x") == "x"
+    processes.start()
+    assert processes.world() == (0, 1) and processes.first()
+    assert processes.gather([1]) == [[1]] and processes.told(lambda: "x") == "x"

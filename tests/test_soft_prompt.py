@@ -8,7 +8,7 @@ import transformers as hf
 from peft import PeftModel
 
 from holdfast import models
-from holdfast.engine.forward import SOFT_PROMPT
+from holdfast.engine.ways import SOFT_PROMPT
 from holdfast.errors import PlanError
 from holdfast.hosts import plain
 from holdfast.measure import soft_prompt

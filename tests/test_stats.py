@@ -10,6 +10,7 @@ from scipy import stats as reference
 
 from holdfast.errors import HoldfastError
 from holdfast.measure import stats
+from holdfast.measure.stats.intervals import t_interval
 
 
 def binary_pairs(rng, n, loss, gain, sims=1):
@@ -190,7 +191,7 @@ def test_shares_cover_what_they_should(g, p):
     hits = cut = 0
     for _ in range(600):
         x = (rng.random((g, 4)) < rng.beta(p * 7 / 3, (1 - p) * 7 / 3, g)[:, None]).astype(float).ravel()
-        e, t = stats.share(x, names), stats._interval(x, names, g, 0.95)
+        e, t = stats.share(x, names), t_interval(x, names, g, 0.95)
         hits, cut = hits + (e.low <= p <= e.high), cut + (t.low <= p <= t.high)
     assert hits / 600 >= 0.925
     if p != 0.5:

@@ -10,12 +10,13 @@ from holdfast.data.chat import Chat
 from holdfast.data.notes import Notes
 from holdfast.data.rendered import Rendered
 from holdfast.data.rows import Row
-from holdfast.data.task import score_task
 from holdfast.data.tokens import Encoder, stops_of, tokenize, tokenize_all
 from holdfast.errors import DataError
+from holdfast.measure.asking import any_of, score_suite, ways_of
 from holdfast.measure.generate import generate
-from holdfast.measure.probe import Ask, Probe, any_of, score_suite, ways_of
+from holdfast.measure.probe import Ask, Probe
 from holdfast.measure.scorer import Score, Scorer
+from holdfast.measure.tuned_task import score_task
 from tiny import build_model
 from tokenizers_made import MADE, few_letters
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from holdfast.versions import __version__
+
 if TYPE_CHECKING:
     from holdfast.errors import HoldfastError
-    from holdfast.hosts.callback import RetentionCallback
     from holdfast.hosts.hf import with_plan
     from holdfast.method import Method
     from holdfast.plan import Plan
     from holdfast.verbs import check
+    from holdfast.verbs.callback import RetentionCallback
     from holdfast.verbs.tune import tune
-
-__version__ = "0.2.0.dev0"
 
 _WHERE = {
     "tune": "holdfast.verbs.tune",
@@ -21,7 +21,7 @@ _WHERE = {
     "with_plan": "holdfast.hosts.hf",
     "Method": "holdfast.method",
     "HoldfastError": "holdfast.errors",
-    "RetentionCallback": "holdfast.hosts.callback",
+    "RetentionCallback": "holdfast.verbs.callback",
 }
 _MODULES = {"check": "holdfast.verbs.check"}  # public modules that moved into a room
 __all__ = ["HoldfastError", "Method", "Plan", "RetentionCallback", "__version__", "check", "tune", "with_plan"]

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from holdfast.measure import BATCH_TOKENS
+from holdfast.engine import BATCH_TOKENS
 from holdfast.verbs import ending
 
 app = typer.Typer(
@@ -225,7 +225,7 @@ def doctor() -> None:
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        from holdfast import __version__
+        from holdfast.versions import __version__
 
         print(__version__)
         raise typer.Exit()

@@ -1,5 +1,10 @@
 """The errors a user can meet. Every message has three parts: what is wrong, between which things, what to do."""
 
+import errno
+
+# torch, CUDA, cuBLAS, C++ and the Rust libraries, in lower case
+MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "alloc_failed")
+
 
 class HoldfastError(ValueError):
     """A mistake a user can mend. The command line prints it without a traceback and exits with 2.
@@ -44,3 +49,15 @@ def suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
 
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(sorted(known))}."
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out here, or where the error that is told about it came from."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return True
+        native = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
+        if native and any(words in str(error).lower() for words in MEMORY):
+            return True
+        error = error.__cause__
+    return False

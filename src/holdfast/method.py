@@ -13,16 +13,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-if TYPE_CHECKING:
-    from holdfast.data.mix import Mix
-    from holdfast.engine.pack import TokenRow
-    from holdfast.services import Context, View
+from holdfast.data.mix import Mix
+from holdfast.engine.pack import TokenRow
+from holdfast.services import Context, State, View
 
-State = dict[str, torch.Tensor]
 SITES = (
     "prepare",
     "adapt",

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 from pydantic import field_validator as check
 from pydantic import model_validator as check_all
 
+from holdfast.engine import BATCH_TOKENS
 from holdfast.errors import DataError, RecipeError, suggest
-from holdfast.measure import BATCH_TOKENS
 
 KEEP_FRAC = 0.95
 SHIPPED = "holdfast:"  # prefix of the data sets that come with the package

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from holdfast.engine.forward import forward, inner
+from holdfast.engine.forward import forward
 from holdfast.engine.pack import Packed, TokenRow
-from holdfast.method import State
+from holdfast.engine.processes import gather_rows, shares, world
+from holdfast.engine.ways import inner
+
+State = dict[str, torch.Tensor]  # of one method, from `prepare` on
 
 
 @dataclass
@@ -107,9 +110,6 @@ class Teacher:
         new = list({r.key: r for r in rows if r.key not in self._store}.values())
         if not new or not self.exact_head:
             return
-        from holdfast.hosts.processes import gather_rows
-        from holdfast.measure.shard import shares, world
-
         rank, num = world(model)
         dealt = [new] if num == 1 else [[new[i] for i in p] for p in shares(new, [len(r.ids) for r in new], num)]
         was_training = model.training

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from holdfast.data.mix import Mix
-from holdfast.engine.forward import SOFT_PROMPT, forward, inner
+from holdfast.engine.forward import forward
 from holdfast.engine.pack import TokenRow
 from holdfast.engine.shards import cut_like, whole
+from holdfast.engine.ways import SOFT_PROMPT, inner
 from holdfast.errors import NoEffect, TrainingError
 from holdfast.method import Method, Stage, State, canonical
 from holdfast.plan import PHASES, Plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import holdfast
+__version__ = "0.2.0.dev0"
 
 
 def versions() -> dict[str, str]:
@@ -10,7 +10,7 @@ def versions() -> dict[str, str]:
     import platform
     from importlib import metadata
 
-    out = {"python": platform.python_version(), "holdfast": holdfast.__version__}
+    out = {"python": platform.python_version(), "holdfast": __version__}
     for name in ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "lm_eval"):
         try:
             out[name] = metadata.version(name)

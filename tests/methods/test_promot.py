@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from holdfast.engine.forward import SOFT_PROMPT, forward
+from holdfast.engine.forward import forward
 from holdfast.engine.pack import TokenRow, pack
+from holdfast.engine.ways import SOFT_PROMPT
 from holdfast.errors import PlanError
 from holdfast.methods import ICLAnchor, LoRA, ProMoT
 from holdfast.plan import Host, Plan

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 
 from holdfast.errors import HoldfastError
-from holdfast.measure.probe import Ask, Probe, _calibrated, _choice, score_suite
+from holdfast.measure.asking import _calibrated, _choice, score_suite
+from holdfast.measure.probe import Ask, Probe
 from holdfast.measure.scorer import Score
 from holdfast.measure.suites import knowledge
 from holdfast.measure.suites.calibration import LABELS, LIMIT, build_suite, summary, uniform_score

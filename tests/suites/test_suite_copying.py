@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from holdfast.engine.tree import grow
-from holdfast.measure.probe import Ask, score_suite
+from holdfast.measure.asking import score_suite
+from holdfast.measure.probe import Ask
 from holdfast.measure.scorer import Scorer
 from holdfast.measure.suites.copying import (
     EARLY,

@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from holdfast.measure.probe import Ask, score_suite
+from holdfast.measure.asking import score_suite
+from holdfast.measure.probe import Ask
 from holdfast.measure.suites.format import OWN_WORDS, build_suite, is_label, label_share, normalise, own_words
 from holdfast.measure.suites.instructions import read_data
 from holdfast.measure.verify import CONSTANTS, find, obeys

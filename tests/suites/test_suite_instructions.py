@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from holdfast.measure.probe import Ask, score_suite
+from holdfast.measure.asking import score_suite
+from holdfast.measure.probe import Ask
 from holdfast.measure.suites.instructions import LIMIT, build_suite, read_data
 from holdfast.measure.verify import CHECKS, CONSTANTS, find, obeys
 

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 from holdfast.errors import HoldfastError
-from holdfast.measure.probe import Ask, Probe, _choice, _exact, score_suite
+from holdfast.measure.asking import _choice, _exact, score_suite
+from holdfast.measure.probe import Ask, Probe
 from holdfast.measure.scorer import Score
 from holdfast.measure.suites.knowledge import (
     CHOICE,

@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from holdfast.measure.probe import Ask, score_suite
+from holdfast.measure.asking import score_suite
+from holdfast.measure.probe import Ask
 from holdfast.measure.suites.language import LIMIT, build_suite, read_data, summary
 
 TASKS = read_data()[1]

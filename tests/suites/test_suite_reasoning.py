@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.measure.probe import Ask, _choice, score_suite
+from holdfast.measure.asking import _choice, score_suite
+from holdfast.measure.probe import Ask
 from holdfast.measure.scorer import Score
 from holdfast.measure.suites.reasoning import (
     DATA,

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 
 from holdfast.errors import HoldfastError
-from holdfast.measure.probe import Ask, score_suite
+from holdfast.measure.asking import score_suite
+from holdfast.measure.probe import Ask
 from holdfast.measure.suites.recognition import (
     CONDITIONS,
     LIMIT,

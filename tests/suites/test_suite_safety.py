@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 
-from holdfast.measure.probe import Ask, _choice, score_suite
+from holdfast.measure.asking import _choice, score_suite
+from holdfast.measure.probe import Ask
 from holdfast.measure.scorer import Score, Scorer
 from holdfast.measure.suites.safety import DATA, LIMIT, build_suite, helped, is_refusal, refused
 

@@ -7,7 +7,8 @@ import pytest
 
 from holdfast.engine.tree import grow
 from holdfast.errors import HoldfastError
-from holdfast.measure.probe import Ask, Suite, score_suite
+from holdfast.measure.asking import score_suite
+from holdfast.measure.probe import Ask, Suite
 from holdfast.measure.suites.shots import FORMS, LIMIT, MOST, TASKS, area, build_suite, curve, gain
 from holdfast.measure.tasks import held_out_tasks
 

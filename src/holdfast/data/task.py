@@ -1,20 +1,16 @@
-"""The user's task: rows read and checked before anything long, and scored before and after."""
+"""The user's task: rows read and checked before anything long."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from holdfast.data.rows import Row, cap, check_labels, labels_of, leaks, read_rows, split
 from holdfast.data.tokens import Encoder, tokenize_all
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import DataError
-from holdfast.measure import BATCH_TOKENS, shard
-from holdfast.measure.scorer import Scorer
 from holdfast.recipe import Recipe
 
 
@@ -102,41 +98,3 @@ def _check_told_apart(rows: Sequence[Row], labels: Sequence[str] | None, encoder
                 f"The labels {twin!r} and {label!r} are the same tokens for this tokenizer, so no model can tell them."
             )
             raise DataError(what, "Rename one of them, or use a model whose tokenizer writes both.")
-
-
-def score_task(
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Row],
-    labels: Sequence[str] | None,
-    *,
-    soft_prompt: torch.Tensor | None = None,
-    batch_tokens: int = BATCH_TOKENS,
-    progress: Callable[[float], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Score rows: with labels the likeliest label wins, without them the greedy completion must be exact.
-
-    Both count with the end that training puts behind them: "1" does not win where the model says "10". A completion
-    that the vocabulary cannot write is never exact: its tokens may be, and the text they write is another.
-
-    Several processes each score a share of the rows, and all get the whole.
-
-    Returns per row {"id", "correct": 0 or 1, "logprob": of the right completion, "answer": label or None}.
-    """
-    scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, soft_prompt=soft_prompt, progress=progress)
-    asked = labels or ("",)
-    requests = [(r.prompt, y or r.completion) for r in rows for y in asked]
-    splits = scorer.encoder.join(requests, end=True, wheres=[r.where for r in rows for _ in asked])
-    scores = shard.score_tokens(scorer, scorer.fit(splits), [prompt for prompt, _ in requests])
-    out = []
-    for n, row in enumerate(rows):
-        mine = scores[n * len(asked) : (n + 1) * len(asked)]
-        if labels:
-            best = max(range(len(labels)), key=lambda i: mine[i].logprob)
-            right = labels.index(row.completion)
-            item = {"correct": int(best == right), "logprob": mine[right].logprob, "answer": labels[best]}
-        else:
-            exact = mine[0].greedy and not scorer.encoder.lacks(splits[n].answer)
-            item = {"correct": int(exact), "logprob": mine[0].logprob, "answer": None}
-        out.append({"id": row.where or str(n), **item})
-    return out

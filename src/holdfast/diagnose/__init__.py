@@ -33,7 +33,7 @@ class Case:
         base: the model before tuning, a Hugging Face causal LM.
         tuned: the model after tuning, adapters merged; same architecture.
         tokenizer: of both.
-        before: measurements of `base` as `measure.probe.score_suite` returns them; may be empty.
+        before: measurements of `base` as `measure.asking.score_suite` returns them; may be empty.
         after: the same of `tuned`.
         seed: draws prompts and controls.
     """

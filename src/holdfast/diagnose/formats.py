@@ -29,7 +29,8 @@ from holdfast.data.fewshot import FORMATS, Format, Pair, Prompt, build, can_chat
 from holdfast.data.rendered import Rendered
 from holdfast.diagnose import NOTHING, Case, Finding
 from holdfast.measure import stats
-from holdfast.measure.probe import Group, Probe, Suite, score_suite
+from holdfast.measure.asking import score_suite
+from holdfast.measure.probe import Group, Probe, Suite
 from holdfast.measure.suites.in_context import pick_shots, shuffled
 from holdfast.measure.tasks import Task, held_out_tasks
 

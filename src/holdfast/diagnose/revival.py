@@ -31,7 +31,8 @@ from holdfast.engine.pack import TokenRow
 from holdfast.errors import ModelError
 from holdfast.hosts.plain import Training, train
 from holdfast.measure import stats
-from holdfast.measure.probe import Ask, Suite, score_suite
+from holdfast.measure.asking import score_suite
+from holdfast.measure.probe import Ask, Suite
 from holdfast.measure.suites.in_context import suite_of
 from holdfast.measure.tasks import held_out_tasks
 from holdfast.methods.adapt.lora import LoRA

@@ -30,7 +30,8 @@ import torch
 from holdfast.diagnose import NOTHING, Case, Finding
 from holdfast.diagnose._pair import Pair, blocks, pairs, relative, share
 from holdfast.measure import stats
-from holdfast.measure.probe import Ask, Suite, score_suite
+from holdfast.measure.asking import score_suite
+from holdfast.measure.probe import Ask, Suite
 from holdfast.measure.suites.in_context import shuffled, suite_of
 from holdfast.measure.tasks import HeldOutTask, held_out_tasks
 

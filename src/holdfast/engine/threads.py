@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from holdfast.engine.forward import inner
 from holdfast.engine.trial import moves
+from holdfast.engine.ways import inner
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from holdfast.engine.forward import _packed, _padded, inner
 from holdfast.engine.pack import pack, token_row
+from holdfast.engine.ways import inner, run_packed, run_padded
 from holdfast.errors import HoldfastError, ModelError
 
 T = TypeVar("T")
@@ -249,12 +249,12 @@ class Trial:
             raise ModelError(what, _cure(self.core.config))
 
     def packs(self) -> bool:
-        return self._same(lambda: self._engine(_packed), [a[:-1] for a in self.alone])
+        return self._same(lambda: self._engine(run_packed), [a[:-1] for a in self.alone])
 
     def pads_right(self) -> bool:
         """With a mask, as in training, and without one, as in scoring: causality hides what follows a row."""
         bare = [self.short + [self.long[0]] * (LONG - SHORT), self.long]
-        masked = self._same(lambda: self._engine(_padded), [a[:-1] for a in self.alone])
+        masked = self._same(lambda: self._engine(run_padded), [a[:-1] for a in self.alone])
         return masked and self._same(lambda: torch.cat([*self.plain(bare)])[_without(SHORT, LONG)], self.alone)
 
     def beside(self) -> bool:
@@ -289,7 +289,7 @@ class Trial:
         return torch.stack(out.logits, dim=1), out.sequences[:, width].tolist()
 
     def _engine(self, way: Callable[..., torch.Tensor]) -> torch.Tensor:
-        """What one way of `engine.forward` gives for all tokens of the two rows but the last of each."""
+        """What one of `engine.ways` gives for all tokens of the two rows but the last of each."""
         rows = pack([token_row(ids, 1) for ids in (self.short, self.long)], self.device)
         return way(self.model, rows, [0, 0], None, False)
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from holdfast.engine.forward import SOFT_PROMPT, inner
+from holdfast.engine.processes import first
+from holdfast.engine.ways import SOFT_PROMPT, inner
 from holdfast.errors import TrainingError
 from holdfast.hosts.processes import by_first, union
-from holdfast.measure.shard import first
 
 
 @contextmanager

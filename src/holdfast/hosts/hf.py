@@ -33,24 +33,24 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from holdfast.engine.forward import SOFT_PROMPT, attention, can_pack, forward, inner
+from holdfast.engine.forward import attention, can_pack, forward
 from holdfast.engine.pack import ATTENTION, TokenRow
 from holdfast.engine.trial import pads_right
+from holdfast.engine.ways import SOFT_PROMPT, inner
 from holdfast.errors import NoEffect, PlanError, TrainingError
+from holdfast.hosts import hf_checkpoint
 from holdfast.hosts.hf_agree import (
     Answer,
     asks_logits,
@@ -61,9 +61,11 @@ from holdfast.hosts.hf_agree import (
     trainers_answer,
     works_in_fp32,
 )
-from holdfast.hosts.hf_batches import dataset_rows, placed_rows, rows_of
+from holdfast.hosts.hf_batches import placed_rows, rows_of
+from holdfast.hosts.hf_mix import InOrder, mixed
 from holdfast.hosts.hf_noise import Noise, Places
-from holdfast.hosts.hf_refuse import refuse, refuse_optimizer
+from holdfast.hosts.hf_optimizer import check_holds, grouped, has_rates
+from holdfast.hosts.hf_refuse import refuse, refuse_built, refuse_optimizer
 from holdfast.hosts.hf_setup import (
     by_name,
     context_of,
@@ -71,7 +73,6 @@ from holdfast.hosts.hf_setup import (
     fingerprint,
     host_of,
     load_named,
-    mixes,
     place,
     rows_a_step,
     settle_tokenizer,
@@ -89,7 +90,6 @@ else:
     _Base = object
 
 CARRIED = "holdfast"  # the key under which a batch carries its Micro to compute_loss
-FOLDER = "holdfast"  # the plan's part of a checkpoint
 LOSSES = ("transformers.trainer", "trl.trainer.sft_trainer")  # whose compute_loss is plain cross-entropy
 
 
@@ -163,8 +163,10 @@ class PlannedTrainer(_Base):
         self.session.prepare()
         given["model"] = self._enter(self.session.stages[0])
         super().__init__(**given)
-        self._refuse_late()
-        self._mix_in()
+        refuse_built(self, self.session, self._kind.__name__, self._loss_is_ours)
+        mix = mixed(self.session, self.train_dataset, self.args, self.data_collator, self._kind.__name__)
+        if mix:
+            self.train_dataset, self._sources, self._rows_an_epoch = mix.dataset, mix.sources, mix.rows_an_epoch
 
     def _try(self, model: Any, sharded: bool) -> None:
         """Find out how the model may be run while its weights are whole in every process."""
@@ -175,42 +177,6 @@ class PlannedTrainer(_Base):
                 "Use DDP, which leaves the weights whole: then rows go one by one.",
             )
         can_pack(model)
-
-    def _refuse_late(self) -> None:
-        """What only the built trainer, or the wrapped model, shows."""
-        config, name = inner(self.session.model).config.get_text_config(), self._kind.__name__
-        cut = getattr(self.accelerator, "parallelism_config", None) or (self.is_fsdp_enabled > self.session.sharded)
-        named = self.session.model.named_parameters()
-        thawed = [n for n, p in named if ".lora_" in n and ".default" in n and not p.requires_grad]
-        if thawed and not self._loss_is_ours:
-            raise PlanError(
-                f"{name} switches adapters and makes them trainable again, but the plan freezes {thawed[0]}.",
-                "Choose the layers with LoRA.target_modules (a regular expression) instead of Freeze.",
-            )
-        if cut:
-            raise PlanError(
-                f"{name} with a plan cannot use weights or rows that are cut over processes, except by FSDP2.",
-                "Use FSDP2 or DDP.",
-            )
-        if self.session.sharded > self.is_fsdp_enabled:
-            raise PlanError(
-                f"{name} was asked for FSDP, but accelerate does not turn it on here, as it does for GPUs only.",
-                "Leave fsdp out: then every process holds all weights (DDP).",
-            )
-        if self._loss_is_ours and getattr(config, "output_router_logits", False):
-            raise PlanError(
-                f"{name} would add the model's load-balancing loss for experts, which the plan's loss leaves out.",
-                "Set router_aux_loss_coef=0.0 (SFTConfig), or config.output_router_logits=False.",
-            )
-        again = (self.args.gradient_checkpointing_kwargs or {}).get(
-            "use_reentrant"
-        ) and self.args.gradient_checkpointing
-        whole = not any(m.wraps for m in self.session.methods) and self.session.stage.trains == "rest"
-        if again and whole and not inner(self.session.model).get_input_embeddings().weight.requires_grad:
-            raise PlanError(
-                f"{name} with use_reentrant=True gives layers above frozen embeddings no gradient.",
-                "Set gradient_checkpointing_kwargs={'use_reentrant': False}, or train the embeddings.",
-            )
 
     # ---- what trains
 
@@ -229,49 +195,17 @@ class PlannedTrainer(_Base):
         return model
 
     def create_optimizer(self, *args: Any) -> Any:
-        if self.optimizer is None and self._groups_wanted():
-            self.optimizer = self._grouped_optimizer()
+        if self.optimizer is None and has_rates(self.session):
+            self.optimizer = grouped(self, self.session)
         optimizer = super().create_optimizer(*args)
         refuse_optimizer(optimizer, self.session.plan, self.is_deepspeed_enabled)
         if self._hooked is not optimizer and isinstance(optimizer, torch.optim.Optimizer):
-            self._check_holds(optimizer)
+            if self._own_optimizer:
+                check_holds(optimizer, self.session)
             self.session.hook(optimizer)
             optimizer.register_step_pre_hook(self._before_step)
             self._hooked = optimizer
         return optimizer
-
-    def _groups_wanted(self) -> bool:
-        s = self.session
-        factors = any(m.lr_factor(n, s.num_layers) != 1 for m in s.methods for n in s.params)
-        return factors or s.stage.learning_rate is not None
-
-    def _grouped_optimizer(self) -> Any:
-        """The trainer's optimizer over the plan's groups, which have learning rates of their own."""
-        kind, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        if not (isinstance(kind, type) and {"params", "model", "optimizer_dict"}.isdisjoint(settings)):
-            raise PlanError(
-                f"A method of the plan sets learning rates, but optim={self.args.optim!r} makes its own groups.",
-                "Use optim='adamw_torch'.",
-            )
-        settings = {k: v for k, v in settings.items() if k != "lr"}
-        return kind(self.session.param_groups(self.args.learning_rate, self.args.weight_decay), **settings)
-
-    def _check_holds(self, optimizer: torch.optim.Optimizer) -> None:
-        """An optimizer made before the plan chose what trains may hold the wrong weights."""
-        if not self._own_optimizer:
-            return
-        if self._groups_wanted():
-            raise PlanError(
-                "A method of the plan sets learning rates of its own, but you passed a ready optimizer.",
-                "Leave `optimizers` out and choose with args.optim or optimizer_cls_and_kwargs.",
-            )
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [n for n, p in self.session.params.items() if id(p) not in held]
-        if missing:
-            raise PlanError(
-                f"The optimizer you passed lacks {len(missing)} weights the plan trains, such as {missing[0]}.",
-                "Leave `optimizers` out and choose with args.optim or optimizer_cls_and_kwargs.",
-            )
 
     # ---- a step
 
@@ -428,63 +362,10 @@ class PlannedTrainer(_Base):
 
     # ---- data
 
-    def _mix_in(self) -> None:
-        """Replace the prepared dataset by the plan's mix, in its drawn order, when a method adds or changes rows."""
-        if not any(mixes(m) for m in self.session.methods):
-            return
-        if not hasattr(self.train_dataset, "__len__"):
-            raise PlanError(
-                f"A method of the plan mixes rows into the data, but {self._kind.__name__} was given a stream.",
-                "Give a dataset with a length.",
-            )
-        mix = self.session.mix(dataset_rows(self.train_dataset))
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        rows = mix.num_rows(1)
-        epochs = self._epochs(len(self._as_dataset(list(islice(mix.draw(seed), rows)))))
-        drawn = list(islice(mix.draw(seed), rows * epochs))
-        self._sources = {r.key: r.source for r in drawn if r.source != "task"}
-        self.train_dataset = self._as_dataset(drawn)
-        self._rows_an_epoch = len(self.train_dataset) // epochs
-
-    def _epochs(self, rows: int) -> int:
-        if self.args.max_steps <= 0:
-            return math.ceil(self.args.num_train_epochs)
-        return math.ceil(self.args.max_steps / steps_of(self.args, rows))
-
-    def _as_dataset(self, rows: Sequence[TokenRow]) -> Any:
-        """Rows in the columns the trainer reads, packed again when they were."""
-        from datasets import Dataset
-
-        columns = {
-            "input_ids": [r.ids.tolist() for r in rows],
-            "labels": [np.where(r.scored, r.ids, -100).tolist() for r in rows],
-        }
-        if "attention_mask" in self.train_dataset[0]:
-            columns["attention_mask"] = [[1] * len(r.ids) for r in rows]
-        made = Dataset.from_dict(columns)
-        self._check_collator(rows, made)
-        if getattr(self.args, "packing", False):
-            from trl import pack_dataset
-
-            options: Any = self.args  # an SFTConfig, which has these two
-            packed = made.select_columns(["input_ids", "labels"])
-            return pack_dataset(packed, options.max_length, options.packing_strategy)
-        return made
-
-    def _check_collator(self, rows: Sequence[TokenRow], made: Any) -> None:
-        """A collator that makes labels itself would score what a method left out."""
-        for source, n in {r.source: n for n, r in enumerate(rows) if r.source != "task"}.items():
-            got = rows_of(self.data_collator([made[n]]))
-            if [r.key for r in got] != [rows[n].key]:
-                raise PlanError(
-                    f"{type(self.data_collator).__name__} changes the labels of the rows that {source} adds.",
-                    "Use a collator that keeps the labels column, such as DataCollatorForSeq2Seq(tokenizer).",
-                )
-
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         if not self._rows_an_epoch:
             return super()._get_train_sampler(*args, **kwargs)
-        return _InOrder(self._rows_an_epoch, self._first_row, len(self.train_dataset))
+        return InOrder(self._rows_an_epoch, self._first_row, len(self.train_dataset))
 
     def _first_row(self) -> int:
         """Where the epoch that starts (or is resumed) now begins in the mix, after the rows of earlier stages."""
@@ -501,7 +382,7 @@ class PlannedTrainer(_Base):
                 "Build a new one from the base model.",
             )
         stages = self.session.stages
-        folder = self._resume_folder(resume_from_checkpoint, stages)
+        folder = hf_checkpoint.wanted(resume_from_checkpoint, str(self.args.output_dir), stages)
         at = self._restore(folder) if folder else stages[0].name
         with self._noisy():
             if len(stages) == 1:
@@ -603,94 +484,13 @@ class PlannedTrainer(_Base):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.args.should_save:
-            where = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}" / FOLDER
-            self._write(where)
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            hf_checkpoint.write(folder, self.session, self._base)
         super()._save_checkpoint(model, trial)
-
-    def _write(self, folder: Path) -> None:
-        """state.safetensors: tensors of `prepare` and the soft prompt; plan.json: everything else."""
-        from safetensors.torch import save_file
-
-        session = self.session
-        tensors = {f"state/{m}/{k}": v for m, state in session.state.items() for k, v in state.items()}
-        soft = getattr(inner(session.model), SOFT_PROMPT, None)
-        if soft is not None:
-            tensors["soft_prompt"] = soft.detach()
-        meta = {
-            "plan": session.plan.to_recipe(),
-            "stage": session.stage.name,
-            "effects": session.effects,
-            "realised": session.realised,
-            "base": self._base,
-        }
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / "state.safetensors")
-        (folder / "plan.json").write_text(json.dumps(meta))
-
-    def _resume_folder(self, wanted: Any, stages: Sequence[Stage]) -> str | None:
-        """The checkpoint to go on from; True means the newest, of the latest stage that has one."""
-        from transformers.trainer_utils import get_last_checkpoint
-
-        if not wanted or not isinstance(wanted, bool):
-            return str(wanted) if wanted else None
-        for stage in reversed(stages):
-            place = stage_folder(str(self.args.output_dir), stage, stages)
-            found = get_last_checkpoint(place) if os.path.isdir(place) else None
-            if found:
-                return found
-        raise TrainingError(
-            f"There is no checkpoint in {self.args.output_dir} to go on from.",
-            "Start without resume_from_checkpoint.",
-        )
 
     def _restore(self, folder: str) -> str:
         """Load the plan's part of a checkpoint; returns the name of its stage."""
-        from safetensors.torch import load_file
-
-        place, session = Path(folder) / FOLDER, self.session
-        meta = self._read(place)
-        self._begin(next(s for s in session.stages if s.name == meta["stage"]))
-        on = self.args.device  # "cpu:0" in several processes on CPU, a name the file format does not know
-        tensors = load_file(place / "state.safetensors", device="cpu" if on.type == "cpu" else str(on))
-        for key, value in tensors.items():
-            if key.startswith("state/"):
-                _, name, part = key.split("/", 2)
-                session.state[name][part] = value
-            else:
-                inner(session.model).get_parameter(SOFT_PROMPT).data.copy_(value)
-        session.effects, session.realised = Counter(meta["effects"]), Counter(meta["realised"])
+        meta = hf_checkpoint.read(Path(folder), self.session, self._base)
+        self._begin(next(s for s in self.session.stages if s.name == meta["stage"]))
+        hf_checkpoint.fill(Path(folder), self.session, meta, self.args.device)
         return meta["stage"]
-
-    def _read(self, place: Path) -> dict[str, Any]:
-        try:
-            meta = json.loads((place / "plan.json").read_text())
-        except OSError as e:
-            raise TrainingError(
-                f"The checkpoint {place.parent} holds no plan ({e.strerror}), so it is not from a run with this plan.",
-                "Start without resume_from_checkpoint, or train it on without a plan.",
-            ) from e
-        if meta["plan"] != json.loads(json.dumps(self.session.plan.to_recipe())):
-            raise PlanError(
-                f"The checkpoint {place.parent} was made with another plan, or other settings, than this trainer has.",
-                f"Its plan: {json.dumps(meta['plan'])}",
-            )
-        if meta["base"] != self._base:
-            raise PlanError(
-                f"The checkpoint {place.parent} grew from another base model than the one given to this trainer.",
-                "Give the untouched base model again; the trained weights come from the checkpoint.",
-            )
-        return meta
-
-
-class _InOrder(torch.utils.data.Sampler):
-    """The rows of one epoch in their own order, from wherever the epoch starts."""
-
-    def __init__(self, size: int, first: Callable[[], int], whole: int):
-        self.size, self.first, self.whole = size, first, whole
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        first = self.first()
-        return iter([(first + n) % self.whole for n in range(self.size)])

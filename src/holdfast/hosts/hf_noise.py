@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from holdfast.engine.forward import inner
+from holdfast.engine.ways import inner
 
 
 @dataclass(frozen=True)

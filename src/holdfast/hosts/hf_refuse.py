@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from holdfast.engine.forward import inner
+from holdfast.engine.ways import inner
 from holdfast.errors import PlanError
 from holdfast.hosts.hf_setup import is_template, mixes
 from holdfast.method import Method
 from holdfast.plan import Plan
+from holdfast.session import Session
 
 ONLY_WITH_LOSS = ("data", "batch", "token_weight", "loss", "stages")
 INSIDE_BACKWARD = ("lomo", "layerwise")  # optimizers that step while gradients are still being made
@@ -98,6 +99,43 @@ def refuse_optimizer(optimizer: Any, plan: Plan, deepspeed: bool) -> None:
         )
     if weights and callable(getattr(optimizer, "eval", None)):
         raise PlanError(" ".join((weights.name, _two_weights(name)[0])) + ".", _two_weights(name)[1])
+
+
+def refuse_built(trainer: Any, session: Session, name: str, ours: bool) -> None:
+    """Raise PlanError for what only the built trainer, or the wrapped model, shows."""
+    config = inner(session.model).config.get_text_config()
+    cut = getattr(trainer.accelerator, "parallelism_config", None) or (trainer.is_fsdp_enabled > session.sharded)
+    named = session.model.named_parameters()
+    thawed = [n for n, p in named if ".lora_" in n and ".default" in n and not p.requires_grad]
+    if thawed and not ours:
+        raise PlanError(
+            f"{name} switches adapters and makes them trainable again, but the plan freezes {thawed[0]}.",
+            "Choose the layers with LoRA.target_modules (a regular expression) instead of Freeze.",
+        )
+    if cut:
+        raise PlanError(
+            f"{name} with a plan cannot use weights or rows that are cut over processes, except by FSDP2.",
+            "Use FSDP2 or DDP.",
+        )
+    if session.sharded > trainer.is_fsdp_enabled:
+        raise PlanError(
+            f"{name} was asked for FSDP, but accelerate does not turn it on here, as it does for GPUs only.",
+            "Leave fsdp out: then every process holds all weights (DDP).",
+        )
+    if ours and getattr(config, "output_router_logits", False):
+        raise PlanError(
+            f"{name} would add the model's load-balancing loss for experts, which the plan's loss leaves out.",
+            "Set router_aux_loss_coef=0.0 (SFTConfig), or config.output_router_logits=False.",
+        )
+    again = (trainer.args.gradient_checkpointing_kwargs or {}).get(
+        "use_reentrant"
+    ) and trainer.args.gradient_checkpointing
+    whole = not any(m.wraps for m in session.methods) and session.stage.trains == "rest"
+    if again and whole and not inner(session.model).get_input_embeddings().weight.requires_grad:
+        raise PlanError(
+            f"{name} with use_reentrant=True gives layers above frozen embeddings no gradient.",
+            "Set gradient_checkpointing_kwargs={'use_reentrant': False}, or train the embeddings.",
+        )
 
 
 def fsdp_version(options: Any) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from holdfast.engine.forward import inner
+from holdfast.engine.ways import inner
 from holdfast.errors import PlanError
 from holdfast.hosts.hf_batches import text_rows
 from holdfast.method import Method, Stage

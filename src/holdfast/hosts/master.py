@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-from holdfast.measure.shard import world
+from holdfast.engine.processes import world
 from holdfast.method import Stage
 from holdfast.session import Session
 

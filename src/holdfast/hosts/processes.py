@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from holdfast import errors
 from holdfast.engine.pack import TokenRow
-from holdfast.measure.shard import gather, shares, told, world
+from holdfast.engine.processes import gather, shares, told, world
 
 T = TypeVar("T")
 BUCKET = 1 << 24  # numbers sent at once
@@ -127,18 +127,3 @@ def by_first(make: Callable[[], T]) -> T:
     if wrong:
         raise getattr(errors, wrong[0])(*wrong[1:])
     return value
-
-
-def gather_rows(mine: Sequence[torch.Tensor], lengths: Sequence[Sequence[int]], device: Any) -> list[torch.Tensor]:
-    """(n, D) tensors of all processes joined, by rank; `lengths` are the rows that each of them brings."""
-    rank = world()[0]
-    said = gather([mine[0].shape[1], str(mine[0].dtype).removeprefix("torch.")] if mine else None)
-    width, kind = next(s for s in said if s)
-    out = []
-    for r, counts in enumerate(lengths):
-        whole = torch.cat(list(mine)) if r == rank and mine else None
-        if whole is None:
-            whole = torch.empty(sum(counts), width, dtype=getattr(torch, kind), device=device)
-        dist.broadcast(whole, r)
-        out.append(whole)
-    return out

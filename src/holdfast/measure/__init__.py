@@ -1,1 +1,1 @@
-BATCH_TOKENS = 2048  # new tokens per forward of the scorer
+"""What a model can do: probes, scores, intervals, verdicts; `suites` holds the abilities."""

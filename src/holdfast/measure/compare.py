@@ -49,7 +49,7 @@ def estimates(
 
 
 def ability(before: Part, after: Part | None, keep: float, required: bool = True) -> Part:
-    """One ability of the report from its measurements (`measure.probe.score_suite`).
+    """One ability of the report from its measurements (`measure.asking.score_suite`).
 
     kept: the one-sided 95 % bound of the share kept lies above `keep`. lost: the bound of the loss excludes 0 and the
     estimate lies below `keep`. Tasks whose base is not 2 standard errors above chance do not enter. Where so few items

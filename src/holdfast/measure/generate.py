@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from holdfast.data.tokens import Encoder, stops_of
-from holdfast.engine import trial
-from holdfast.measure import BATCH_TOKENS, shard
-
-if TYPE_CHECKING:
-    from holdfast.measure.probe import Probe
+from holdfast.engine import BATCH_TOKENS, processes, trial
+from holdfast.measure.probe import Probe
 
 BATCH = 32
 GREEDY = {  # whatever the model's generation config says
@@ -70,7 +67,7 @@ def go_on(
     if not prompts:
         return []
     batches = _batches(model, _pad(tokenizer), prompts, batch_size)
-    rank, num = (0, 1) if settings.get("do_sample") else shard.world(model)  # dice are rolled batch after batch
+    rank, num = (0, 1) if settings.get("do_sample") else processes.world(model)  # dice are rolled batch after batch
     mine, texts = batches[rank::num], {}
     was_training = model.training
     model.eval()
@@ -83,7 +80,7 @@ def go_on(
                 progress(at / len(mine))
     finally:
         model.train(was_training)
-    found = [list(texts.items())] if num == 1 else shard.gather(list(texts.items()))
+    found = [list(texts.items())] if num == 1 else processes.gather(list(texts.items()))
     whole = {n: text for part in found for n, text in part}
     return [whole[n] for n in range(len(prompts))]
 

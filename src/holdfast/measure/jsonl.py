@@ -6,7 +6,7 @@
     {"text": "A whole text to read."}                                      likelihood of its tokens
 
 "prompt" may stand for "context". Text is joined as it stands, so an answer carries its own leading blank. An answer or
-a choice ends with the text or with its line (`measure.probe`): " 1" is not right where a model says " 12". Optional:
+a choice ends with the text or with its line (`measure.asking`): " 1" is not right where a model says " 12". Optional:
 "task" (else the file's name), "id" (else the row's number in its task), "cluster" (what a row shares with others).
 """
 

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from holdfast.engine import BATCH_TOKENS
 from holdfast.errors import HoldfastError
-from holdfast.measure import BATCH_TOKENS
 from holdfast.measure.generate import BATCH, batch_for, go_on
 from holdfast.measure.scorer import Scorer
 
@@ -215,7 +215,7 @@ def measure_task(
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure one task of the harness, in the shape of `measure.probe.score_suite`.
+    """Measure one task of the harness, in the shape of `measure.asking.score_suite`.
 
     The score of an item is the task's first of acc_norm, acc, exact_match, then any other metric between 0 and 1.
     A rolling perplexity becomes exp(-loss per byte), or per word if the task counts only words; `metric` says which.

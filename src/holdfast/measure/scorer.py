@@ -24,12 +24,12 @@ import torch
 from transformers import DynamicCache
 
 from holdfast.data.tokens import Encoder, Split, stops_of
-from holdfast.engine import trial
-from holdfast.engine.forward import attention, can_pack, inner
+from holdfast.engine import BATCH_TOKENS, trial
+from holdfast.engine.forward import attention, can_pack
 from holdfast.engine.threads import may_share, side_by_side
 from holdfast.engine.tree import TREE_ATTENTION, Tree, grow, parts, slices, tiles
+from holdfast.engine.ways import inner
 from holdfast.errors import DataError, HoldfastError
-from holdfast.measure import BATCH_TOKENS
 
 Request = tuple[str, str]
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # of some scored tokens: request, log-probability, is it the argmax

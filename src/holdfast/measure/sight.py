@@ -36,7 +36,7 @@ def can_see(before: Mapping[str, Any], keep: float) -> Sight | None:
     scores usually show smaller losses. It is for one ability: judged among others (Holm), a little more is needed.
 
     Args:
-        before: the measurement of the base (`measure.probe.score_suite`).
+        before: the measurement of the base (`measure.asking.score_suite`).
         keep: the share of the ability that must be left.
 
     Returns:

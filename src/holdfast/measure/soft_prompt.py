@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from holdfast.engine.forward import SOFT_PROMPT, forward, inner
+from holdfast.engine.forward import forward
 from holdfast.engine.pack import TokenRow, token_row
-from holdfast.errors import HoldfastError, PlanError
-from holdfast.verbs.ending import out_of_memory
+from holdfast.engine.ways import SOFT_PROMPT, inner
+from holdfast.errors import HoldfastError, PlanError, out_of_memory
 
 PROMPT, ROW = 2, 6  # tokens that stand for the prompt, and tokens behind it
 

@@ -113,7 +113,7 @@ def _number(value: Any) -> float | None:
 def _front_matter(report: Mapping[str, Any], adapter: bool, license: str | None) -> str:
     import yaml
 
-    from holdfast.models import ALIASES
+    from holdfast.models.source import ALIASES
 
     name = str(_get(report, "model", "name", default=""))
     base = ALIASES.get(name, (name,))[0]

@@ -97,7 +97,7 @@ class Export:
 
 
 def _four_bits(dtype: str) -> dict[str, Any]:
-    from holdfast.models import FOUR_BITS
+    from holdfast.models.place import FOUR_BITS
 
     return {**FOUR_BITS, "bnb_4bit_compute_dtype": dtype}
 
@@ -151,7 +151,7 @@ def _found(export: Export, place: Any, rows: Any, prompted: bool) -> list[Any] |
     import torch
 
     from holdfast.engine import twins
-    from holdfast.models import no_bars
+    from holdfast.files import no_bars
 
     loaded = None
     try:

@@ -15,7 +15,7 @@ from holdfast.errors import ModelError
 from holdfast.files import read_json
 
 if TYPE_CHECKING:
-    from holdfast.models import ModelSource
+    from holdfast.models.source import ModelSource
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -13,7 +13,7 @@ def examples(
     """At most one item of each task, the greatest drop first; `model()` is the tuned one and is asked for its words.
 
     Args:
-        before, after: measurements of the same suites (`measure.probe.score_suite`).
+        before, after: measurements of the same suites (`measure.asking.score_suite`).
     """
     from holdfast.measure.generate import generate
     from holdfast.measure.suites import probes_of

@@ -88,7 +88,7 @@ def show_measured(suites: Sequence[Any], console: Console) -> None:
     """Print the scores of one model: a table for each suite, its further figures below it.
 
     Args:
-        suites: measurements (`measure.probe.score_suite`).
+        suites: measurements (`measure.asking.score_suite`).
     """
     from holdfast.measure.compare import ability
 

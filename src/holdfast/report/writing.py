@@ -28,15 +28,15 @@ def may_write(path: Path, endings: Sequence[str] = tuple(WRITERS)) -> None:
     Raises:
         HoldfastError: the ending is none of `endings`, or a folder lies there.
     """
-    from holdfast.measure import shard
+    from holdfast.engine import processes
 
     if endings and path.suffix not in endings:
         raise HoldfastError(f"{path} has no known ending.", f"Use one of: {', '.join(endings)}.")
     if path.is_dir():
         raise HoldfastError(f"{path} is a folder, so nothing can be written there.", "Name a file.")
-    if shard.first():
+    if processes.first():
         path.parent.mkdir(parents=True, exist_ok=True)
-        if shard.world()[1] > 1:
+        if processes.world()[1] > 1:
             path.unlink(missing_ok=True)
 
 

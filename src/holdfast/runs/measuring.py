@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from holdfast.data.task import score_task
 from holdfast.files import content_key
 from holdfast.measure.suites import measure_suite, names_of, remembered
+from holdfast.measure.tuned_task import score_task
 from holdfast.runs.job import Job
 
 SUITES_SHARE = 0.7  # of the time a measurement takes, as its bar shows it; the task takes the rest

@@ -14,10 +14,10 @@ def join() -> bool:
     """Join the processes that torchrun started, if any; whether this one prints and writes."""
     if (os.environ.get("WORLD_SIZE") or "1") == "1":
         return True
-    from holdfast.measure import shard
+    from holdfast.engine import processes
 
-    shard.start()
-    return shard.first()
+    processes.start()
+    return processes.first()
 
 
 def by_first(make: Callable[[], T]) -> T:

@@ -8,8 +8,8 @@ from typing import Any
 
 from holdfast import models
 from holdfast.data.tokens import Encoder
+from holdfast.engine import BATCH_TOKENS, processes
 from holdfast.files import content_key
-from holdfast.measure import BATCH_TOKENS, shard
 from holdfast.runs.measuring import measure_suites
 from holdfast.runs.run import Tell, silent
 
@@ -41,7 +41,7 @@ class Subject:
     @cached_property
     def sha(self) -> str:
         """Identity of its content."""
-        return shard.told(lambda: models.fingerprint(self.source))
+        return processes.told(lambda: models.fingerprint(self.source))
 
     @cached_property
     def kind(self) -> str:

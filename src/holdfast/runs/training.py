@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from holdfast import models
-from holdfast.data.task import score_task
 from holdfast.engine.forward import inner
+from holdfast.engine.processes import first
 from holdfast.errors import TrainingError
 from holdfast.hosts import plain
 from holdfast.hosts.checkpoint import Checkpoint
-from holdfast.measure.shard import first
+from holdfast.measure.tuned_task import score_task
 from holdfast.runs import export
 from holdfast.runs.checks import not_finite
 from holdfast.runs.job import Job

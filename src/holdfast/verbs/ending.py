@@ -10,7 +10,6 @@ all of that as "lost". So whatever a command raises comes here. Importing this m
 
 from __future__ import annotations
 
-import errno
 import os
 import select
 import sys
@@ -21,11 +20,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, out_of_memory
 
 MISTAKE, FAULT, STOPPED, UNREAD = 2, 70, 130, 141  # 70 is EX_SOFTWARE of sysexits.h, the others are the shell's
-# torch, CUDA, cuBLAS, C++ and the Rust libraries, in lower case
-MEMORY = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "alloc_failed")
 PEERS = ("closed by peer", "reset by peer", "gloo", "nccl", "tcpstore")  # a collective call that others have left
 MEMORY_CURES = {
     "tune": "Lower training.per_device_train_batch_size and raise gradient_accumulation_steps by as much; if it "
@@ -100,18 +97,6 @@ def _mistake(error: BaseException, command: str) -> tuple[str, str] | None:
     return None
 
 
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out here, or where the error that is told about it came from."""
-    while error is not None:
-        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
-            return True
-        native = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
-        if native and any(words in str(error).lower() for words in MEMORY):
-            return True
-        error = error.__cause__
-    return False
-
-
 def _unread(error: BaseException) -> bool:
     """Whether the reader of our output (head, a pager) has gone. rich turns that into SystemExit(1)."""
     if isinstance(error, SystemExit):
@@ -168,8 +153,8 @@ def _peer_ended(error: BaseException) -> bool:
 
 def _write_traceback(error: BaseException, command: str) -> Path:
     """Put the traceback into a new file of the cache folder, with the command line; returns its path."""
-    from holdfast import __version__
-    from holdfast.models import cache_dir
+    from holdfast.files import cache_dir
+    from holdfast.versions import __version__
 
     folder = cache_dir() / "crashes"
     folder.mkdir(exist_ok=True)

@@ -11,10 +11,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from holdfast.engine import BATCH_TOKENS
 from holdfast.errors import HoldfastError
-from holdfast.measure import BATCH_TOKENS
+from holdfast.files import cache_dir, content_key, write_json
+from holdfast.measure.asking import score_suite
 from holdfast.measure.names import DEFAULT, SUITES, about, names_of
-from holdfast.measure.probe import Ask, Probe, Suite, score_suite
+from holdfast.measure.probe import Ask, Probe, Suite
+from holdfast.versions import versions
 
 __all__ = (
     "DEFAULT",
@@ -60,8 +63,6 @@ def measure_suite(
     Raises:
         HoldfastError: the suite is unknown, or its prompts do not fit the model.
     """
-    from holdfast.files import content_key
-
     if name.startswith("lm_eval:"):
         from holdfast.measure.lm_eval import measure_task
 
@@ -89,18 +90,17 @@ def remembered(key: str | bool | None, make: Callable[[], Any]) -> Any:
         return make()
     import torch
 
-    from holdfast.files import content_key, write_json
-    from holdfast.measure import shard
-    from holdfast.models import cache_dir
-    from holdfast.versions import versions
+    from holdfast.engine import processes
 
     name = content_key(key, versions(), torch.get_num_threads())
     path = cache_dir() / "measurements" / f"{name}.json"
-    found = shard.told(lambda: _read(path))  # if only some processes found it, the others would wait for them forever
+    found = processes.told(
+        lambda: _read(path)
+    )  # if only some processes found it, the others would wait for them forever
     if found is not None:
         return found
     out = make()
-    if shard.first():
+    if processes.first():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, out)
     return out

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from holdfast.data.fewshot import Format, Pair, Prompt, build, formats_for
+from holdfast.engine import BATCH_TOKENS
 from holdfast.errors import HoldfastError
-from holdfast.measure import BATCH_TOKENS
-from holdfast.measure.probe import Ask, Group, Probe, Suite, score_suite
+from holdfast.measure.asking import score_suite
+from holdfast.measure.probe import Ask, Group, Probe, Suite
 from holdfast.measure.tasks import Task, anchor_tasks, held_out_tasks
 
 LIMIT = 48  # items of each task

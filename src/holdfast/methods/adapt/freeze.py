@@ -43,7 +43,7 @@ class Freeze(Method):
         return not self.layers and not self.embeddings and not self.patterns and self.layer_decay == 1
 
     def check(self, ctx: Context) -> None:
-        from holdfast.engine.forward import inner
+        from holdfast.engine.ways import inner
 
         whole = int(getattr(inner(ctx.model).config.get_text_config(), "num_hidden_layers", 0))
         if self.layers > whole:
@@ -61,7 +61,7 @@ class Freeze(Method):
                 )
 
     def adapt(self, model: Any, ctx: Context) -> Any:
-        from holdfast.engine.forward import inner
+        from holdfast.engine.ways import inner
 
         table = {id(p) for p in inner(model).get_input_embeddings().parameters()}
         for name, p in model.named_parameters():

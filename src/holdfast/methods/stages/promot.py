@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from holdfast.engine.forward import SOFT_PROMPT, inner
+from holdfast.engine.ways import SOFT_PROMPT, inner
 from holdfast.errors import PlanError
 from holdfast.measure.soft_prompt import check_reading
 from holdfast.method import Method, Paper, Stage, State

@@ -7,7 +7,7 @@
 
 The base is the model in memory when training begins, with its adapter switched off; then the same model is measured
 as it trains, without a copy. Training goes on as if nobody had looked: the weights are the same to the last bit. Under
-several processes each answers a share of the questions (`measure.shard`).
+several processes each answers a share of the questions (`engine.processes`).
 
 Looking often is testing often: with many looks and no loss at all, one of them says "lost" more often than the 5 % of
 a single one. The verdict that counts is that of the end.
@@ -30,9 +30,9 @@ import numpy as np
 import torch
 from transformers import Trainer, TrainerCallback
 
-from holdfast.engine.forward import inner
+from holdfast.engine import processes
+from holdfast.engine.ways import inner
 from holdfast.errors import HoldfastError, ModelError
-from holdfast.measure import shard
 from holdfast.measure.compare import abilities, verdict
 from holdfast.measure.suites import measure_suite, names_of
 from holdfast.report.comparison import comparison
@@ -119,7 +119,7 @@ class RetentionCallback(TrainerCallback):
         judged = abilities(self._before, self._before, {}, self.keep)
         self._note(state, judged, seconds, base=True)
         blind = [p["name"] for p in judged if p["status"] == "not measurable"]
-        if blind and shard.first():
+        if blind and processes.first():
             warnings.warn(f"RetentionCallback: {', '.join(blind)} is not measurable with this model.", stacklevel=2)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -191,7 +191,7 @@ class RetentionCallback(TrainerCallback):
 
     def _restore(self, args: Any, state: Any) -> bool:
         """Take base and history from the checkpoint, if it has those of the same suites."""
-        kept = shard.told(lambda: _read(_checkpoint(args, state) / FILE))
+        kept = processes.told(lambda: _read(_checkpoint(args, state) / FILE))
         if not kept or tuple(m["suite"] for m in kept["before"]) != self.suites:
             return False
         self._before, self.history[:] = kept["before"], kept["history"]
@@ -274,7 +274,7 @@ def _tokenizer(given: Any) -> Any:
 def _refuse(model: Any) -> None:
     """What cannot be measured in memory."""
     cure = "Leave RetentionCallback out, save the model, and run: holdfast check BASE TUNED."
-    if shard.world()[1] > 1 and not shard.is_whole(model):
+    if processes.world()[1] > 1 and not processes.is_whole(model):
         raise ModelError("RetentionCallback cannot measure a model split by FSDP, ZeRO-3 or tensors.", cure)
     if any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values()):
         raise ModelError("RetentionCallback cannot measure a PEFT model that learns a prompt or prefix.", cure)
