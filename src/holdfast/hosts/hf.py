@@ -50,7 +50,7 @@ import torch
 from holdfast.engine.forward import SOFT_PROMPT, attention, can_pack, forward, inner
 from holdfast.engine.pack import ATTENTION, TokenRow
 from holdfast.engine.trial import pads_right
-from holdfast.errors import NoEffect, PlanError, TrainingError
+from holdfast.errors import HoldfastError, NoEffect, PlanError, TrainingError, pip_install
 from holdfast.hosts.hf_agree import (
     Answer,
     asks_logits,
@@ -453,7 +453,11 @@ class PlannedTrainer(_Base):
 
     def _as_dataset(self, rows: Sequence[TokenRow]) -> Any:
         """Rows in the columns the trainer reads, packed again when they were."""
-        from datasets import Dataset
+        try:
+            from datasets import Dataset
+        except ImportError as error:
+            what = f"with_plan hands rows to the trainer by the package datasets, which cannot be imported ({error})."
+            raise HoldfastError(what, f"Run: {pip_install('datasets')}.") from error
 
         columns = {
             "input_ids": [r.ids.tolist() for r in rows],
