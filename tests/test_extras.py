@@ -132,7 +132,7 @@ def test_a_gguf_that_was_converted_needs_no_reader(tmp_path, monkeypatch):
     monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
     write_gguf(build_model(), build_tokenizer(), tmp_path / "tiny.gguf")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ModelError, match="tiny.gguf is a GGUF file") as error:
+    with pytest.raises(ModelError, match=r"tiny\.gguf is a GGUF file") as error:
         models.resolve(str(tmp_path / "tiny.gguf"))
     assert error.value.cure.startswith('Run: pip install "holdfast-lm[gguf]"')
     monkeypatch.undo()
@@ -168,7 +168,7 @@ def test_an_adapter_on_a_gguf_keeps_the_cure(tmp_path, monkeypatch):
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "adapter_model.safetensors").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ModelError, match="of adapter .* cannot be used") as error:
+    with pytest.raises(ModelError, match=r"of adapter .* cannot be used") as error:
         models.resolve(str(folder))
     assert 'pip install "holdfast-lm[gguf]"' in error.value.cure
 
@@ -177,7 +177,7 @@ def test_an_adapter_on_a_gguf_keeps_the_cure(tmp_path, monkeypatch):
 def test_parquet(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
-    with pytest.raises(DataError, match="rows.parquet: reading parquet needs pyarrow") as error:
+    with pytest.raises(DataError, match=r"rows\.parquet: reading parquet needs pyarrow") as error:
         read_rows("rows.parquet", base_dir=tmp_path)
     assert 'pip install "holdfast-lm[datasets]"' in error.value.cure
 
@@ -209,7 +209,7 @@ def test_four_bits(monkeypatch):
 
 def test_a_plot(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(HoldfastError, match="t.png needs matplotlib") as error:
+    with pytest.raises(HoldfastError, match=r"t\.png needs matplotlib") as error:
         plots.save_png([], tmp_path / "t.png")
     assert error.value.cure == 'Run: pip install "holdfast-lm[plots]".'
     assert plots.tradeoff_svg([])
