@@ -89,13 +89,11 @@ def refused(told: subprocess.CompletedProcess, *said: str) -> None:
     assert "Traceback" not in told.stderr and all(words in told.stderr for words in said), told.stderr
 
 
-def test_the_command_line_names_what_to_install(world, tmp_path):
+def test_the_command_line_names_what_to_install(tmp_path):
     write_gguf(build_model(), build_tokenizer(), tmp_path / "tiny.gguf")
     told = bare("measure", "tiny.gguf", "--suite=in-context", hidden={"gguf"}, home=tmp_path)
     refused(told, "tiny.gguf is a GGUF file", 'pip install "holdfast-lm[gguf]"')
     assert not (tmp_path / "models").exists()
-    path = write_recipe(tmp_path / "r.yaml", recipe_data(world, tmp_path / "run", data={"train": "some/data"}))
-    refused(bare("tune", str(path), hidden={"datasets"}, home=tmp_path), 'pip install "holdfast-lm[datasets]"')
 
 
 def test_the_harness_is_missed_before_any_work(world, tmp_path):

