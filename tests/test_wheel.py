@@ -4,6 +4,7 @@ import email
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -137,3 +138,4 @@ def test_the_demo_runs_in_an_empty_environment(wheel, tmp_path, tool):
     run = empty.home / "runs" / "demo"
     assert (run / "report.html").is_file() and (run / "model" / "adapter_model.safetensors").is_file()
     assert "finished before" in empty.holdfast("tune", str(run / "recipe.yaml")).stdout
+    shutil.rmtree(empty.folder / "env")  # pytest would keep it, and it has over a gigabyte
