@@ -7,7 +7,7 @@ SMOLLM := 0.1.2
 # Without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves some 3 GB of CUDA libraries.
 TORCH_INDEX ?=
 
-.PHONY: setup demo test test-long lint types results bench clean
+.PHONY: setup demo test test-long test-wheel lint types results bench clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +20,7 @@ $(VENV)/.ready: pyproject.toml
 setup: $(VENV)/.ready  ## create .venv with everything
 
 demo: setup  ## the main job on a real model, under 5 minutes on 2 cores
-	$(BIN)/holdfast tune recipes/demo.yaml
+	$(BIN)/holdfast tune holdfast:demo
 
 test: setup  ## lint, types and all quick tests
 	$(BIN)/ruff check .
@@ -29,6 +29,9 @@ test: setup  ## lint, types and all quick tests
 
 test-long: setup  ## the slow tests too
 	$(BIN)/python -m pytest
+
+test-wheel: setup  ## build the wheel, install it with pip and with uv into empty environments, run the demo there
+	$(BIN)/python -m pytest tests/test_wheel.py -m "long or not long" -s
 
 lint: setup
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

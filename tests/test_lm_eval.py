@@ -353,6 +353,6 @@ def test_a_metric_beyond_one_is_no_score():
 def test_without_the_harness_the_cure_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     monkeypatch.delitem(sys.modules, "holdfast.measure.lm_eval")
-    with pytest.raises(HoldfastError, match=r'pip install "holdfast\[eval\]"'):
+    with pytest.raises(HoldfastError, match=r'pip install "holdfast-lm\[eval\]"'):
         importlib.import_module("holdfast.measure.lm_eval")
     sys.modules["holdfast.measure.lm_eval"] = bridge

@@ -266,3 +266,19 @@ def test_reading_a_recipe_loads_no_heavy_library():
     heavy = "{'torch', 'transformers', 'datasets', 'pyarrow'}"
     code = f"import sys, holdfast.recipe, holdfast.data.rows; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_demo_comes_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("holdfast:demo", ["training.max_steps=4"])
+    assert recipe.data.name == "tickets" and recipe.data.test.path == "holdfast:tickets/test.jsonl"
+    assert (recipe.training.output_dir, recipe.training.max_steps) == ("runs/demo", 4)
+    recipe.save(tmp_path / "copy.yaml")
+    assert load_recipe("copy.yaml") == recipe
+    for wrong in ("holdfast:dmo", "holdfast:demo.yaml", "holdfast:../recipes/demo", "holdfast:"):
+        with pytest.raises(RecipeError, match=f"{wrong} is no recipe that comes with the package"):
+            load_recipe(wrong)
+    with pytest.raises(RecipeError, match=r"Did you mean 'holdfast:demo'\?"):
+        load_recipe(Path("holdfast:dmeo"))
+    with pytest.raises(RecipeError, match=r"holdfast:demo, override 'training\.sed=1'"):
+        load_recipe("holdfast:demo", ["training.sed=1"])

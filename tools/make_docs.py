@@ -56,7 +56,7 @@ the wrong kind are refused, with the line. `--set training.seed=1` changes a key
 `--set plan.0.LoRA.r=8` reaches into the list of methods.
 
 Files are looked for beside the recipe first and in the working directory second. `holdfast:` names a file that comes
-with the package.
+with the package; `holdfast:demo` is a recipe that does, and its run folder lies in the working directory.
 
 """
 

@@ -43,6 +43,11 @@ class TrainingError(HoldfastError):
     """Training cannot go on (a loss that is not finite, no disk space)."""
 
 
+def pip_install(extra: str) -> str:
+    """The command that brings the packages of an extra, for the cure of an error about one that is missing."""
+    return f'pip install "holdfast-lm[{extra}]"'
+
+
 def suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
     """Return ' Did you mean X?' for a near miss, else the list of what is known."""
     import difflib

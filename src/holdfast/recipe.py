@@ -21,7 +21,8 @@ from holdfast.engine import BATCH_TOKENS
 from holdfast.errors import DataError, RecipeError, suggest
 
 KEEP_FRAC = 0.95
-SHIPPED = "holdfast:"  # prefix of the data sets that come with the package
+SHIPPED = "holdfast:"  # prefix of the data sets and recipes that come with the package
+RECIPE_DIR = Path(__file__).parent / "recipes"  # demo.yaml is holdfast:demo
 FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 KEY_KINDS = ("extra_forbidden", "invalid_key")  # pydantic's names for "no such key"
 
@@ -270,6 +271,8 @@ Where = dict[tuple[str, ...], str]  # place of each key: file:line, or the overr
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe, apply `a.b=c` overrides, check it, and find its local data files.
 
+    `holdfast:demo` is the recipe that comes with the package; its run folder lies in the working directory.
+
     Raises:
         RecipeError: anything wrong with the file, a key, a value or an override; names the line.
     """
@@ -309,7 +312,18 @@ def _key_line(key: str, field: Any) -> str:
     return f"{key:<40} {default:<20} {field.description}{listed}"
 
 
+def _shipped(name: str) -> Path:
+    """The file of a recipe that comes with the package."""
+    known = {p.stem: p for p in RECIPE_DIR.glob("*.yaml")}
+    if name not in known:
+        what = f"{SHIPPED}{name} is no recipe that comes with the package."
+        raise RecipeError(what, suggest(SHIPPED + name, [SHIPPED + k for k in known]))
+    return known[name]
+
+
 def _text(path: Path) -> str:
+    if str(path).startswith(SHIPPED):
+        path = _shipped(str(path).removeprefix(SHIPPED))
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:

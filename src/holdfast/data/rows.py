@@ -23,7 +23,7 @@ from holdfast.data.chat import LAST_ONLY, OPTIONS, TEMPLATES_CURE, Chat, Message
 from holdfast.data.jsontext import DECODER, SYNTAX, Bent, Written
 from holdfast.data.notes import BOOKKEEPING as NOTES
 from holdfast.data.notes import Notes
-from holdfast.errors import DataError, suggest
+from holdfast.errors import DataError, pip_install, suggest
 from holdfast.recipe import FILE_KINDS, SHIPPED, Source, locate, template_columns
 
 DATA_DIR = Path(__file__).parent / "shipped"  # behind holdfast:<file>
@@ -317,9 +317,12 @@ def _read_csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
-    from pyarrow import parquet
-
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        what = f"{path.name}: reading parquet needs pyarrow, which cannot be imported ({error})."
+        raise DataError(what, f"Run: {pip_install('datasets')}, or write the file as jsonl.") from error
     try:
         values = parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
@@ -337,8 +340,12 @@ def _from_hub(source: Source, folder: Path | None, base_dir: Path) -> Iterator[R
         near = suggest(Path(path).name, beside) if beside else ""
         what = f"{path}: no such file in {base_dir.absolute()} or {Path.cwd()}."
         raise DataError(what, near if near.startswith("Did") else "Check the path.")
-    import datasets
-
+    try:
+        import datasets
+    except ImportError as error:
+        need = "a folder is read" if folder else "no local file has this name, and hub data sets are read"
+        what = f"{path}: {need} by the package datasets, which cannot be imported ({error})."
+        raise DataError(what, f"Run: {pip_install('datasets')}, or give a jsonl, json or csv file.") from error
     try:
         found = datasets.load_dataset(str(folder or path), source.name, split=source.split, revision=source.revision)
     except Exception as error:  # the library raises a dozen unrelated types, httpx's among them

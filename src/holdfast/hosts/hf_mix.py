@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from holdfast.engine.pack import TokenRow
-from holdfast.errors import PlanError
+from holdfast.errors import HoldfastError, PlanError, pip_install
 from holdfast.hosts.hf_batches import dataset_rows, rows_of
 from holdfast.hosts.hf_setup import mixes, steps_of
 from holdfast.session import Session
@@ -58,7 +58,11 @@ def _epochs(options: Any, rows: int) -> int:
 
 def _as_dataset(rows: Sequence[TokenRow], like: Any, options: Any, collator: Any) -> Any:
     """Rows in the columns of the dataset `like`, packed again when they were."""
-    from datasets import Dataset
+    try:
+        from datasets import Dataset
+    except ImportError as error:
+        what = f"with_plan hands rows to the trainer by the package datasets, which cannot be imported ({error})."
+        raise HoldfastError(what, f"Run: {pip_install('datasets')}.") from error
 
     columns = {
         "input_ids": [r.ids.tolist() for r in rows],

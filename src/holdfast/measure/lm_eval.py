@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from holdfast.engine import BATCH_TOKENS
-from holdfast.errors import HoldfastError
+from holdfast.errors import HoldfastError, pip_install
 from holdfast.measure.generate import BATCH, batch_for, go_on
 from holdfast.measure.scorer import Scorer
 
@@ -44,7 +44,7 @@ try:
 except ImportError as error:
     raise HoldfastError(
         f"Suites named lm_eval:<task> need lm-evaluation-harness, which cannot be imported ({error}).",
-        'Install it: pip install "holdfast[eval]".',
+        f"Run: {pip_install('eval')}.",
     ) from None
 
 SEED = 1234  # the harness's own seed of its demonstrations

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
-from holdfast.errors import HoldfastError, suggest
+from holdfast.errors import HoldfastError, pip_install, suggest
 
 SUITES = {
     "in-context": "in_context:build_suite",
@@ -30,7 +31,7 @@ def names_of(asked: Sequence[str]) -> tuple[str, ...]:
     """The suites meant by `asked`: "default" and "all" are several; checked, each once.
 
     Raises:
-        HoldfastError: a suite is unknown.
+        HoldfastError: a suite is unknown, or asks lm-evaluation-harness, which is not installed.
     """
     several = {"default": DEFAULT, "all": tuple(s for s in SUITES if s != "anchors")}
     names = tuple(dict.fromkeys(n for a in asked for n in several.get(a, (a,))))
@@ -38,6 +39,9 @@ def names_of(asked: Sequence[str]) -> tuple[str, ...]:
         if name not in SUITES and not name.startswith(("lm_eval:", "jsonl:")):
             cure = suggest(name, (*SUITES, *several))
             raise HoldfastError(f"There is no suite {name!r}.", f"{cure} Or use lm_eval:<task> or jsonl:<path>.")
+        if name.startswith("lm_eval:") and find_spec("lm_eval") is None:  # said here, before any long work
+            what = f"The suite {name!r} needs lm-evaluation-harness, which is not installed."
+            raise HoldfastError(what, f"Run: {pip_install('eval')}.")
     return names
 
 

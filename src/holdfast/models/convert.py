@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import ModelError
+from holdfast.errors import ModelError, pip_install
 from holdfast.files import cache_dir, fresh_folder, no_bars, read_json, safe_name
 from holdfast.models.identity import WEIGHTS, file_sha, stream_sha, write_record
 
@@ -32,7 +32,7 @@ def convert_gguf(gguf: Path, name: str, *, package: str | None = None, verify: b
     and the sha256 of the weights; `verify` compares that in full, otherwise sizes are compared.
 
     Raises:
-        ModelError: not a GGUF file, or one that transformers cannot read.
+        ModelError: not a GGUF file, one that transformers cannot read, or the package gguf is missing.
     """
     try:
         with gguf.open("rb") as file:
@@ -46,6 +46,7 @@ def convert_gguf(gguf: Path, name: str, *, package: str | None = None, verify: b
     sha, folder = file_sha(gguf), converted_folder(name, gguf)
     if is_converted(folder, sha, verify):
         return folder
+    _may_convert(gguf, name, package)
     shutil.rmtree(folder, ignore_errors=True)  # damaged, or of an older format
     log.info("converting %s to safetensors, once", gguf.name)
     with fresh_folder(folder, replace=False) as part:
@@ -58,6 +59,16 @@ def convert_gguf(gguf: Path, name: str, *, package: str | None = None, verify: b
         files = {f.name: {"size": f.stat().st_size, "sha256": stream_sha(f)} for f in part.glob(WEIGHTS)}
         write_record(part / "holdfast.json", {"format": FORMAT, **origin, **record, "files": files})
     return folder
+
+
+def _may_convert(gguf: Path, name: str, package: str | None) -> None:
+    """Raise ModelError where the reader of GGUF files, which few need, is not installed."""
+    try:
+        import gguf as _  # noqa: F401
+    except ImportError as error:
+        what = f"{name} comes as a GGUF file in the package {package}" if package else f"{gguf} is a GGUF file"
+        need = f"{what}, and reading those needs the package gguf, which cannot be imported ({error})."
+        raise ModelError(need, f"Run: {pip_install('gguf')}, or name a safetensors version of the model.") from error
 
 
 def converted_folder(name: str, gguf: Path) -> Path:

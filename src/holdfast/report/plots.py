@@ -14,6 +14,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from holdfast.errors import HoldfastError, pip_install
+
 from .schema import clean, estimate, has, has_interval, number, one_line
 
 STRIP_HEIGHT = 30  # pixels of one row of the dot plot
@@ -391,9 +393,17 @@ def save_png(
     x_name: str = "task score after tuning",
     y_name: str = "ability kept",
 ) -> None:
-    """The picture of `tradeoff_svg`, drawn at the same places, as a PNG of 1520 x 960 pixels on white."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """The picture of `tradeoff_svg`, drawn at the same places, as a PNG of 1520 x 960 pixels on white.
+
+    Raises:
+        HoldfastError: matplotlib is missing. Everything else in a report is drawn without it.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        what = f"The picture {path} needs matplotlib, which cannot be imported ({error})."
+        raise HoldfastError(what, f"Run: {pip_install('plots')}.") from error
 
     marks, across, down = _scene(points)
     figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=200)
