@@ -25,10 +25,10 @@ demo: setup  ## the main job on a real model, under 5 minutes on 2 cores
 test: setup  ## lint, types and all quick tests
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -m "not long" -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-long: setup  ## the slow tests too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m ""
 
 test-wheel: setup  ## build the wheel, install it with pip and with uv into empty environments, run the demo there
 	$(BIN)/python -m pytest tests/test_wheel.py -m "long or not long" -s

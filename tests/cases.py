@@ -201,6 +201,19 @@ def token_loss_holds(seen: Seen) -> None:
     assert all(p["task"] > 1 / math.e for _, p in seen.plain.log.loss[:3])
 
 
+@torch.no_grad()
+def unsure_holds(seen: Seen) -> None:
+    """Each token's loss counts by the entropy of the 20 likeliest; never more than in the plain run."""
+    order = Mix(seen.task).draw(0)
+    packed, logits = forward(seen.base_model, [next(order) for _ in range(4)])
+    entropy = torch.distributions.Categorical(logits=logits.topk(20).values).entropy()
+    token_loss = torch.nn.functional.cross_entropy(logits, packed.target, reduction="none")
+    first = (token_loss * (entropy / math.log(20)) ** seen.method.alpha).mean().item()
+    assert math.isclose(seen.result.log.loss[0][1]["task"], first, rel_tol=1e-5)
+    losses = [(a["task"], b["task"]) for (_, a), (_, b) in zip(seen.result.log.loss, seen.plain.log.loss, strict=True)]
+    assert all(0 < a < 0.95 * b for a, b in losses)
+
+
 def pull_holds(seen: Seen) -> None:
     near, far = (
         sum((r.weights[n] - w).square().sum() for n, w in seen.base.items()) for r in (seen.result, seen.plain)
@@ -253,6 +266,7 @@ CASES = (
         zero_at_base="AnchoredSFT",
     ),
     Case(hf.DFT(), token_loss_holds, no_off="it has no settings: leaving it out is off", no_zero=NO_TERM),
+    Case(hf.EAFT(alpha=30.0), unsure_holds, off=(hf.EAFT(alpha=0.0),), no_zero=NO_TERM),
     Case(
         hf.Freeze(layers=1, embeddings=True, patterns=("norm",), layer_decay=0.9),
         freeze_holds,

@@ -29,3 +29,16 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def rows():
     return ticket_rows()
+
+
+@pytest.fixture(scope="session")
+def wanted():
+    """wanted(request, argument) -> {(test, value of that argument or None)} of the selected tests of this file that
+    ask for the fixture. What starts processes does with it only what `pytest -k NAME` will look at."""
+
+    def values(request, argument):
+        here = [i for i in request.session.items if i.path == request.path]
+        asking = [i for i in here if request.fixturename in getattr(i, "fixturenames", ())]
+        return {(i.originalname, i.callspec.params.get(argument) if hasattr(i, "callspec") else None) for i in asking}
+
+    return values

@@ -24,6 +24,7 @@ from test_shard import close, two
 from tiny import build_model, build_tokenizer, ticket_rows
 from tiny_run import make_world, recipe_data, write_recipe
 
+pytestmark = pytest.mark.xdist_group("processes")  # one start of processes for all tests, not one in each worker
 LORA = hf.LoRA(r=4, lora_alpha=8, lora_dropout=0.0)  # dropout draws for the rows of a forward: other numbers, one law
 SETTINGS = {"batch_size": 4, "gradient_accumulation_steps": 2, "weight_decay": 0.1, "learning_rate": 2e-3}
 PLANS: dict[str, Sequence[Method]] = {
@@ -62,7 +63,8 @@ def weights_of(result: Any) -> dict[str, torch.Tensor]:
 
 
 def worker(folder: Path) -> None:
-    """What each of the two does; everything it finds goes to files."""
+    """What each of the two does, the plans that are asked for first; everything it finds goes to files."""
+    names = json.loads((folder / "wanted.json").read_text())
     rank, facts, plain = world()[0], {}, Session.loss
     mine: list[int] = []
     asked: list[int] = []
@@ -74,10 +76,10 @@ def worker(folder: Path) -> None:
         return plain(self, model, rows, *args, **probe)
 
     Session.loss = loss  # type: ignore[method-assign]
-    for name, methods in PLANS.items():
+    for name in (n for n in PLANS if n in names):
         mine.clear()
         asked.clear()
-        got = tuned(methods)
+        got = tuned(PLANS[name])
         save_file(weights_of(got), folder / f"{name}.{rank}.safetensors")
         facts[name] = {
             "rows": sum(mine),
@@ -87,6 +89,14 @@ def worker(folder: Path) -> None:
             "learnt": len(got.session.teacher) if got.session.teacher else 0,
             "asked": sum(asked),
         }
+    if None in names:
+        facts |= worker_rest(folder, rank)
+    (folder / f"rank{rank}.json").write_text(json.dumps(facts))
+
+
+def worker_rest(folder: Path, rank: int) -> dict[str, Any]:
+    """What the tests of no single plan look at: a process without rows, checkpoints, dropout and errors."""
+    facts: dict[str, Any] = {}
     idle = tuned([hf.L2ToInit(alpha=5.0), hf.ICLAnchor(pool=4)], batch_size=1, gradient_accumulation_steps=1)
     save_file(weights_of(idle), folder / f"idle.{rank}.safetensors")
     save_file(
@@ -99,7 +109,7 @@ def worker(folder: Path) -> None:
     facts["dropout"] = {"seed": torch.initial_seed(), "same": all(torch.equal(again[n], w) for n, w in whole.items())}
     facts["errors"] = [said(lambda: tuned([], learning_rate=1e30)), said(lambda: processes.by_first(fail))]
     facts["errors"].append(said(lambda: processes.agree(rank, folder)))
-    (folder / f"rank{rank}.json").write_text(json.dumps(facts))
+    return facts
 
 
 def fail() -> None:
@@ -113,10 +123,13 @@ def said(make: Any) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory) -> Any:
+def ran(tmp_path_factory, wanted, request) -> Any:
     """The folder of what two processes found, and their facts; one checkpoint was left there by a single process."""
     folder = tmp_path_factory.mktemp("two")
-    killed(folder / "by-one")
+    names = {name for _, name in wanted(request, "name")}
+    (folder / "wanted.json").write_text(json.dumps(list(names)))
+    if None in names:
+        killed(folder / "by-one")
     two(__file__, str(folder))
     return folder, [json.loads((folder / f"rank{r}.json").read_text()) for r in (0, 1)]
 
