@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
 from holdfast import methods as hf
@@ -15,6 +16,7 @@ from holdfast.data.tokens import tokenize
 from holdfast.engine.forward import forward
 from holdfast.hosts.plain import Log, Training, train
 from holdfast.method import Method, canonical
+from holdfast.methods.adapt.lift import principal
 from holdfast.methods.loss._divergence import forward_kl
 from holdfast.plan import Host, Plan
 from holdfast.services import Context
@@ -219,6 +221,27 @@ def line_holds(factor: Callable[[Any, str], float]) -> Callable[[Seen], None]:
     return check
 
 
+def lift_holds(seen: Seen) -> None:
+    """Nothing but the principal entries of the base moved, and all of those did."""
+    for name, base in seen.base.items():
+        moved = seen.result.weights[name] != base
+        if base.ndim == 2 and "layers." in name:
+            chosen = principal(base, seen.method.filter_rank, seen.method.lora_rank)
+            assert int(chosen.sum()) == min(sum(base.shape) * seen.method.lora_rank, base.numel())
+            assert not moved[~chosen].any() and moved[chosen].float().mean() > 0.99, name
+        else:
+            assert not moved.any(), name
+
+
+def finch_holds(seen: Seen) -> None:
+    """The reference is the mean of the first losses, and as the loss fell the weights went further than without."""
+    state, losses = seen.result.session.state["FINCH"], [p["task"] for _, p in seen.result.log.loss]
+    first = seen.method.first
+    assert int(state["count"]) == first and float(state["sum"]) == pytest.approx(sum(losses[:first]))
+    far, near = (sum((r.weights[n] - w).norm() ** 2 for n, w in seen.base.items()) for r in (seen.result, seen.plain))
+    assert losses[-1] < losses[0] and far > near
+
+
 # ---- the rows
 
 
@@ -253,6 +276,7 @@ CASES = (
         zero_at_base="AnchoredSFT",
     ),
     Case(hf.DFT(), token_loss_holds, no_off="it has no settings: leaving it out is off", no_zero=NO_TERM),
+    Case(hf.FINCH(first=2), finch_holds, off=(hf.FINCH(power=0.0),), no_zero=NO_TERM),
     Case(
         hf.Freeze(layers=1, embeddings=True, patterns=("norm",), layer_decay=0.9),
         freeze_holds,
@@ -279,6 +303,7 @@ CASES = (
         zero_at_base="KLToBase",
     ),
     Case(hf.L2ToInit(alpha=5.0), pull_holds, off=(hf.L2ToInit(alpha=0.0),), zero_at_base="L2ToInit"),
+    Case(hf.LIFT(lora_rank=2, filter_rank=4), lift_holds, off=(hf.LIFT(lora_rank=0),), no_zero=NO_TERM),
     Case(
         hf.LiNeS(alpha=0.25),
         line_holds(lambda m, n: 1.0 if "layers.1." in n else 0.25),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -26,11 +26,13 @@ State = dict[str, torch.Tensor]
 SITES = (
     "prepare",
     "adapt",
+    "entries",
     "data",
     "batch",
     "token_weight",
     "loss",
     "grad",
+    "steer",
     "update",
     "merge",
     "decode",
@@ -58,6 +60,36 @@ class Term:
 
     value: torch.Tensor
     owner: str | None = None
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a method that steers is shown, before the optimizer's step.
+
+    step: of the run, from 0; total: steps of the run; loss: parts of the loss of this step, summed over micro-batches
+    and processes ("task", and each method's term by its name); learning_rate: the schedule's, of the first group.
+    """
+
+    step: int
+    total: int
+    loss: Mapping[str, float]
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Steer:
+    """What a method that steers asks for; what is not said stays as it is.
+
+    lr_factor: of this step's learning rate. source_weight: source of rows -> weight of its token losses from the next
+    step on. freeze: patterns of parameter names that do not train at this step. end: why the run should end after
+    this step, in words. state: what the method remembers.
+    """
+
+    lr_factor: float = 1.0
+    source_weight: Mapping[str, float] = field(default_factory=dict)
+    freeze: tuple[str, ...] = ()
+    end: str = ""
+    state: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,6 +128,22 @@ class Method:
     def lr_factor(self, name: str, num_layers: int) -> float:
         """Learning-rate factor of one parameter (part of `adapt`); factors of several methods multiply."""
         return 1.0
+
+    def entries(self, name: str, param: torch.Tensor, state: State, step: int) -> torch.Tensor | None:
+        """Which entries of one parameter train, as a bool tensor of its shape; None: all of them.
+
+        Asked before the first step and before every step that `redraws` names. The chosen entries of several methods
+        are intersected; all others stay as they are to the last bit.
+        """
+        return None
+
+    def redraws(self, step: int) -> bool:
+        """Whether `entries` is asked before step `step` (0-based) of the run."""
+        return step == 0
+
+    def steer(self, past: Past, state: State) -> Steer | None:
+        """Look at the losses of a step, before the optimizer takes it: scale it, weight sources, freeze, or end."""
+        return None
 
     def data(self, mix: Mix, ctx: Context) -> Mix:
         """Add sources or maps to the training mix."""
@@ -164,7 +212,7 @@ class Method:
 
     def sites(self) -> tuple[str, ...]:
         """The sites this method overrides; helpers count for the site they belong to."""
-        helpers = {"lr_factor": "adapt", "asides": "data"}
+        helpers = {"lr_factor": "adapt", "asides": "data", "redraws": "entries"}
         own = {helpers.get(s, s) for s in (*SITES, *helpers) if getattr(type(self), s) is not getattr(Method, s)}
         return tuple(s for s in SITES if s in own)
 

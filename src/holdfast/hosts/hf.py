@@ -79,6 +79,7 @@ from holdfast.hosts.hf_setup import (
     steps_of,
 )
 from holdfast.hosts.plain import split_steps
+from holdfast.measure.shard import gather
 from holdfast.method import Stage
 from holdfast.plan import Plan
 from holdfast.session import Session
@@ -155,6 +156,7 @@ class PlannedTrainer(_Base):
         self._frozen = [p for p in model.parameters() if not p.requires_grad]
         self._own_optimizer = (given.get("optimizers") or (None,))[0] is not None
         self._parts: Counter[str] = Counter()
+        self._step, self._of_step = 0, Counter[str]()  # the step at hand and the parts of its loss
         self._sources: dict[bytes, str] = {}
         self._steps_in_parts = self._done = self._rows_an_epoch = 0
         self._hooked, self._changed, self._trained, self._sees_shards = None, False, False, False
@@ -235,8 +237,8 @@ class PlannedTrainer(_Base):
         refuse_optimizer(optimizer, self.session.plan, self.is_deepspeed_enabled)
         if self._hooked is not optimizer and isinstance(optimizer, torch.optim.Optimizer):
             self._check_holds(optimizer)
+            optimizer.register_step_pre_hook(self._before_step)  # first: it steers, and the session's hook obeys
             self.session.hook(optimizer)
-            optimizer.register_step_pre_hook(self._before_step)
             self._hooked = optimizer
         return optimizer
 
@@ -284,7 +286,9 @@ class PlannedTrainer(_Base):
         if not self._loss_is_ours or not batches:
             return batches, items
         self._compare(batches)
-        self._carry(batches, items, self._done + self.state.global_step)
+        self._step, self._of_step = self._done + self.state.global_step, Counter()
+        self.session.draw_entries(self._step, self.optimizer)
+        self._carry(batches, items, self._step)
         self._steps_in_parts += 1
         return batches, items
 
@@ -383,6 +387,7 @@ class PlannedTrainer(_Base):
         with self.accelerator.autocast():  # the terms and the teacher too, as in the plain host
             loss, parts = self.session.loss(model, micro.rows, micro.counts, micro.step, micro.share)
         self._parts.update(parts)
+        self._of_step.update(parts)
         if not self.args.fp16 and not math.isfinite(sum(parts.values())):
             raise TrainingError(
                 f"The loss is {sum(parts.values())} at step {micro.step + 1} ("
@@ -423,8 +428,18 @@ class PlannedTrainer(_Base):
         self._changed = False
 
     def _change_gradients(self) -> None:
+        if self.session.steering.methods:
+            self._steer()
         self.session.change_gradients()
         self._changed = True
+
+    def _steer(self) -> None:
+        parts: Counter[str] = Counter()
+        for own in gather(dict(self._of_step)):
+            parts.update(own)
+        self.session.steer(self._step, parts, self.optimizer.param_groups[0]["lr"])
+        if self.session.steering.ended:
+            self.control.should_training_stop = True
 
     # ---- data
 
@@ -658,6 +673,7 @@ class PlannedTrainer(_Base):
                 session.state[name][part] = value
             else:
                 inner(session.model).get_parameter(SOFT_PROMPT).data.copy_(value)
+        session.chosen.combine(session.params)
         session.effects, session.realised = Counter(meta["effects"]), Counter(meta["realised"])
         return meta["stage"]
 
