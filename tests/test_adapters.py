@@ -152,8 +152,9 @@ def test_a_merge_that_changes_the_function_is_refused(tokenizer):
 
 def test_an_adapter_without_a_merge_is_refused_by_name(bases, tokenizer, tmp_path):
     config = peft.LilyConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    want = saved(bases[True], config, tmp_path / "adapter", tokenizer)
-    assert apart(want, loaded(tmp_path / "adapter")) == 0
+    saved(bases[True], config, tmp_path / "adapter", tokenizer)
+    with pytest.raises(ModelError, match="is not causal"):  # its router looks at the mean of all tokens
+        loaded(tmp_path / "adapter")
     with pytest.raises(ModelError, match="LILY adapter cannot be folded"):
         loaded(tmp_path / "adapter", merge_adapter=True)
 

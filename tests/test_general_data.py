@@ -7,7 +7,7 @@ from statistics import median
 
 import pytest
 
-FOLDER = files("holdfast") / "data" / "general"
+FOLDER = files("holdfast") / "data" / "shipped" / "general"
 
 
 def read(name: str) -> list[dict[str, str]]:

@@ -401,8 +401,8 @@ def test_settings_of_the_hub_mean_nothing_for_a_file(tmp_path):
 
 def test_shipped_data_stays_inside_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(rows_module, "DATA_DIR", tmp_path / "data")
-    (tmp_path / "data" / "tickets").mkdir(parents=True)
-    write(tmp_path / "data" / "tickets", "train.jsonl", [FINE])
+    (tmp_path / "data" / "shipped" / "tickets").mkdir(parents=True)
+    write(tmp_path / "data" / "shipped" / "tickets", "train.jsonl", [FINE])
     write(tmp_path, "secret.jsonl", [FINE])
     (row,) = read_rows("holdfast:tickets/train.jsonl", base_dir=".")
     assert (row.prompt, row.completion) == ("a", "b")

@@ -13,7 +13,7 @@ SIZES = {"train": 720, "validation": 180, "test": 360}
 
 @cache
 def rows(split: str) -> list[dict[str, str]]:
-    path = files("holdfast") / "data" / "tickets" / f"{split}.jsonl"
+    path = files("holdfast") / "data" / "shipped" / "tickets" / f"{split}.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

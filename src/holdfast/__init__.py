@@ -22,12 +22,15 @@ _WHERE = {
     "HoldfastError": "holdfast.errors",
     "RetentionCallback": "holdfast.hosts.callback",
 }
+_MODULES = {"check": "holdfast.verbs.check"}  # public modules that moved into a room
 __all__ = ["HoldfastError", "Method", "Plan", "RetentionCallback", "__version__", "tune", "with_plan"]
 
 
 def __getattr__(name: str) -> Any:  # heavy libraries are imported only where used
-    if name in _WHERE:
-        import importlib
+    import importlib
 
+    if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'holdfast' has no attribute {name!r}")

@@ -74,6 +74,8 @@ def show(report: dict[str, Any], console: Console, page: str | Path | None = Non
     if r.get("task") or r.get("abilities"):
         console.print()
         console.print(_table(r))
+    if (r.get("task") or {}).get("note"):
+        console.print(Text(f"Note: {schema.one_line(r['task']['note'])}", style="dim"), overflow="fold")
     line = Text(look.word.upper(), style=TONES[look.tone])
     sentence = schema.one_line((r.get("verdict") or {}).get("sentence") or "")
     console.print()
