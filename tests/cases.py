@@ -18,6 +18,7 @@ from holdfast.hosts.plain import Log, Training, train
 from holdfast.method import Method, canonical
 from holdfast.methods.adapt.lift import principal
 from holdfast.methods.loss._divergence import forward_kl
+from holdfast.methods.loss.gere import _flags, _key, margin
 from holdfast.plan import Host, Plan
 from holdfast.services import Context
 from holdfast.session import Session
@@ -242,6 +243,25 @@ def finch_holds(seen: Seen) -> None:
     assert losses[-1] < losses[0] and far > near
 
 
+def bands_hold(seen: Seen) -> None:
+    """On the replayed text the states left their bands by less than without."""
+    method, session = seen.method, seen.result.session
+    rows, state = session.asides["GeRe"][:4], session.state["GeRe"]
+    out = []
+    for model in (seen.result.model, seen.plain.model):
+        with torch.no_grad():
+            h = torch.cat([forward(model, [r], hidden=True)[1] for r in rows]).float()
+        low, high = (torch.cat([_flags(state[f"{n}/{_key(r)}"], h) for r in rows]) for n in ("low", "high"))
+        out.append(margin(h, state["lo"], state["hi"], low, high).mean())
+    assert 0 < out[0] < 0.8 * out[1] and method.weight
+
+
+def end_holds(seen: Seen) -> None:
+    """It looked three times, found no rise twice, and the run ended there."""
+    assert seen.result.log.ended.startswith("ClassSeparability") and len(seen.result.log.loss) == 10
+    assert len(seen.plain.log.loss) == 20
+
+
 # ---- the rows
 
 
@@ -275,6 +295,12 @@ CASES = (
         no_off="weight 0 is DFT, tested as such",
         zero_at_base="AnchoredSFT",
     ),
+    Case(
+        hf.ClassSeparability(texts=6, every=3, patience=2, least=1e9),
+        end_holds,
+        off=(hf.ClassSeparability(patience=0),),
+        no_zero=NO_TERM,
+    ),
     Case(hf.DFT(), token_loss_holds, no_off="it has no settings: leaving it out is off", no_zero=NO_TERM),
     Case(hf.FINCH(first=2), finch_holds, off=(hf.FINCH(power=0.0),), no_zero=NO_TERM),
     Case(
@@ -282,6 +308,12 @@ CASES = (
         freeze_holds,
         off=(hf.Freeze(layer_decay=1.0),),
         no_zero=NO_TERM,
+    ),
+    Case(
+        hf.GeRe(weight=50.0, replay=0.0, pool=4, max_tokens=32),
+        bands_hold,
+        off=(hf.GeRe(weight=0.0, replay=0.0), hf.GeRe(rows_per_step=0)),
+        zero_at_base="GeRe",
     ),
     Case(hf.HalfFineTune(), half_holds, no_off="half is half: leaving it out is off", no_zero=NO_TERM),
     Case(

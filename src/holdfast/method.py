@@ -67,13 +67,15 @@ class Past:
     """What a method that steers is shown, before the optimizer's step.
 
     step: of the run, from 0; total: steps of the run; loss: parts of the loss of this step, summed over micro-batches
-    and processes ("task", and each method's term by its name); learning_rate: the schedule's, of the first group.
+    and processes ("task", and each method's term by its name); learning_rate: the schedule's, of the first group;
+    model: as it is before the step; to be looked at only, the same in every process.
     """
 
     step: int
     total: int
     loss: Mapping[str, float]
     learning_rate: float
+    model: Any = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Method:
 
     paper: ClassVar[Paper | None] = None
     does: ClassVar[str] = ""  # one plain line for tables
-    needs: ClassVar[frozenset[str]] = frozenset()  # "base_weights", "base_logits", "dense", "hidden"
+    needs: ClassVar[frozenset[str]] = frozenset()  # "base_weights", "base_logits", "base_hidden", "dense"
     wraps: ClassVar[bool] = False  # replaces modules: at most one per plan
     refuses: ClassVar[Mapping[str, str]] = {}  # method name -> why the two mean different things
     phase: ClassVar[str] = "rescale"  # of `grad`: mask, rescale, project
@@ -160,6 +162,10 @@ class Method:
     def batch(self, rows: Sequence[TokenRow], step: int, ctx: Context) -> Sequence[TokenRow]:
         """Pick or change the rows of a drawn batch."""
         return rows
+
+    def hidden_layers(self) -> tuple[int, ...]:
+        """Whose states `view.hidden` gives to `loss` and `token_weight`: blocks from 0, or -1, before the head."""
+        return ()
 
     def token_weight(self, view: View) -> torch.Tensor | None:
         """(N,) weights of the task's token losses, without gradient; positions of other owners are ignored."""

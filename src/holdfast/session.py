@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from holdfast.data.mix import Mix
-from holdfast.engine.forward import SOFT_PROMPT, forward, inner
+from holdfast.engine.forward import SOFT_PROMPT, States, forward_states, inner
 from holdfast.engine.pack import TokenRow
 from holdfast.engine.shards import cut_like, whole
 from holdfast.errors import NoEffect, TrainingError
@@ -63,6 +63,9 @@ class Session:
         self.num_layers = int(getattr(inner(model).config.get_text_config(), "num_hidden_layers", 1))
         self.stage = self.stages[0]
         self.realised: Counter[str] = Counter()
+        self.layers = tuple(
+            dict.fromkeys(n for m in self.methods for n in m.hidden_layers())
+        )  # whose states some method reads
         self.chosen, self.steering = Entries(self.methods, self.state), Steering(self.methods, self.state)
         self._source_of: dict[str, str] = {}  # label of a row -> the method whose source it came from
         self.params: dict[str, torch.nn.Parameter] = {}
@@ -78,10 +81,13 @@ class Session:
             rows = m.asides(self.ctx)
             if rows:
                 self.asides[m.name] = rows
-        if any("base_logits" in m.needs for m in self.methods):
-            self.teacher = Teacher(self.model)
+        asks = {"base_logits", "base_hidden"}
+        if any(asks & m.needs for m in self.methods):
+            self.teacher = Teacher(
+                self.model, [n for m in self.methods if "base_hidden" in m.needs for n in m.hidden_layers()]
+            )
             used = [r for m in self.methods for r in self._used_asides(m)]
-            on_task = any("base_logits" in m.needs and m.name not in self.asides for m in self.methods)
+            on_task = any(asks & m.needs and m.name not in self.asides for m in self.methods)
             known = [*used, *(teacher_rows if on_task else ())]
             self.teacher.learn(self.model, known, progress=progress)
             # a cut model answers only when all processes ask at once, so there nothing is asked of it
@@ -221,11 +227,11 @@ class Session:
 
         Returns: (loss, its parts as plain numbers).
         """
-        packed, logits = forward(model, rows, packing=self.packing)
+        packed, logits, states = forward_states(model, rows, self.layers, packing=self.packing)
         self.effects.update(self._source_of[r.source] for r in rows if r.source in self._source_of)
         shared: dict[str, Any] = {}
-        views = {m.name: self._view(m, packed, logits, model, step, shared) for m in self.methods}
-        view = next(iter(views.values()), None) or self._view(None, packed, logits, model, step, shared)
+        views = {m.name: self._view(m, packed, logits, model, step, shared, states) for m in self.methods}
+        view = next(iter(views.values()), None) or self._view(None, packed, logits, model, step, shared, states)
         at = view.positions("task")
         token_loss = -view.token_logp[at]
         for m in self.methods:
@@ -260,11 +266,13 @@ class Session:
         of = [self.steering.source_weight.get(r.source, 1.0) for r in packed.rows]
         return torch.as_tensor([of[i] for i in packed.row[at.cpu().numpy()]], device=at.device)
 
-    def _view(self, m: Method | None, packed: Any, logits: Any, model: Any, step: int, shared: dict) -> View:
+    def _view(
+        self, m: Method | None, packed: Any, logits: Any, model: Any, step: int, shared: dict, states: States
+    ) -> View:
         name = m.name if m else "task"
         return View(
             packed, logits, step, model, self.state.get(name, {}), self.teacher, name, self.params,
-            self.base_weights, shared,
+            self.base_weights, shared, states,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -292,7 +300,7 @@ class Session:
                 schedule's at this step.
         """
         if self.steering.methods and self.stage.trains != "prompt":
-            self.effects.update(self.steering.ask(Past(step, self.ctx.total_steps, parts, learning_rate)))
+            self.effects.update(self.steering.ask(Past(step, self.ctx.total_steps, parts, learning_rate, self.model)))
             self.steering.freeze(self.params)
 
     def hook(self, optimizer: torch.optim.Optimizer) -> None:

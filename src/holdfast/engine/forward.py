@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ import torch
 from holdfast.engine.pack import ATTENTION, Packed, TokenRow, pack
 from holdfast.errors import ModelError
 
+LAST = -1  # the layer whose states enter the output head
+States = dict[int, torch.Tensor]  # layer -> (N, D)
+Outcome = tuple[torch.Tensor, States]  # logits and states
 SOFT_PROMPT = "holdfast_prompt"  # name of the (p, D) parameter ProMoT hangs on the model
 
 
@@ -92,12 +96,25 @@ def forward(
     Raises:
         ModelError: the model is not causal, or must see its rows one by one where its weights are cut over processes.
     """
+    packed, logits, states = forward_states(model, rows, (LAST,) if hidden else (), packing=packing)
+    return packed, states[LAST] if hidden else logits
+
+
+def forward_states(
+    model: Any, rows: Sequence[TokenRow], layers: Sequence[int], *, packing: bool = True
+) -> tuple[Packed, torch.Tensor, States]:
+    """As `forward`, with the hidden states of `layers` beside the logits.
+
+    layers: decoder blocks from 0 (what each gives), or LAST (what enters the output head, behind the final norm).
+
+    Returns: the packing, (N, V) logits, {layer: (N, D)}, all at the scored positions.
+    """
     soft = getattr(inner(model), SOFT_PROMPT, None)
     prompts = [len(soft) if soft is not None and r.owner == r.source == "task" else 0 for r in rows]
     device = next(model.parameters()).device
     packed = pack(rows, device, prompts)
     way = _way(model, [len(r.ids) + n for r, n in zip(rows, prompts, strict=True)], packing)
-    return packed, way(model, packed, prompts, soft, hidden)
+    return packed, *way(model, packed, prompts, soft, layers)
 
 
 def _way(model: Any, lengths: Sequence[int], packing: bool) -> Any:
@@ -116,11 +133,11 @@ def _way(model: Any, lengths: Sequence[int], packing: bool) -> Any:
     return _one_by_one
 
 
-def _packed(model: Any, p: Packed, prompts: list[int], soft: Any, hidden: bool) -> torch.Tensor:
+def _packed(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Sequence[int]) -> Outcome:
     inputs: dict[str, Any] = {"input_ids": p.ids}
     if any(prompts):
         inputs = {"inputs_embeds": _embed(model, p, prompts, soft)[None]}
-    with _switched(model, ATTENTION), _capture(model, hidden) as seen:
+    with _switched(model, ATTENTION), _capture(model, layers) as seen:
         out = model(
             **inputs,
             position_ids=p.positions,
@@ -128,7 +145,7 @@ def _packed(model: Any, p: Packed, prompts: list[int], soft: Any, hidden: bool) 
             logits_to_keep=p.where,
             use_cache=False,
         )
-    return seen[0][0] if hidden else out.logits[0]
+    return out.logits[0], {n: s[0] if n == LAST else s[0][p.where] for n, s in seen.items()}
 
 
 def _embed(model: Any, p: Packed, prompts: list[int], soft: torch.Tensor) -> torch.Tensor:
@@ -143,7 +160,7 @@ def _embed(model: Any, p: Packed, prompts: list[int], soft: torch.Tensor) -> tor
     return torch.cat(parts)
 
 
-def _padded(model: Any, p: Packed, prompts: list[int], soft: Any, hidden: bool) -> torch.Tensor:
+def _padded(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Sequence[int]) -> Outcome:
     lengths = [len(r.ids) + n for r, n in zip(p.rows, prompts, strict=True)]
     width, starts = max(lengths), np.concatenate([[0], np.cumsum(lengths)])
     grid = torch.zeros((len(p.rows), width), dtype=torch.long, device=p.ids.device)
@@ -162,27 +179,44 @@ def _padded(model: Any, p: Packed, prompts: list[int], soft: Any, hidden: bool) 
     where = torch.as_tensor(p.row, device=p.where.device), p.where - at
     if len(p.rows) > 1:
         inputs["attention_mask"] = mask
-    with _capture(model, hidden) as seen:
+    with _capture(model, layers) as seen:
         out = model(**inputs, use_cache=False)
-    return (seen[0] if hidden else out.logits)[where]
+    return out.logits[where], {n: s[where] for n, s in seen.items()}
 
 
-def _one_by_one(model: Any, p: Packed, prompts: list[int], soft: Any, hidden: bool) -> torch.Tensor:
+def _one_by_one(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Sequence[int]) -> Outcome:
     device = p.ids.device
-    each = zip(p.rows, prompts, strict=True)
-    return torch.cat([_padded(model, pack([row], device, [n]), [n], soft, hidden) for row, n in each])
+    each = [_padded(model, pack([r], device, [n]), [n], soft, layers) for r, n in zip(p.rows, prompts, strict=True)]
+    states = {n: torch.cat([own[n] for _, own in each]) for n in layers}
+    return torch.cat([logits for logits, _ in each]), states
 
 
 @contextmanager
-def _capture(model: Any, wanted: bool) -> Iterator[list[torch.Tensor]]:
-    """Record what enters the output head (the last hidden states at the kept positions)."""
-    seen: list[torch.Tensor] = []
-    if not wanted:
-        yield seen
-        return
-    head = inner(model).get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+def _capture(model: Any, layers: Sequence[int]) -> Iterator[States]:
+    """Record what the blocks give and what enters the output head (that at the kept positions only)."""
+    seen: States = {}
+    handles = []
+    for layer in layers:
+        if layer == LAST:
+            head = inner(model).get_output_embeddings()
+            handles.append(head.register_forward_pre_hook(lambda _m, args: seen.__setitem__(LAST, args[0])))
+        else:
+            handles.append(blocks(model)[layer].register_forward_hook(partial(_note, seen, layer)))
     try:
         yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _note(seen: States, layer: int, _module: Any, _args: Any, out: Any) -> None:
+    seen[layer] = out[0] if isinstance(out, tuple) else out
+
+
+def blocks(model: Any) -> torch.nn.ModuleList:
+    """The decoder blocks: the longest list of modules of the model."""
+    lists = [m for m in inner(model).modules() if isinstance(m, torch.nn.ModuleList)]
+    if not lists:
+        what = f"{type(inner(model)).__name__} has no list of blocks, so the states of a layer cannot be seen."
+        raise ModelError(what, "Leave out of the plan what looks at layers.")
+    return max(lists, key=len)

@@ -437,7 +437,8 @@ class PlannedTrainer(_Base):
         parts: Counter[str] = Counter()
         for own in gather(dict(self._of_step)):
             parts.update(own)
-        self.session.steer(self._step, parts, self.optimizer.param_groups[0]["lr"])
+        optimizer: Any = self.optimizer
+        self.session.steer(self._step, parts, optimizer.param_groups[0]["lr"])
         if self.session.steering.ended:
             self.control.should_training_stop = True
 

@@ -60,7 +60,9 @@ class Entries:
                 self.masks[name] = cut_like(both.to(p.device), p)
 
     def _drop_moments(self, params: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer | None) -> None:
-        for name, mask in self.masks.items() if optimizer else ():
+        if optimizer is None:
+            return
+        for name, mask in self.masks.items():
             for value in optimizer.state.get(params[name], {}).values():
                 if isinstance(value, torch.Tensor) and value.shape == params[name].shape:
                     value.mul_(mask)

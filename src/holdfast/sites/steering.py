@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from holdfast.method import Method, Past, State, Steer
+from holdfast.method import Method, Past, State
 
 
 class Steering:
@@ -27,9 +27,9 @@ class Steering:
         self._rates: list[tuple[dict[str, Any], float]] = []
 
     def ask(self, past: Past) -> list[str]:
-        """Ask every method about a step; returns the names of those that changed something."""
+        """Ask every method about a step; returns the names of those that answered (to watch is to be at work)."""
         self.lr_factor, weights, frozen = 1.0, {}, []
-        changed = []
+        answered = []
         for m in self.methods:
             said = m.steer(past, self.state[m.name])
             if said is None:
@@ -40,10 +40,9 @@ class Steering:
                 weights[source] = weights.get(source, 1.0) * weight
             frozen += said.freeze
             self.ended = self.ended or (f"{m.name}: {said.end}" if said.end else "")
-            if said != Steer(state=said.state):
-                changed.append(m.name)
+            answered.append(m.name)
         self.source_weight, self.frozen = weights, tuple(frozen)
-        return changed
+        return answered
 
     def freeze(self, params: Mapping[str, torch.nn.Parameter]) -> None:
         """No gradient for what is frozen: the optimizer then passes it by, decay included."""
