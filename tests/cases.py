@@ -257,8 +257,8 @@ def bands_hold(seen: Seen) -> None:
 
 
 def end_holds(seen: Seen) -> None:
-    """It looked three times, found no rise twice, and the run ended there."""
-    assert seen.result.log.ended.startswith("ClassSeparability") and len(seen.result.log.loss) == 10
+    """At the second look there was no rise, and the run ended there."""
+    assert seen.result.log.ended.startswith("ClassSeparability") and len(seen.result.log.loss) == 3
     assert len(seen.plain.log.loss) == 20
 
 
@@ -273,6 +273,7 @@ class Case:
     no_off: why there are none.
     invariant: asserts what the method promises after 20 steps.
     zero_at_base: the part of the loss that is 0 at the base weights; no_zero: why there is none.
+    too_short: words with which its defaults refuse a run of a few steps. ends_at: the steps after which it ends a run.
     """
 
     method: Method
@@ -281,6 +282,8 @@ class Case:
     no_off: str = ""
     zero_at_base: str = ""
     no_zero: str = ""
+    too_short: str = ""
+    ends_at: int = 0
 
     @property
     def name(self) -> str:
@@ -296,10 +299,12 @@ CASES = (
         zero_at_base="AnchoredSFT",
     ),
     Case(
-        hf.ClassSeparability(texts=6, every=3, patience=2, least=1e9),
+        hf.ClassSeparability(texts=6, every=1, patience=1, least=1e9),
         end_holds,
         off=(hf.ClassSeparability(patience=0),),
         no_zero=NO_TERM,
+        too_short="it never would",
+        ends_at=3,
     ),
     Case(hf.DFT(), token_loss_holds, no_off="it has no settings: leaving it out is off", no_zero=NO_TERM),
     Case(hf.FINCH(first=2), finch_holds, off=(hf.FINCH(power=0.0),), no_zero=NO_TERM),

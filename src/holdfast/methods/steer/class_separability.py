@@ -56,6 +56,11 @@ class ClassSeparability(Method):
         """The fixed texts as tokens: joined, with their lengths."""
         from holdfast.data.tokens import Encoder
 
+        if 0 < ctx.total_steps <= self.every:
+            raise PlanError(
+                f"ClassSeparability looks every {self.every} steps; in a run of {ctx.total_steps} it never would.",
+                "Lower ClassSeparability.every, or take it out of the plan.",
+            )
         prompts = sorted({r.prompt for r in ctx.rows})
         random.Random(f"ClassSeparability/{self.seed}").shuffle(prompts)
         ids = [i[-ctx.max_length :] for i in Encoder(ctx.tokenizer).prompts(prompts[: self.texts])]
