@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
 from holdfast import methods as hf
@@ -15,7 +16,9 @@ from holdfast.data.tokens import tokenize
 from holdfast.engine.forward import forward
 from holdfast.hosts.plain import Log, Training, train
 from holdfast.method import Method, canonical
+from holdfast.methods.adapt.lift import principal
 from holdfast.methods.loss._divergence import forward_kl
+from holdfast.methods.loss.gere import _flags, _key, margin
 from holdfast.plan import Host, Plan
 from holdfast.services import Context
 from holdfast.session import Session
@@ -232,6 +235,46 @@ def line_holds(factor: Callable[[Any, str], float]) -> Callable[[Seen], None]:
     return check
 
 
+def lift_holds(seen: Seen) -> None:
+    """Nothing but the principal entries of the base moved, and all of those did."""
+    for name, base in seen.base.items():
+        moved = seen.result.weights[name] != base
+        if base.ndim == 2 and "layers." in name:
+            chosen = principal(base, seen.method.filter_rank, seen.method.lora_rank)
+            assert int(chosen.sum()) == min(sum(base.shape) * seen.method.lora_rank, base.numel())
+            assert not moved[~chosen].any() and moved[chosen].float().mean() > 0.99, name
+        else:
+            assert not moved.any(), name
+
+
+def finch_holds(seen: Seen) -> None:
+    """The reference is the mean of the first losses, and as the loss fell the weights went further than without."""
+    state, losses = seen.result.session.state["FINCH"], [p["task"] for _, p in seen.result.log.loss]
+    first = seen.method.first
+    assert int(state["count"]) == first and float(state["sum"]) == pytest.approx(sum(losses[:first]))
+    far, near = (sum((r.weights[n] - w).norm() ** 2 for n, w in seen.base.items()) for r in (seen.result, seen.plain))
+    assert losses[-1] < losses[0] and far > near
+
+
+def bands_hold(seen: Seen) -> None:
+    """On the replayed text the states left their bands by less than without."""
+    method, session = seen.method, seen.result.session
+    rows, state = session.asides["GeRe"][:4], session.state["GeRe"]
+    out = []
+    for model in (seen.result.model, seen.plain.model):
+        with torch.no_grad():
+            h = torch.cat([forward(model, [r], hidden=True)[1] for r in rows]).float()
+        low, high = (torch.cat([_flags(state[f"{n}/{_key(r)}"], h) for r in rows]) for n in ("low", "high"))
+        out.append(margin(h, state["lo"], state["hi"], low, high).mean())
+    assert 0 < out[0] < 0.8 * out[1] and method.weight
+
+
+def end_holds(seen: Seen) -> None:
+    """At the second look there was no rise, and the run ended there."""
+    assert seen.result.log.ended.startswith("ClassSeparability") and len(seen.result.log.loss) == 3
+    assert len(seen.plain.log.loss) == 20
+
+
 # ---- the rows
 
 
@@ -243,6 +286,7 @@ class Case:
     no_off: why there are none.
     invariant: asserts what the method promises after 20 steps.
     zero_at_base: the part of the loss that is 0 at the base weights; no_zero: why there is none.
+    too_short: words with which its defaults refuse a run of a few steps. ends_at: the steps after which it ends a run.
     """
 
     method: Method
@@ -251,6 +295,8 @@ class Case:
     no_off: str = ""
     zero_at_base: str = ""
     no_zero: str = ""
+    too_short: str = ""
+    ends_at: int = 0
 
     @property
     def name(self) -> str:
@@ -265,13 +311,28 @@ CASES = (
         no_off="weight 0 is DFT, tested as such",
         zero_at_base="AnchoredSFT",
     ),
+    Case(
+        hf.ClassSeparability(texts=6, every=1, patience=1, least=1e9),
+        end_holds,
+        off=(hf.ClassSeparability(patience=0),),
+        no_zero=NO_TERM,
+        too_short="it never would",
+        ends_at=3,
+    ),
     Case(hf.DFT(), token_loss_holds, no_off="it has no settings: leaving it out is off", no_zero=NO_TERM),
     Case(hf.EAFT(alpha=30.0), unsure_holds, off=(hf.EAFT(alpha=0.0),), no_zero=NO_TERM),
+    Case(hf.FINCH(first=2), finch_holds, off=(hf.FINCH(power=0.0),), no_zero=NO_TERM),
     Case(
         hf.Freeze(layers=1, embeddings=True, patterns=("norm",), layer_decay=0.9),
         freeze_holds,
         off=(hf.Freeze(layer_decay=1.0),),
         no_zero=NO_TERM,
+    ),
+    Case(
+        hf.GeRe(weight=50.0, replay=0.0, pool=4, max_tokens=32),
+        bands_hold,
+        off=(hf.GeRe(weight=0.0, replay=0.0), hf.GeRe(rows_per_step=0)),
+        zero_at_base="GeRe",
     ),
     Case(hf.HalfFineTune(), half_holds, no_off="half is half: leaving it out is off", no_zero=NO_TERM),
     Case(
@@ -293,6 +354,7 @@ CASES = (
         zero_at_base="KLToBase",
     ),
     Case(hf.L2ToInit(alpha=5.0), pull_holds, off=(hf.L2ToInit(alpha=0.0),), zero_at_base="L2ToInit"),
+    Case(hf.LIFT(lora_rank=2, filter_rank=4), lift_holds, off=(hf.LIFT(lora_rank=0),), no_zero=NO_TERM),
     Case(
         hf.LiNeS(alpha=0.25),
         line_holds(lambda m, n: 1.0 if "layers.1." in n else 0.25),

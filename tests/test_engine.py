@@ -91,7 +91,7 @@ def test_packed_is_one_by_one(tiny_model, tied):
 def test_padded_is_packed(tiny_model):
     model, rows = tiny_model(), make_rows()
     packed, expected = forward(model, rows)
-    got = run_padded(model, packed, [0] * len(rows), None, False)
+    got = run_padded(model, packed, [0] * len(rows), None, ())[0]
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     one, two = grads(model, got, rows), grads(model, forward(model, rows)[1], rows)
     for name in one:
@@ -109,7 +109,7 @@ def test_soft_prompt_is_concatenation(tiny_model, padded):
     rows = [task[0], other[0], *task[1:]]
     packed, got = forward(model, rows)
     if padded:
-        got = run_padded(model, packed, [4, 0, 4, 4], model.get_parameter(SOFT_PROMPT), False)
+        got = run_padded(model, packed, [4, 0, 4, 4], model.get_parameter(SOFT_PROMPT), ())[0]
     parts = [one_by_one(model, [r], soft if r.owner == "task" else None) for r in rows]
     torch.testing.assert_close(got, torch.cat(parts), atol=1e-5, rtol=0)
     summed_loss(got, rows).backward()

@@ -19,7 +19,7 @@ FLOORS = (  # lowest first; a package stands for its modules, unless one of them
     {"data"},
     {"models"},
     {"measure"},
-    {"services", "method", "methods", "plan", "session"},  # the law
+    {"services", "method", "sites", "methods", "plan", "session"},  # the law
     {"hosts"},
     {"report", "diagnose"},
     {"runs"},  # what verbs share

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import holdfast.methods as hf
 from holdfast.engine.pack import token_row
+from holdfast.engine.ways import LAST
 from holdfast.plan import Plan
 from holdfast.services import Context
 from holdfast.session import Session
@@ -94,7 +95,7 @@ def test_copies_bases_and_prompts(scale, tokenizer, row):
     assert scale.bases_bytes(shape, 0.5) == in_bytes(session.state["OrthogonalSubspace"].values())
     session = started([hf.KLToBase()], [row], tokenizer)
     setup, step = scale.Setup(lora=False, methods=("KLToBase",)), scale.Step(512, 511, stored=511)
-    assert held(shape, setup, step)["teacher: hidden states"] == in_bytes(session.teacher._hidden)
+    assert held(shape, setup, step)["teacher: hidden states"] == in_bytes(session.teacher._hidden[LAST])
     session = started([hf.LoRA(), hf.ProMoT()], [row], tokenizer)
     assert scale.soft_prompt_bytes(shape, scale.Setup()) == 5 * in_bytes(session.state["ProMoT"].values())
 

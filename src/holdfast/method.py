@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -24,11 +24,13 @@ from holdfast.services import Context, State, View
 SITES = (
     "prepare",
     "adapt",
+    "entries",
     "data",
     "batch",
     "token_weight",
     "loss",
     "grad",
+    "steer",
     "update",
     "merge",
     "decode",
@@ -59,6 +61,38 @@ class Term:
 
 
 @dataclass(frozen=True)
+class Past:
+    """What a method that steers is shown, before the optimizer's step.
+
+    step: of the run, from 0; total: steps of the run; loss: parts of the loss of this step, summed over micro-batches
+    and processes ("task", and each method's term by its name); learning_rate: the schedule's, of the first group;
+    model: as it is before the step; to be looked at only, the same in every process.
+    """
+
+    step: int
+    total: int
+    loss: Mapping[str, float]
+    learning_rate: float
+    model: Any = None
+
+
+@dataclass(frozen=True)
+class Steer:
+    """What a method that steers asks for; what is not said stays as it is.
+
+    lr_factor: of this step's learning rate. source_weight: source of rows -> weight of its token losses from the next
+    step on. freeze: patterns of parameter names that do not train at this step. end: why the run should end after
+    this step, in words. state: what the method remembers.
+    """
+
+    lr_factor: float = 1.0
+    source_weight: Mapping[str, float] = field(default_factory=dict)
+    freeze: tuple[str, ...] = ()
+    end: str = ""
+    state: State = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Stage:
     """One training of a run. `trains` is "prompt" or "rest" (whatever the plan's other methods leave trainable)."""
 
@@ -75,7 +109,7 @@ class Method:
 
     paper: ClassVar[Paper | None] = None
     does: ClassVar[str] = ""  # one plain line for tables
-    needs: ClassVar[frozenset[str]] = frozenset()  # "base_weights", "base_logits", "dense", "hidden"
+    needs: ClassVar[frozenset[str]] = frozenset()  # "base_weights", "base_logits", "base_hidden", "dense"
     wraps: ClassVar[bool] = False  # replaces modules: at most one per plan
     refuses: ClassVar[Mapping[str, str]] = {}  # method name -> why the two mean different things
     phase: ClassVar[str] = "rescale"  # of `grad`: mask, rescale, project
@@ -95,6 +129,22 @@ class Method:
         """Learning-rate factor of one parameter (part of `adapt`); factors of several methods multiply."""
         return 1.0
 
+    def entries(self, name: str, param: torch.Tensor, state: State, step: int) -> torch.Tensor | None:
+        """Which entries of one parameter train, as a bool tensor of its shape; None: all of them.
+
+        Asked before the first step and before every step that `redraws` names. The chosen entries of several methods
+        are intersected; all others stay as they are to the last bit.
+        """
+        return None
+
+    def redraws(self, step: int) -> bool:
+        """Whether `entries` is asked before step `step` (0-based) of the run."""
+        return step == 0
+
+    def steer(self, past: Past, state: State) -> Steer | None:
+        """Look at the losses of a step, before the optimizer takes it: scale it, weight sources, freeze, or end."""
+        return None
+
     def data(self, mix: Mix, ctx: Context) -> Mix:
         """Add sources or maps to the training mix."""
         return mix
@@ -110,6 +160,10 @@ class Method:
     def batch(self, rows: Sequence[TokenRow], step: int, ctx: Context) -> Sequence[TokenRow]:
         """Pick or change the rows of a drawn batch."""
         return rows
+
+    def hidden_layers(self) -> tuple[int, ...]:
+        """Whose states `view.hidden` gives to `loss` and `token_weight`: blocks from 0, or -1, before the head."""
+        return ()
 
     def token_weight(self, view: View) -> torch.Tensor | None:
         """(N,) weights of the task's token losses, without gradient; positions of other owners are ignored."""
@@ -162,7 +216,7 @@ class Method:
 
     def sites(self) -> tuple[str, ...]:
         """The sites this method overrides; helpers count for the site they belong to."""
-        helpers = {"lr_factor": "adapt", "asides": "data"}
+        helpers = {"lr_factor": "adapt", "asides": "data", "redraws": "entries"}
         own = {helpers.get(s, s) for s in (*SITES, *helpers) if getattr(type(self), s) is not getattr(Method, s)}
         return tuple(s for s in SITES if s in own)
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from holdfast.engine.forward import forward
+from holdfast.engine.forward import forward_states
 from holdfast.engine.pack import Packed, TokenRow
 from holdfast.engine.processes import gather_rows, shares, world
-from holdfast.engine.ways import inner
+from holdfast.engine.ways import LAST, inner
 
 State = dict[str, torch.Tensor]  # of one method, from `prepare` on
 
@@ -48,6 +48,7 @@ class View:
     params: Mapping[str, torch.nn.Parameter]  # trainable parameters by canonical name
     base_weights: Mapping[str, torch.Tensor]
     _shared: dict[str, Any]
+    states: Mapping[int, torch.Tensor] = field(default_factory=dict)  # of the layers that some method asked for
 
     @property
     def logp(self) -> torch.Tensor:
@@ -68,6 +69,19 @@ class View:
         rows = [r.owner == owner and source in (None, r.source) for r in self.packed.rows]
         return torch.as_tensor(np.flatnonzero(np.asarray(rows)[self.packed.row]), device=self.logits.device)
 
+    def hidden(self, owner: str, layer: int = LAST) -> torch.Tensor:
+        """(M, D) states of a layer at the positions of `owner`, with gradient; see `Method.hidden_layers`."""
+        return self.states[layer][self.positions(owner)]
+
+    def base_hidden(self, owner: str, layer: int = LAST) -> torch.Tensor:
+        """(M, D) the base model's states there, no gradient, for rows known before training and for new ones."""
+        assert self.teacher is not None, "the plan gives a teacher to methods that need base_hidden"
+        key = f"base/{owner}/{layer}"
+        if key not in self._shared:
+            wanted = [r for r in self.packed.rows if r.owner == owner]
+            self._shared[key] = self.teacher.states(self.model, wanted, layer)
+        return self._shared[key]
+
     def base_logp(self, owner: str) -> torch.Tensor:
         """(M, V) the base model's log-probabilities at the positions of `owner`, no gradient."""
         assert self.teacher is not None, "the plan gives a teacher to methods that need base_logits"
@@ -82,14 +96,15 @@ class Teacher:
     """The base model's answers. Several processes each compute a share of what is learnt; all get the whole.
 
     Rows known beforehand are run through the untouched base once; their last hidden states are kept (2 D bytes a
-    position instead of 2 V) and the base's own head is applied on demand: exact. Rows never seen before are asked of
-    the base with its adapter switched off, or, when the base itself is being trained, of a frozen copy.
+    position instead of 2 V) and the base's own head is applied on demand: exact. So are the states of further
+    `layers`. Rows never seen before are asked of the base with its adapter switched off, or, when the base itself is
+    being trained, of a frozen copy.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, layers: Sequence[int] = ()):
+        self.layers = tuple(dict.fromkeys((LAST, *layers)))
         self._store: dict[bytes, tuple[int, int]] = {}
-        self._hidden: list[torch.Tensor] = []
-        self._joined: torch.Tensor | None = None
+        self._hidden: dict[int, list[torch.Tensor]] = {n: [] for n in self.layers}
         self._head: Any = None
         self._copy: Any = None
         self.num_forwards = 0
@@ -108,28 +123,31 @@ class Teacher:
     ) -> None:
         """Store the answers of the untouched `model` on `rows` (duplicates once)."""
         new = list({r.key: r for r in rows if r.key not in self._store}.values())
-        if not new or not self.exact_head:
+        if not new or not (self.exact_head or len(self.layers) > 1):
             return
         rank, num = world(model)
         dealt = [new] if num == 1 else [[new[i] for i in p] for p in shares(new, [len(r.ids) for r in new], num)]
         was_training = model.training
         model.eval()
-        hidden: list[torch.Tensor] = []
+        hidden: dict[int, list[torch.Tensor]] = {n: [] for n in self.layers}
         for done, batch in _batches(dealt[rank], batch_tokens):
-            hidden.append(forward(model, batch, hidden=True)[1].detach().clone())
+            states = forward_states(model, batch, self.layers)[2]
+            for n in self.layers:
+                hidden[n].append(states[n].detach().clone())
             self.num_forwards += 1
             if progress:
                 progress(done / len(dealt[rank]))
         model.train(was_training)
         if num > 1:
             lengths = [[r.num_scored for r in rows] for rows in dealt]
-            hidden = gather_rows(hidden, lengths, next(model.parameters()).device)
-        at = sum(len(h) for h in self._hidden)
+            device = next(model.parameters()).device
+            hidden = {n: gather_rows(h, lengths, device) for n, h in hidden.items()}
+        at = sum(len(h) for h in self._hidden[LAST])
         for row in (r for rows in dealt for r in rows):
             self._store[row.key] = (at, row.num_scored)
             at += row.num_scored
-        self._hidden += hidden
-        self._joined = None
+        for n in self.layers:
+            self._hidden[n] += hidden[n]
 
     def freeze_base(self, model: Any, head_trains: bool, needs_copy: bool) -> None:
         """Keep what training would destroy: the head when it trains, the whole base when unknown rows will come."""
@@ -146,28 +164,41 @@ class Teacher:
     @torch.no_grad()
     def logp(self, model: Any, rows: Sequence[TokenRow]) -> torch.Tensor:
         """(M, V) fp32 log-probabilities of the base at the scored positions of `rows`."""
-        if self._store and all(r.key in self._store for r in rows):
-            joined = self._joined
-            if joined is None:
-                self._joined = joined = torch.cat(self._hidden)
-                self._hidden = [joined]
-            spans = [joined[a : a + n] for a, n in (self._store[r.key] for r in rows)]
+        if self.exact_head and self._knows(rows):
             head = self._head or inner(model).get_output_embeddings()
             head = getattr(head, "base_layer", head)  # an adapter on the head is not the base's
-            return head(torch.cat(spans)).float().log_softmax(-1)
+            return head(self._kept(rows, LAST)).float().log_softmax(-1)
+        return self._ask(model, rows, ())[0].float().log_softmax(-1)
+
+    @torch.no_grad()
+    def states(self, model: Any, rows: Sequence[TokenRow], layer: int = LAST) -> torch.Tensor:
+        """(M, D) hidden states of the base at the scored positions of `rows`."""
+        return self._kept(rows, layer) if self._knows(rows) else self._ask(model, rows, (layer,))[1][layer]
+
+    def _knows(self, rows: Sequence[TokenRow]) -> bool:
+        return bool(self._store) and all(r.key in self._store for r in rows)
+
+    def _kept(self, rows: Sequence[TokenRow], layer: int) -> torch.Tensor:
+        if len(self._hidden[layer]) > 1:
+            self._hidden[layer] = [torch.cat(self._hidden[layer])]
+        (joined,) = self._hidden[layer]
+        return torch.cat([joined[a : a + n] for a, n in (self._store[r.key] for r in rows)])
+
+    def _ask(self, model: Any, rows: Sequence[TokenRow], layers: Sequence[int]) -> tuple[torch.Tensor, Any]:
+        """Logits and states of the base on rows it has not seen before."""
         self.num_forwards += 1
         if self._copy is not None:
-            return forward(self._copy, rows)[1].float().log_softmax(-1)
+            return forward_states(self._copy, rows, layers)[1:]
         was_training = model.training
         model.eval()  # dropout off: a teacher that rolls dice is no teacher
         wrapped = getattr(model, "module", model)
         frozen = [p for p in model.parameters() if not p.requires_grad]
         with wrapped.disable_adapter():
-            logits = forward(model, rows)[1]
+            found = forward_states(model, rows, layers)[1:]
         for p in frozen:  # switching the adapter on again makes all of it trainable
             p.requires_grad_(False)
         model.train(was_training)
-        return logits.float().log_softmax(-1)
+        return found
 
 
 def _batches(rows: Sequence[TokenRow], most: int) -> Any:

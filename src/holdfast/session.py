@@ -13,14 +13,16 @@ from typing import Any
 import torch
 
 from holdfast.data.mix import Mix
-from holdfast.engine.forward import forward
+from holdfast.engine.forward import forward_states
 from holdfast.engine.pack import TokenRow
 from holdfast.engine.shards import cut_like, whole
-from holdfast.engine.ways import SOFT_PROMPT, inner
+from holdfast.engine.ways import SOFT_PROMPT, States, inner
 from holdfast.errors import NoEffect, TrainingError
-from holdfast.method import Method, Stage, State, canonical
+from holdfast.method import Method, Past, Stage, State, canonical
 from holdfast.plan import PHASES, Plan
 from holdfast.services import BaseWeights, Context, Teacher, View
+from holdfast.sites.entries import Entries
+from holdfast.sites.steering import Steering
 
 Counts = Mapping[str, int]
 LORA_B = re.compile(r"\.lora_(?:embedding_)?B\.")
@@ -62,6 +64,10 @@ class Session:
         self.num_layers = int(getattr(inner(model).config.get_text_config(), "num_hidden_layers", 1))
         self.stage = self.stages[0]
         self.realised: Counter[str] = Counter()
+        self.layers = tuple(
+            dict.fromkeys(n for m in self.methods for n in m.hidden_layers())
+        )  # whose states some method reads
+        self.chosen, self.steering = Entries(self.methods, self.state), Steering(self.methods, self.state)
         self._source_of: dict[str, str] = {}  # label of a row -> the method whose source it came from
         self.params: dict[str, torch.nn.Parameter] = {}
         self._wrapped: frozenset[str] | None = None  # what an adapter trains, once it is on the model
@@ -76,10 +82,13 @@ class Session:
             rows = m.asides(self.ctx)
             if rows:
                 self.asides[m.name] = rows
-        if any("base_logits" in m.needs for m in self.methods):
-            self.teacher = Teacher(self.model)
+        asks = {"base_logits", "base_hidden"}
+        if any(asks & m.needs for m in self.methods):
+            self.teacher = Teacher(
+                self.model, [n for m in self.methods if "base_hidden" in m.needs for n in m.hidden_layers()]
+            )
             used = [r for m in self.methods for r in self._used_asides(m)]
-            on_task = any("base_logits" in m.needs and m.name not in self.asides for m in self.methods)
+            on_task = any(asks & m.needs and m.name not in self.asides for m in self.methods)
             known = [*used, *(teacher_rows if on_task else ())]
             self.teacher.learn(self.model, known, progress=progress)
             # a cut model answers only when all processes ask at once, so there nothing is asked of it
@@ -219,11 +228,11 @@ class Session:
 
         Returns: (loss, its parts as plain numbers).
         """
-        packed, logits = forward(model, rows, packing=self.packing)
+        packed, logits, states = forward_states(model, rows, self.layers, packing=self.packing)
         self.effects.update(self._source_of[r.source] for r in rows if r.source in self._source_of)
         shared: dict[str, Any] = {}
-        views = {m.name: self._view(m, packed, logits, model, step, shared) for m in self.methods}
-        view = next(iter(views.values()), None) or self._view(None, packed, logits, model, step, shared)
+        views = {m.name: self._view(m, packed, logits, model, step, shared, states) for m in self.methods}
+        view = next(iter(views.values()), None) or self._view(None, packed, logits, model, step, shared, states)
         at = view.positions("task")
         token_loss = -view.token_logp[at]
         for m in self.methods:
@@ -231,6 +240,8 @@ class Session:
             if weight is not None:
                 self.effects[m.name] += 1
                 token_loss = token_loss * weight.detach()[at]
+        if self.steering.source_weight:
+            token_loss = token_loss * self._source_weights(packed, at)
         total = token_loss.sum() / max(1, counts.get("task", 0))
         parts = {"task": total.item()}
         for m in self.methods:
@@ -251,16 +262,24 @@ class Session:
             parts[m.name] = value.item()
         return total, parts
 
-    def _view(self, m: Method | None, packed: Any, logits: Any, model: Any, step: int, shared: dict) -> View:
+    def _source_weights(self, packed: Any, at: torch.Tensor) -> torch.Tensor:
+        """(M,) weights that steering gives the sources of the task's positions."""
+        of = [self.steering.source_weight.get(r.source, 1.0) for r in packed.rows]
+        return torch.as_tensor([of[i] for i in packed.row[at.cpu().numpy()]], device=at.device)
+
+    def _view(
+        self, m: Method | None, packed: Any, logits: Any, model: Any, step: int, shared: dict, states: States
+    ) -> View:
         name = m.name if m else "task"
         return View(
             packed, logits, step, model, self.state.get(name, {}), self.teacher, name, self.params,
-            self.base_weights, shared,
+            self.base_weights, shared, states,
         )  # fmt: skip
 
     @torch.no_grad()
     def change_gradients(self) -> None:
-        """The grad site, once per optimizer step and before clipping: mask, rescale, project."""
+        """Entries and the grad site, once per optimizer step and before clipping: mask, rescale, project."""
+        self.chosen.mask_gradients(self.params)
         chain = sorted((m for m in self.methods if "grad" in m.sites()), key=lambda m: PHASES.index(m.phase))
         for m in chain:
             for name, p in self.params.items():
@@ -268,10 +287,47 @@ class Session:
                     p.grad = cut_like(m.grad(name, whole(p.grad), self.state[m.name]), p)
             self.effects[m.name] += 1
 
+    def draw_entries(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """The entries site, before step `step` (0-based) of the run."""
+        if self.chosen.methods and self.stage.trains != "prompt" and self.chosen.draw(step, self.params, optimizer):
+            for m in self.chosen.methods:
+                self.effects[m.name] += any(not bool(whole(mask).all()) for mask in self.chosen.masks.values())
+
+    def steer(self, step: int, parts: Mapping[str, float], learning_rate: float) -> None:
+        """The steer site, between the losses of a step and the optimizer.
+
+        Args:
+            step: 0-based, of the run; parts: of the loss, summed over micro-batches and processes; learning_rate: the
+                schedule's at this step.
+        """
+        if self.steering.methods and self.stage.trains != "prompt":
+            self.effects.update(self.steering.ask(Past(step, self.ctx.total_steps, parts, learning_rate, self.model)))
+            self.steering.freeze(self.params)
+
     def hook(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put the update site around `optimizer.step`."""
+        """Put steering, entries and the update site around `optimizer.step`."""
+        if self.stage.trains == "prompt":
+            return
+
+        @torch.no_grad()
+        def before_step(*_: Any) -> None:
+            self.steering.scale(optimizer)
+            self.chosen.keep(self.params)
+
+        @torch.no_grad()
+        def after_step(*_: Any) -> None:
+            self.chosen.put_back(self.params)
+            self.steering.unscale()
+
+        if self.steering.methods or self.chosen.methods:
+            optimizer.register_step_pre_hook(before_step)
+        self._hook_updates(optimizer)
+        if self.steering.methods or self.chosen.methods:
+            optimizer.register_step_post_hook(after_step)  # last: an update may not leave the chosen entries
+
+    def _hook_updates(self, optimizer: torch.optim.Optimizer) -> None:
         chain = [m for m in self.methods if "update" in m.sites()]
-        if not chain or self.stage.trains == "prompt":
+        if not chain:
             return
         touched = {n: [m for m in chain if m.touches(n, p)] for n, p in self.params.items()}
         touched = {n: ms for n, ms in touched.items() if ms}

@@ -288,10 +288,10 @@ class Trial:
         )  # fmt: skip
         return torch.stack(out.logits, dim=1), out.sequences[:, width].tolist()
 
-    def _engine(self, way: Callable[..., torch.Tensor]) -> torch.Tensor:
+    def _engine(self, way: Callable[..., tuple[torch.Tensor, Any]]) -> torch.Tensor:
         """What one of `engine.ways` gives for all tokens of the two rows but the last of each."""
         rows = pack([token_row(ids, 1) for ids in (self.short, self.long)], self.device)
-        return way(self.model, rows, [0, 0], None, False)
+        return way(self.model, rows, [0, 0], None, ())[0]
 
     def _same(self, run: Callable[[], torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
         """Whether `run` gives what is expected; layers that pass no arguments on, and the like, do not."""

@@ -1,19 +1,24 @@
-"""The ways of a forward, each a function of (model, packed rows, prompt lengths, soft prompt, hidden): no choice here.
+"""The ways of a forward, each a function of (model, packed rows, prompt lengths, soft prompt, layers): no choice here.
 
 `engine.trial` tries them, `engine.forward` takes one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from holdfast.engine.pack import ATTENTION, Packed, pack
+from holdfast.errors import ModelError
 
+LAST = -1  # the layer whose states enter the output head
+States = dict[int, torch.Tensor]  # layer -> (N, D)
+Outcome = tuple[torch.Tensor, States]  # (N, V) logits and the states of the layers asked for
 SOFT_PROMPT = "holdfast_prompt"  # name of the (p, D) parameter ProMoT hangs on the model
 
 
@@ -23,11 +28,11 @@ def inner(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def run_packed(model: Any, p: Packed, prompts: list[int], soft: Any, hidden: bool) -> torch.Tensor:
+def run_packed(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Sequence[int]) -> Outcome:
     inputs: dict[str, Any] = {"input_ids": p.ids}
     if any(prompts):
         inputs = {"inputs_embeds": _embed(model, p, prompts, soft)[None]}
-    with switched(model, ATTENTION), _capture(model, hidden) as seen:
+    with switched(model, ATTENTION), _capture(model, layers) as seen:
         out = model(
             **inputs,
             position_ids=p.positions,
@@ -35,7 +40,7 @@ def run_packed(model: Any, p: Packed, prompts: list[int], soft: Any, hidden: boo
             logits_to_keep=p.where,
             use_cache=False,
         )
-    return seen[0][0] if hidden else out.logits[0]
+    return out.logits[0], {n: s[0] if n == LAST else s[0][p.where] for n, s in seen.items()}
 
 
 def _embed(model: Any, p: Packed, prompts: list[int], soft: torch.Tensor) -> torch.Tensor:
@@ -50,7 +55,7 @@ def _embed(model: Any, p: Packed, prompts: list[int], soft: torch.Tensor) -> tor
     return torch.cat(parts)
 
 
-def run_padded(model: Any, p: Packed, prompts: list[int], soft: Any, hidden: bool) -> torch.Tensor:
+def run_padded(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Sequence[int]) -> Outcome:
     lengths = [len(r.ids) + n for r, n in zip(p.rows, prompts, strict=True)]
     width, starts = max(lengths), np.concatenate([[0], np.cumsum(lengths)])
     grid = torch.zeros((len(p.rows), width), dtype=torch.long, device=p.ids.device)
@@ -69,30 +74,47 @@ def run_padded(model: Any, p: Packed, prompts: list[int], soft: Any, hidden: boo
     where = torch.as_tensor(p.row, device=p.where.device), p.where - at
     if len(p.rows) > 1:
         inputs["attention_mask"] = mask
-    with _capture(model, hidden) as seen:
+    with _capture(model, layers) as seen:
         out = model(**inputs, use_cache=False)
-    return (seen[0] if hidden else out.logits)[where]
+    return out.logits[where], {n: s[where] for n, s in seen.items()}
 
 
-def run_one_by_one(model: Any, p: Packed, prompts: list[int], soft: Any, hidden: bool) -> torch.Tensor:
+def run_one_by_one(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Sequence[int]) -> Outcome:
     device = p.ids.device
-    each = zip(p.rows, prompts, strict=True)
-    return torch.cat([run_padded(model, pack([row], device, [n]), [n], soft, hidden) for row, n in each])
+    each = [run_padded(model, pack([r], device, [n]), [n], soft, layers) for r, n in zip(p.rows, prompts, strict=True)]
+    states = {n: torch.cat([own[n] for _, own in each]) for n in layers}
+    return torch.cat([logits for logits, _ in each]), states
 
 
 @contextmanager
-def _capture(model: Any, wanted: bool) -> Iterator[list[torch.Tensor]]:
-    """Record what enters the output head (the last hidden states at the kept positions)."""
-    seen: list[torch.Tensor] = []
-    if not wanted:
-        yield seen
-        return
-    head = inner(model).get_output_embeddings()
-    handle = head.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+def _capture(model: Any, layers: Sequence[int]) -> Iterator[States]:
+    """Record what the blocks give and what enters the output head (that at the kept positions only)."""
+    seen: States = {}
+    handles = []
+    for layer in layers:
+        if layer == LAST:
+            head = inner(model).get_output_embeddings()
+            handles.append(head.register_forward_pre_hook(lambda _m, args: seen.__setitem__(LAST, args[0])))
+        else:
+            handles.append(blocks(model)[layer].register_forward_hook(partial(_note, seen, layer)))
     try:
         yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _note(seen: States, layer: int, _module: Any, _args: Any, out: Any) -> None:
+    seen[layer] = out[0] if isinstance(out, tuple) else out
+
+
+def blocks(model: Any) -> torch.nn.ModuleList:
+    """The decoder blocks: the longest list of modules of the model."""
+    lists = [m for m in inner(model).modules() if isinstance(m, torch.nn.ModuleList)]
+    if not lists:
+        what = f"{type(inner(model)).__name__} has no list of blocks, so the states of a layer cannot be seen."
+        raise ModelError(what, "Leave out of the plan what looks at layers.")
+    return max(lists, key=len)
 
 
 @contextmanager

@@ -47,6 +47,7 @@ import torch
 
 from holdfast.engine.forward import attention, can_pack, forward
 from holdfast.engine.pack import ATTENTION, TokenRow
+from holdfast.engine.processes import gather
 from holdfast.engine.trial import pads_right
 from holdfast.engine.ways import SOFT_PROMPT, inner
 from holdfast.errors import NoEffect, PlanError, TrainingError
@@ -155,6 +156,7 @@ class PlannedTrainer(_Base):
         self._frozen = [p for p in model.parameters() if not p.requires_grad]
         self._own_optimizer = (given.get("optimizers") or (None,))[0] is not None
         self._parts: Counter[str] = Counter()
+        self._step, self._of_step = 0, Counter[str]()  # the step at hand and the parts of its loss
         self._sources: dict[bytes, str] = {}
         self._steps_in_parts = self._done = self._rows_an_epoch = 0
         self._hooked, self._changed, self._trained, self._sees_shards = None, False, False, False
@@ -202,8 +204,8 @@ class PlannedTrainer(_Base):
         if self._hooked is not optimizer and isinstance(optimizer, torch.optim.Optimizer):
             if self._own_optimizer:
                 check_holds(optimizer, self.session)
+            optimizer.register_step_pre_hook(self._before_step)  # first: it steers, and the session's hook obeys
             self.session.hook(optimizer)
-            optimizer.register_step_pre_hook(self._before_step)
             self._hooked = optimizer
         return optimizer
 
@@ -218,7 +220,9 @@ class PlannedTrainer(_Base):
         if not self._loss_is_ours or not batches:
             return batches, items
         self._compare(batches)
-        self._carry(batches, items, self._done + self.state.global_step)
+        self._step, self._of_step = self._done + self.state.global_step, Counter()
+        self.session.draw_entries(self._step, self.optimizer)
+        self._carry(batches, items, self._step)
         self._steps_in_parts += 1
         return batches, items
 
@@ -317,6 +321,7 @@ class PlannedTrainer(_Base):
         with self.accelerator.autocast():  # the terms and the teacher too, as in the plain host
             loss, parts = self.session.loss(model, micro.rows, micro.counts, micro.step, micro.share)
         self._parts.update(parts)
+        self._of_step.update(parts)
         if not self.args.fp16 and not math.isfinite(sum(parts.values())):
             raise TrainingError(
                 f"The loss is {sum(parts.values())} at step {micro.step + 1} ("
@@ -357,8 +362,19 @@ class PlannedTrainer(_Base):
         self._changed = False
 
     def _change_gradients(self) -> None:
+        if self.session.steering.methods:
+            self._steer()
         self.session.change_gradients()
         self._changed = True
+
+    def _steer(self) -> None:
+        parts: Counter[str] = Counter()
+        for own in gather(dict(self._of_step)):
+            parts.update(own)
+        optimizer: Any = self.optimizer
+        self.session.steer(self._step, parts, optimizer.param_groups[0]["lr"])
+        if self.session.steering.ended:
+            self.control.should_training_stop = True
 
     # ---- data
 

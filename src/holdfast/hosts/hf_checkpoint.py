@@ -94,4 +94,5 @@ def fill(checkpoint: Path, session: Session, meta: dict[str, Any], on: Any) -> N
             session.state[name][part] = value
         else:
             inner(session.model).get_parameter(SOFT_PROMPT).data.copy_(value)
+    session.chosen.combine(session.params)
     session.effects, session.realised = Counter(meta["effects"]), Counter(meta["realised"])

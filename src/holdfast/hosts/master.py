@@ -27,7 +27,7 @@ def may_hold(session: Session, settings: Any, stage: Stage) -> bool:
     one = settings.gradient_accumulation_steps == 1 and world()[1] == 1 and not stage.keep_best
     on_cpu = next(session.model.parameters()).device.type == "cpu"
     reads = any(
-        {"grad", "update"} & {*m.sites()} or ("base_weights" in m.needs and "loss" in m.sites())
+        {"grad", "update", "entries", "steer"} & {*m.sites()} or ("base_weights" in m.needs and "loss" in m.sites())
         for m in session.methods
     )
     wraps = any(m.wraps for m in session.methods)  # an adapter is too small to be worth it

@@ -58,6 +58,7 @@ class Log:
     seconds: float = 0.0
     tokens: int = 0
     realised: Counter[str] = field(default_factory=Counter)
+    ended: str = ""  # why a method ended the run early
 
 
 def train(
@@ -86,17 +87,22 @@ def train(
         first = checkpoint.restore(session, optimizer, schedule, log, done, steps)
         processes.agree(done + first, settings.folder)
         processes.same_start(session.tensors())
+        session.chosen.combine(session.params)
         size = settings.batch_size * settings.gradient_accumulation_steps
         stream = islice(mix.draw(settings.seed), (done + first) * size, None)
         model.train()
         start = time.perf_counter()
         for step in range(first, steps):
+            session.draw_entries(done + step, optimizer)
             batch = session.pick(list(islice(stream, size)), done + step)
             parts = _step(session, optimizer, batch, done + step, settings, log)
             schedule.step()
             log.loss.append((done + step, parts))
             if on_step:
                 on_step(done + step + 1, settings.num_steps, parts)
+            if session.steering.ended:
+                log.ended = session.steering.ended
+                break
             if stage.keep_best and evaluate and (step + 1) % max(1, steps // 4) == 0:
                 checkpoint.consider(session, evaluate(model))
                 model.train()
@@ -108,6 +114,8 @@ def train(
         checkpoint.take_best(session)
         log.seconds += time.perf_counter() - start
         done += steps
+        if session.steering.ended:
+            break
         if done < settings.num_steps and first < steps:
             checkpoint.save(session, None, None, log, done, 0)
     session.effects = processes.union(session.effects)
@@ -154,6 +162,7 @@ def _step(
             + "); the last good checkpoint is kept.",
             "Lower training.learning_rate (in a new output_dir), or look at the rows of this step.",
         )
+    session.steer(step, parts, optimizer.param_groups[0]["lr"])
     session.change_gradients()
     if settings.max_grad_norm and isinstance(optimizer, MasterAdamW):
         optimizer.clip(params, settings.max_grad_norm)
