@@ -415,8 +415,8 @@ def test_settings_of_the_hub_mean_nothing_for_a_file(tmp_path):
 
 def test_shipped_data_stays_inside_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(rows_module, "DATA_DIR", tmp_path / "data")
-    (tmp_path / "data" / "shipped" / "tickets").mkdir(parents=True)
-    write(tmp_path / "data" / "shipped" / "tickets", "train.jsonl", [FINE])
+    (tmp_path / "data" / "tickets").mkdir(parents=True)
+    write(tmp_path / "data" / "tickets", "train.jsonl", [FINE])
     write(tmp_path, "secret.jsonl", [FINE])
     (row,) = read_rows("holdfast:tickets/train.jsonl", base_dir=".")
     assert (row.prompt, row.completion) == ("a", "b")
@@ -507,3 +507,27 @@ def test_an_unseen_label_is_refused_by_place():
 def test_leaks_counts_test_rows_seen_in_training():
     assert leaks(some(10), [Row("p3", "other"), Row("p3", "l1"), Row("new", "l0")]) == 2
     assert leaks([Row("", "one text")], [Row("", "one text"), Row("", "another")]) == 1
+
+
+def test_classes_of_a_table_are_written_by_name(tmp_path):
+    """A ClassLabel column holds numbers; what the user means by {label} is the name. Files and folders alike."""
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
+    made = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, 1]}, features=features)
+    (tmp_path / "set").mkdir()
+    made.to_parquet(tmp_path / "set" / "train.parquet")
+    templates = {"prompt": "{text}", "completion": " {label}", "base_dir": tmp_path}
+    for spec in ("set/train.parquet", {"path": "set", "split": "train"}):
+        notes: list[str] = []
+        rows = read_rows(spec, **templates, notes=notes)
+        assert [r.completion for r in rows] == [" good", " bad", " good"]
+        assert (
+            len(notes) == 1 and "class numbers" in notes[0] and "(3 times," in notes[0] and "1 is 'good'" in notes[0]
+        )
+    bare = datasets.Dataset.from_dict({"text": ["a"], "label": [-1]}, features=features)
+    bare.to_parquet(tmp_path / "bare.parquet")
+    with pytest.raises(DataError, match=r"bare.parquet:1: column 'label' holds the class -1.*names 2 classes"):
+        read_rows("bare.parquet", **templates)

@@ -136,7 +136,7 @@ class Plan:
                     "one row, where only the first would get it.",
                     "Set packing=False and padding_free=False.",
                 )
-            if host.hides_gradients and {"grad", "update"} & set(m.sites()):
+            if host.hides_gradients and {"grad", "entries", "steer", "update"} & set(m.sites()):
                 raise PlanError(
                     f"{m.name} changes gradients or steps, but {host.name} under DeepSpeed does not show them.",
                     "Use DDP or FSDP2 with this method.",

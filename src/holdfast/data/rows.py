@@ -7,6 +7,7 @@ mean two things are refused by name.
 import codecs
 import csv
 import io
+import json
 import math
 import random
 import re
@@ -324,12 +325,15 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         what = f"{path.name}: reading parquet needs pyarrow, which cannot be imported ({error})."
         raise DataError(what, f"Run: {pip_install('datasets')}, or write the file as jsonl.") from error
     try:
-        values = parquet.read_table(path).to_pylist()
+        table = parquet.read_table(path)
+        values = table.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         problem = str(error).splitlines()[0]
         raise DataError(f"{path.name}: not valid parquet ({problem}).", "Write the file again.") from None
+    classes = _classes(_recorded(table))
     for number, value in enumerate(values, 1):
-        yield f"{path.name}:{number}", value
+        place = f"{path.name}:{number}"
+        yield place, _named(value, classes, place)
 
 
 def _from_hub(source: Source, folder: Path | None, base_dir: Path) -> Iterator[Record]:
@@ -357,7 +361,48 @@ def _from_hub(source: Source, folder: Path | None, base_dir: Path) -> Iterator[R
         what = f"{path}: has the splits {', '.join(map(str, found))}, and none is chosen."
         raise DataError(what, f"Write {{path: {path}, split: ...}}.")
     label, rows = next(iter(found.items())) if isinstance(found, dict) else (source.split, found)
-    return ((f"{path}[{label}]:{number}", dict(row)) for number, row in enumerate(rows, 1))
+    classes = _classes(getattr(rows, "features", None))
+    places = ((f"{path}[{label}]:{number}", dict(row)) for number, row in enumerate(rows, 1))
+    return ((place, _named(row, classes, place)) for place, row in places)
+
+
+class ClassNumber(int):
+    """A class of a table by its number; a template writes its name."""
+
+    name: str
+
+
+def _named(row: dict[str, Any], classes: Mapping[str, Sequence[str]], place: str) -> dict[str, Any]:
+    """The row, with the classes of the table in place of their numbers."""
+    for column, names in classes.items():
+        number = row.get(column)
+        if isinstance(number, int) and not 0 <= number < len(names):
+            what = f"{place}: column {column!r} holds the class {number}, and the table names {len(names)} classes."
+            raise DataError(what, "Remove rows without a class (they often have -1), or choose another split.")
+        if isinstance(number, int):
+            row[column] = ClassNumber(number)
+            row[column].name = names[number]
+    return row
+
+
+def _classes(features: Any) -> dict[str, Sequence[str]]:
+    """Columns that hold class numbers, and the names: of a data set's features, or their record in a parquet file."""
+    found = {}
+    for column, kind in dict(features or {}).items():
+        is_dict = isinstance(kind, dict)
+        names = kind.get("names") if is_dict else getattr(kind, "names", None)
+        if names and (kind.get("_type") if is_dict else type(kind).__name__) == "ClassLabel":
+            found[column] = list(names)
+    return found
+
+
+def _recorded(table: Any) -> Any:
+    """What the package datasets wrote of the features into a parquet file."""
+    record = (table.schema.metadata or {}).get(b"huggingface")
+    try:
+        return json.loads(record)["info"]["features"] if record else {}
+    except (ValueError, KeyError, TypeError):
+        return {}
 
 
 # Building: every builder maps (columns, place) to (prompt, completion).
@@ -425,6 +470,10 @@ def _cell(name: str, columns: dict[str, Any], place: str, notes: Notes) -> str:
         raise DataError(what, "Flatten the column, or leave the templates out for message data.")
     if isinstance(value, str):
         return value
+    if isinstance(value, ClassNumber):
+        what = f"column {name!r} holds class numbers, and the names of the classes are written ({{n time}})"
+        notes.add(what, place, f"{int(value)} is {value.name!r}")
+        return value.name
     if isinstance(value, bool):
         text = "true" if value else "false"
         notes.add(f"column {name!r} holds true or false, written so, in small letters ({{n time}})", place)

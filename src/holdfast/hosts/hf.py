@@ -217,11 +217,11 @@ class PlannedTrainer(_Base):
             self.session.see_shards()
             self._sees_shards = True
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step, self._of_step = self._done + self.state.global_step, Counter()
+        self.session.draw_entries(self._step, self.optimizer)
         if not self._loss_is_ours or not batches:
             return batches, items
         self._compare(batches)
-        self._step, self._of_step = self._done + self.state.global_step, Counter()
-        self.session.draw_entries(self._step, self.optimizer)
         self._carry(batches, items, self._step)
         self._steps_in_parts += 1
         return batches, items

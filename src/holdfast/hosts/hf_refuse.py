@@ -15,7 +15,7 @@ from holdfast.method import Method
 from holdfast.plan import Plan
 from holdfast.session import Session
 
-ONLY_WITH_LOSS = ("data", "batch", "token_weight", "loss", "stages")
+ONLY_WITH_LOSS = ("data", "batch", "token_weight", "loss", "steer", "stages")
 INSIDE_BACKWARD = ("lomo", "layerwise")  # optimizers that step while gradients are still being made
 
 
@@ -70,7 +70,7 @@ def _wrong_together(plan: Plan, given: Mapping[str, Any], ours: bool) -> Iterato
         yield method.name, metrics, what, "Leave compute_metrics out; evaluation gives the loss with the prompt."
         what = "ends each stage with its last weights, but {} was asked for load_best_model_at_end"
         yield method.name, options.load_best_model_at_end, what, "Set it to False."
-    if method := _first(plan, "grad", "update"):
+    if method := _first(plan, "grad", "entries", "steer", "update"):
         yield method.name, optim.endswith(INSIDE_BACKWARD), *_steps_early(f"optim={optim!r}")
     if method := _first(plan, "update", "merge"):
         yield method.name, optim.startswith("schedule_free"), *_two_weights(f"optim={optim!r}")
@@ -89,7 +89,7 @@ def _two_weights(optimizer: str) -> tuple[str, str]:
 def refuse_optimizer(optimizer: Any, plan: Plan, deepspeed: bool) -> None:
     """Raise PlanError for a built optimizer that hides from the plan what a method of it must see."""
     name = type(optimizer).__name__
-    steps, weights = _first(plan, "grad", "update"), _first(plan, "update", "merge")
+    steps, weights = _first(plan, "grad", "entries", "steer", "update"), _first(plan, "update", "merge")
     if steps and (name.lower().endswith("lomo") or "LayerWise" in name):
         raise PlanError(" ".join((steps.name, _steps_early(name)[0])) + ".", _steps_early(name)[1])
     if steps and not deepspeed and not isinstance(optimizer, torch.optim.Optimizer):
