@@ -287,6 +287,7 @@ class Case:
     invariant: asserts what the method promises after 20 steps.
     zero_at_base: the part of the loss that is 0 at the base weights; no_zero: why there is none.
     too_short: words with which its defaults refuse a run of a few steps. ends_at: the steps after which it ends a run.
+    needs_rows: it looks at the task's rows as text, which a trainer that has only tokens does not know.
     """
 
     method: Method
@@ -297,6 +298,7 @@ class Case:
     no_zero: str = ""
     too_short: str = ""
     ends_at: int = 0
+    needs_rows: bool = False
 
     @property
     def name(self) -> str:
@@ -318,10 +320,11 @@ CASES = (
         no_zero=NO_TERM,
         too_short="it never would",
         ends_at=3,
+        needs_rows=True,
     ),
     Case(hf.DFT(), token_loss_holds, no_off="it has no settings: leaving it out is off", no_zero=NO_TERM),
     Case(hf.EAFT(alpha=30.0), unsure_holds, off=(hf.EAFT(alpha=0.0),), no_zero=NO_TERM),
-    Case(hf.FINCH(first=2), finch_holds, off=(hf.FINCH(power=0.0),), no_zero=NO_TERM),
+    Case(hf.FINCH(first=2, power=4.0), finch_holds, off=(hf.FINCH(power=0.0),), no_zero=NO_TERM),
     Case(
         hf.Freeze(layers=1, embeddings=True, patterns=("norm",), layer_decay=0.9),
         freeze_holds,

@@ -19,8 +19,8 @@ from holdfast.method import SITES, Method
 from holdfast.plan import PHASES, Plan
 
 Pair = tuple[Method, Method]
-# Sites that work on the same thing: a step is what the optimizer makes of a gradient.
-SAME = {"update": "grad"}
+# Sites that work on the same thing: a step is what the optimizer makes of a gradient; both choose what trains.
+SAME = {"update": "grad", "entries": "adapt"}
 FELLOWS = 14  # beside so many of those that share with it a method is run: groups of up to 15 are complete
 
 

@@ -48,7 +48,7 @@ class Centred(Method):
 
 PLANS: dict[str, Sequence[Method]] = {
     "none": [],
-    **{c.name: [c.method] for c in CASES},
+    **{c.name: [c.method] for c in CASES if not c.needs_rows},
     "LoRA": [LORA],
     "InContextMix": [hf.InContextMix(share=0.5, pool=8)],
     "Replay": [hf.Replay(**HALF)],

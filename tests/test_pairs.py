@@ -67,9 +67,9 @@ def test_13_a_wrong_decision_is_seen(monkeypatch):
 
 
 def finite_run(pair, model, tokenizer, rows):
-    """Train a pair for four steps: everything finite, and neither method without effect."""
+    """Train a pair for four steps, or until one ends the run: everything finite, and neither without effect."""
     result = run(pair, model, tokenizer, rows, 4)
-    assert len(result.log.loss) == 4
+    assert len(result.log.loss) == 4 or (result.log.ended and any("steer" in m.sites() for m in pair))
     assert all(torch.isfinite(torch.tensor(list(parts.values()))).all() for _, parts in result.log.loss)
     assert all(w.isfinite().all() for w in result.weights.values())
     assert all(result.session.effects[m.name] for m in pair)
@@ -195,7 +195,9 @@ def test_a_missing_run_is_seen(monkeypatch):
     """What `check_choice` promises can be broken."""
     import test_pairs
 
-    for gone in range(0, len(CHOSEN), 5):
+    needed = [n for n, c in enumerate(CHOSEN) if any(w.startswith("both have") for w in c.why)]
+    assert needed
+    for gone in needed:  # what meets only by its sites may be covered by a later run
         monkeypatch.setattr(test_pairs, "pairs_to_run", lambda methods, g=gone: CHOSEN[:g] + CHOSEN[g + 1 :])
         with pytest.raises(AssertionError):
             check_choice(METHODS)

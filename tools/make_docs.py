@@ -30,7 +30,7 @@ NEEDS = {
     "base_logits": "the base model's answers, computed once before training",
     "base_weights": "a copy of the base weights",
     "dense": "the model's own weights (not an adapter, not 4 or 8 bits)",
-    "hidden": "hidden states",
+    "base_hidden": "the base's hidden states",
 }
 HEADINGS = "Cost|Combine with|Do not combine with|Differences|Export|Packing in one row"
 METHODS_INTRO = """# Methods

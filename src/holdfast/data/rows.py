@@ -320,7 +320,7 @@ def _read_csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
 def _read_parquet(path: Path) -> Iterator[Record]:
     try:
         import pyarrow
-        from pyarrow import parquet
+        import pyarrow.parquet as parquet
     except ImportError as error:
         what = f"{path.name}: reading parquet needs pyarrow, which cannot be imported ({error})."
         raise DataError(what, f"Run: {pip_install('datasets')}, or write the file as jsonl.") from error
