@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from holdfast.data import rows as rows_module
+from holdfast.data import readers
 from holdfast.data.rows import Row, cap, check_labels, labels_of, leaks, read_rows, split
 from holdfast.errors import DataError
 from holdfast.recipe import Source
@@ -414,7 +414,7 @@ def test_settings_of_the_hub_mean_nothing_for_a_file(tmp_path):
 
 
 def test_shipped_data_stays_inside_its_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows_module, "DATA_DIR", tmp_path / "data")
+    monkeypatch.setattr(readers, "DATA_DIR", tmp_path / "data")
     (tmp_path / "data" / "tickets").mkdir(parents=True)
     write(tmp_path / "data" / "tickets", "train.jsonl", [FINE])
     write(tmp_path, "secret.jsonl", [FINE])

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.rows import NOTES, read_jsonl, read_text
+from holdfast.data.notes import BOOKKEEPING as NOTES
+from holdfast.data.readers import read_jsonl, read_text
 from holdfast.data.tokens import Encoder
 from holdfast.errors import DataError, suggest
 from holdfast.measure.probe import Ask, Group, Kind, Probe, Suite

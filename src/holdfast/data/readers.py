@@ -1,0 +1,264 @@
+"""Files and data sets into records: csv, json, parquet, shipped files, folders and the hub.
+
+Every reader yields (place, columns); a place is file:line, or data set[split]:number for what has no lines.
+"""
+
+import codecs
+import csv
+import io
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from holdfast.data.chat import kind_of
+from holdfast.data.jsontext import DECODER, SYNTAX, Bent
+from holdfast.errors import DataError, pip_install, suggest
+from holdfast.recipe import FILE_KINDS, SHIPPED, Source, locate
+
+DATA_DIR = Path(__file__).parent / "shipped"  # behind holdfast:<file>
+
+Record = tuple[str, dict[str, Any]]  # place (file:line) and columns
+
+
+def records_of(source: Source, base_dir: Path) -> tuple[Iterable[Record], bool]:
+    """The rows, and whether they come from a table, which fills missing keys with null."""
+    if source.path.startswith(SHIPPED):
+        path: Path | None = _shipped(source.path.removeprefix(SHIPPED))
+    else:
+        path = locate(source.path, base_dir)
+    if path is None or path.is_dir():
+        return _from_hub(source, path, base_dir), True
+    for key in ("name", "split", "revision"):
+        if getattr(source, key) is not None:
+            what = f"{source.path} is one file, and {key} {getattr(source, key)!r} has no meaning for it."
+            raise DataError(what, f"Remove {key}.")
+    return _from_file(path), path.suffix == ".parquet"
+
+
+def _shipped(name: str) -> Path:
+    path = (DATA_DIR / name).resolve()
+    if not path.is_file() or not path.is_relative_to(DATA_DIR.resolve()):
+        files = (p for p in DATA_DIR.rglob("*") if p.suffix in FILE_KINDS)
+        known = sorted(p.relative_to(DATA_DIR).as_posix() for p in files)
+        raise DataError(f"{SHIPPED}{name} does not come with the package.", suggest(name, known))
+    return path
+
+
+def _from_file(path: Path) -> Iterator[Record]:
+    if path.suffix in (".csv", ".tsv"):
+        return _read_csv(read_text(path), path.name, "\t" if path.suffix == ".tsv" else ",")
+    if path.suffix == ".jsonl":
+        return read_jsonl(read_text(path), path.name)
+    if path.suffix == ".json":
+        return _read_json(read_text(path), path.name)
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    what = f"{path.name}: files of kind {path.suffix or '(no suffix)'} cannot be read."
+    raise DataError(what, f"Use one of {', '.join(FILE_KINDS)}.")
+
+
+def read_text(path: Path) -> str:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error.strerror}).", "Check its permissions.") from None
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path.name}:1: UTF-16 text, not UTF-8.", "Save the file as UTF-8.")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path.name}:{line}: not UTF-8 text.", "Save the file as UTF-8.") from None
+
+
+def _record(value: Any, place: str) -> Record:
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: {kind_of(value)}, not an object.", "Write {'column': value, ...} in each row.")
+    return place, value
+
+
+def read_jsonl(text: str, name: str) -> Iterator[Record]:
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028 inside a string
+        if line.strip():
+            place = f"{name}:{number}"
+            try:
+                value = DECODER.decode(line)
+            except Bent as error:
+                raise error.at(place) from None
+            except (ValueError, RecursionError) as error:
+                problem = getattr(error, "msg", "too deep") + f" at column {getattr(error, 'colno', 1)}"
+                cure = "Each line must be one JSON object."
+                raise DataError(f"{place}: not valid JSON ({problem}).", cure) from None
+            yield _record(value, place)
+
+
+def _read_json(text: str, name: str) -> Iterator[Record]:
+    if not text.strip():
+        return
+    try:
+        SYNTAX.decode(text)
+    except (ValueError, RecursionError) as error:
+        problem, line = getattr(error, "msg", "too deep"), getattr(error, "lineno", 1)
+        cure = "If each line is an object of its own, name the file .jsonl."
+        raise DataError(f"{name}:{line}: not valid JSON ({problem}).", cure) from None
+    breaks = [match.start() for match in re.finditer("\n", text)]
+
+    def place(start: int) -> str:
+        return f"{name}:{bisect_right(breaks, start) + 1}"
+
+    for start, value in _items(text, _list_start(text, name), place):
+        yield _record(value, place(start))
+
+
+# json gives no positions, so valid text is walked a second time, one value at a time.
+
+
+def _skip(text: str, at: int, marks: str = "") -> int:
+    while at < len(text) and (text[at] in " \t\r\n" or text[at] in marks):
+        at += 1
+    return at
+
+
+def _items(text: str, at: int, place: Callable[[int], str]) -> Iterator[tuple[int, Any]]:
+    """Yield (offset, value) of the list that opens at `at`."""
+    at = _skip(text, at + 1)
+    while text[at] != "]":
+        start = at
+        try:
+            value, at = DECODER.raw_decode(text, at)
+        except Bent as error:
+            raise error.at(place(start)) from None
+        yield start, value
+        at = _skip(text, at, ",")
+
+
+def _list_start(text: str, name: str) -> int:
+    """Offset of the list of rows: the whole document, or the only list of a top-level object."""
+    at = _skip(text, 0)
+    if text[at] == "[":
+        return at
+    starts: dict[str, int] = {}
+    if text[at] == "{":
+        at = _skip(text, at + 1)
+        while text[at] != "}":
+            key, at = SYNTAX.raw_decode(text, at)
+            if key in starts:
+                raise DataError(f"{name}:1: the key {key!r} is given twice in one object.", "Keep one of the two.")
+            start = _skip(text, at, ":")
+            value, at = SYNTAX.raw_decode(text, start)
+            at = _skip(text, at, ",")
+            starts |= {key: start} if isinstance(value, list) else {}
+    if len(starts) != 1:
+        found = f"lists under {', '.join(starts)}" if starts else "no list"
+        raise DataError(f"{name}:1: {found}, expected one list of rows.", "Keep one list of objects.")
+    return next(iter(starts.values()))
+
+
+def _read_csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        if len(set(header)) != len(header) or (header and not all(header)):
+            raise DataError(f"{name}:1: a column name is empty or given twice.", "Name each column once.")
+        first = reader.line_num + 1
+        for cells in reader:
+            if cells and len(cells) != len(header):
+                what = f"{name}:{first}: {len(cells)} cells under {len(header)} columns."
+                raise DataError(what, "Put quotes around a cell that holds the delimiter.")
+            if cells:
+                yield f"{name}:{first}", dict(zip(header, cells, strict=True))
+            first = reader.line_num + 1
+    except csv.Error as error:
+        cure = "Check the quotes of that row."
+        raise DataError(f"{name}:{reader.line_num}: not valid CSV ({error}).", cure) from None
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        what = f"{path.name}: reading parquet needs pyarrow, which cannot be imported ({error})."
+        raise DataError(what, f"Run: {pip_install('datasets')}, or write the file as jsonl.") from error
+    try:
+        table = parquet.read_table(path)
+        values = table.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        problem = str(error).splitlines()[0]
+        raise DataError(f"{path.name}: not valid parquet ({problem}).", "Write the file again.") from None
+    classes = _classes(_recorded(table))
+    for number, value in enumerate(values, 1):
+        place = f"{path.name}:{number}"
+        yield place, _named(value, classes, place)
+
+
+def _from_hub(source: Source, folder: Path | None, base_dir: Path) -> Iterator[Record]:
+    """A hub data set, or a local folder laid out like one."""
+    path = source.path
+    if folder is None and (path.endswith(FILE_KINDS) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)):
+        beside = [p.name for p in (base_dir / path).parent.glob("*") if p.is_file()]
+        near = suggest(Path(path).name, beside) if beside else ""
+        what = f"{path}: no such file in {base_dir.absolute()} or {Path.cwd()}."
+        raise DataError(what, near if near.startswith("Did") else "Check the path.")
+    try:
+        import datasets
+    except ImportError as error:
+        need = "a folder is read" if folder else "no local file has this name, and hub data sets are read"
+        what = f"{path}: {need} by the package datasets, which cannot be imported ({error})."
+        raise DataError(what, f"Run: {pip_install('datasets')}, or give a jsonl, json or csv file.") from error
+    try:
+        found = datasets.load_dataset(str(folder or path), source.name, split=source.split, revision=source.revision)
+    except Exception as error:  # the library raises a dozen unrelated types, httpx's among them
+        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+        kind = "folder" if folder else "hub data set (and no local file)"
+        cure = "Check the name, the split, the network and HF_TOKEN; or download it and give the file's path."
+        raise DataError(f"{path}: the {kind} cannot be read ({problem}).", cure) from None
+    if isinstance(found, dict) and len(found) != 1:
+        what = f"{path}: has the splits {', '.join(map(str, found))}, and none is chosen."
+        raise DataError(what, f"Write {{path: {path}, split: ...}}.")
+    label, rows = next(iter(found.items())) if isinstance(found, dict) else (source.split, found)
+    classes = _classes(getattr(rows, "features", None))
+    places = ((f"{path}[{label}]:{number}", dict(row)) for number, row in enumerate(rows, 1))
+    return ((place, _named(row, classes, place)) for place, row in places)
+
+
+class ClassNumber(int):
+    """A class of a table by its number; a template writes its name."""
+
+    name: str
+
+
+def _named(row: dict[str, Any], classes: Mapping[str, Sequence[str]], place: str) -> dict[str, Any]:
+    """The row, with the classes of the table in place of their numbers."""
+    for column, names in classes.items():
+        number = row.get(column)
+        if isinstance(number, int) and not 0 <= number < len(names):
+            what = f"{place}: column {column!r} holds the class {number}, and the table names {len(names)} classes."
+            raise DataError(what, "Remove rows without a class (they often have -1), or choose another split.")
+        if isinstance(number, int):
+            row[column] = ClassNumber(number)
+            row[column].name = names[number]
+    return row
+
+
+def _classes(features: Any) -> dict[str, Sequence[str]]:
+    """Columns that hold class numbers, and the names: of a data set's features, or their record in a parquet file."""
+    found = {}
+    for column, kind in dict(features or {}).items():
+        is_dict = isinstance(kind, dict)
+        names = kind.get("names") if is_dict else getattr(kind, "names", None)
+        if names and (kind.get("_type") if is_dict else type(kind).__name__) == "ClassLabel":
+            found[column] = list(names)
+    return found
+
+
+def _recorded(table: Any) -> Any:
+    """What the package datasets wrote of the features into a parquet file."""
+    record = (table.schema.metadata or {}).get(b"huggingface")
+    try:
+        return json.loads(record)["info"]["features"] if record else {}
+    except (ValueError, KeyError, TypeError):
+        return {}
