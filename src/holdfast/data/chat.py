@@ -15,20 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.data.jsontext import parsed, sound
+from holdfast.data.messages import TEMPLATES_CURE, THINKING, Message, from_text, without_nulls
 from holdfast.data.notes import BOOKKEEPING, Notes
 from holdfast.data.rendered import Rendered
 from holdfast.errors import DataError
 
-Message = dict[str, Any]  # role, content, perhaps tool_calls, reasoning_content, name, ...
-ROLES = ("system", "developer", "user", "assistant", "tool")
 OPTIONS = ("tools", "documents", "chat_template_kwargs")  # columns that go to the template
-THINKING = ("reasoning_content", "thinking", "reasoning")  # transformers takes them for one
 FLAGS = ("weight", "train", "training", "trainable", "loss")  # whether to train on a message, in usual trainers
 SILENT = {"role", *FLAGS}  # what is not looked for in the text
 LINKS = {"tool_call_id"}  # says which call a tool answers; the order says it too
 THINK = re.compile(r"(</?think>)")
 MARK = "zqx"  # put into a text to see whether that changes what is rendered
-TEMPLATES_CURE = "Set data.prompt and data.completion to templates over the columns."
 AS_TEXT = "Or give prompt and completion as text: that is trained as it stands."
 
 LAST_ONLY = "only the last answer of {n conversation} with several answers is trained on"
@@ -127,7 +124,7 @@ class Chat:
     def _options(self, row: dict[str, Any], place: str) -> dict[str, Any]:
         given = {}
         for name in ("tools", "documents"):
-            value = self._dense(_from_text(row.get(name), f"{place}: column {name!r}"), place)
+            value = self._dense(from_text(row.get(name), f"{place}: column {name!r}"), place)
             if not value:
                 continue
             if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
@@ -139,7 +136,7 @@ class Chat:
     def _switches(self, value: Any, place: str) -> dict[str, Any]:
         """The template's own variables, such as enable_thinking."""
         where = f"{place}: column 'chat_template_kwargs'"
-        value = _from_text(value, where)
+        value = from_text(value, where)
         if not value:
             return {}
         if not isinstance(value, dict):
@@ -153,7 +150,7 @@ class Chat:
     def _dense(self, value: Any, place: str) -> Any:
         if not self.arrow:
             return value
-        dense, found = _without_nulls(value)
+        dense, found = without_nulls(value)
         if found:
             self.notes.add(FILLING, place)
         return dense
@@ -410,73 +407,6 @@ class Chat:
         if thought and "</think>" not in content and not any(message.get(key) for key in THINKING):
             text = f"the chat template puts {thought[0]!r} before {{n answer}}, and it is trained on"
             self.notes.add(text, talk.place)
-
-
-# Messages of a row.
-
-
-def messages_of(value: Any, place: str, column: str) -> list[Message]:
-    """Check a message list, drop null keys, which parquet adds, and take a text out of a list of one part.
-
-    Raises:
-        DataError: no list of {role, content}, an unknown role, or content that is no text.
-    """
-    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
-        raise DataError(f"{place}: {column} is not a list of {{role, content}}.", TEMPLATES_CURE)
-    return [_message(message, place, column) for message in value]
-
-
-def _message(given: Message, place: str, column: str) -> Message:
-    message = {key: item for key, item in given.items() if item is not None}
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise DataError(f"{place}: {column} has the role {role!r}.", f"Known: {', '.join(ROLES)}.")
-    if isinstance(content, list) and (text := _only_text(content)) is not None:
-        message["content"] = content = text
-    if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-        what = f"{place}: {column} has a {role} message whose content is {kind_of(content)}."
-        many = " Write the parts as one text." if isinstance(content, list) else ""
-        raise DataError(what, f"Only text is supported.{many}")
-    thoughts = {message[key] for key in THINKING if isinstance(message.get(key), str)}
-    if len(thoughts) > 1:
-        what = f"{place}: {column} has a {role} message with {' and '.join(k for k in THINKING if k in message)}."
-        raise DataError(what, "They mean the same, and differ here: keep one.")
-    return message
-
-
-def _only_text(parts: list[Any]) -> str | None:
-    """The text of [{"type": "text", "text": ...}]; None for several parts and other kinds."""
-    if len(parts) != 1 or not isinstance(parts[0], dict):
-        return None
-    part = {key: value for key, value in parts[0].items() if value is not None}
-    return part["text"] if set(part) == {"type", "text"} and isinstance(part["text"], str) else None
-
-
-def kind_of(value: Any) -> str:
-    """A value's kind in words, for messages."""
-    kinds = {list: "a list", dict: "an object", str: "text", type(None): "null", bool: "true or false"}
-    return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
-
-
-def _from_text(value: Any, where: str) -> Any:
-    """A column that may be given as JSON text, as may the items of its list."""
-    if isinstance(value, str):
-        return parsed(value, where) if value.strip() else None
-    if isinstance(value, list):
-        return [parsed(item, where) if isinstance(item, str) else item for item in value]
-    return value
-
-
-def _without_nulls(value: Any) -> tuple[Any, bool]:
-    if isinstance(value, list):
-        pairs = [_without_nulls(item) for item in value]
-        return [item for item, _ in pairs], any(found for _, found in pairs)
-    if isinstance(value, dict):
-        kept = {key: _without_nulls(item) for key, item in value.items() if item is not None}
-        return {key: item for key, (item, _) in kept.items()}, len(kept) < len(value) or any(
-            f for _, f in kept.values()
-        )
-    return value, False
 
 
 # Kinds of messages and their parts.

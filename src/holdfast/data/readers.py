@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.chat import kind_of
 from holdfast.data.jsontext import DECODER, SYNTAX, Bent
+from holdfast.data.messages import kind_of
 from holdfast.errors import DataError, pip_install, suggest
 from holdfast.recipe import FILE_KINDS, SHIPPED, Source, locate
 

@@ -9,8 +9,9 @@ from string import Formatter
 from typing import Any
 from unicodedata import category
 
-from holdfast.data.chat import LAST_ONLY, OPTIONS, TEMPLATES_CURE, Chat, Message, kind_of, messages_of
+from holdfast.data.chat import LAST_ONLY, OPTIONS, Chat
 from holdfast.data.jsontext import Written
+from holdfast.data.messages import TEMPLATES_CURE, Message, kind_of, messages_of
 from holdfast.data.notes import BOOKKEEPING as NOTES
 from holdfast.data.notes import Notes
 from holdfast.data.readers import ClassNumber, Record
