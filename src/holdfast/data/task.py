@@ -79,8 +79,9 @@ def read_task(recipe: Recipe, tokenizer: Any, base_dir: Path, longest: int, stop
     most = min(spec.max_length, longest)
     tokens = tuple(tokenize_all(train, tokenizer, most, stops=stops, notes=notes))
     tokenize_all([*(validation or ()), *test], tokenizer, most, stops=stops)
-    _check_told_apart(train, labels, Encoder(tokenizer, stops))
-    if Encoder(tokenizer).ends_texts:
+    encoder = Encoder(tokenizer, stops)
+    _check_told_apart(train, labels, encoder)
+    if encoder.ends_texts:
         notes.append("the tokenizer ends every text, prompts too; here it ends answers only, as in the exported one")
     return TaskData(
         spec.name, tuple(train), tuple(validation or ()), tuple(test), labels, tokens, "; ".join(dict.fromkeys(notes))

@@ -14,10 +14,10 @@ sees. Three questions, asked apart:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice, pairwise
+from itertools import chain, islice, pairwise
 from typing import Any
 
 from holdfast.data.notes import Notes
@@ -77,12 +77,15 @@ class Encoder:
 
     def _sample(self) -> tuple[Tokens, Tokens]:
         """Tokens of a short text, with all that the tokenizer adds and without; a text that it can write at all."""
-        special = set(self.tokenizer.all_special_tokens)
-        own = (word for word in sorted(self.tokenizer.get_vocab()) if word not in special)
-        for text in (*SAMPLES, *islice(own, MOST_SAMPLES)):
+        for text in chain(SAMPLES, self._own_words()):
             if bare := self.bare([text])[0]:  # a vocabulary of other letters may write nothing of an "a"
                 return self.tokenizer(text)["input_ids"], bare
         return [], []
+
+    def _own_words(self) -> Iterator[str]:
+        """The first words of the vocabulary; looked up only when asked for, since sorting it takes long."""
+        special = set(self.tokenizer.all_special_tokens)
+        yield from islice((w for w in sorted(self.tokenizer.get_vocab()) if w not in special), MOST_SAMPLES)
 
     # ---- whole texts
 
@@ -252,19 +255,9 @@ def stops_of(config: Any) -> tuple[int, ...]:
 # ---- rows
 
 
-def tokenize(
-    row: Row,
-    tokenizer: Any,
-    max_length: int | None,
-    *,
-    owner: str = "task",
-    source: str | None = None,
-    all_tokens: bool = False,
-    stops: Iterable[int] = (),
-) -> TokenRow:
-    """`tokenize_all` of one row."""
-    kind = {"owner": owner, "source": source, "all_tokens": all_tokens, "stops": stops}
-    return tokenize_all([row], tokenizer, max_length, **kind)[0]
+def tokenize(row: Row, tokenizer: Any, max_length: int | None, **settings: Any) -> TokenRow:
+    """`tokenize_all` of one row, with its settings."""
+    return tokenize_all([row], tokenizer, max_length, **settings)[0]
 
 
 def tokenize_all(

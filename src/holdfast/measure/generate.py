@@ -42,7 +42,8 @@ def generate(
     depend on the probes and the kind of model alone, so base and tuned get the same.
     """
     encoder = Encoder(tokenizer, stops_of(model.generation_config))
-    prompts = [(encoder.prompts([p.context])[0] or encoder.first, p.max_tokens) for p in probes]
+    seen = encoder.prompts([p.context for p in probes])
+    prompts = [(ids or encoder.first, p.max_tokens) for ids, p in zip(seen, probes, strict=True)]
     ends = {"eos_token_id": sorted(encoder.stops)} if encoder.stops else {}
     texts = go_on(model, tokenizer, prompts, batch_size=batch_size, progress=progress, **ends, **GREEDY)
     return [text.strip() for text in texts]
