@@ -300,7 +300,7 @@ def trl(model: Any, tokenizer: Any, job: Job, options: Mapping[str, Any] | None 
     compute = half(model.dtype)
     set_weights(model, given.pop("weights", model.dtype if job.kind == "lora" else torch.float32))
     if job.kind == "lora":
-        model = M.LoRA().adapt(model, Context(model, tokenizer, job.seed))
+        model = M.LoRA().adapt(model, Context(model, tokenizer, job.seed), {})
     # no column for the attention mask: TRL builds it
     data = Dataset.from_list([_columns(r) for r in job.drawn()])
 

@@ -60,7 +60,7 @@ class FirstLayerOnly(Method):
 class LongestHalf(Method):
     """A batch site: keeps the longer half of a step's rows."""
 
-    def batch(self, rows: Sequence[TokenRow], step: int, ctx: Any) -> Sequence[TokenRow]:
+    def batch(self, rows: Sequence[TokenRow], step: int, look: Any) -> Sequence[TokenRow]:
         return sorted(rows, key=lambda r: -len(r.ids))[: len(rows) // 2]
 
 

@@ -19,7 +19,7 @@ import torch
 
 from holdfast.data.mix import Mix
 from holdfast.engine.pack import TokenRow
-from holdfast.services import Context, State, View
+from holdfast.services import Context, Look, State, View
 
 SITES = (
     "prepare",
@@ -109,7 +109,9 @@ class Method:
 
     paper: ClassVar[Paper | None] = None
     does: ClassVar[str] = ""  # one plain line for tables
-    needs: ClassVar[frozenset[str]] = frozenset()  # "base_weights", "base_logits", "base_hidden", "dense"
+    needs: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # "base_weights", "base_logits", "base_hidden", "live_logits", "dense"
     wraps: ClassVar[bool] = False  # replaces modules: at most one per plan
     refuses: ClassVar[Mapping[str, str]] = {}  # method name -> why the two mean different things
     phase: ClassVar[str] = "rescale"  # of `grad`: mask, rescale, project
@@ -121,11 +123,14 @@ class Method:
         """Measure the untouched base once. The result is saved and handed to the other sites."""
         return {}
 
-    def adapt(self, model: Any, ctx: Context) -> Any:
-        """Choose what trains (set requires_grad to False, never to True) or wrap modules. Returns the model."""
+    def adapt(self, model: Any, ctx: Context, state: State) -> Any:
+        """Choose what trains (set requires_grad to False, never to True) or wrap modules. Returns the model.
+
+        `state` is what `prepare` measured, in a resumed run too.
+        """
         return model
 
-    def lr_factor(self, name: str, num_layers: int) -> float:
+    def lr_factor(self, name: str, num_layers: int, state: State) -> float:
         """Learning-rate factor of one parameter (part of `adapt`); factors of several methods multiply."""
         return 1.0
 
@@ -157,8 +162,11 @@ class Method:
         """Which rows of the pool join step `step` (0-based)."""
         return ()
 
-    def batch(self, rows: Sequence[TokenRow], step: int, ctx: Context) -> Sequence[TokenRow]:
-        """Pick or change the rows of a drawn batch."""
+    def batch(self, rows: Sequence[TokenRow], step: int, look: Look) -> Sequence[TokenRow]:
+        """Pick or change the rows of a drawn batch; `look.state` may be filled.
+
+        In a trainer of several processes each one picks among its own rows, and so remembers what it picked itself.
+        """
         return rows
 
     def hidden_layers(self) -> tuple[int, ...]:

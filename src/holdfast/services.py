@@ -34,6 +34,31 @@ class Context:
     base_dir: Any = None
 
 
+@dataclass(frozen=True)
+class Look:
+    """What the batch site may look at: the context, the method's own state, and the model so far on any rows."""
+
+    ctx: Context
+    state: State
+    _forward: Callable[[Sequence[TokenRow]], tuple[Packed, torch.Tensor]]
+
+    def logits(self, rows: Sequence[TokenRow]) -> list[torch.Tensor]:
+        """For each row (n, V) logits of the model so far at its n scored positions: no gradient, no dropout.
+
+        A method that calls this has `live_logits` in its `needs`. A row's logits depend on the row alone up to
+        rounding, and every process computes those of the rows it asks about.
+        """
+        packed, logits = self._forward(rows)
+        counts = np.bincount(packed.row, minlength=len(rows))
+        return list(logits.split(counts.tolist()))
+
+    def token_logp(self, rows: Sequence[TokenRow]) -> list[torch.Tensor]:
+        """For each row (n,) log-probabilities of its targets."""
+        packed, logits = self._forward(rows)
+        chosen = logits.float().log_softmax(-1).gather(1, packed.target[:, None])[:, 0]
+        return list(chosen.split(np.bincount(packed.row, minlength=len(rows)).tolist()))
+
+
 @dataclass
 class View:
     """One forward of a step, as a method may see it. Positions of all owners stand together, in row order."""

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from holdfast.data.mix import Mix
-from holdfast.engine.forward import forward_states
-from holdfast.engine.pack import TokenRow
+from holdfast.engine.forward import forward, forward_states
+from holdfast.engine.pack import Packed, TokenRow
 from holdfast.engine.shards import cut_like, whole
 from holdfast.engine.ways import SOFT_PROMPT, States, inner
 from holdfast.errors import NoEffect, TrainingError
 from holdfast.method import Method, Past, Stage, State, canonical
 from holdfast.plan import PHASES, Plan
-from holdfast.services import BaseWeights, Context, Teacher, View
+from holdfast.services import BaseWeights, Context, Look, Teacher, View
 from holdfast.sites.entries import Entries
 from holdfast.sites.steering import Steering
 
@@ -71,6 +71,10 @@ class Session:
         self._source_of: dict[str, str] = {}  # label of a row -> the method whose source it came from
         self.params: dict[str, torch.nn.Parameter] = {}
         self._wrapped: frozenset[str] | None = None  # what an adapter trains, once it is on the model
+
+    def state_of(self, method: Method) -> State:
+        """What a method has measured and remembered, to be read or filled."""
+        return self.state.setdefault(method.name, {})
 
     # ---- before training
 
@@ -147,7 +151,7 @@ class Session:
             for m in sorted(self.methods, key=lambda m: not m.wraps):
                 before = _trainable(self.model)
                 if not (m.wraps and self._wrapped):
-                    self.model = m.adapt(self.model, self.ctx)
+                    self.model = m.adapt(self.model, self.ctx, self.state_of(m))
                 if m.wraps and not self._wrapped:
                     self._wrapped = _trainable(self.model)
                 self.effects[m.name] += _trainable(self.model) != before
@@ -175,7 +179,7 @@ class Session:
         for name, p in self.params.items():
             factor = 1.0
             for m in self.methods:
-                one = m.lr_factor(name, self.num_layers)
+                one = m.lr_factor(name, self.num_layers, self.state_of(m))
                 self.effects[m.name] += one != 1.0
                 factor *= one
             groups.setdefault((factor, p.ndim >= 2), []).append(p)
@@ -212,9 +216,20 @@ class Session:
         """The batch site."""
         for m in self.methods:
             before = rows
-            rows = m.batch(rows, step, self.ctx)
+            rows = m.batch(rows, step, Look(self.ctx, self.state_of(m), self._look))
             self.effects[m.name] += rows is not before
         return rows
+
+    @torch.no_grad()
+    def _look(self, rows: Sequence[TokenRow]) -> tuple[Packed, torch.Tensor]:
+        """Packing and logits of the model so far; dice of the step are not rolled for it."""
+        was_training, device = self.model.training, next(self.model.parameters()).device.type
+        half = self.compute_dtype in (torch.bfloat16, torch.float16)
+        self.model.eval()
+        with torch.autocast(device, self.compute_dtype if half else torch.bfloat16, enabled=half):
+            found = forward(self.model, rows, packing=self.packing)
+        self.model.train(was_training)
+        return found
 
     def loss(
         self, model: Any, rows: Sequence[TokenRow], counts: Counts, step: int, share: float = 1.0

@@ -171,7 +171,7 @@ def test_the_model_is_left_as_it_was_when_something_fails(case, rows, tokenizer)
 
 def test_an_adapter_that_is_there_already_is_not_taken_off(tiny_model, tokenizer, rows):
     model = tiny_model()
-    wrapped = LoRA(r=2).adapt(model, Context(model, tokenizer))
+    wrapped = LoRA(r=2).adapt(model, Context(model, tokenizer), {})
     for one in (wrapped, model):
         with pytest.raises(ModelError, match="adapter"), revival.briefly_tuned(one, tokenizer, rows):
             pass

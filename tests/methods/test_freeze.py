@@ -27,7 +27,7 @@ def test_every_group_equals_the_formula(tiny_model, start, layers):
     # block l of 1..L: lr * 0.9^(L - l); embeddings lr * 0.9^L; the last block shares lr with head and final norm
     assert rates == {1e-3 * 0.9 ** (layers - n) for n in range(1, layers + 1)} | {1e-3 * 0.9**layers}
     assert len({(g["lr"], g["weight_decay"]) for g in groups}) == len(groups)
-    factors = [Freeze().lr_factor(f"model.layers.{n}.mlp.up_proj.weight", layers) for n in range(layers)]
+    factors = [Freeze().lr_factor(f"model.layers.{n}.mlp.up_proj.weight", layers, {}) for n in range(layers)]
     assert factors == sorted(factors)
     assert factors[-1] == 1.0
 
@@ -73,7 +73,7 @@ def test_patterns(tiny_model, start):
 def test_no_decay_and_nothing_frozen_is_off():
     assert Freeze(layer_decay=1).off()
     assert not Freeze(layer_decay=1, layers=1).off()
-    assert Freeze(layer_decay=1).lr_factor("model.embed_tokens.weight", 4) == 1.0
+    assert Freeze(layer_decay=1).lr_factor("model.embed_tokens.weight", 4, {}) == 1.0
 
 
 @pytest.mark.parametrize(

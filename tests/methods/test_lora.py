@@ -171,7 +171,7 @@ def test_what_cannot_work(tiny_model, tokenizer):
     with pytest.raises(PlanError, match=r"LoRA\.r is 0"):
         LoRA(r=0).check(ctx)
     with pytest.raises(PlanError, match="finds nothing to adapt"):
-        LoRA(target_modules=("nothing_here",)).adapt(ctx.model, ctx)
+        LoRA(target_modules=("nothing_here",)).adapt(ctx.model, ctx, {})
 
 
 @pytest.mark.parametrize("other", [WiSEFT(), LiNeS(), L2ToInit()])
@@ -205,7 +205,7 @@ def test_maps_that_no_adapter_can_stand_beside(kind):
             LoRA(target_modules=chosen).check(ctx)
         assert kept in caught.value.cure and f" {out}," not in caught.value.cure
     LoRA(target_modules=(kept,)).check(ctx)
-    wrapped = LoRA(r=2).adapt(model, ctx)
+    wrapped = LoRA(r=2).adapt(model, ctx, {})
     names = {n.rsplit(".", 1)[-1] for n in layers(wrapped)}
     assert kept in names and out not in names
     wrapped(torch.arange(3, 40)[None]).logits.sum().backward()

@@ -12,7 +12,7 @@ from holdfast.session import Session
 
 def has_rates(s: Session) -> bool:
     """Whether a method or the stage sets learning rates of its own."""
-    factors = any(m.lr_factor(n, s.num_layers) != 1 for m in s.methods for n in s.params)
+    factors = any(m.lr_factor(n, s.num_layers, s.state_of(m)) != 1 for m in s.methods for n in s.params)
     return factors or s.stage.learning_rate is not None
 
 

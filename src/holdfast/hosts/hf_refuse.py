@@ -154,9 +154,11 @@ def _refuse_fsdp(kind: type, plan: Plan, options: Any, ours: bool, version: int)
         return bool(given.get(name)) or os.environ.get(variable, "false").lower() in ("1", "true")
 
     owner = next((m for m in plan.active if "stages" in m.sites()), None)
+    asks = next((m for m in plan.active if "live_logits" in m.needs), None)
     for wrong, what, cure in (
         (version == 1, "FSDP1, which flattens the weights the plan works on", "Set fsdp_config={'version': 2}."),
         (not ours, "FSDP, because nobody has tested that with its own loss", "Use DDP."),
+        (asks, f"FSDP together with {asks and asks.name}, which asks the model between steps", "Use DDP."),
         (owner, f"FSDP together with {owner and owner.name}, whose soft prompt stands outside of the cut", "Use DDP."),
         (
             on("cpu_ram_efficient_loading", "FSDP_CPU_RAM_EFFICIENT_LOADING"),

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, canonical, layer_of
-from holdfast.services import Context
+from holdfast.services import Context, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Freeze(Method):
                     f"Names look like {names[len(names) // 2]!r}.",
                 )
 
-    def adapt(self, model: Any, ctx: Context) -> Any:
+    def adapt(self, model: Any, ctx: Context, state: State) -> Any:
         from holdfast.engine.ways import inner
 
         table = {id(p) for p in inner(model).get_input_embeddings().parameters()}
@@ -72,7 +72,7 @@ class Freeze(Method):
                 p.requires_grad_(False)
         return model
 
-    def lr_factor(self, name: str, num_layers: int) -> float:
+    def lr_factor(self, name: str, num_layers: int, state: State) -> float:
         if self.layer_decay == 1:
             return 1.0
         layer = layer_of(name)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, canonical, layer_of
-from holdfast.services import Context
+from holdfast.services import Context, State
 
 ATTENTION = {"q": r"(q_proj|q_lin|query)$", "k": r"(k_proj|k_lin|key)$", "v": r"(v_proj|v_lin|value)$",
              "o": r"(o_proj|out_proj|out_lin)$"}  # fmt: skip
@@ -37,7 +37,7 @@ class HalfFineTune(Method):
     does: ClassVar = "freezes a random half of each layer's matrices"
     needs: ClassVar = frozenset({"dense"})
 
-    def adapt(self, model: Any, ctx: Context) -> Any:
+    def adapt(self, model: Any, ctx: Context, state: State) -> Any:
         chosen = self.choose([canonical(n) for n, _ in model.named_parameters()])
         for name, p in model.named_parameters():
             if canonical(name) not in chosen:

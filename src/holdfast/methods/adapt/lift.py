@@ -44,7 +44,7 @@ class LIFT(Method):
             what = "LIFT needs lora_rank and interval of at least 0, and filter_rank of at least 1."
             raise PlanError(what, "Mend them.")
 
-    def adapt(self, model: Any, ctx: Context) -> Any:
+    def adapt(self, model: Any, ctx: Context, state: State) -> Any:
         for name, p in model.named_parameters():
             if not _is_matrix(canonical(name), p):
                 p.requires_grad_(False)

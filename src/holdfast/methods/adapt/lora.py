@@ -25,7 +25,7 @@ import torch
 
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper
-from holdfast.services import Context
+from holdfast.services import Context, State
 
 # a weight that is given to a function by the code of the layer around it
 READS = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight(?:\.\w+\([^()]*\))?\s*[,)@]")
@@ -73,7 +73,7 @@ class LoRA(Method):
             return re.fullmatch(self.target_modules, name) is not None
         return any(f".{name}".endswith(f".{target}") for target in self.target_modules)
 
-    def adapt(self, model: Any, ctx: Context) -> Any:
+    def adapt(self, model: Any, ctx: Context, state: State) -> Any:
         from peft import LoraConfig, get_peft_model
 
         name = str(getattr(model, "name_or_path", ""))
