@@ -43,6 +43,12 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "anchor (weight 1), full": ([anchor], FULL),
         "anchor (weight 1), lora": ([M.LoRA(), anchor], LORA),
         "orthogonal subspace": ([M.OrthogonalSubspace()], FULL),
+        "eaft": ([M.EAFT()], FULL),
+        "gere": ([M.GeRe()], FULL),
+        "lift": ([M.LIFT()], FULL),
+        "finch": ([M.FINCH()], FULL),
+        "class separability": ([M.ClassSeparability()], FULL),
+        "uds": ([M.UDS()], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -64,6 +70,12 @@ TABLE = [
     "anchor (weight 1), full",
     "anchor (weight 1), lora",
     "orthogonal subspace",
+    "eaft",
+    "gere",
+    "lift",
+    "finch",
+    "class separability",
+    "uds",
     *AFTERWARDS,
 ]
 

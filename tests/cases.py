@@ -275,6 +275,19 @@ def end_holds(seen: Seen) -> None:
     assert len(seen.plain.log.loss) == 20
 
 
+@torch.no_grad()
+def largest_hold(seen: Seen) -> None:
+    """Of each four drawn rows one was trained on; of the first four the one of the largest nuclear norm."""
+    order = Mix(seen.task).draw(0)
+    drawn = [next(order) for _ in range(4)]
+    sizes = [torch.linalg.matrix_norm(forward(seen.base_model, [r])[1].double(), "nuc").item() for r in drawn]
+    chosen = drawn[sizes.index(max(sizes))]
+    packed, logits = forward(seen.base_model, [chosen])
+    first = torch.nn.functional.cross_entropy(logits, packed.target).item()
+    assert math.isclose(seen.result.log.loss[0][1]["task"], first, rel_tol=1e-5)
+    assert seen.result.log.realised["task/examples"] == 20 and seen.plain.log.realised["task/examples"] == 80
+
+
 # ---- the rows
 
 
@@ -288,6 +301,7 @@ class Case:
     zero_at_base: the part of the loss that is 0 at the base weights; no_zero: why there is none.
     too_short: words with which its defaults refuse a run of a few steps. ends_at: the steps after which it ends a run.
     needs_rows: it looks at the task's rows as text, which a trainer that has only tokens does not know.
+    picks: it compares the rows at hand, which in a trainer of several processes are those of one process.
     """
 
     method: Method
@@ -299,6 +313,7 @@ class Case:
     too_short: str = ""
     ends_at: int = 0
     needs_rows: bool = False
+    picks: bool = False
 
     @property
     def name(self) -> str:
@@ -388,6 +403,7 @@ CASES = (
         off=(hf.Replay(share=0.0),),
         no_zero=NO_TERM,
     ),
+    Case(hf.UDS(), largest_hold, off=(hf.UDS(keep=1.0),), no_zero=NO_TERM, picks=True),
     Case(hf.WiSEFT(alpha=0.5), line_holds(lambda m, _n: m.alpha), off=(hf.WiSEFT(alpha=1.0),), no_zero=NO_TERM),
 )
 BY_NAME = {c.name: c for c in CASES}

@@ -1,0 +1,89 @@
+"""UDS: nuclear norms and distances to what was chosen last, against hand-computed values."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from holdfast.engine.pack import token_row
+from holdfast.errors import PlanError
+from holdfast.methods import UDS
+from holdfast.methods.batch.uds import nuclear_norm
+from holdfast.services import Context, Look
+
+
+def row(n: int):
+    return token_row([1, 2, 3, 4 + n], 2)
+
+
+def look(answers, state, **settings):
+    """A look at rows whose logits are written down: `answers[i]` (L, V) for the row that ends with 4 + i."""
+
+    class Packing:
+        def __init__(self, rows):
+            self.row = torch.arange(len(rows)).repeat_interleave(2).numpy()
+
+    def forward(rows):
+        return Packing(rows), torch.cat([answers[int(r.ids[-1]) - 4] for r in rows])
+
+    return Look(Context(None, None, max_length=8, **settings), state, forward)
+
+
+def test_nuclear_norm_is_the_sum_of_singular_values():
+    # [[3, 0], [4, 5]]: the singular values are sqrt(45) and sqrt(5): their squares sum to 50, their product is det 15
+    z = torch.tensor([[3.0, 0.0], [4.0, 5.0]])
+    assert nuclear_norm(z).item() == pytest.approx(math.sqrt(45) + math.sqrt(5))
+    wide = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    assert nuclear_norm(wide).item() == pytest.approx(torch.linalg.svdvals(wide).sum().item(), rel=1e-5)
+    assert nuclear_norm(wide.T).item() == pytest.approx(nuclear_norm(wide).item())
+
+
+def test_the_largest_answers_are_trained_on():
+    # diagonals (a, a): nuclear norms 2a; half of four rows are those with a = 5 and a = 3, in the order of the batch
+    eye, sizes = torch.eye(2, 6), (3.0, 1.0, 5.0, 2.0)
+    state = {}
+    kept = UDS(keep=0.5).batch([row(i) for i in range(4)], 0, look([a * eye for a in sizes], state))
+    assert [int(r.ids[-1]) - 4 for r in kept] == [0, 2]
+    assert state["queue"].shape == (2, 6 * 8)  # a vocabulary of 6 has no 128 entries to choose among
+
+
+def test_diversity_is_the_mean_distance_to_the_queue():
+    # both rows have nuclear norm 2; what lies in the queue is row 0's own projection, at distance 0 from it
+    a, b = torch.eye(2, 6), torch.eye(2, 6).roll(2, 1)
+    method = UDS(keep=0.5, alpha=1.0)
+    before = look([a, b], {})
+    own, other = method.project(a, before.ctx), method.project(b, before.ctx)
+    assert torch.dist(own, other) > 0.1
+    state = {"queue": own[None]}
+    kept = method.batch([row(0), row(1)], 1, look([a, b], state))
+    assert [int(r.ids[-1]) - 4 for r in kept] == [1]
+    torch.testing.assert_close(state["queue"], torch.stack([own, other]))
+
+
+def test_the_queue_forgets_the_oldest():
+    answers, state = [torch.eye(2, 6) * (i + 1) for i in range(4)], {}
+    for step in range(3):
+        UDS(keep=0.5, queue=3).batch([row(i) for i in range(4)], step, look(answers, state))
+    assert len(state["queue"]) == 3
+
+
+def test_order_and_neighbours_do_not_matter():
+    answers = [torch.randn(2, 6, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    method, rows = UDS(keep=0.5), [row(i) for i in range(4)]
+    kept = {int(r.ids[-1]) for r in method.batch(rows, 0, look(answers, {}))}
+    turned = {int(r.ids[-1]) for r in method.batch(rows[::-1], 0, look(answers, {}))}
+    assert kept == turned and len(kept) == 2
+
+
+def test_rows_of_others_pass():
+    own = dataclasses.replace(row(3), owner="Replay")
+    rows = [row(0), own, row(1), row(2)]
+    kept = UDS(keep=0.3).batch(rows, 0, look([torch.eye(2, 6) * (i + 1) for i in range(3)], {}))
+    assert own in kept and len(kept) == 2
+
+
+@pytest.mark.parametrize("method", [UDS(keep=0.0), UDS(keep=1.5), UDS(alpha=-1.0), UDS(queue=0), UDS(dims=(3,))])
+def test_values_without_meaning_are_refused(method, tiny_model, tokenizer):
+    with pytest.raises(PlanError, match=r"UDS\."):
+        method.check(Context(tiny_model(), tokenizer))
