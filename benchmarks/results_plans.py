@@ -47,7 +47,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "gere": ([M.GeRe()], FULL),
         "lift": ([M.LIFT()], FULL),
         "finch": ([M.FINCH()], FULL),
-        "class separability": ([M.ClassSeparability()], FULL),
+        "class separability": ([M.ClassSeparability(every=10)], FULL),
         "uds": ([M.UDS()], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
