@@ -235,6 +235,18 @@ def line_holds(factor: Callable[[Any, str], float]) -> Callable[[Seen], None]:
     return check
 
 
+def trim_holds(seen: Seen) -> None:
+    """Of all changes of the run without the method the largest are there, and the rest are gone."""
+    moved = {n: seen.plain.weights[n] - w for n, w in seen.base.items()}
+    flat = torch.cat([tau.abs().flatten() for tau in moved.values()])
+    least = flat.topk(int(seen.method.density * flat.numel())).values[-1]
+    for n, w in seen.base.items():
+        kept = seen.result.weights[n] != w
+        wanted = torch.where(kept, w + moved[n], w)
+        torch.testing.assert_close(seen.result.weights[n], wanted, rtol=1e-6, atol=1e-8)
+        assert (moved[n].abs()[kept] >= least * (1 - 2**-11)).all() and (moved[n].abs()[~kept] < least).all()
+
+
 def lift_holds(seen: Seen) -> None:
     """Nothing but the principal entries of the base moved, and all of those did."""
     for name, base in seen.base.items():
@@ -401,6 +413,12 @@ CASES = (
         hf.Replay(share=0.3, sources=(GENERAL,), max_tokens=32),
         share_holds("Replay"),
         off=(hf.Replay(share=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.TIES(density=0.3),
+        trim_holds,
+        off=(hf.TIES(density=1.0),),
         no_zero=NO_TERM,
     ),
     Case(hf.UDS(), largest_hold, off=(hf.UDS(keep=1.0),), no_zero=NO_TERM, picks=True),
