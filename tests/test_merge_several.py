@@ -157,6 +157,22 @@ def test_no_second_model_is_ever_in_memory(world, tiny_model, monkeypatch):
     assert most[0] <= len(names)
 
 
+def test_a_survey_sees_what_the_methods_before_will_have_made(world):
+    """LiNeS shrinks lower layers, so another ranking over the whole model keeps other changes."""
+    lines, trim = hf.LiNeS(alpha=0.1), hf.TIES(density=0.2)
+    base = tensors(world.base)
+
+    def after(*steps):
+        model = loaded(world.full)
+        for methods in steps:
+            Merging(methods, {m.name: {} for m in methods}, None, 2).merge(model, base)
+        return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    chained, in_turn, alone = after([lines, trim]), after([lines], [trim]), after([trim], [lines])
+    assert all(torch.equal(chained[n], w) for n, w in in_turn.items())
+    assert any(not torch.equal(chained[n], w) for n, w in alone.items())
+
+
 def test_shards_are_read_by_their_index(world, tmp_path):
     model = loaded(world.full)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
