@@ -94,6 +94,7 @@ def run(task: str, method: str, seed: int, shared: Path) -> None:
     from holdfast.plan import Host, Plan
     from holdfast.services import Context
     from holdfast.session import Session
+    from holdfast.sites.merging import Merging
 
     model, tokenizer = models.load("smollm2-135m")
     compute = model.dtype
@@ -103,7 +104,7 @@ def run(task: str, method: str, seed: int, shared: Path) -> None:
         write_json(path_of(task, method, seed), facts | measure(model, tokenizer, test, labels, shared))
         return
     methods, lr = plans()[method]
-    merges = {"wise-ft": M.WiSEFT(), "lines": M.LiNeS()} if method == "full" else {}
+    merges = {"wise-ft": M.WiSEFT(), "lines": M.LiNeS(), "ties, one model": M.TIES()} if method == "full" else {}
     plan = Plan([*methods, *merges.values()])
     ctx = Context(model, tokenizer, seed, rows, total_steps=STEPS, max_length=1024)
     plan.check(Host("benchmark"), ctx)
@@ -134,8 +135,9 @@ def run(task: str, method: str, seed: int, shared: Path) -> None:
             p.data = p.data.float()
         with torch.no_grad():
             for n, p in session.params.items():
-                base = session.base_weights[n].float()
-                p.copy_(kept[n] if merge is None else merge.merge(n, base, kept[n].float(), session.num_layers))
+                p.copy_(kept[n])
+        if merge is not None:
+            Merging([merge], {merge.name: {}}, None, session.num_layers).merge(model, session.base_weights)
         for p in model.parameters():  # not model.to(): buffers keep their precision
             p.data = p.data.to(compute)
         measured = measure(model, tokenizer, test, labels, shared)

@@ -54,7 +54,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
     }
 
 
-AFTERWARDS = ("wise-ft", "lines")  # closed-form merges of the "full" run: no training of their own
+AFTERWARDS = ("wise-ft", "lines", "ties, one model")  # closed-form merges of the "full" run: no training of their own
 TABLE = [
     "base",
     "default",

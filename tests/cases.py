@@ -235,6 +235,56 @@ def line_holds(factor: Callable[[Any, str], float]) -> Callable[[Seen], None]:
     return check
 
 
+def trim_holds(seen: Seen) -> None:
+    """Of all changes of the run without the method the largest are there, and the rest are gone."""
+    moved = {n: seen.plain.weights[n] - w for n, w in seen.base.items()}
+    flat = torch.cat([tau.abs().flatten() for tau in moved.values()])
+    least = flat.topk(int(seen.method.density * flat.numel())).values[-1]
+    for n, w in seen.base.items():
+        kept = seen.result.weights[n] != w
+        wanted = torch.where(kept, w + moved[n], w)
+        torch.testing.assert_close(seen.result.weights[n], wanted, rtol=1e-6, atol=1e-8)
+        assert (moved[n].abs()[kept] >= least * (1 - 2**-11)).all() and (moved[n].abs()[~kept] < least).all()
+
+
+def dropped_holds(seen: Seen) -> None:
+    """An entry of the change is gone or enlarged to keep the mean, and as many are there as were asked for."""
+    kept = total = 0
+    for n, w in seen.base.items():
+        stays = seen.result.weights[n] != w
+        wanted = torch.where(stays, w + (seen.plain.weights[n] - w) / seen.method.density, w)
+        torch.testing.assert_close(seen.result.weights[n], wanted, rtol=1e-5, atol=1e-7)
+        kept, total = kept + int(stays.sum()), total + w.numel()
+    assert abs(kept / total - seen.method.density) < 4 * (0.25 / total) ** 0.5
+
+
+def tails_hold(seen: Seen) -> None:
+    """Of every tensor's change the largest and the smallest are gone, and nothing between them."""
+    for n, w in seen.base.items():
+        tau, stays = seen.plain.weights[n] - w, seen.result.weights[n] != w
+        wanted = torch.where(stays, w + tau, w)
+        torch.testing.assert_close(seen.result.weights[n], wanted, rtol=1e-6, atol=1e-8)
+        ranks = tau.abs().flatten().argsort(descending=True).argsort()[stays.flatten()]
+        first = int(seen.method.outliers * w.numel())
+        assert len(ranks) == int(seen.method.density * w.numel())
+        assert int(ranks.min()) == first and int(ranks.max()) == first + len(ranks) - 1, n
+
+
+def arc_holds(seen: Seen) -> None:
+    """Every tensor lies on the arc from base to tuned, by the formula in double precision; some leave the line."""
+    t, bent = seen.method.t, 0
+    for n, w in seen.base.items():
+        a, b = w.double(), seen.plain.weights[n].double()
+        angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
+        bent += bool(angle.cos() < 0.9994)
+        wanted = (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / torch.sin(angle)
+        line = torch.lerp(a, b, t)
+        torch.testing.assert_close(
+            seen.result.weights[n].double(), wanted if angle.cos() < 0.9995 else line, rtol=1e-4, atol=1e-6
+        )
+    assert bent
+
+
 def lift_holds(seen: Seen) -> None:
     """Nothing but the principal entries of the base moved, and all of those did."""
     for name, base in seen.base.items():
@@ -329,6 +379,12 @@ CASES = (
         zero_at_base="AnchoredSFT",
     ),
     Case(
+        hf.Breadcrumbs(density=0.3, outliers=0.05),
+        tails_hold,
+        off=(hf.Breadcrumbs(density=1.0, outliers=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
         hf.ClassSeparability(texts=6, every=1, patience=1, least=1e9),
         end_holds,
         off=(hf.ClassSeparability(patience=0),),
@@ -337,6 +393,7 @@ CASES = (
         ends_at=3,
         needs_rows=True,
     ),
+    Case(hf.DARE(density=0.3), dropped_holds, off=(hf.DARE(density=1.0),), no_zero=NO_TERM),
     Case(hf.DFT(), token_loss_holds, no_off="it has no settings: leaving it out is off", no_zero=NO_TERM),
     Case(hf.EAFT(alpha=30.0), unsure_holds, off=(hf.EAFT(alpha=0.0),), no_zero=NO_TERM),
     Case(hf.FINCH(first=2, power=4.0), finch_holds, off=(hf.FINCH(power=0.0),), no_zero=NO_TERM),
@@ -386,6 +443,13 @@ CASES = (
         no_zero=NO_TERM,
     ),
     Case(
+        hf.ModelSoup(base=1),
+        line_holds(lambda _m, _n: 0.5),
+        no_off="a soup of one is refused: leaving it out is off",
+        no_zero=NO_TERM,
+        too_short="one model alone",
+    ),
+    Case(
         hf.OrthogonalSubspace(),
         subspace_holds,
         off=(hf.OrthogonalSubspace(rank_frac=0.0),),
@@ -401,6 +465,19 @@ CASES = (
         hf.Replay(share=0.3, sources=(GENERAL,), max_tokens=32),
         share_holds("Replay"),
         off=(hf.Replay(share=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(hf.SLERP(t=0.4), arc_holds, off=(hf.SLERP(t=1.0),), no_zero=NO_TERM),
+    Case(
+        hf.TIES(density=0.3),
+        trim_holds,
+        off=(hf.TIES(density=1.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.TaskArithmetic(scale=-0.5),
+        line_holds(lambda m, _n: m.scale),
+        off=(hf.TaskArithmetic(scale=1.0),),
         no_zero=NO_TERM,
     ),
     Case(hf.UDS(), largest_hold, off=(hf.UDS(keep=1.0),), no_zero=NO_TERM, picks=True),

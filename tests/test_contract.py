@@ -49,6 +49,12 @@ def test_every_method_has_a_row_with_reasons():
         assert bool(c.zero_at_base) != bool(c.no_zero.strip()), f"{c.name} needs a zero term or a reason"
 
 
+def test_what_merges_by_more_than_scaling_trains_the_models_own_weights():
+    merging = [c.method for c in CASES if "merge" in c.method.sites()]
+    assert merging and all(m.scales_update != ("dense" in m.needs) for m in merging)
+    assert all("base_weights" in m.needs for m in merging)
+
+
 # ---- 1 recipe and back
 
 

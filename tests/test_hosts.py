@@ -26,7 +26,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from holdfast import Plan, with_plan
+from holdfast import Plan, models, with_plan
 from holdfast import methods as hf
 from holdfast.data.tokens import tokenize
 from holdfast.engine.pack import TokenRow, token_row
@@ -196,6 +196,21 @@ def test_hosts_give_equal_weights(name, kind, make, plain, base):
     if "LoRA" not in name:
         assert distance(start, expected) > 1e-3
         assert name == "none" or distance(plain([]), expected) > 1e-4
+
+
+def test_other_models_are_merged_alike(make, plain, base, tiny_model, tokenizer, tmp_path):
+    other = tiny_model(tied=False)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    models.save_model(other, tokenizer, tmp_path / "other", card=None)
+    methods = [hf.TIES(models=(str(tmp_path / "other"),), density=0.5), hf.LiNeS(alpha=0.5)]
+    trainer = make(Trainer, methods)
+    trainer.train()
+    merged = weights_of(trainer.model)
+    far = {n: (merged[n] - w).abs() > 1e-6 for n, w in plain(methods).items()}
+    assert sum(int(f.sum()) for f in far.values()) <= 3  # numbers at the threshold, where rounding decides
+    assert distance(merged, plain([hf.TIES(density=0.5), hf.LiNeS(alpha=0.5)])) > 1e-3
 
 
 @pytest.mark.parametrize("kind", TRAINERS)

@@ -197,9 +197,26 @@ class Method:
         """Change the optimizer's step of one parameter (after - before, weight decay included)."""
         return step
 
-    def merge(self, name: str, base: torch.Tensor, tuned: torch.Tensor, num_layers: int) -> torch.Tensor:
-        """Combine one tensor of base and tuned model after training, in fp32."""
-        return tuned
+    def merge(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> torch.Tensor:
+        """Combine one tensor after training, in fp32.
+
+        Args:
+            weights: by role: "base", "tuned" (what the method before made), and the roles of `others`.
+
+        A method that does more than scale tuned - base must say so: `scales_update` False, and "dense" in `needs`.
+        """
+        return weights["tuned"]
+
+    def others(self) -> Mapping[str, str]:
+        """Other models for `merge`: role -> hub id, folder or adapter of a model that descends from the base."""
+        return {}
+
+    def survey(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> State | None:
+        """See one tensor before any is merged, for what ranks over the whole model (part of `merge`).
+
+        Returns what to put into the state, which the next call finds there. None ends the pass: nothing to learn.
+        """
+        return None
 
     def decode(self, model: Any) -> Mapping[str, Any]:
         """What inference on the tuned task's own format needs beside the weights."""
@@ -224,7 +241,7 @@ class Method:
 
     def sites(self) -> tuple[str, ...]:
         """The sites this method overrides; helpers count for the site they belong to."""
-        helpers = {"lr_factor": "adapt", "asides": "data", "redraws": "entries"}
+        helpers = {"lr_factor": "adapt", "asides": "data", "redraws": "entries", "others": "merge", "survey": "merge"}
         own = {helpers.get(s, s) for s in (*SITES, *helpers) if getattr(type(self), s) is not getattr(Method, s)}
         return tuple(s for s in SITES if s in own)
 

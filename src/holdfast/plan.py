@@ -13,6 +13,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from holdfast.errors import PlanError, suggest
 from holdfast.method import Method
 from holdfast.services import Context
+from holdfast.sites.merging import check_others
 
 PHASES = ("mask", "rescale", "project")
 
@@ -87,6 +88,8 @@ class Plan:
             m.check(ctx)
         self.check_together()
         self.check_host(host)
+        for m in self.active:
+            check_others(m, ctx)
 
     def check_together(self) -> None:
         """The part of `check` that needs no model: ownership, order and meaning."""

@@ -22,6 +22,7 @@ from holdfast.method import Method, Past, Stage, State, canonical
 from holdfast.plan import PHASES, Plan
 from holdfast.services import BaseWeights, Context, Look, Teacher, View
 from holdfast.sites.entries import Entries
+from holdfast.sites.merging import Merging
 from holdfast.sites.steering import Steering
 
 Counts = Mapping[str, int]
@@ -68,6 +69,7 @@ class Session:
             dict.fromkeys(n for m in self.methods for n in m.hidden_layers())
         )  # whose states some method reads
         self.chosen, self.steering = Entries(self.methods, self.state), Steering(self.methods, self.state)
+        self.merging = Merging(self.methods, self.state, ctx.base_dir, self.num_layers)
         self._source_of: dict[str, str] = {}  # label of a row -> the method whose source it came from
         self.params: dict[str, torch.nn.Parameter] = {}
         self._wrapped: frozenset[str] | None = None  # what an adapter trains, once it is on the model
@@ -104,6 +106,7 @@ class Session:
             self.base_weights = BaseWeights(
                 {canonical(n): p.detach().clone() for n, p in self.model.named_parameters()}
             )
+        self.merging.open(self.model)
 
     def _used_asides(self, m: Method) -> list[TokenRow]:
         pool = self.asides.get(m.name, ())
@@ -368,30 +371,14 @@ class Session:
 
     # ---- after training
 
-    @torch.no_grad()
     def merge(self) -> None:
         """The merge site: on dense weights in place; on a LoRA adapter by scaling its B, which is exact."""
-        chain = [m for m in self.methods if "merge" in m.sites()]
-        if not chain:
-            return
         lora = [(n, p) for n, p in self.model.named_parameters() if LORA_B.search(n)]
         if lora:
-            for n, p in lora:
-                name = LORA_B.split(canonical(n))[0] + ".weight"
-                factor = torch.ones(())
-                for m in chain:
-                    factor = m.merge(name, torch.zeros(()), factor, self.num_layers)
-                p.mul_(factor.to(p.dtype).item())
+            self.merging.scale_adapter([(LORA_B.split(canonical(n))[0] + ".weight", p) for n, p in lora])
         else:
-            for n, p in self.model.named_parameters():
-                name = canonical(n)
-                if name in self.base_weights:
-                    base, new = whole(self.base_weights[name]).float(), whole(p.detach()).float()
-                    for m in chain:
-                        new = m.merge(name, base, new, self.num_layers)
-                    p.copy_(cut_like(new, p))
-        for m in chain:
-            self.effects[m.name] += 1
+            self.merging.merge(self.model, self.base_weights)
+        self.effects.update(m.name for m in self.merging.methods)
 
     def soft_prompt(self) -> torch.Tensor | None:
         """(p, D) prompt of the task's own format, or None."""

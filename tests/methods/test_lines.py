@@ -10,6 +10,10 @@ from holdfast.services import Context
 NAME = "model.layers.{}.mlp.up_proj.weight"
 
 
+def pair(base, tuned):
+    return {"base": base, "tuned": tuned}
+
+
 def test_hand_values():
     # alpha 0.2, 5 blocks: 0.2 + 0.8 * l / 4 = 0.2, 0.4, 0.6, 0.8, 1.0; outside the blocks 0.2
     method = LiNeS(alpha=0.2)
@@ -17,7 +21,7 @@ def test_hand_values():
     for outside in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         assert method.factor(outside, 5) == 0.2
     # base 10, tuned 20, block 2 of 0..4: 10 + 0.6 * 10 = 16
-    got = method.merge(NAME.format(2), torch.tensor([10.0]), torch.tensor([20.0]), 5)
+    got = method.merge(NAME.format(2), pair(torch.tensor([10.0]), torch.tensor([20.0])), {}, 5)
     assert got.item() == pytest.approx(16.0)
 
 
@@ -26,20 +30,20 @@ def test_last_block_is_kept_exactly(layers):
     base, tuned = torch.randn(2, 500, generator=torch.Generator().manual_seed(0))
     for tenth in range(10):
         method = LiNeS(alpha=tenth / 10)
-        assert torch.equal(method.merge(NAME.format(layers - 1), base, tuned, layers), tuned)
+        assert torch.equal(method.merge(NAME.format(layers - 1), pair(base, tuned), {}, layers), tuned)
 
 
 def test_no_slope_is_a_straight_walk_back():
     base, tuned = torch.randn(2, 500, generator=torch.Generator().manual_seed(0))
     for name in (NAME.format(0), NAME.format(3), "lm_head.weight"):
-        one = LiNeS(alpha=0.3, beta=0.0).merge(name, base, tuned, 4)
-        assert torch.equal(one, WiSEFT(alpha=0.3).merge(name, base, tuned, 4))
+        one = LiNeS(alpha=0.3, beta=0.0).merge(name, pair(base, tuned), {}, 4)
+        assert torch.equal(one, WiSEFT(alpha=0.3).merge(name, pair(base, tuned), {}, 4))
 
 
 def test_both_ends():
     base, tuned = torch.randn(2, 500, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(LiNeS(alpha=1.0, beta=0.0).merge(NAME.format(1), base, tuned, 4), tuned)
-    assert torch.equal(LiNeS(alpha=0.0, beta=0.0).merge(NAME.format(1), base, tuned, 4), base)
+    assert torch.equal(LiNeS(alpha=1.0, beta=0.0).merge(NAME.format(1), pair(base, tuned), {}, 4), tuned)
+    assert torch.equal(LiNeS(alpha=0.0, beta=0.0).merge(NAME.format(1), pair(base, tuned), {}, 4), base)
     assert LiNeS(alpha=1.0).off()
     assert not LiNeS(alpha=1.0, beta=0.5).off()
 
@@ -47,8 +51,8 @@ def test_both_ends():
 def test_linear_in_the_update_and_never_longer():
     base, tau = torch.randn(2, 500, generator=torch.Generator().manual_seed(0))
     method, name = LiNeS(alpha=0.3), NAME.format(1)
-    once = method.merge(name, base, base + tau, 4) - base
-    twice = method.merge(name, base, base + 2 * tau, 4) - base
+    once = method.merge(name, pair(base, base + tau), {}, 4) - base
+    twice = method.merge(name, pair(base, base + 2 * tau), {}, 4) - base
     torch.testing.assert_close(twice, 2 * once, atol=1e-5, rtol=1e-4)
     assert once.norm() < tau.norm()
 

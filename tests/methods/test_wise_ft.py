@@ -8,24 +8,28 @@ from holdfast.methods import WiSEFT
 from holdfast.services import Context
 
 
+def pair(base, tuned):
+    return {"base": base, "tuned": tuned}
+
+
 def test_hand_value():
     # (1 - 0.25) * (4, 8) + 0.25 * (8, 0) = (5, 6)
-    got = WiSEFT(alpha=0.25).merge("w", torch.tensor([4.0, 8.0]), torch.tensor([8.0, 0.0]), 1)
+    got = WiSEFT(alpha=0.25).merge("w", pair(torch.tensor([4.0, 8.0]), torch.tensor([8.0, 0.0])), {}, 1)
     assert got.tolist() == [5.0, 6.0]
 
 
 def test_both_ends_are_exact():
     draw = torch.Generator().manual_seed(0)
     base, tuned = torch.randn(2, 1000, generator=draw)
-    assert torch.equal(WiSEFT(alpha=0.0).merge("w", base, tuned, 1), base)
-    assert torch.equal(WiSEFT(alpha=1.0).merge("w", base, tuned, 1), tuned)
-    assert torch.equal(WiSEFT(alpha=0.3).merge("w", base, base, 1), base)  # what did not move stays
+    assert torch.equal(WiSEFT(alpha=0.0).merge("w", pair(base, tuned), {}, 1), base)
+    assert torch.equal(WiSEFT(alpha=1.0).merge("w", pair(base, tuned), {}, 1), tuned)
+    assert torch.equal(WiSEFT(alpha=0.3).merge("w", pair(base, base), {}, 1), base)  # what did not move stays
 
 
 def test_small_changes_survive_in_bf16(tiny_model, start):
     """Half of a change of one bf16 step is lost in bf16 arithmetic, not in fp32."""
     base, tuned = torch.tensor([1.0]), torch.tensor([1.0 + 2**-7])
-    assert WiSEFT(alpha=0.5).merge("w", base, tuned, 1).item() == 1.0 + 2**-8
+    assert WiSEFT(alpha=0.5).merge("w", pair(base, tuned), {}, 1).item() == 1.0 + 2**-8
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4])
@@ -49,7 +53,7 @@ def test_loss_of_a_linear_model_lies_below_the_chord():
     base, tuned = torch.randn(2, 4, generator=draw)
     loss = lambda w: (x @ w - y).square().mean().item()  # noqa: E731
     for a in (0.1, 0.5, 0.9):
-        assert loss(WiSEFT(alpha=a).merge("w", base, tuned, 1)) <= (1 - a) * loss(base) + a * loss(tuned)
+        assert loss(WiSEFT(alpha=a).merge("w", pair(base, tuned), {}, 1)) <= (1 - a) * loss(base) + a * loss(tuned)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1])

@@ -251,7 +251,7 @@ def rows_of(source: ModelSource, base: Any, num_tokens: int) -> int:
     if rows == has and num_tokens > has and _trains(source, range(has, num_tokens), names, base):
         return num_tokens
     lacks = next((names[k] for k, n in wants.items() if n is None), None)
-    if rows > has and lacks and not (_tied(base) and any(wants.values())):
+    if rows > has and lacks and not (is_tied(base) and any(wants.values())):
         what = f"Adapter {source.name} was trained with {rows} tokens, its base has {has}, and it lacks {lacks}."
         raise ModelError(what, "Save it again with save_embedding_layers=True.")
     if num_tokens > rows:
@@ -296,14 +296,14 @@ def _trains(source: ModelSource, new: Iterable[int], names: Mapping[str, str], b
         found = {names["input"]: found}
     if not isinstance(found, dict):
         return False
-    wanted = ["input"] if _tied(base) else list(names)
+    wanted = ["input"] if is_tied(base) else list(names)
     ends = {name.rsplit(".", 1)[-1]: set(ids) for name, ids in found.items()}
     return all(set(new) <= ends.get(names[k].rsplit(".", 1)[-1], set()) for k in wanted)
 
 
 def has_two_heads(source: ModelSource, base: Any) -> bool:
     """Whether an adapter brings unlike input and output embeddings for a base that has one weight for both."""
-    if not _tied(base):
+    if not is_tied(base):
         return False
     from safetensors import safe_open
 
@@ -317,7 +317,7 @@ def has_two_heads(source: ModelSource, base: Any) -> bool:
     return one.shape != other.shape or not bool((one == other).all())
 
 
-def _tied(base: Any) -> bool:
+def is_tied(base: Any) -> bool:
     """Whether input and output embeddings are one weight (on the meta device too)."""
     head = base.get_output_embeddings()
     return head is not None and head.weight is base.get_input_embeddings().weight

@@ -22,6 +22,7 @@ from holdfast.runs.checks import check_model, check_settings
 from holdfast.runs.run import Run
 from holdfast.services import Context
 from holdfast.session import Session
+from holdfast.sites.merging import sources_of
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,13 @@ class Job:
         return any(m.wraps for m in self.session.methods)
 
     def inputs(self) -> dict[str, Any]:
-        """Identity of the model and of the rows, by content."""
+        """Identity of the model, of the rows and of the models to merge with, by content."""
         rows = [[r.prompt, r.completion] for r in (*self.task.train, *self.task.test)]
-        return {"model": self.source.sha, "data": content_key(rows)}
+        found = {"model": self.source.sha, "data": content_key(rows)}
+        for m in self.session.merging.methods:
+            others = sources_of(m, self.run.base_dir)
+            found |= {f"{m.name} model {role}": source.sha for role, source in others.items()}
+        return found
 
 
 def default_plan() -> list[Any]:

@@ -10,6 +10,7 @@ parsed, so experts do not confuse it). On LoRA the adapter's B is scaled, exact.
 Cost: one pass over the weights. Combine with: everything.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ import torch
 
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, layer_of
-from holdfast.services import Context
+from holdfast.services import Context, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,5 +49,5 @@ class LiNeS(Method):
         beta = 1 - self.alpha if self.beta is None else self.beta
         return self.alpha + beta * layer / max(1, num_layers - 1)
 
-    def merge(self, name: str, base: torch.Tensor, tuned: torch.Tensor, num_layers: int) -> torch.Tensor:
-        return torch.lerp(base, tuned, self.factor(name, num_layers))
+    def merge(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> torch.Tensor:
+        return torch.lerp(weights["base"], weights["tuned"], self.factor(name, num_layers))

@@ -8,6 +8,7 @@ The paper evaluates a grid of alpha; `holdfast` reports the one you choose (the 
 Cost: one pass over the weights. Combine with: everything; the last step of any recipe.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ import torch
 
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper
-from holdfast.services import Context
+from holdfast.services import Context, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,5 +39,5 @@ class WiSEFT(Method):
         if not 0 <= self.alpha <= 1:
             raise PlanError(f"WiSEFT.alpha is {self.alpha}.", "Use a number from 0 (base) to 1 (tuned).")
 
-    def merge(self, name: str, base: torch.Tensor, tuned: torch.Tensor, num_layers: int) -> torch.Tensor:
-        return torch.lerp(base, tuned, self.alpha)
+    def merge(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> torch.Tensor:
+        return torch.lerp(weights["base"], weights["tuned"], self.alpha)
