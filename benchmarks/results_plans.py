@@ -49,6 +49,9 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "finch": ([M.FINCH()], FULL),
         "class separability": ([M.ClassSeparability(every=10)], FULL),
         "uds": ([M.UDS()], FULL),
+        "curriculum": ([M.Curriculum()], FULL),
+        "masked thought": ([M.MaskedThought()], FULL),
+        "lora + replay + mftcoder": ([M.LoRA(), M.Replay(), M.MFTCoder()], LORA),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -76,6 +79,9 @@ TABLE = [
     "finch",
     "class separability",
     "uds",
+    "curriculum",
+    "masked thought",
+    "lora + replay + mftcoder",
     *AFTERWARDS,
 ]
 

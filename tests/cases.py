@@ -338,6 +338,66 @@ def largest_hold(seen: Seen) -> None:
     assert seen.result.log.realised["task/examples"] == 20 and seen.plain.log.realised["task/examples"] == 80
 
 
+@torch.no_grad()
+def losses_of(model: Any, row: Any) -> torch.Tensor:
+    """(n,) loss of each target of one row alone, in nats."""
+    packed, logits = forward(model, [row])
+    return torch.nn.functional.cross_entropy(logits.double(), packed.target, reduction="none")
+
+
+def drawn_first(seen: Seen, count: int = 4) -> list[Any]:
+    order = Mix(seen.task).draw(0)
+    return [next(order) for _ in range(count)]
+
+
+def easy_first_holds(seen: Seen) -> None:
+    """The first batch is of the 8 of 24 rows that the base finds easiest (24 * 0.3 = 7.2, and a row begun counts)."""
+    means = [losses_of(seen.base_model, r).mean().item() for r in seen.task]
+    first = seen.method.order(means, 0, 0)[:4]
+    assert set(first) <= set(sorted(range(24), key=lambda i: means[i])[:8])
+    wanted = torch.cat([losses_of(seen.base_model, seen.task[i]) for i in first]).mean().item()
+    assert math.isclose(seen.result.log.loss[0][1]["task"], wanted, rel_tol=1e-5)
+    assert wanted < seen.plain.log.loss[0][1]["task"]
+
+
+def masks_hold(seen: Seen) -> None:
+    """At rate 0 the first step is the plain one; later other tokens are read, and the targets stay."""
+    masked, plain = ([p["task"] for _, p in r.log.loss] for r in (seen.result, seen.plain))
+    assert masked[0] == plain[0] and all(a != b for a, b in zip(masked[1:], plain[1:], strict=True))
+    hit = total = 0
+    for row in seen.task * 20:
+        total += row.num_scored
+        other = seen.method.masked(row, 0.5, total, seen.result.session.ctx)
+        assert (other.predicted == row.ids).all() and (other.ids == row.ids)[~row.scored].all()
+        hit += int((other.ids != row.ids).sum())
+    assert abs(hit / total - 0.5) < 3 * (0.25 / total) ** 0.5 + 0.5 / 400  # a random token is the right one sometimes
+
+
+def samples_hold(seen: Seen) -> None:
+    """The first loss is the mean over four rows of the mean over each one's tokens."""
+    wanted = sum(losses_of(seen.base_model, r).mean().item() for r in drawn_first(seen)) / 4
+    assert math.isclose(seen.result.log.loss[0][1]["task"], wanted, rel_tol=1e-5)
+
+
+def keys_hold(seen: Seen) -> None:
+    """The first loss, with the key tokens found by comparing every answer with every other."""
+    answers = {tuple(r.ids[r.scored].tolist()) for r in seen.task}
+
+    def weights(own: tuple[int, ...]) -> list[float]:
+        shared = [next((n for n, (x, y) in enumerate(zip(own, o, strict=False)) if x != y), len(own)) for o in answers]
+        key = {0, *(n for n in shared if n < len(own))}
+        rest = len(own) - len(key)
+        return [min(rest / len(key), 9.0) if n in key and len(key) < rest else 1.0 for n in range(len(own))]
+
+    first = drawn_first(seen)
+    weight = torch.tensor([w for r in first for w in weights(tuple(r.ids[r.scored].tolist()))], dtype=torch.float64)
+    losses = torch.cat([losses_of(seen.base_model, r) for r in first])
+    assert weight.max() > 1
+    assert math.isclose(
+        seen.result.log.loss[0][1]["task"], ((weight * losses).sum() / weight.sum()).item(), rel_tol=1e-5
+    )
+
+
 # ---- the rows
 
 
@@ -393,6 +453,7 @@ CASES = (
         ends_at=3,
         needs_rows=True,
     ),
+    Case(hf.Curriculum(start=0.3, epochs=3.0), easy_first_holds, off=(hf.Curriculum(start=1.0),), no_zero=NO_TERM),
     Case(hf.DARE(density=0.3), dropped_holds, off=(hf.DARE(density=1.0),), no_zero=NO_TERM),
     Case(hf.DFT(), token_loss_holds, no_off="it has no settings: leaving it out is off", no_zero=NO_TERM),
     Case(hf.EAFT(alpha=30.0), unsure_holds, off=(hf.EAFT(alpha=0.0),), no_zero=NO_TERM),
@@ -443,6 +504,19 @@ CASES = (
         no_zero=NO_TERM,
     ),
     Case(
+        hf.MFTCoder(inside="samples"),
+        samples_hold,
+        off=(hf.MFTCoder(across=False),),
+        no_zero=NO_TERM,
+        too_short="no method before it adds one",
+    ),
+    Case(
+        hf.MaskedThought(max_rate=0.8, warmup=0.5),
+        masks_hold,
+        off=(hf.MaskedThought(max_rate=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
         hf.ModelSoup(base=1),
         line_holds(lambda _m, _n: 0.5),
         no_off="a soup of one is refused: leaving it out is off",
@@ -474,6 +548,7 @@ CASES = (
         off=(hf.TIES(density=1.0),),
         no_zero=NO_TERM,
     ),
+    Case(hf.TLTraining(), keys_hold, off=(hf.TLTraining(max_weight=1.0),), no_zero=NO_TERM),
     Case(
         hf.TaskArithmetic(scale=-0.5),
         line_holds(lambda m, _n: m.scale),

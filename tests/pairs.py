@@ -172,6 +172,8 @@ def law(a: Method, b: Method) -> str:
         return f"one owner of {', '.join(sorted(sites & {'stages', 'decode'}))}"
     if any(x.wraps and "dense" in y.needs for x, y in ((a, b), (b, a))):
         return "an adapter freezes the model's own weights"
+    if a.writes & b.writes:
+        return f"one writer of {', '.join(sorted(a.writes & b.writes))}"
     if b.name in a.refuses or a.name in b.refuses:
         return "they mean different things"
     if "grad" in sites and PHASES.index(a.phase) > PHASES.index(b.phase):

@@ -26,6 +26,7 @@ from holdfast.hosts.hf_refuse import fsdp_version
 from holdfast.hosts.hf_setup import mixes
 from holdfast.method import Method, canonical
 from test_hosts import dataset, refused
+from test_law_rows import Averaged, Unlikely
 from test_shard import close, together
 from tiny import build_model, build_tokenizer, ticket_rows
 
@@ -56,6 +57,10 @@ PLANS: dict[str, Sequence[Method]] = {
     "LoRA in part": [LORA, hf.Freeze(layers=1), hf.LiNeS(alpha=0.25)],
     "matrices": [hf.OrthogonalSubspace(mode="factored"), hf.HalfFineTune(), hf.L2ToInit(alpha=10.0)],
     "grad": [Centred()],
+    "balanced": [hf.Replay(**HALF), hf.MFTCoder(inside="samples")],
+    "left out": [Unlikely(), hf.Replay(**HALF)],
+    "by row": [Averaged(grouped=True)],
+    "by source": [Averaged(per="source")],
 }
 CUT = {n: m for n, m in PLANS.items() if n != "ProMoT"}  # refused under FSDP
 SAVED = {"dense": PLANS["matrices"], "adapter": PLANS["LoRA in part"]}

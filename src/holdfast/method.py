@@ -54,10 +54,14 @@ class Term:
     value: (M,) one number per position, summed and divided by the step's count of `owner` positions; or a scalar
     penalty on weights, counted once a step however the step is split.
     owner: whose positions `value` runs over ("task" or the method's own asides); None for a penalty.
+    per: "position" as above; "row": `value` is (R,), one number for each of the owner's rows that are scored
+    somewhere, divided by their number in the step; "source": `value` is (M,), and the means over each source's
+    positions in the step are averaged over the sources that stand in it.
     """
 
     value: torch.Tensor
     owner: str | None = None
+    per: str = "position"
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ class Method:
     wraps: ClassVar[bool] = False  # replaces modules: at most one per plan
     refuses: ClassVar[Mapping[str, str]] = {}  # method name -> why the two mean different things
     phase: ClassVar[str] = "rescale"  # of `grad`: mask, rescale, project
+    writes: ClassVar[frozenset[str]] = frozenset()  # what of rows: "ids", "targets", "order", names of numbers
     scales_update: ClassVar[bool] = False  # `merge` only scales tuned - base, so it is exact on a LoRA adapter too
 
     # ---- the sites
@@ -151,7 +156,10 @@ class Method:
         return None
 
     def data(self, mix: Mix, ctx: Context) -> Mix:
-        """Add sources or maps to the training mix."""
+        """Add sources to the training mix, or maps, filters or an order of the task's rows.
+
+        `ctx.model` answers as the untouched base. What a map writes into rows, and an order, is named in `writes`.
+        """
         return mix
 
     def asides(self, ctx: Context) -> Sequence[TokenRow]:

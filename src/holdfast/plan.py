@@ -94,6 +94,7 @@ class Plan:
     def check_together(self) -> None:
         """The part of `check` that needs no model: ownership, order and meaning."""
         self._check_owners()
+        self._check_writers()
         self._check_meaning()
 
     def _check_owners(self) -> None:
@@ -115,6 +116,16 @@ class Plan:
                 "adapter.",
                 f"Keep {dense.name} and drop {wrapper.name}, or the other way round.",
             )
+
+    def _check_writers(self) -> None:
+        """What one method alone decides about the rows."""
+        writer: dict[str, Method] = {}
+        for m in self.active:
+            for what in sorted(m.writes):
+                first = writer.setdefault(what, m)
+                if first is not m:
+                    words = "order the task's rows" if what == "order" else f"write {what!r} into the rows"
+                    raise PlanError(f"{first.name} and {m.name} both {words}.", "Keep one of them.")
 
     def _check_meaning(self) -> None:
         for a in self.active:

@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from holdfast.engine.base import as_base, has_adapter
+from holdfast.engine.base import batches as _batches
+from holdfast.engine.counts import Counts, count_of, sources_of, sum_of
 from holdfast.engine.forward import forward_states
 from holdfast.engine.pack import Packed, TokenRow
 from holdfast.engine.processes import gather_rows, shares, world
@@ -74,6 +77,7 @@ class View:
     base_weights: Mapping[str, torch.Tensor]
     _shared: dict[str, Any]
     states: Mapping[int, torch.Tensor] = field(default_factory=dict)  # of the layers that some method asked for
+    counts: Counts = field(default_factory=dict)  # of the whole optimizer step; asked by `count` and its fellows
 
     @property
     def logp(self) -> torch.Tensor:
@@ -93,6 +97,32 @@ class View:
         """(M,) indices of the positions of one owner (and one source)."""
         rows = [r.owner == owner and source in (None, r.source) for r in self.packed.rows]
         return torch.as_tensor(np.flatnonzero(np.asarray(rows)[self.packed.row]), device=self.logits.device)
+
+    def rows(self, owner: str) -> torch.Tensor:
+        """(M,) of each position of `owner`, which of its scored rows here it stands in, counted from 0."""
+        own = self.packed.row[self.positions(owner).cpu().numpy()]
+        return torch.as_tensor(np.unique(own, return_inverse=True)[1], device=self.logits.device)
+
+    def number(self, name: str, owner: str = "task", missing: float = 1.0) -> torch.Tensor:
+        """(N,) an array of the rows at scored positions, fp32; `missing` in rows without it and of other owners."""
+        parts = [
+            r.numbers[name][r.scored] if r.owner == owner and name in r.numbers else np.full(r.num_scored, missing)
+            for r in self.packed.rows
+        ]
+        return torch.as_tensor(np.concatenate(parts), dtype=torch.float32, device=self.logits.device)
+
+    def count(self, owner: str = "task", source: str | None = None, per: str = "position") -> float:
+        """Scored positions (or rows, for `per` "row") of an owner, or of one of its sources, in the whole optimizer
+        step: for weights that depend on them. The loss itself is divided by the host."""
+        return count_of(self.counts, owner, source, per)
+
+    def sources(self, owner: str = "task") -> list[str]:
+        """The sources of an owner's rows in the whole optimizer step."""
+        return sources_of(self.counts, owner)
+
+    def total(self, name: str, owner: str = "task", missing: float = 1.0) -> float:
+        """The sum of `number` over the owner's positions of the whole optimizer step."""
+        return sum_of(self.counts, owner, name, missing)
 
     def hidden(self, owner: str, layer: int = LAST) -> torch.Tensor:
         """(M, D) states of a layer at the positions of `owner`, with gradient; see `Method.hidden_layers`."""
@@ -214,26 +244,9 @@ class Teacher:
         self.num_forwards += 1
         if self._copy is not None:
             return forward_states(self._copy, rows, layers)[1:]
-        was_training = model.training
-        model.eval()  # dropout off: a teacher that rolls dice is no teacher
-        wrapped = getattr(model, "module", model)
-        frozen = [p for p in model.parameters() if not p.requires_grad]
-        with wrapped.disable_adapter():
-            found = forward_states(model, rows, layers)[1:]
-        for p in frozen:  # switching the adapter on again makes all of it trainable
-            p.requires_grad_(False)
-        model.train(was_training)
-        return found
-
-
-def _batches(rows: Sequence[TokenRow], most: int) -> Any:
-    batch: list[TokenRow] = []
-    for n, row in enumerate(rows):
-        if batch and sum(len(r.ids) for r in batch) + len(row.ids) > most:
-            yield n, batch
-            batch = []
-        batch.append(row)
-    yield len(rows), batch
+        assert has_adapter(model), "where the base trains, freeze_base kept a copy"
+        with as_base(model):
+            return forward_states(model, rows, layers)[1:]
 
 
 @torch.no_grad()

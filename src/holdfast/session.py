@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from holdfast.data.mix import Mix
+from holdfast.engine.base import as_base
+from holdfast.engine.counts import Counts, count_of, count_rows
 from holdfast.engine.forward import forward, forward_states
 from holdfast.engine.pack import Packed, TokenRow
 from holdfast.engine.shards import cut_like, whole
@@ -23,9 +25,9 @@ from holdfast.plan import PHASES, Plan
 from holdfast.services import BaseWeights, Context, Look, Teacher, View
 from holdfast.sites.entries import Entries
 from holdfast.sites.merging import Merging
+from holdfast.sites.scale import divided
 from holdfast.sites.steering import Steering
 
-Counts = Mapping[str, int]
 LORA_B = re.compile(r"\.lora_(?:embedding_)?B\.")
 
 
@@ -65,6 +67,7 @@ class Session:
         self.num_layers = int(getattr(inner(model).config.get_text_config(), "num_hidden_layers", 1))
         self.stage = self.stages[0]
         self.realised: Counter[str] = Counter()
+        self.left_out: dict[str, float] = {}  # share of the task's rows that each method with a filter drops
         self.layers = tuple(
             dict.fromkeys(n for m in self.methods for n in m.hidden_layers())
         )  # whose states some method reads
@@ -95,11 +98,11 @@ class Session:
             )
             used = [r for m in self.methods for r in self._used_asides(m)]
             on_task = any(asks & m.needs and m.name not in self.asides for m in self.methods)
-            known = [*used, *(teacher_rows if on_task else ())]
+            known = [*used, *(teacher_rows if on_task and not self._rewrites else ())]
             self.teacher.learn(self.model, known, progress=progress)
             # a cut model answers only when all processes ask at once, so there nothing is asked of it
             in_place = any(m.wraps for m in self.methods) and not self.sharded
-            unknown = on_task and not (self.knows_rows and self.teacher.exact_head)
+            unknown = on_task and (self._rewrites or not (self.knows_rows and self.teacher.exact_head))
             self.teacher.freeze_base(self.model, head_trains=not in_place, needs_copy=unknown and not in_place)
         # beside an adapter nothing of the base trains, so there is nothing to compare it with or go back to
         if any("base_weights" in m.needs for m in self.methods) and not any(m.wraps for m in self.methods):
@@ -107,6 +110,11 @@ class Session:
                 {canonical(n): p.detach().clone() for n, p in self.model.named_parameters()}
             )
         self.merging.open(self.model)
+
+    @property
+    def _rewrites(self) -> bool:
+        """Whether rows change after they are drawn, so that nobody knows beforehand what will be read."""
+        return any("batch" in m.sites() and "ids" in m.writes for m in self.methods)
 
     def _used_asides(self, m: Method) -> list[TokenRow]:
         pool = self.asides.get(m.name, ())
@@ -116,17 +124,24 @@ class Session:
         return [pool[i] for i in wanted]
 
     def mix(self, task: Sequence[TokenRow]) -> Mix:
-        """The training mix with every method's sources. A source takes effect when a row of it is trained on."""
+        """The training mix with every method's sources. A source takes effect when a row of it is trained on.
+
+        Raises:
+            PlanError: the filters of the plan leave no row of the task.
+        """
         mix = Mix(task)
         for m in self.methods:
             before = mix
-            mix = m.data(mix, self.ctx)
-            self.effects[m.name] += mix.maps != before.maps
+            with as_base(self.model):
+                mix = m.data(mix, self.ctx)
+            self.effects[m.name] += mix.maps != before.maps or mix.order is not before.order
             for s in mix.sources[len(before.sources) :]:
                 labels = set() if callable(s.rows) else {r.source for r in s.rows}
                 if not labels or "task" in labels:  # its rows cannot be told apart later
                     self.effects[m.name] += 1
                 self._source_of |= dict.fromkeys(labels - {"task"}, m.name)
+        self.left_out = mix.left_out if mix.kept else {}
+        self.effects.update(name for name, share in self.left_out.items() if share)
         return mix
 
     # ---- stages
@@ -241,7 +256,7 @@ class Session:
 
         Args:
             rows: task rows and asides of this micro-batch.
-            counts: scored positions by owner in the whole optimizer step (all micro-batches and processes).
+            counts: `count_rows` of the whole optimizer step (all micro-batches and processes).
             share: this micro-batch's part of a scalar penalty (1 / accumulation steps).
 
         Returns: (loss, its parts as plain numbers).
@@ -249,8 +264,9 @@ class Session:
         packed, logits, states = forward_states(model, rows, self.layers, packing=self.packing)
         self.effects.update(self._source_of[r.source] for r in rows if r.source in self._source_of)
         shared: dict[str, Any] = {}
-        views = {m.name: self._view(m, packed, logits, model, step, shared, states) for m in self.methods}
-        view = next(iter(views.values()), None) or self._view(None, packed, logits, model, step, shared, states)
+        seen = (packed, logits, model, step, shared, states, counts)
+        views = {m.name: self._view(m, *seen) for m in self.methods}
+        view = next(iter(views.values()), None) or self._view(None, *seen)
         at = view.positions("task")
         token_loss = -view.token_logp[at]
         for m in self.methods:
@@ -260,7 +276,7 @@ class Session:
                 token_loss = token_loss * weight.detach()[at]
         if self.steering.source_weight:
             token_loss = token_loss * self._source_weights(packed, at)
-        total = token_loss.sum() / max(1, counts.get("task", 0))
+        total = token_loss.sum() / max(1, count_of(counts, "task"))
         parts = {"task": total.item()}
         for m in self.methods:
             term = m.loss(views[m.name])
@@ -269,7 +285,7 @@ class Session:
             if term.owner is None:
                 value = whole(term.value) * share
             else:
-                value = term.value.sum() / max(1, counts.get(term.owner, 0))
+                value = divided(term, packed, counts)
             if not value.requires_grad and torch.is_grad_enabled():
                 raise NoEffect(
                     f"{m.name} adds a term to the loss that carries no gradient, so it cannot change anything.",
@@ -286,12 +302,13 @@ class Session:
         return torch.as_tensor([of[i] for i in packed.row[at.cpu().numpy()]], device=at.device)
 
     def _view(
-        self, m: Method | None, packed: Any, logits: Any, model: Any, step: int, shared: dict, states: States
-    ) -> View:
+        self, m: Method | None, packed: Any, logits: Any, model: Any, step: int, shared: dict, states: States,
+        counts: Counts,
+    ) -> View:  # fmt: skip
         name = m.name if m else "task"
         return View(
             packed, logits, step, model, self.state.get(name, {}), self.teacher, name, self.params,
-            self.base_weights, shared, states,
+            self.base_weights, shared, states, counts,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -411,13 +428,10 @@ class Session:
 
         Rows must be among those given to `prepare` when it was given any. What happens here is no effect of a method.
         """
-        owners, effects = Counter({"task": 0}), self.effects.copy()
-        rows = [*rows, *self.rows_of(0)]
-        for r in rows:
-            owners[r.owner] += r.num_scored
+        effects, rows = self.effects.copy(), [*rows, *self.rows_of(0)]
         device = next(self.model.parameters()).device.type
         with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
-            loss, parts = self.loss(self.model, rows, owners, step=0)
+            loss, parts = self.loss(self.model, rows, count_rows(rows), step=0)
         self.effects = effects
         if not torch.isfinite(loss):
             raise TrainingError(

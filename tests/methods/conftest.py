@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from holdfast.engine.counts import count_rows
 from holdfast.engine.pack import pack, token_row
 from holdfast.plan import Plan
 from holdfast.services import Context, View
@@ -26,7 +27,10 @@ def toy_view():
     def make(logits, targets, *, base=None, owner="task", step=0, params=None, base_weights=None, model=None):
         packed = pack([token_row([0, *targets], 1, owner)])
         teacher = None if base is None else Given(torch.tensor(base).log())
-        return View(packed, logits, step, model, {}, teacher, owner, params or {}, base_weights or {}, {})
+        counts = count_rows(packed.rows)
+        return View(
+            packed, logits, step, model, {}, teacher, owner, params or {}, base_weights or {}, {}, counts=counts
+        )
 
     return make
 
@@ -60,10 +64,7 @@ def gradients():
     """gradients(session, rows, step=0) -> (loss, {name: gradient}) of one whole step."""
 
     def run(session, rows, step=0):
-        counts: dict[str, int] = {}
-        for r in rows:
-            counts[r.owner] = counts.get(r.owner, 0) + r.num_scored
-        loss, _ = session.loss(session.model, rows, counts, step)
+        loss, _ = session.loss(session.model, rows, count_rows(rows), step)
         for p in session.params.values():
             p.grad = None
         loss.backward()

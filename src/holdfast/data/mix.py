@@ -1,7 +1,8 @@
 """The training mix: the task's rows and what methods add, drawn in one fixed order.
 
 Shares are exact by construction: after every row each source, the task too, is within one row (or one row's tokens) of
-its share. The order depends on the seed alone, so a resumed run needs no iterator state.
+its share. The order depends on the seed alone, so a resumed run needs no iterator state. Filters and the order look at
+the task's rows as they came, before any map, and at no row of another source.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 
 Map = Callable[[TokenRow], TokenRow]
+Keeps = Callable[[TokenRow], bool]
+# (rows, seed, round from 0) -> as many indices into rows; the n-th row of round r is the (r * len(rows) + n)-th drawn
+Order = Callable[[Sequence[TokenRow], int, int], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -30,12 +35,13 @@ class Source:
     rows: Sequence[TokenRow] | Callable[[], Iterable[TokenRow]]
     share: float
     unit: str = "examples"
+    order: Order | None = None  # of a sequence, in place of chance
 
     def stream(self, seed: int) -> Iterator[TokenRow]:
         """Rows without end."""
         turn = 0
         while True:
-            rows = self.rows() if callable(self.rows) else _shuffled(self.rows, f"{seed}/{self.name}/{turn}")
+            rows = self._round(seed, turn)
             count = 0
             for row in rows:
                 count += 1
@@ -44,14 +50,23 @@ class Source:
                 raise PlanError(f"Source {self.name!r} of the mix has no rows.", "Give it rows or set its share to 0.")
             turn += 1
 
+    def _round(self, seed: int, turn: int) -> Iterable[TokenRow]:
+        if callable(self.rows):
+            return self.rows()
+        if self.order:
+            return [self.rows[i] for i in self.order(self.rows, seed, turn)]
+        return _shuffled(self.rows, f"{seed}/{self.name}/{turn}")
+
 
 @dataclass(frozen=True)
 class Mix:
-    """The task's rows, further sources, and maps over every row."""
+    """The task's rows, further sources, maps over every row, and filters and an order of the task's rows."""
 
     task: Sequence[TokenRow]
     sources: tuple[Source, ...] = ()
     maps: tuple[Map, ...] = ()
+    filters: tuple[tuple[str, Keeps], ...] = ()
+    order: Order | None = None
 
     def add(self, source: Source) -> Mix:
         if source.share == 0:
@@ -68,18 +83,58 @@ class Mix:
     def map(self, function: Map) -> Mix:
         return replace(self, maps=(*self.maps, function))
 
+    def with_filter(self, name: str, keeps: Keeps) -> Mix:
+        """A row of the task stays when every filter keeps it; `name` is that of the method."""
+        return replace(self, filters=(*self.filters, (name, keeps)))
+
+    def with_order(self, order: Order) -> Mix:
+        """Rows of the task in this order instead of shuffled rounds; a method that does so `writes` "order"."""
+        assert self.order is None, "the planner lets one method decide the order"
+        return replace(self, order=order)
+
+    @cached_property
+    def _verdicts(self) -> dict[str, list[bool]]:
+        """Whether each method's filters keep each row of the task."""
+        found: dict[str, list[bool]] = {}
+        for name, keeps in self.filters:
+            before = found.get(name, [True] * len(self.task))
+            found[name] = [stays and bool(keeps(r)) for stays, r in zip(before, self.task, strict=True)]
+        return found
+
+    @cached_property
+    def kept(self) -> Sequence[TokenRow]:
+        """The rows of the task that all filters keep.
+
+        Raises:
+            PlanError: there are none.
+        """
+        stays = [all(v[n] for v in self._verdicts.values()) for n in range(len(self.task))]
+        rows = [r for r, stay in zip(self.task, stays, strict=True) if stay]
+        if self.filters and not rows:
+            shares = ", ".join(f"{name} {share:.0%}" for name, share in self.left_out.items())
+            raise PlanError(
+                f"No row of the task is left: of {len(self.task)} rows the filters leave out {shares}.",
+                "Make them milder, or take one of them out of the plan.",
+            )
+        return rows if self.filters else self.task
+
+    @property
+    def left_out(self) -> dict[str, float]:
+        """The share of the task's rows that each method alone leaves out, by its name."""
+        return {name: 1 - sum(v) / max(1, len(v)) for name, v in self._verdicts.items()}
+
     @property
     def task_share(self) -> float:
         return 1.0 - sum(s.share for s in self.sources)
 
     def num_rows(self, epochs: float) -> int:
-        """Rows of a run in which every task row is seen `epochs` times (shares counted in examples)."""
+        """Rows of a run in which every task row that stays is seen `epochs` times (shares counted in examples)."""
         by_examples = 1 - sum(s.share for s in self.sources if s.unit == "examples")
-        return max(1, round(len(self.task) * epochs / by_examples))
+        return max(1, round(len(self.kept) * epochs / by_examples))
 
     def draw(self, seed: int) -> Iterator[TokenRow]:
         """Rows without end, in the order every host and every resumed run sees."""
-        task = Source("task", self.task, self.task_share)
+        task = Source("task", self.kept, self.task_share, order=self.order)
         streams = [(s, s.stream(seed)) for s in (task, *self.sources)]
         used = [0.0] * len(streams)
         total = {"examples": 0.0, "tokens": 0.0}

@@ -6,7 +6,7 @@ Legend: B rows, T tokens of the packed row, N scored positions, V vocabulary, H 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,10 @@ class TokenRow:
         owner: "task" if its targets carry the task's cross-entropy, else the method that asked for the row.
         source: where it came from, for the realised mix.
         gold: (T,) bool, True where the target is part of a right answer; for methods that tell these apart.
-        key: content identity; a stored teacher finds its answers by it.
+        targets: (T,) ids to be predicted where `scored`; None: `ids`, what is read is what is predicted.
+        numbers: named (T,) float arrays along its tokens; `View.number` gives them at the scored positions.
+        group: rows of one owner and group (a pair) stand in one micro-batch when they are of one step.
+        key: identity of what is read and where it is scored; a stored teacher finds its answers by it.
     """
 
     ids: np.ndarray
@@ -36,6 +39,9 @@ class TokenRow:
     owner: str = "task"
     source: str = "task"
     gold: np.ndarray | None = None
+    targets: np.ndarray | None = None
+    numbers: Mapping[str, np.ndarray] = field(default_factory=dict)
+    group: str | None = None
 
     @property
     def key(self) -> bytes:
@@ -44,6 +50,21 @@ class TokenRow:
     @property
     def num_scored(self) -> int:
         return int(self.scored.sum())
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """(T,) ids to be predicted where `scored`."""
+        return self.ids if self.targets is None else self.targets
+
+    def cut(self, most: int) -> TokenRow:
+        """The first `most` tokens, with all that belongs to them."""
+        if len(self.ids) <= most:
+            return self
+        gold, targets = (None if a is None else a[:most] for a in (self.gold, self.targets))
+        numbers = {name: a[:most] for name, a in self.numbers.items()}
+        return replace(
+            self, ids=self.ids[:most], scored=self.scored[:most], gold=gold, targets=targets, numbers=numbers
+        )
 
 
 def token_row(ids: Sequence[int] | np.ndarray, start: int, owner: str = "task", source: str = "task") -> TokenRow:
@@ -89,7 +110,7 @@ def pack(rows: Sequence[TokenRow], device: Any = "cpu", prompts: Sequence[int] |
         ids[s + p : s + p + len(r.ids)] = r.ids
         at = np.flatnonzero(r.scored)
         where.append(s + p + at - 1)
-        target.append(r.ids[at])
+        target.append(r.predicted[at])
         row.append(np.full(len(at), n))
     positions = np.concatenate([np.arange(n) for n in lengths])
     to = lambda a: torch.as_tensor(a, device=device)  # noqa: E731

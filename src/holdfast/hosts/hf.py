@@ -10,10 +10,10 @@ Every batch, padded or packed, becomes token rows (one per document), and `Sessi
 weights equal those of `hosts/plain.py` for the same rows in the same order.
 
 What the plan takes over: which weights train (LoRA belongs into the plan, not into `peft_config`), the training loss
-and its scale, and, when a method adds data, the order of the rows (`Mix.draw(args.data_seed or args.seed)`, epoch
-after epoch). The user's own `requires_grad=False` is kept. The optimizer, its schedule, clipping, logging, evaluation
-and checkpoints stay the trainer's; evaluation is the trainer's own loss, without the plan's terms. SFTTrainer's
-entropy and token accuracy are not logged in training, because nothing computes them there.
+and its scale, and, when a method has a `data` site, the order of the rows (`Mix.draw(args.data_seed or args.seed)`,
+epoch after epoch). The user's own `requires_grad=False` is kept. The optimizer, its schedule, clipping, logging,
+evaluation and checkpoints stay the trainer's; evaluation is the trainer's own loss, without the plan's terms.
+SFTTrainer's entropy and token accuracy are not logged in training, because nothing computes them there.
 
 What looks at the shape of a batch means what it means without a plan (`hf_noise`: NEFTune; `_count`: what a loss is
 divided by), or is refused (`hf_refuse`, `hf_batches`). Before the first step both answer two rows (`hf_agree`).
@@ -45,6 +45,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from holdfast.engine.counts import Counts, add_counts, count_rows, scaled
 from holdfast.engine.forward import attention, can_pack, forward
 from holdfast.engine.pack import ATTENTION, TokenRow
 from holdfast.engine.processes import gather
@@ -81,6 +82,7 @@ from holdfast.hosts.hf_setup import (
     steps_of,
 )
 from holdfast.hosts.plain import split_steps
+from holdfast.hosts.processes import dealt
 from holdfast.method import Stage
 from holdfast.plan import Plan
 from holdfast.session import Session
@@ -127,7 +129,7 @@ class Micro:
     """One micro-batch: its rows, what each owner's loss is divided by, the step, its part of a penalty, its noise."""
 
     rows: Sequence[TokenRow]
-    counts: Mapping[str, int]
+    counts: Counts
     step: int
     share: float
     places: Places | None = None
@@ -157,7 +159,7 @@ class PlannedTrainer(_Base):
         self._own_optimizer = (given.get("optimizers") or (None,))[0] is not None
         self._parts: Counter[str] = Counter()
         self._step, self._of_step = 0, Counter[str]()  # the step at hand and the parts of its loss
-        self._sources: dict[bytes, str] = {}
+        self._known: dict[bytes, TokenRow] = {}
         self._steps_in_parts = self._done = self._rows_an_epoch = 0
         self._hooked, self._changed, self._trained, self._sees_shards = None, False, False, False
         self._noise: Noise | None = None
@@ -168,7 +170,7 @@ class PlannedTrainer(_Base):
         refuse_built(self, self.session, self._kind.__name__, self._loss_is_ours)
         mix = mixed(self.session, self.train_dataset, self.args, self.data_collator, self._kind.__name__)
         if mix:
-            self.train_dataset, self._sources, self._rows_an_epoch = mix.dataset, mix.sources, mix.rows_an_epoch
+            self.train_dataset, self._known, self._rows_an_epoch = mix.dataset, mix.known, mix.rows_an_epoch
 
     def _try(self, model: Any, sharded: bool) -> None:
         """Find out how the model may be run while its weights are whole in every process."""
@@ -228,14 +230,15 @@ class PlannedTrainer(_Base):
 
     def _carry(self, batches: Sequence[Any], items: Any, step: int) -> None:
         """Give each batch of a step its Micro."""
-        parsed = [placed_rows(b, self._sources) for b in batches]
+        parsed = [placed_rows(b, self._known) for b in batches]
         drawn = [[row for row, _ in rows] for rows in parsed]
         rows, asides = self._deal(drawn, step), self.session.rows_of(step)
         counts = self._count(rows, asides, items if rows is drawn else None)
         first, ranks = self.accelerator.process_index, self.accelerator.num_processes
         every = len(batches) * ranks
+        parts = dealt(asides, every)
         for n, batch in enumerate(batches):
-            mine, at = asides[n * ranks + first :: every], [at for _, at in parsed[n]]
+            mine, at = parts[n * ranks + first], [at for _, at in parsed[n]]
             places = Places(tuple(batch["input_ids"].shape), at, [len(r.ids) for r in mine]) if rows is drawn else None
             batch[CARRIED] = Micro((*rows[n], *mine), counts[n], step, 1 / every, places)
             self._realise(batch[CARRIED].rows)
@@ -272,30 +275,25 @@ class PlannedTrainer(_Base):
         if picked is drawn:
             return micro
         idle = [TokenRow(drawn[0].ids, np.zeros_like(drawn[0].scored))]  # every process takes part in every backward
-        return [picked[n :: len(micro)] or idle for n in range(len(micro))]
+        return [rows or idle for rows in dealt(picked, len(micro))]
 
-    def _count(
-        self, micro: Sequence[Sequence[TokenRow]], asides: Sequence[TokenRow], items: Any
-    ) -> list[Counter[str]]:
-        """What the loss of each owner is divided by in each micro-batch: scored positions of the whole step.
+    def _count(self, micro: Sequence[Sequence[TokenRow]], asides: Sequence[TokenRow], items: Any) -> list[Counts]:
+        """What the loss of each owner is divided by in each micro-batch: counts of the whole step.
 
-        For the task that is `items`, what the trainer counted, unless its rows were exchanged. Models that take no
+        The task's positions are `items`, what the trainer counted, unless its rows were exchanged. Models that take no
         count get the mean of their micro-batches' means, as without a plan.
         """
-        counts: Counter[str] = Counter()
-        for row in asides:
-            counts[row.owner] += row.num_scored
-        own, ranks = [sum(r.num_scored for r in rows) for rows in micro], self.accelerator.num_processes
+        beside, own, ranks = count_rows(asides), [count_rows(rows) for rows in micro], self.accelerator.num_processes
         if not self.model_accepts_loss_kwargs:
-            return [counts + Counter(task=n * len(micro) * ranks) for n in own]
-        whole, shared = sum(own), ranks > 1 and self.args.average_tokens_across_devices
+            return [add_counts(beside, scaled(c, len(micro) * ranks)) for c in own]
+        whole, shared = add_counts(*own), ranks > 1 and self.args.average_tokens_across_devices
+        if shared:
+            whole = add_counts(*gather(whole))
         if items is not None:
-            whole = int(items)
-        elif shared:
-            whole = int(self._summed(torch.tensor(whole, device=self.args.device)))
+            whole["task"] = int(items)
         if ranks > 1 and not shared:
-            whole *= ranks  # the user wants the mean of each process's own mean
-        return [counts + Counter(task=whole)] * len(micro)
+            whole = scaled(whole, ranks)  # the user wants the mean of each process's own mean
+        return [add_counts(beside, whole)] * len(micro)
 
     def _realise(self, rows: Iterable[TokenRow]) -> None:
         for row in rows:

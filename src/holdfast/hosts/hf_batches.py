@@ -18,20 +18,20 @@ TENSORS = frozenset(
 )
 
 
-def rows_of(batch: Mapping[str, Any], sources: Mapping[bytes, str] | None = None) -> list[TokenRow]:
+def rows_of(batch: Mapping[str, Any], known: Mapping[bytes, TokenRow] | None = None) -> list[TokenRow]:
     """One row per document of a collated batch: (B, T) input_ids and unshifted labels, -100 where nothing is scored.
 
     Documents end with the attention mask, and where position_ids start again or cu_seq_lens_q says so. Rows without a
-    target are left out (one is kept when none has any). `sources` names where a row came from, by its key.
+    target are left out (one is kept when none has any). `known`: rows that hold more than a batch can, by their key.
 
     Raises:
         DataError: the batch has no token ids, or says something of its tokens that a row of tokens cannot hold.
     """
-    return [row for row, _ in placed_rows(batch, sources)]
+    return [row for row, _ in placed_rows(batch, known)]
 
 
 def placed_rows(
-    batch: Mapping[str, Any], sources: Mapping[bytes, str] | None = None
+    batch: Mapping[str, Any], known: Mapping[bytes, TokenRow] | None = None
 ) -> list[tuple[TokenRow, np.ndarray]]:
     """`rows_of`, each row with where its tokens stand in the flattened (B * T,) batch."""
     if "input_ids" not in batch or set(batch) - TENSORS:
@@ -48,7 +48,7 @@ def placed_rows(
     for n, columns in enumerate(np.flatnonzero(r) for r in real):
         parts = np.split(columns, np.flatnonzero(starts[n, columns[1:]]) + 1) if len(columns) else []
         _refuse_documents(parts, labels[n], None if positions is None else positions[n], "attention_mask" in batch)
-        out += [(row_of(ids[n, at], labels[n, at], sources or {}), n * ids.shape[1] + at) for at in parts]
+        out += [(row_of(ids[n, at], labels[n, at], known or {}), n * ids.shape[1] + at) for at in parts]
     return [r for r in out if r[0].num_scored] or out[:1]
 
 
@@ -97,7 +97,7 @@ def _refuse_documents(parts: list[np.ndarray], labels: np.ndarray, positions: An
             )
 
 
-def row_of(ids: np.ndarray, labels: np.ndarray, sources: Mapping[bytes, str]) -> TokenRow:
+def row_of(ids: np.ndarray, labels: np.ndarray, known: Mapping[bytes, TokenRow]) -> TokenRow:
     scored = labels != -100
     scored[0] = False  # nothing stands before the first token
     if (labels[scored] != ids[scored]).any():
@@ -105,8 +105,8 @@ def row_of(ids: np.ndarray, labels: np.ndarray, sources: Mapping[bytes, str]) ->
             "The collator gives labels that are not the tokens themselves (already shifted, or replaced).",
             "Give labels at the places of their own tokens, -100 where there is no loss.",
         )
-    ids = ids.astype(np.int64)
-    return TokenRow(ids, scored, "task", sources.get(ids.tobytes() + scored.tobytes(), "task"))
+    row = TokenRow(ids.astype(np.int64), scored)
+    return known.get(row.key, row)
 
 
 def as_array(value: Any) -> np.ndarray:

@@ -20,18 +20,19 @@ from holdfast.session import Session
 
 @dataclass(frozen=True)
 class Mixed:
-    """The rows of a run in drawn order, the source of those that are not of the task, and how many make an epoch."""
+    """The rows of a run in drawn order, those that hold more than a dataset can by key, and how many make an epoch."""
 
     dataset: Any
-    sources: dict[bytes, str]
+    known: dict[bytes, TokenRow]
     rows_an_epoch: int
 
 
 def mixed(session: Session, dataset: Any, options: Any, collator: Any, name: str) -> Mixed | None:
-    """The plan's mix in place of the prepared dataset; None when no method adds or changes rows.
+    """The plan's mix in place of the prepared dataset; None when no method adds, changes, leaves out or orders rows.
 
     Raises:
-        PlanError: the trainer, called `name`, was given a stream, or its collator makes other labels.
+        PlanError: the trainer, called `name`, was given a stream, its collator makes other labels, or it cannot carry
+            what a method writes into rows.
     """
     if not any(mixes(m) for m in session.methods):
         return None
@@ -47,7 +48,53 @@ def mixed(session: Session, dataset: Any, options: Any, collator: Any, name: str
     epochs = _epochs(options, len(first))
     drawn = list(islice(mix.draw(seed), rows * epochs))
     made = _as_dataset(drawn, dataset, options, collator)
-    return Mixed(made, {r.key: r.source for r in drawn if r.source != "task"}, len(made) // epochs)
+    known = _more_than_tokens(drawn, name)
+    if getattr(options, "packing", False) and any(_holds_arrays(r) for r in known.values()):
+        _refuse_cuts(known, made, name)
+    return Mixed(made, known, len(made) // epochs)
+
+
+def _more_than_tokens(rows: Sequence[TokenRow], name: str) -> dict[bytes, TokenRow]:
+    """The rows that hold more than ids and targets, by key: by it they are found again in a batch."""
+    known: dict[bytes, TokenRow] = {}
+    for row in rows:
+        if row.group is not None:
+            raise PlanError(
+                f"Rows of the group {row.group!r} must stand in one micro-batch, but {name} deals the training rows.",
+                "Bring them as rows beside the task (asides), or use holdfast tune.",
+            )
+        if row.source == "task" and not _holds_arrays(row):
+            continue
+        if not _equal(known.setdefault(row.key, row), row):
+            raise PlanError(
+                f"Two equal rows of {row.source} hold other targets or numbers, which {name} cannot tell apart.",
+                "Leave one of them out of the data.",
+            )
+    return known
+
+
+def _holds_arrays(row: TokenRow) -> bool:
+    return row.targets is not None or bool(row.numbers)
+
+
+def _equal(a: TokenRow, b: TokenRow) -> bool:
+    """Whether two rows of the same key hold the same arrays."""
+    return (
+        a.numbers.keys() == b.numbers.keys()
+        and np.array_equal(a.predicted, b.predicted)
+        and all(np.array_equal(v, b.numbers[n]) for n, v in a.numbers.items())
+    )
+
+
+def _refuse_cuts(known: dict[bytes, TokenRow], packed: Any, name: str) -> None:
+    """Raise PlanError where packing cut a row: its pieces would be trained on without what the row holds."""
+    there = {r.key for r in dataset_rows(packed)}
+    cut = next((r for key, r in known.items() if _holds_arrays(r) and key not in there), None)
+    if cut is not None:
+        raise PlanError(
+            f"{name} cuts a row of {len(cut.ids)} tokens to pack it, and with it what a method wrote into the row.",
+            "Raise max_length, or set packing=False.",
+        )
 
 
 def _epochs(options: Any, rows: int) -> int:

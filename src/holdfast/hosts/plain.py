@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from peft.helpers import disable_input_dtype_casting
 
+from holdfast.engine.counts import count_rows
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import TrainingError
 from holdfast.hosts import processes
@@ -136,9 +137,8 @@ def _step(
 ) -> dict[str, float]:
     """One optimizer step: micro-batches, gradients, clipping, update."""
     asides, params = session.rows_of(step), list(session.params.values())
-    counts: Counter[str] = Counter()
+    counts = count_rows((*batch, *asides))
     for row in (*batch, *asides):
-        counts[row.owner] += row.num_scored
         log.realised[f"{row.source}/examples"] += 1
         log.realised[f"{row.source}/tokens"] += len(row.ids)
         log.tokens += len(row.ids)

@@ -27,9 +27,23 @@ BUCKET = 1 << 24  # numbers sent at once
 def deal(batch: Sequence[TokenRow], asides: Sequence[TokenRow], pieces: int) -> tuple[list[list[TokenRow]], float]:
     """This process's micro-batches of a step, at most `pieces` and none empty, and one's part of a penalty."""
     rank, num = world()
-    dealt = [(list(batch), list(asides))] if num == 1 else _by_length(batch, asides, num)
-    cut = [[[*b[n::pieces], *a[n::pieces]] for n in range(pieces) if b[n:] or a[n:]] for b, a in dealt]
+    whole = [(list(batch), list(asides))] if num == 1 else _by_length(batch, asides, num)
+    cut = [[[*x, *y] for x, y in zip(dealt(b, pieces), dealt(a, pieces), strict=True) if x or y] for b, a in whole]
     return cut[rank], 1 / max(1, sum(len(micros) for micros in cut))
+
+
+def dealt(rows: Sequence[TokenRow], pieces: int) -> list[list[TokenRow]]:
+    """Rows dealt in turn over so many pieces; those of one group go together, where its first row goes."""
+    places: dict[Any, int] = {}
+    out: list[list[TokenRow]] = [[] for _ in range(pieces)]
+    for n, row in enumerate(rows):
+        out[places.setdefault(_together(n, row), len(places)) % pieces].append(row)
+    return out
+
+
+def _together(place: int, row: TokenRow) -> Any:
+    """What rows have in common that must not be parted; a row without a group stands for itself."""
+    return place if row.group is None else (row.owner, row.group)
 
 
 def _by_length(
@@ -37,7 +51,7 @@ def _by_length(
 ) -> list[tuple[list[TokenRow], list[TokenRow]]]:
     """The rows of each process, about as many tokens each: a step takes as long as its slowest process."""
     rows = [*batch, *asides]
-    parts = shares(range(len(rows)), [len(r.ids) for r in rows], num)
+    parts = shares([_together(n, r) for n, r in enumerate(rows)], [len(r.ids) for r in rows], num)
     return [([rows[i] for i in p if i < len(batch)], [rows[i] for i in p if i >= len(batch)]) for p in parts]
 
 

@@ -138,7 +138,7 @@ class MixPart(TypedDict):
 
 
 class TrainingPart(TypedDict, total=False):
-    """The run itself; `loss` and each of `terms` are lists of [step, value]."""
+    """The run itself; `loss` and each of `terms` are lists of [step, value]; `left_out`: shares of the task's rows."""
 
     steps: int
     seconds: float
@@ -147,6 +147,7 @@ class TrainingPart(TypedDict, total=False):
     loss: list[list[float]]
     terms: dict[str, list[list[float]]]
     realised_mix: dict[str, MixPart] | None
+    left_out: dict[str, float]
 
 
 class ExamplePart(TypedDict, total=False):

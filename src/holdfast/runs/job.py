@@ -47,6 +47,12 @@ class Job:
         """Whether an adapter is trained, and not the weights themselves."""
         return any(m.wraps for m in self.session.methods)
 
+    @property
+    def note(self) -> str:
+        """What is no error and must be said of the data, "" if nothing."""
+        left = [f"{name} leaves out {share:.0%} of the task's rows" for name, share in self.session.left_out.items()]
+        return "; ".join([*([self.task.note] if self.task.note else []), *left])
+
     def inputs(self) -> dict[str, Any]:
         """Identity of the model, of the rows and of the models to merge with, by content."""
         rows = [[r.prompt, r.completion] for r in (*self.task.train, *self.task.test)]

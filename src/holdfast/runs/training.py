@@ -110,6 +110,7 @@ def _part(job: Job, log: plain.Log, export_said: str | None, seconds: float) -> 
         "loss": [[s, p["task"]] for s, p in log.loss],
         "terms": {t: [[s, p[t]] for s, p in log.loss if t in p] for t in sorted(terms)},
         "realised_mix": realised,
+        "left_out": job.session.left_out,
         "export": export_said,
         "timing": job.run.timing,
     }

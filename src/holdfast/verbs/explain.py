@@ -32,8 +32,8 @@ def command(recipe: Path, overrides: Sequence[str], rows: int) -> None:
     asking = [m.name for m in job.session.methods if "base_logits" in m.needs]
     if asking:
         console.print(f"The base's answers are computed once before training, for: {', '.join(asking)}.")
-    if job.task.note:
-        console.print(f"Note: {job.task.note}.", markup=False, highlight=False)
+    if job.note:
+        console.print(f"Note: {job.note}.", markup=False, highlight=False)
     if rows:
         show_rows(seen_rows(job, rows), console)
 

@@ -10,7 +10,7 @@ Cost: the extra rows' tokens. Combine with: everything.
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from holdfast.data.fewshot import Prompt, build, formats_for
@@ -98,7 +98,7 @@ def _last_answer(row: TokenRow) -> TokenRow:
     while start and scored[start - 1]:
         start -= 1
     scored[:start] = False
-    return TokenRow(row.ids, scored, row.owner, row.source)
+    return replace(row, scored=scored)
 
 
 def _task_row(picked: list, ctx: Context, every_answer: bool, source: str) -> TokenRow:

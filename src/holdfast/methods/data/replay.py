@@ -57,7 +57,7 @@ class Replay(Method):
         weights = self.weights or (1.0,) * len(self.sources)
         for path, weight in zip(self.sources, weights, strict=True):
             rows = read_sources((path,), ctx, owner="task", source=f"Replay:{Path(path).stem}")
-            cut = [TokenRow(r.ids[: self.max_tokens], r.scored[: self.max_tokens], r.owner, r.source) for r in rows]
+            cut = [r.cut(self.max_tokens) for r in rows]
             usable = [r for r in cut if r.scored.any()]
             mix = mix.add(Source(f"Replay:{path}", usable, self.share * weight / sum(weights), self.unit))
         return mix

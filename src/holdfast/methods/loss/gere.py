@@ -64,7 +64,7 @@ class GeRe(Method):
 
         rows = read_sources(self.sources, ctx, owner=self.name, all_tokens=True)[: self.pool]
         most = min(self.max_tokens, ctx.max_length)
-        return [TokenRow(r.ids[:most], r.scored[:most], r.owner, r.source) for r in rows]
+        return [r.cut(most) for r in rows]
 
     def asides_at(self, step: int, pool: int) -> Sequence[int]:
         return [(step * self.rows_per_step + i) % pool for i in range(self.rows_per_step)]

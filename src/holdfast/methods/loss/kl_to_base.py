@@ -62,7 +62,7 @@ class KLToBase(Method):
         if self.on == "task":
             return ()
         rows = read_sources(self.sources, ctx, owner=self.name, all_tokens=True)
-        return [TokenRow(r.ids[: self.max_tokens], r.scored[: self.max_tokens], r.owner, r.source) for r in rows]
+        return [r.cut(self.max_tokens) for r in rows]
 
     def asides_at(self, step: int, pool: int) -> Sequence[int]:
         return [(step * self.rows_per_step + i) % pool for i in range(self.rows_per_step)]
