@@ -1,4 +1,4 @@
-"""CoBa: sources of the data that still learn weigh more, those that begin to get worse weigh less.
+"""CoBa: sources that learn more slowly weigh more; when some begin to get worse, those that still learn do.
 
     l_k(t) = loss of source k on held-out rows / the first such loss;  l_max(t) = max_k l_k(t)
     a_k(t), a_max(t) = slopes of straight lines through the last `history` points of l_k, l_max
@@ -45,7 +45,7 @@ class CoBa(Method):
 
     paper: ClassVar = Paper("CoBa: Convergence Balancer for Multitask Finetuning of Large Language Models",
                             note="its id was not checked; formulas from the official code, MFTCoder")  # fmt: skip
-    does: ClassVar = "weights the sources of the data by how they still learn"
+    does: ClassVar = "weights the sources of the data by how fast each still learns"
 
     def off(self) -> bool:
         return self.cut == 0 and self.share == 0
