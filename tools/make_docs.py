@@ -31,6 +31,7 @@ NEEDS = {
     "base_weights": "a copy of the base weights",
     "dense": "the model's own weights (not an adapter, not 4 or 8 bits)",
     "base_hidden": "the base's hidden states",
+    "gradients": "the gradients of a step, before anything changes them",
     "live_logits": "one more forward of the rows it chooses among, with the model so far",
 }
 HEADINGS = "Cost|Combine with|Do not combine with|Differences|Export|Packing in one row"
