@@ -53,6 +53,7 @@ PLANS: dict[str, Sequence[Method]] = {
     "LoRA": [LORA],
     "InContextMix": [hf.InContextMix(share=0.5, pool=8)],
     "Replay": [hf.Replay(**HALF)],
+    "CoBa": [hf.CoBa(warmup=2, share=0.25, cut=0.3)],  # 18 of the tickets train: 24 rows an epoch
     "LoRA with all": [LORA, hf.KLToBase(weight=2.0), hf.ICLAnchor(pool=8), hf.L2ToInit(alpha=10.0), hf.WiSEFT()],
     "LoRA in part": [LORA, hf.Freeze(layers=1), hf.LiNeS(alpha=0.25)],
     "matrices": [hf.OrthogonalSubspace(mode="factored"), hf.HalfFineTune(), hf.L2ToInit(alpha=10.0)],

@@ -60,7 +60,7 @@ class FirstLayerOnly(Method):
 
 def more(mix: Mix) -> Source:
     """Some of the task's rows without their first token: told apart by content, as the trainer has no labels."""
-    return Source("more", [TokenRow(r.ids[1:], r.scored[1:], source="more") for r in mix.task[:7]], 0.3)
+    return Source("more", [TokenRow(r.ids[1:], r.scored[1:], source="more") for r in mix.task[:7]], 0.25)
 
 
 @dataclass(frozen=True, kw_only=True)

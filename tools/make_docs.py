@@ -140,9 +140,9 @@ def _facts(kind: type[Method]) -> Iterator[str]:
     for other, why in _clashes(kind):
         yield f"- Refused with {other}: {why}"
     if kind.paper:
-        link = f"[arXiv {kind.paper.arxiv}](https://arxiv.org/abs/{kind.paper.arxiv})" if kind.paper.arxiv else ""
+        link = f", [arXiv {kind.paper.arxiv}](https://arxiv.org/abs/{kind.paper.arxiv})" if kind.paper.arxiv else ""
         note = f" ({kind.paper.note})" if kind.paper.note else ""
-        yield f"- Paper: {kind.paper.title}, {link}{note}."
+        yield f"- Paper: {kind.paper.title}{link}{note}."
 
 
 def _clashes(kind: type[Method]) -> Iterator[tuple[str, str]]:

@@ -102,6 +102,8 @@ class Steering:
 
     def hold(self, params: Mapping[str, torch.nn.Parameter]) -> None:
         """Before the forward of a step: no gradient is made of what holds still, unless nothing else trains."""
+        if not self.methods:
+            return
         still = _found(self.held, params)
         for name, p in params.items():
             p.requires_grad_(self.late or len(still) == len(params) or name not in still)
