@@ -292,7 +292,12 @@ class Method:
     @property
     def prompts(self) -> bool:
         """Whether one of its stages trains a soft prompt."""
-        return any(s.trains == "prompt" for s in self.stages())
+        return any(s.trains == "prompt" for s in self.stages() or ())
+
+    @property
+    def restarts(self) -> bool:
+        """Whether one of its stages begins again from the base."""
+        return any(s.restart for s in self.stages() or ())
 
     @property
     def holds_out(self) -> bool:

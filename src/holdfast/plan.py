@@ -109,14 +109,13 @@ class Plan:
                     "Keep one of them, or run them one after the other.",
                 )
         wrapper = next((m for m in self.active if m.wraps), None)
-        dense = next((m for m in self.active if "dense" in m.needs or any(s.restart for s in m.stages())), None)
+        dense = next((m for m in self.active if "dense" in m.needs or m.restarts), None)
         if wrapper and dense:
             raise PlanError(
                 f"{dense.name} works on the model's own weights, but {wrapper.name} freezes them and trains an "
                 "adapter.",
                 f"Keep {dense.name} and drop {wrapper.name}, or the other way round.",
             )
-
         choosing = [m for m in self.active if "entries" in m.sites()]
         stay, back = ([m for m in choosing if m.leaves == word] for word in ("stay", "return"))
         if stay and back:

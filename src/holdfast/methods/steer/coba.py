@@ -12,8 +12,8 @@ weights. Sources are those of the mix: the task and what other methods add to it
 text that CoBa brings itself. Of every source a part `cut`, chosen by content, never trains: those are the rows that
 are scored.
 Differences from the paper: it divides the loss of each source by the source's own tokens, here all tokens of the step
-are divided by their number, so a large source keeps its size; the same rows are scored at every look instead of one
-batch after another.
+are divided by their number, so a large source keeps its size (MFTCoder beside it gives the paper's division); the same
+rows are scored at every look instead of one batch after another.
 Cost: one forward of `rows` rows of each source every `every` steps. Combine with: everything; several sources.
 """
 
