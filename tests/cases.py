@@ -14,7 +14,7 @@ from holdfast import methods as hf
 from holdfast.data.mix import Mix
 from holdfast.data.tokens import tokenize
 from holdfast.engine.forward import forward
-from holdfast.hosts.plain import Log, Training, train
+from holdfast.hosts.plain import Log, Training, rows_of_run, train
 from holdfast.method import Method, canonical
 from holdfast.methods.adapt.lift import principal
 from holdfast.methods.loss._divergence import forward_kl
@@ -56,8 +56,7 @@ def start(plan: Plan, model: Any, tokenizer: Any, rows: Sequence[Any], settings:
     plan.check(HOST, ctx)
     session = Session(plan, model, ctx, compute_dtype=model.dtype, knows_rows=True)
     mix = session.mix(token_rows(rows, tokenizer))
-    order = mix.draw(seed)
-    drawn = [next(order) for _ in range(steps * settings.batch_size * settings.gradient_accumulation_steps)]
+    drawn = list(rows_of_run(session, mix, settings))
     session.prepare(drawn)
     session.enter(session.stages[-1])
     session.probe(drawn[:2], settings.autocast)
@@ -297,6 +296,61 @@ def lift_holds(seen: Seen) -> None:
             assert not moved.any(), name
 
 
+def sparse_holds(prefix: str, count: Callable[[Any, Weights], int], tensor: Callable[[str, Any], bool]) -> Any:
+    """Outside of the entries in the method's state the base is there to the last bit, and they are as many as said."""
+
+    def check(seen: Seen) -> None:
+        state, chosen = seen.result.session.state[seen.method.name], 0
+        for name, base in seen.base.items():
+            moved = seen.result.weights[name] != base
+            if not tensor(name, base):
+                assert not moved.any(), name
+                continue
+            mask = state[f"{prefix}{name}"]
+            chosen += int(mask.sum())
+            assert not moved[~mask].any() and moved[mask].float().mean() > (0.95 if mask.any() else -1), name
+        assert chosen == count(seen.method, {n: w for n, w in seen.base.items() if tensor(n, w)})
+        assert all(torch.isfinite(torch.tensor(p["task"])) for _, p in seen.result.log.loss)
+
+    return check
+
+
+def matrix(name: str, w: torch.Tensor) -> bool:
+    return w.ndim == 2 and "layers." in name
+
+
+def spiel_holds(seen: Seen) -> None:
+    """k entries of each matrix moved, and they are others than at the start."""
+    count = lambda m, ws: sum(m.count(w) for w in ws.values())  # noqa: E731
+    sparse_holds("entries/", count, matrix)(seen)
+    state = seen.result.session.state["SpIEL"]
+    for name in (n for n, w in seen.base.items() if matrix(n, w)):
+        first = seen.method.entries(name, seen.base[name], {}, 0)
+        assert first.sum() == state[f"entries/{name}"].sum() and not torch.equal(first, state[f"entries/{name}"])
+
+
+def lottery_holds(seen: Seen) -> None:
+    """k entries of all tensors together moved, and they are those that had moved most in the middle of the run."""
+    size = lambda m, ws: round(m.density * sum(w.numel() for w in ws.values()))  # noqa: E731
+    sparse_holds("entries/", size, matrix)(seen)
+    assert all(torch.equal(w, seen.base[n]) for n, w in seen.result.weights.items() if "norm" in n)
+    weights, state = seen.middle[0], seen.result.session.state["LTSFT"]
+    moved = {n: (weights[n] - w).abs() for n, w in seen.base.items() if matrix(n, w)}
+    inside, outside = (torch.cat([m[state[f"entries/{n}"] == x] for n, m in moved.items()]) for x in (True, False))
+    assert inside.min() >= outside.max() > 0
+
+
+def balance_holds(seen: Seen) -> None:
+    """After the warm-up the weights add up to the number of sources, and differ; held-out rows never trained."""
+    state = seen.result.session.state["CoBa"]
+    weights = [float(v) for k, v in state.items() if k.startswith("weight/")]
+    assert len(weights) == 2 and sum(weights) == pytest.approx(2) and abs(weights[0] - weights[1]) > 1e-3
+    assert seen.result.session.steering.source_weight == {
+        k.removeprefix("weight/"): float(v) for k, v in state.items() if k.startswith("weight/")
+    }
+    assert state["losses"].shape == (2, 20) and state["slopes"].shape == (3, 20 - seen.method.warmup)
+
+
 def finch_holds(seen: Seen) -> None:
     """The reference is the mean of the first losses, and as the loss fell the weights went further than without."""
     state, losses = seen.result.session.state["FINCH"], [p["task"] for _, p in seen.result.log.loss]
@@ -453,6 +507,13 @@ CASES = (
         ends_at=3,
         needs_rows=True,
     ),
+    Case(
+        hf.CoBa(warmup=2, share=0.3, cut=0.3, tau=1.0),
+        balance_holds,
+        off=(hf.CoBa(cut=0.0),),
+        no_zero=NO_TERM,
+        too_short="CoBa balances sources",
+    ),
     Case(hf.Curriculum(start=0.3, epochs=3.0), easy_first_holds, off=(hf.Curriculum(start=1.0),), no_zero=NO_TERM),
     Case(hf.DARE(density=0.3), dropped_holds, off=(hf.DARE(density=1.0),), no_zero=NO_TERM),
     Case(hf.DFT(), token_loss_holds, no_off="it has no settings: leaving it out is off", no_zero=NO_TERM),
@@ -491,6 +552,12 @@ CASES = (
     ),
     Case(hf.L2ToInit(alpha=5.0), pull_holds, off=(hf.L2ToInit(alpha=0.0),), zero_at_base="L2ToInit"),
     Case(hf.LIFT(lora_rank=2, filter_rank=4), lift_holds, off=(hf.LIFT(lora_rank=0),), no_zero=NO_TERM),
+    Case(
+        hf.LTSFT(),
+        lottery_holds,
+        no_off="a density of 0 is refused: leaving it out is off",
+        no_zero=NO_TERM,
+    ),
     Case(
         hf.LiNeS(alpha=0.25),
         line_holds(lambda m, n: 1.0 if "layers.1." in n else 0.25),
@@ -542,6 +609,12 @@ CASES = (
         no_zero=NO_TERM,
     ),
     Case(hf.SLERP(t=0.4), arc_holds, off=(hf.SLERP(t=1.0),), no_zero=NO_TERM),
+    Case(
+        hf.SpIEL(density=0.1, every=6, accumulate=2),
+        spiel_holds,
+        off=(hf.SpIEL(density=0.0),),
+        no_zero=NO_TERM,
+    ),
     Case(
         hf.TIES(density=0.3),
         trim_holds,

@@ -170,6 +170,8 @@ def law(a: Method, b: Method) -> str:
         return "one wrapper"
     if sites & {"stages", "decode"}:
         return f"one owner of {', '.join(sorted(sites & {'stages', 'decode'}))}"
+    if "entries" in sites and a.leaves != b.leaves:
+        return "what leaves stays or returns"
     if any(x.wraps and "dense" in y.needs for x, y in ((a, b), (b, a))):
         return "an adapter freezes the model's own weights"
     if a.writes & b.writes:

@@ -31,6 +31,7 @@ NEEDS = {
     "base_weights": "a copy of the base weights",
     "dense": "the model's own weights (not an adapter, not 4 or 8 bits)",
     "base_hidden": "the base's hidden states",
+    "gradients": "the gradients of a step, before anything changes them",
     "live_logits": "one more forward of the rows it chooses among, with the model so far",
 }
 HEADINGS = "Cost|Combine with|Do not combine with|Differences|Export|Packing in one row"
@@ -139,9 +140,9 @@ def _facts(kind: type[Method]) -> Iterator[str]:
     for other, why in _clashes(kind):
         yield f"- Refused with {other}: {why}"
     if kind.paper:
-        link = f"[arXiv {kind.paper.arxiv}](https://arxiv.org/abs/{kind.paper.arxiv})" if kind.paper.arxiv else ""
+        link = f", [arXiv {kind.paper.arxiv}](https://arxiv.org/abs/{kind.paper.arxiv})" if kind.paper.arxiv else ""
         note = f" ({kind.paper.note})" if kind.paper.note else ""
-        yield f"- Paper: {kind.paper.title}, {link}{note}."
+        yield f"- Paper: {kind.paper.title}{link}{note}."
 
 
 def _clashes(kind: type[Method]) -> Iterator[tuple[str, str]]:

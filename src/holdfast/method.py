@@ -68,9 +68,15 @@ class Term:
 class Past:
     """What a method that steers is shown, before the optimizer's step.
 
-    step: of the run, from 0; total: steps of the run; loss: parts of the loss of this step, summed over micro-batches
-    and processes ("task", and each method's term by its name); learning_rate: the schedule's, of the first group;
+    step: of the run, from 0; total: steps of the run, 0 when unknown; loss: parts of the loss of this step, summed
+    over micro-batches and processes ("task", and each method's term by its name), and what each source brings to
+    "task" ("task/<source>", which add up to it); learning_rate: the schedule's, of the first group;
     model: as it is before the step; to be looked at only, the same in every process.
+    grads: of the step, by canonical name, summed over micro-batches and processes, before masks of `entries`, the
+    `grad` chain and clipping; none of what no row reached. params: what trains, before the step. base: the base's
+    weights. All three whole, each gathered when it is asked for; grads only for methods whose `needs` has
+    "gradients", base only for those that have "base_weights".
+    held_out: source -> mean loss per token of the method's held-out rows, at the steps that `looks` names.
     """
 
     step: int
@@ -78,33 +84,47 @@ class Past:
     loss: Mapping[str, float]
     learning_rate: float
     model: Any = None
+    grads: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    params: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    base: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    held_out: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Steer:
     """What a method that steers asks for; what is not said stays as it is.
 
-    lr_factor: of this step's learning rate. source_weight: source of rows -> weight of its token losses from the next
-    step on. freeze: patterns of parameter names that do not train at this step. end: why the run should end after
+    lr_factor: of this step's learning rate. source_weight: source of rows -> weight of its token losses at the next
+    step. freeze: patterns of parameter names that do not train at this step, whose gradients exist already.
+    freeze_next: the same for the next step; their gradients are not even computed there (several processes of a
+    trainer compute and drop them). What holds longer is said again at every step. end: why the run should end after
     this step, in words. state: what the method remembers.
     """
 
     lr_factor: float = 1.0
     source_weight: Mapping[str, float] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
+    freeze_next: tuple[str, ...] = ()
     end: str = ""
     state: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One training of a run. `trains` is "prompt" or "rest" (whatever the plan's other methods leave trainable)."""
+    """One training of a run, with an optimizer and a schedule of its own.
+
+    trains: "prompt", "rest" (whatever the plan's other methods leave trainable), or patterns of names within the rest.
+    sources: names of the sources of the mix that it draws from ("task" is one); None: all.
+    restart: what trains begins again from the base's weights; the state of methods stays.
+    """
 
     name: str
     share: float = 1.0  # of the run's steps
-    trains: str = "rest"
+    trains: str | tuple[str, ...] = "rest"
     learning_rate: float | None = None  # None: the run's
     keep_best: bool = False
+    sources: tuple[str, ...] | None = None
+    restart: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +133,13 @@ class Method:
 
     paper: ClassVar[Paper | None] = None
     does: ClassVar[str] = ""  # one plain line for tables
-    needs: ClassVar[frozenset[str]] = (
-        frozenset()
-    )  # "base_weights", "base_logits", "base_hidden", "live_logits", "dense"
+    # "base_weights", "base_logits", "base_hidden", "live_logits", "gradients" (at `steer`), "dense"
+    needs: ClassVar[frozenset[str]] = frozenset()
     wraps: ClassVar[bool] = False  # replaces modules: at most one per plan
     refuses: ClassVar[Mapping[str, str]] = {}  # method name -> why the two mean different things
     phase: ClassVar[str] = "rescale"  # of `grad`: mask, rescale, project
     writes: ClassVar[frozenset[str]] = frozenset()  # what of rows: "ids", "targets", "order", names of numbers
+    leaves: ClassVar[str] = "stay"  # what `entries` does not choose any more: "stay" or "return" (to the base)
     scales_update: ClassVar[bool] = False  # `merge` only scales tuned - base, so it is exact on a LoRA adapter too
 
     # ---- the sites
@@ -142,8 +162,9 @@ class Method:
     def entries(self, name: str, param: torch.Tensor, state: State, step: int) -> torch.Tensor | None:
         """Which entries of one parameter train, as a bool tensor of its shape; None: all of them.
 
-        Asked before the first step and before every step that `redraws` names. The chosen entries of several methods
-        are intersected; all others stay as they are to the last bit.
+        Asked before the first step, before every step that `redraws` names and at the beginning of every stage. The
+        chosen entries of several methods are intersected; all others stay as they are to the last bit, or have the
+        base's value where `leaves` is "return" (then `needs` has "base_weights" and "dense").
         """
         return None
 
@@ -155,8 +176,20 @@ class Method:
         """Look at the losses of a step, before the optimizer takes it: scale it, weight sources, freeze, or end."""
         return None
 
+    def held_out(self, mix: Mix, ctx: Context) -> Mapping[str, Sequence[TokenRow]]:
+        """Rows for choosing (part of `steer`): a label -> rows, scored for `Past.held_out`; asked once.
+
+        They are to come from what trains: `data` cuts off a part (`Mix.hold_out`), `mix.held_out()` has it here, with
+        the sources of all methods. Rows that several methods ask for are scored once, in eval mode, without gradient.
+        """
+        return {}
+
+    def looks(self, step: int) -> bool:
+        """Whether the held-out rows are scored before `steer` of step `step` (0-based)."""
+        return False
+
     def data(self, mix: Mix, ctx: Context) -> Mix:
-        """Add sources to the training mix, or maps, filters or an order of the task's rows.
+        """Add sources to the training mix, maps, filters or an order of the task's rows, or hold out a part of it.
 
         `ctx.model` answers as the untouched base. What a map writes into rows, and an order, is named in `writes`.
         """
@@ -234,6 +267,15 @@ class Method:
         """Split the run into several trainings; () leaves it whole."""
         return ()
 
+    def stage_ends(
+        self, stage: Stage, params: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor], state: State
+    ) -> State:
+        """What the owner of the stages remembers when one of them is over (part of `stages`), the last one excepted.
+
+        params: what trained in it, after its last step; base: the base's weights, for `needs` with "base_weights".
+        """
+        return {}
+
     # ---- what the planner asks
 
     def check(self, ctx: Context) -> None:
@@ -247,9 +289,25 @@ class Method:
     def name(self) -> str:
         return type(self).__name__
 
+    @property
+    def prompts(self) -> bool:
+        """Whether one of its stages trains a soft prompt."""
+        return any(s.trains == "prompt" for s in self.stages() or ())
+
+    @property
+    def restarts(self) -> bool:
+        """Whether one of its stages begins again from the base."""
+        return any(s.restart for s in self.stages() or ())
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether it asks for the losses of held-out rows."""
+        return type(self).held_out is not Method.held_out
+
     def sites(self) -> tuple[str, ...]:
         """The sites this method overrides; helpers count for the site they belong to."""
         helpers = {"lr_factor": "adapt", "asides": "data", "redraws": "entries", "others": "merge", "survey": "merge"}
+        helpers |= {"held_out": "steer", "looks": "steer", "stage_ends": "stages"}
         own = {helpers.get(s, s) for s in (*SITES, *helpers) if getattr(type(self), s) is not getattr(Method, s)}
         return tuple(s for s in SITES if s in own)
 

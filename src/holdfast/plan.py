@@ -109,12 +109,20 @@ class Plan:
                     "Keep one of them, or run them one after the other.",
                 )
         wrapper = next((m for m in self.active if m.wraps), None)
-        dense = next((m for m in self.active if "dense" in m.needs), None)
+        dense = next((m for m in self.active if "dense" in m.needs or m.restarts), None)
         if wrapper and dense:
             raise PlanError(
                 f"{dense.name} works on the model's own weights, but {wrapper.name} freezes them and trains an "
                 "adapter.",
                 f"Keep {dense.name} and drop {wrapper.name}, or the other way round.",
+            )
+        choosing = [m for m in self.active if "entries" in m.sites()]
+        stay, back = ([m for m in choosing if m.leaves == word] for word in ("stay", "return"))
+        if stay and back:
+            raise PlanError(
+                f"Entries that {stay[0].name} does not choose any more stay as they are, those of {back[0].name} go "
+                "back to the base.",
+                "Keep one of them.",
             )
 
     def _check_writers(self) -> None:
@@ -144,7 +152,7 @@ class Plan:
     def check_host(self, host: Host) -> None:
         """The part of `check` that needs the host alone: what its loop, or a quantised base, cannot do."""
         for m in self.active:
-            if host.packing and "stages" in m.sites():
+            if host.packing and m.prompts:
                 raise PlanError(
                     f"{m.name} puts a soft prompt before every example, but {host.name} packs several examples into "
                     "one row, where only the first would get it.",

@@ -24,9 +24,10 @@ from holdfast.method import Method, Past, Stage, State, canonical
 from holdfast.plan import PHASES, Plan
 from holdfast.services import BaseWeights, Context, Look, Teacher, View
 from holdfast.sites.entries import Entries
+from holdfast.sites.held_out import HeldOut
 from holdfast.sites.merging import Merging
 from holdfast.sites.scale import divided
-from holdfast.sites.steering import Steering
+from holdfast.sites.steering import Steering, Wholes
 
 LORA_B = re.compile(r"\.lora_(?:embedding_)?B\.")
 
@@ -73,6 +74,8 @@ class Session:
         )  # whose states some method reads
         self.chosen, self.steering = Entries(self.methods, self.state), Steering(self.methods, self.state)
         self.merging = Merging(self.methods, self.state, ctx.base_dir, self.num_layers)
+        self.held_out = HeldOut(self.methods)
+        self.first, self.total = 0, 0  # the stage's first step, and how many the run has; hosts set both
         self._source_of: dict[str, str] = {}  # label of a row -> the method whose source it came from
         self.params: dict[str, torch.nn.Parameter] = {}
         self._wrapped: frozenset[str] | None = None  # what an adapter trains, once it is on the model
@@ -105,7 +108,8 @@ class Session:
             unknown = on_task and (self._rewrites or not (self.knows_rows and self.teacher.exact_head))
             self.teacher.freeze_base(self.model, head_trains=not in_place, needs_copy=unknown and not in_place)
         # beside an adapter nothing of the base trains, so there is nothing to compare it with or go back to
-        if any("base_weights" in m.needs for m in self.methods) and not any(m.wraps for m in self.methods):
+        goes_back = any("base_weights" in m.needs for m in self.methods) or any(s.restart for s in self.stages)
+        if goes_back and not any(m.wraps for m in self.methods):
             self.base_weights = BaseWeights(
                 {canonical(n): p.detach().clone() for n, p in self.model.named_parameters()}
             )
@@ -142,6 +146,9 @@ class Session:
                 self._source_of |= dict.fromkeys(labels - {"task"}, m.name)
         self.left_out = mix.left_out if mix.kept else {}
         self.effects.update(name for name, share in self.left_out.items() if share)
+        for stage in self.stages:
+            mix.only(stage.sources)  # raises for a name that nobody brings
+        self.held_out.cut(mix, self.ctx)
         return mix
 
     # ---- stages
@@ -175,11 +182,34 @@ class Session:
                 self.effects[m.name] += _trainable(self.model) != before
             if soft is not None:
                 inner(self.model).get_parameter(SOFT_PROMPT).requires_grad_(False)
+            self._narrow(stage.trains)
         self._set_dtypes()
         self.params = {canonical(n): p for n, p in self.model.named_parameters() if p.requires_grad}
         if not self.params:
             raise NoEffect("The plan freezes every weight, so nothing would train.", "Freeze less.")
+        if stage.restart:
+            self._restart()
         return self.model
+
+    def _narrow(self, trains: str | tuple[str, ...]) -> None:
+        """Freeze what a stage that names patterns does not name."""
+        if not isinstance(trains, str):
+            for name, p in self.model.named_parameters():
+                if not any(re.search(pattern, canonical(name)) for pattern in trains):
+                    p.requires_grad_(False)
+
+    @torch.no_grad()
+    def end_stage(self) -> None:
+        """A stage is over and another will follow: its owner may remember what it came to."""
+        for m in (m for m in self.methods if "stages" in m.sites()):
+            kept = m.stage_ends(self.stage, Wholes(self.params), Wholes(self.base_weights), self.state_of(m))
+            self.state_of(m).update(kept)
+
+    @torch.no_grad()
+    def _restart(self) -> None:
+        """What trains begins again from the base's weights."""
+        for name, p in self.params.items():
+            p.copy_(self.base_weights[name])
 
     def _set_dtypes(self) -> None:
         if self.compute_dtype is None:
@@ -276,7 +306,9 @@ class Session:
                 token_loss = token_loss * weight.detach()[at]
         if self.steering.source_weight:
             token_loss = token_loss * self._source_weights(packed, at)
-        total = token_loss.sum() / max(1, count_of(counts, "task"))
+        count = max(1, count_of(counts, "task"))
+        total = token_loss.sum() / count
+        self._note_sources(packed, at, token_loss / count)
         parts = {"task": total.item()}
         for m in self.methods:
             term = m.loss(views[m.name])
@@ -286,7 +318,7 @@ class Session:
                 value = whole(term.value) * share
             else:
                 value = divided(term, packed, counts)
-            if not value.requires_grad and torch.is_grad_enabled():
+            if not value.requires_grad and torch.is_grad_enabled() and not self.steering.held:
                 raise NoEffect(
                     f"{m.name} adds a term to the loss that carries no gradient, so it cannot change anything.",
                     "This is a fault of the method: compute the term from view.logits or view.params.",
@@ -295,6 +327,11 @@ class Session:
             total = total + value
             parts[m.name] = value.item()
         return total, parts
+
+    def _note_sources(self, packed: Any, at: torch.Tensor, loss: torch.Tensor) -> None:
+        """For methods that steer: the loss of the task's positions, (M,), by source."""
+        if self.steering.methods:
+            self.steering.note([packed.rows[i].source for i in packed.row[at.cpu().numpy()]], loss)
 
     def _source_weights(self, packed: Any, at: torch.Tensor) -> torch.Tensor:
         """(M,) weights that steering gives the sources of the task's positions."""
@@ -322,12 +359,19 @@ class Session:
                     p.grad = cut_like(m.grad(name, whole(p.grad), self.state[m.name]), p)
             self.effects[m.name] += 1
 
-    def draw_entries(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        """The entries site, before step `step` (0-based) of the run."""
-        if self.chosen.methods and self.stage.trains != "prompt" and self.chosen.draw(step, self.params, optimizer):
+    def begin_step(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """Before the rows of step `step` (0-based) of the run: the entries site, and what holds still at this step."""
+        if self.stage.trains == "prompt":
+            return
+        self.steering.hold(self.params)
+        begins = step == self.first
+        if self.chosen.methods and self.chosen.draw(
+            step, self.params, optimizer, begins=begins, base=self.base_weights
+        ):
             for m in self.chosen.methods:
                 self.effects[m.name] += any(not bool(whole(mask).all()) for mask in self.chosen.masks.values())
 
+    @torch.no_grad()
     def steer(self, step: int, parts: Mapping[str, float], learning_rate: float) -> None:
         """The steer site, between the losses of a step and the optimizer.
 
@@ -335,9 +379,22 @@ class Session:
             step: 0-based, of the run; parts: of the loss, summed over micro-batches and processes; learning_rate: the
                 schedule's at this step.
         """
-        if self.steering.methods and self.stage.trains != "prompt":
-            self.effects.update(self.steering.ask(Past(step, self.ctx.total_steps, parts, learning_rate, self.model)))
-            self.steering.freeze(self.params)
+        if not self.steering.methods or self.stage.trains == "prompt":
+            return
+        self.steering.drop(self.params)
+        past = Past(
+            step,
+            self.total or self.ctx.total_steps,
+            {**parts, **self.steering.losses()},
+            learning_rate,
+            self.model,
+            Wholes({n: p.grad for n, p in self.params.items() if p.grad is not None}),
+            Wholes(self.params),
+            Wholes(self.base_weights),
+        )
+        score = Look(self.ctx, {}, self._look).token_logp
+        self.effects.update(self.steering.ask(past, self.held_out.losses(step, self.model, score)))
+        self.steering.freeze(self.params)
 
     def hook(self, optimizer: torch.optim.Optimizer) -> None:
         """Put steering, entries and the update site around `optimizer.step`."""
@@ -432,6 +489,7 @@ class Session:
         device = next(self.model.parameters()).device.type
         with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
             loss, parts = self.loss(self.model, rows, count_rows(rows), step=0)
+        self.steering.losses()
         self.effects = effects
         if not torch.isfinite(loss):
             raise TrainingError(

@@ -25,8 +25,8 @@ work on the shards, and methods that need a whole matrix get it gathered, one at
 Trainers with a loss of their own (DPO, GRPO): the plan may only freeze, wrap, change gradients or steps, and merge.
 Resuming: build the trainer with the untouched base model again and call `train(resume_from_checkpoint=...)`; what the
 plan knows of the base comes from there, the trained weights and the plan's state from the checkpoint.
-Stages (ProMoT): one `train` of the trainer each, with its own optimizer and schedule; a stage ends with its last
-weights, not its best.
+Stages (ProMoT, LTSFT): one `train` of the trainer each, with its own optimizer and schedule; a stage ends with its
+last weights, not its best.
 """
 
 from __future__ import annotations
@@ -161,6 +161,7 @@ class PlannedTrainer(_Base):
         self._step, self._of_step = 0, Counter[str]()  # the step at hand and the parts of its loss
         self._known: dict[bytes, TokenRow] = {}
         self._steps_in_parts = self._done = self._rows_an_epoch = 0
+        self._total = 0  # steps of all stages; 0: of the only one
         self._hooked, self._changed, self._trained, self._sees_shards = None, False, False, False
         self._noise: Noise | None = None
         self._compared = False
@@ -168,9 +169,9 @@ class PlannedTrainer(_Base):
         given["model"] = self._enter(self.session.stages[0])
         super().__init__(**given)
         refuse_built(self, self.session, self._kind.__name__, self._loss_is_ours)
-        mix = mixed(self.session, self.train_dataset, self.args, self.data_collator, self._kind.__name__)
-        if mix:
-            self.train_dataset, self._known, self._rows_an_epoch = mix.dataset, mix.known, mix.rows_an_epoch
+        self.session.steering.late = self.accelerator.num_processes > 1
+        self._mixed = mixed(self.session, self.train_dataset, self.args, self.data_collator, self._kind.__name__)
+        self._draw_from(self.session.stage)
 
     def _try(self, model: Any, sharded: bool) -> None:
         """Find out how the model may be run while its weights are whole in every process."""
@@ -181,6 +182,12 @@ class PlannedTrainer(_Base):
                 "Use DDP, which leaves the weights whole: then rows go one by one.",
             )
         can_pack(model)
+
+    def _draw_from(self, stage: Stage) -> None:
+        """The rows of a stage, where the plan mixes them."""
+        mix = self._mixed.get(stage.sources)
+        if mix:
+            self.train_dataset, self._known, self._rows_an_epoch = mix.dataset, mix.known, mix.rows_an_epoch
 
     # ---- what trains
 
@@ -220,7 +227,8 @@ class PlannedTrainer(_Base):
             self._sees_shards = True
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step, self._of_step = self._done + self.state.global_step, Counter()
-        self.session.draw_entries(self._step, self.optimizer)
+        self.session.first, self.session.total = self._done, self._total or self.state.max_steps
+        self.session.begin_step(self._step, self.optimizer)
         if not self._loss_is_ours or not batches:
             return batches, items
         self._compare(batches)
@@ -448,7 +456,7 @@ class PlannedTrainer(_Base):
     def _train_stages(self, stages: Sequence[Stage], at: str, folder: str | None) -> Any:
         """One `train` per stage; checkpoints of all but the last go to stage-<name>."""
         wanted, place, out = self.args.max_steps, self.args.output_dir, None
-        total = wanted if wanted > 0 else self._whole_steps()
+        self._total = total = wanted if wanted > 0 else self._whole_steps()
         names = [s.name for s in stages]
         try:
             for stage, steps in split_steps(stages, total):
@@ -456,6 +464,8 @@ class PlannedTrainer(_Base):
                     self._begin(stage)
                     self.args.max_steps, self.args.output_dir = steps, stage_folder(str(place), stage, stages)
                     out = self._train_from(folder if stage.name == at else None)
+                    if stage != stages[-1]:
+                        self.session.end_stage()
                 self._done += steps
         finally:
             self.args.max_steps, self.args.output_dir = wanted, place
@@ -464,6 +474,7 @@ class PlannedTrainer(_Base):
     def _begin(self, stage: Stage) -> None:
         if stage != self.session.stage:
             self.model = self.model_wrapped = self._enter(stage)
+            self._draw_from(stage)
             self.optimizer = self.lr_scheduler = None
             self._parts.clear()
             self._steps_in_parts = 0

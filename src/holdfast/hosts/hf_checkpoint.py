@@ -32,6 +32,7 @@ def write(checkpoint: Path, session: Session, base: str) -> None:
         "effects": session.effects,
         "realised": session.realised,
         "base": base,
+        "steering": session.steering.saved(),
     }
     folder = checkpoint / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,3 +97,4 @@ def fill(checkpoint: Path, session: Session, meta: dict[str, Any], on: Any) -> N
             inner(session.model).get_parameter(SOFT_PROMPT).data.copy_(value)
     session.chosen.combine(session.params)
     session.effects, session.realised = Counter(meta["effects"]), Counter(meta["realised"])
+    session.steering.restore(meta["steering"])

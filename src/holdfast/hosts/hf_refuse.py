@@ -50,8 +50,9 @@ def _wrong_together(plan: Plan, given: Mapping[str, Any], ours: bool) -> Iterato
     strategy = getattr(options, "train_sampling_strategy", "random")
     noise = ours and options.neftune_noise_alpha is not None
     optim = str(getattr(options.optim, "value", options.optim))
-    if method := _first(plan, "grad"):
-        yield method.name, options.fp16, "changes gradients, but {} scales them under fp16", "Set bf16=True instead."
+    if method := _first(plan, "grad") or next((m for m in plan.active if "gradients" in m.needs), None):
+        does = "changes" if "grad" in method.sites() else "looks at"
+        yield method.name, options.fp16, does + " gradients, but {} scales them under fp16", "Set bf16=True instead."
     if method := next((m for m in plan.active if mixes(m)), None):
         yield (
             method.name,
@@ -62,12 +63,13 @@ def _wrong_together(plan: Plan, given: Mapping[str, Any], ours: bool) -> Iterato
     if method := _first(plan, "batch"):
         what = "exchanges rows of a batch, but {} would add NEFTune's noise by the batch's own shape"
         yield method.name, noise, what, "Leave neftune_noise_alpha out."
-    if method := _first(plan, "stages"):
+    if method := next((m for m in plan.active if m.prompts), None):
         what = "reads the task behind a soft prompt, for which {}'s NEFTune noise is not defined"
         yield method.name, noise, what, "Leave neftune_noise_alpha out."
         metrics = given.get("compute_metrics") or given.get("preprocess_logits_for_metrics")
         what = "reads the task behind a soft prompt, which the logits that {} gives to compute_metrics leave out"
         yield method.name, metrics, what, "Leave compute_metrics out; evaluation gives the loss with the prompt."
+    if method := _first(plan, "stages"):
         what = "ends each stage with its last weights, but {} was asked for load_best_model_at_end"
         yield method.name, options.load_best_model_at_end, what, "Set it to False."
     if method := _first(plan, "grad", "entries", "steer", "update"):
@@ -130,7 +132,7 @@ def refuse_built(trainer: Any, session: Session, name: str, ours: bool) -> None:
     again = (trainer.args.gradient_checkpointing_kwargs or {}).get(
         "use_reentrant"
     ) and trainer.args.gradient_checkpointing
-    whole = not any(m.wraps for m in session.methods) and session.stage.trains == "rest"
+    whole = not any(m.wraps for m in session.methods) and session.stage.trains != "prompt"
     if again and whole and not inner(session.model).get_input_embeddings().weight.requires_grad:
         raise PlanError(
             f"{name} with use_reentrant=True gives layers above frozen embeddings no gradient.",
@@ -154,12 +156,16 @@ def _refuse_fsdp(kind: type, plan: Plan, options: Any, ours: bool, version: int)
         return bool(given.get(name)) or os.environ.get(variable, "false").lower() in ("1", "true")
 
     owner = next((m for m in plan.active if "stages" in m.sites()), None)
-    asks = next((m for m in plan.active if "live_logits" in m.needs), None)
+    asks = next((m for m in plan.active if "live_logits" in m.needs or m.holds_out), None)
     for wrong, what, cure in (
         (version == 1, "FSDP1, which flattens the weights the plan works on", "Set fsdp_config={'version': 2}."),
         (not ours, "FSDP, because nobody has tested that with its own loss", "Use DDP."),
         (asks, f"FSDP together with {asks and asks.name}, which asks the model between steps", "Use DDP."),
-        (owner, f"FSDP together with {owner and owner.name}, whose soft prompt stands outside of the cut", "Use DDP."),
+        (
+            owner,
+            f"FSDP together with {owner and owner.name}, which trains in stages: weights are cut once",
+            "Use DDP.",
+        ),
         (
             on("cpu_ram_efficient_loading", "FSDP_CPU_RAM_EFFICIENT_LOADING"),
             "cpu_ram_efficient_loading, because the plan is prepared on the whole base in every process",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -80,6 +80,8 @@ def train(
     checkpoint = Checkpoint(settings.folder)
     for stage, steps in split_steps(session.stages, settings.num_steps):
         model = session.enter(stage)
+        session.first, session.total = done, settings.num_steps
+        checkpoint.follow(session)
         optimizer = _optimizer(session, settings, stage)
         session.hook(optimizer)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -90,11 +92,11 @@ def train(
         processes.same_start(session.tensors())
         session.chosen.combine(session.params)
         size = settings.batch_size * settings.gradient_accumulation_steps
-        stream = islice(mix.draw(settings.seed), (done + first) * size, None)
+        stream = islice(mix.only(stage.sources).draw(settings.seed), (done + first) * size, None)
         model.train()
         start = time.perf_counter()
         for step in range(first, steps):
-            session.draw_entries(done + step, optimizer)
+            session.begin_step(done + step, optimizer)
             batch = session.pick(list(islice(stream, size)), done + step)
             parts = _step(session, optimizer, batch, done + step, settings, log)
             schedule.step()
@@ -118,6 +120,7 @@ def train(
         if session.steering.ended:
             break
         if done < settings.num_steps and first < steps:
+            session.end_stage()
             checkpoint.save(session, None, None, log, done, 0)
     session.effects = processes.union(session.effects)
     session.model.eval()
@@ -171,6 +174,14 @@ def _step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return dict(parts)
+
+
+def rows_of_run(session: Session, mix: Any, settings: Training) -> Iterator[TokenRow]:
+    """The rows that a run draws, in order, stage after stage."""
+    size, done = settings.batch_size * settings.gradient_accumulation_steps, 0
+    for stage, steps in split_steps(session.stages, settings.num_steps):
+        yield from islice(mix.only(stage.sources).draw(settings.seed), done * size, (done + steps) * size)
+        done += steps
 
 
 def split_steps(stages: Sequence[Stage], total: int) -> list[tuple[Stage, int]]:

@@ -132,11 +132,11 @@ def _session(run: Run, plan: Plan, model: Any, tokenizer: Any, task: TaskData, l
     """The plan on the real model, all of it checked."""
     t, most = run.recipe.training, min(run.recipe.data.max_length, longest)
     ctx = Context(model, tokenizer, t.seed, task.train, max_length=most, base_dir=run.base_dir)
-    if t.packing and any("stages" in m.sites() for m in plan.active):
+    if t.packing and any(m.prompts for m in plan.active):
         plan.check(Host("training.packing: true", packing=True), ctx)
     plan.check(_host(run.recipe), ctx)
     for m in plan.active:
-        if any(s.trains == "prompt" for s in m.stages()):
+        if m.prompts:
             check_export(model, tokenizer, m.name)
     return Session(plan, model, ctx, compute_dtype=model.dtype, knows_rows=True, packing=t.packing is not False)
 
