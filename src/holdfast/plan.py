@@ -110,6 +110,14 @@ class Plan:
                 )
         wrapper = next((m for m in self.active if m.wraps), None)
         dense = next((m for m in self.active if "dense" in m.needs), None)
+        replacer = next((m for m in self.active if "replace" in m.sites()), None)
+        compares = next((m for m in self.active if "base_weights" in m.needs or "merge" in m.sites()), None)
+        if replacer and compares:
+            raise PlanError(
+                f"{compares.name} compares tuned weights with the base's, but {replacer.name} trains modules of its "
+                "own, which the base does not have.",
+                f"Keep one of the two; beside {replacer.name} use KLToBase to stay near the base.",
+            )
         if wrapper and dense:
             raise PlanError(
                 f"{dense.name} works on the model's own weights, but {wrapper.name} freezes them and trains an "
@@ -154,6 +162,12 @@ class Plan:
                 raise PlanError(
                     f"{m.name} changes gradients or steps, but {host.name} under DeepSpeed does not show them.",
                     "Use DDP or FSDP2 with this method.",
+                )
+            if host.quantised and "replace" in m.sites():
+                raise PlanError(
+                    f"{m.name} puts modules made of the base's own in their place, but the base model is loaded in 4 "
+                    "or 8 bits.",
+                    f"Load it unquantised, or use LoRA instead of {m.name}.",
                 )
             if host.quantised and "dense" in m.needs:
                 raise PlanError(

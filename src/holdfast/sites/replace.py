@@ -1,0 +1,119 @@
+"""Replaced modules: put in place once, made again on the same base when an export is loaded, folded in where they may.
+
+One method of a plan replaces modules. Its own terms add up what it finds inside; other methods see the model as ever:
+its logits, its states and the parameters that train. `engine/replaced.py` says what such a module is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from holdfast import models
+from holdfast.engine import trial
+from holdfast.engine.replaced import ORIGINAL, Origin, Replaced, own_tensors, put, replaced_in, set_origin
+from holdfast.engine.ways import inner
+from holdfast.errors import ModelError, NoEffect, PlanError
+from holdfast.files import read_json
+from holdfast.method import Method, State
+from holdfast.models.identity import REPLACED, REPLACED_STATE, REPLACED_WEIGHTS
+from holdfast.plan import method_from
+from holdfast.services import Context
+
+
+def replace(model: Any, method: Method, ctx: Context, state: State) -> list[str]:
+    """Ask `method` for every module and put its answers in place; returns their names. Only their own parts train.
+
+    Raises:
+        NoEffect: it replaces nothing.
+    """
+    core, made = inner(model), dict[str, Replaced]()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(ctx.seed)  # the same start whatever ran before
+        for name, module in core.named_modules():
+            above = any(name.startswith(f"{n}.") for n in made)
+            answer = method.replace(name, module, ctx, state) if name and not above else None
+            if answer is not None:
+                made[name] = answer
+    if not made:
+        raise NoEffect(f"{method.name} replaces no module of this model.", "Take it out of the plan.")
+    core.requires_grad_(False)
+    for name, module in made.items():
+        own = dict.fromkeys(p for n, p in module.named_parameters() if not n.startswith(ORIGINAL))
+        for p in own:
+            p.requires_grad_(True)
+        put(core, name, module.to(next(core.parameters()).device).train(core.training))
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in method.settings().items()}
+    set_origin(core, Origin(method.name, settings, ctx.seed, str(getattr(core, "name_or_path", "")), state))
+    trial.forget(core)
+    return list(made)
+
+
+def merge(model: Any, method: Method) -> None:
+    """Put plain modules in the place of the trained ones (`Method.merged`): a plain model is left."""
+    core = inner(model)
+    for name, module in replaced_in(core).items():
+        plain = method.merged(name, module)
+        assert plain is not None, f"{method.name} overrides merged, so it must answer for {name}"
+        put(core, name, plain.requires_grad_(False).train(core.training))
+    set_origin(core, None)
+    trial.forget(core)
+
+
+# ---- loading
+
+
+def load(source: models.ModelSource | str, **how: Any) -> tuple[Any, Any]:
+    """Load a model and its tokenizer, in eval mode: whatever `holdfast tune` exports, and any model it takes.
+
+    Args:
+        source: a folder (plain, an adapter, or with replaced modules), hub id, GGUF file or alias.
+        how: as of `models.load`: dtype, device, trust_remote_code, attn_implementation, revision, merge_adapter,
+            load_in_4bit.
+
+    Raises:
+        ModelError: as `models.load`; replaced modules do not fit their base, or cannot be loaded in that way.
+    """
+    if isinstance(source, str):
+        source = models.resolve(source, how.pop("revision", None))
+    if source.kind != "replaced":
+        return models.load(source, **how)
+    if how.get("load_in_4bit"):
+        what = f"{source.label} holds replaced modules, whose base cannot be loaded in 4 bits."
+        raise ModelError(what, "Remove load_in_4bit.")
+    assert source.base is not None
+    how["merge_adapter"] = True  # of an adapter below
+    model, _ = models.load(source.base, **how)
+    tokenizer = models.load_tokenizer(source, bool(how.get("trust_remote_code")))
+    take_up(model, tokenizer, source)
+    trial.packs(model.eval())
+    return model, tokenizer
+
+
+@torch.no_grad()
+def take_up(model: Any, tokenizer: Any, source: models.ModelSource) -> None:
+    """Make the replaced modules of a folder again on its loaded base, and give them what was trained."""
+    from safetensors.torch import load_file
+    from transformers import GenerationConfig
+
+    folder = Path(source.path)
+    said, tensors = read_json(folder / REPLACED), load_file(folder / REPLACED_WEIGHTS)
+    try:
+        method = method_from({said["method"]: said["settings"]})
+    except PlanError as e:
+        raise ModelError(f"{source.label} cannot be loaded: {e.what}", "Load it with the version it names.") from e
+    state = {k.removeprefix(REPLACED_STATE): v for k, v in tensors.items() if k.startswith(REPLACED_STATE)}
+    names = replace(model, method, Context(model, tokenizer, said["seed"]), state)
+    own = own_tensors(model)
+    if names != said["modules"] or own.keys() != {k for k in tensors if not k.startswith(REPLACED_STATE)}:
+        what = f"{source.label}: {method.name} makes other modules on its base than those in the folder."
+        raise ModelError(what, "Load it with the version and the base that its holdfast.json names.")
+    for name, value in own.items():
+        value.copy_(tensors[name])
+    model.requires_grad_(False)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        model.generation_config.pad_token_id = model.generation_config.pad_token_id or tokenizer.pad_token_id
+    model.name_or_path = model.config.name_or_path = source.path
