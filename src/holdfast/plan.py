@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -110,9 +110,10 @@ class Plan:
                 )
         wrapper = next((m for m in self.active if m.wraps), None)
         dense = next((m for m in self.active if "dense" in m.needs), None)
-        replacer = next((m for m in self.active if "replace" in m.sites()), None)
-        compares = next((m for m in self.active if "base_weights" in m.needs or "merge" in m.sites()), None)
-        if replacer and compares:
+        compare = [m for m in self.active if "base_weights" in m.needs or "merge" in m.sites()]
+        for replacer, compares in product([m for m in self.active if "replace" in m.sites()], compare):
+            if replacer is compares:
+                continue
             raise PlanError(
                 f"{compares.name} compares tuned weights with the base's, but {replacer.name} trains modules of its "
                 "own, which the base does not have.",

@@ -40,7 +40,8 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Pat
         if hasattr(model, "peft_config"):
             _save_adapter(model, part)
         elif replaced_in(model):
-            save_replaced(model, part)
+            if not save_replaced(model, part):
+                warnings.warn("The base of this model has no name: holdfast.load needs one.", stacklevel=2)
         else:
             model.save_pretrained(part)
         prompting(tokenizer).save_pretrained(part)
@@ -164,10 +165,11 @@ def _known(name: str | None) -> ModelSource | None:
         return None
 
 
-def save_replaced(model: Any, folder: Path) -> None:
+def save_replaced(model: Any, folder: Path) -> bool:
     """Write what the replaced modules of a model hold beside their originals, and what they are made of on which base.
 
-    There is no config.json, and no file of weights that plain transformers would look for.
+    There is no config.json, and no file of weights that plain transformers would look for. Returns whether the base
+    was found; without it the folder serves as a checkpoint, but cannot be loaded.
     """
     from safetensors.torch import save_file
 
@@ -175,8 +177,6 @@ def save_replaced(model: Any, folder: Path) -> None:
 
     origin = origin_of(model)
     base = _known(origin.base)
-    if base is None:
-        warnings.warn(f"The base {origin.base!r} cannot be found: holdfast.load needs its name.", stacklevel=3)
     tensors = own_tensors(model) | {REPLACED_STATE + k: v for k, v in origin.state.items()}
     save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / REPLACED_WEIGHTS)
     said = {"name": base.loadable, "revision": base.revision, "sha": base.sha} if base else {"name": origin.base}
@@ -185,3 +185,4 @@ def save_replaced(model: Any, folder: Path) -> None:
     write_record(folder / REPLACED, {"holdfast": __version__, **record, "base": said})
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
+    return base is not None

@@ -65,7 +65,7 @@ def merge(model: Any, method: Method) -> None:
 # ---- loading
 
 
-def load(source: models.ModelSource | str, **how: Any) -> tuple[Any, Any]:
+def load(source: models.ModelSource | str | Path, **how: Any) -> tuple[Any, Any]:
     """Load a model and its tokenizer, in eval mode: whatever `holdfast tune` exports, and any model it takes.
 
     Args:
@@ -76,8 +76,8 @@ def load(source: models.ModelSource | str, **how: Any) -> tuple[Any, Any]:
     Raises:
         ModelError: as `models.load`; replaced modules do not fit their base, or cannot be loaded in that way.
     """
-    if isinstance(source, str):
-        source = models.resolve(source, how.pop("revision", None))
+    if not isinstance(source, models.ModelSource):
+        source = models.resolve(str(source), how.pop("revision", None))
     if source.kind != "replaced":
         return models.load(source, **how)
     if how.get("load_in_4bit"):
