@@ -52,6 +52,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "curriculum": ([M.Curriculum()], FULL),
         "masked thought": ([M.MaskedThought()], FULL),
         "lora + replay + mftcoder": ([M.LoRA(), M.Replay(), M.MFTCoder()], LORA),
+        "control llm": ([M.ControlLLM()], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -82,6 +83,7 @@ TABLE = [
     "curriculum",
     "masked thought",
     "lora + replay + mftcoder",
+    "control llm",
     *AFTERWARDS,
 ]
 

@@ -4,19 +4,24 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import holdfast
 import zoo
 from cases import run, weights_of
 from holdfast import methods as hf
-from holdfast import models
+from holdfast import models, with_plan
 from holdfast.engine import trial
 from holdfast.engine.forward import forward, forward_states
 from holdfast.engine.pack import pack
@@ -69,6 +74,16 @@ class Scale(Method):
     def loss(self, view):
         each = view.inside("inputs", "task")
         return Term(self.weight * torch.stack(each).square().mean((0, 2)), "task")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silent(Method):
+    """Without a term."""
+
+    wraps: ClassVar = True
+
+    def replace(self, name, module, ctx, state):
+        return Scale().replace(name, module, ctx, state)
 
 
 @pytest.fixture(scope="module")
@@ -499,3 +514,70 @@ def test_own_tensors_are_what_the_base_lacks(tuned, tiny_model):
     own = own_tensors(tuned)
     assert own.keys() == {n for n in tuned.state_dict() if ".expanded." in n}
     assert not own.keys() & set(tiny_model(layers=4).state_dict())
+
+
+# ---- inside a trainer
+
+
+@pytest.fixture
+def trainer(world, rows, tokenizer, tmp_path, texts):
+    """A trainer with pairs on the base folder; keywords go to its arguments."""
+
+    def build(given=None, kind=SFTTrainer, **options):
+        config = {"output_dir": str(tmp_path / "out"), "max_steps": 4, "per_device_train_batch_size": 2,
+                  "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True,
+                  "learning_rate": 0.01, **options}  # fmt: skip
+        data = Dataset.from_list(
+            [{"input_ids": r.ids.tolist(), "labels": np.where(r.scored, r.ids, -100).tolist()} for r in texts]
+        )
+        base, _ = models.load(str(world.base), dtype="float32", device="cpu")
+        given = {"model": base, "train_dataset": data, "eval_dataset": data, "processing_class": tokenizer,
+                 **(given or {})}  # fmt: skip
+        return with_plan(kind)(args=SFTConfig(**config), plan=Plan([PAIRS]), **given)
+
+    return build
+
+
+def test_a_trainer_saves_a_folder_for_holdfast_load(trainer, texts, tmp_path):
+    made = trainer()
+    made.train()
+    made.save_model()
+    assert not list((tmp_path / "out").glob("*.bin")) and not (tmp_path / "out" / "config.json").exists()
+    loaded, _ = holdfast.load(tmp_path / "out", dtype="float32", device="cpu")
+    assert torch.equal(forward(loaded, texts)[1], forward(made.model.eval(), texts)[1])
+
+
+def test_a_trainer_goes_back_to_its_best_copies(trainer, tmp_path):
+    every = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+    made = trainer(**every, load_best_model_at_end=True, learning_rate=0.5, lr_scheduler_type="constant")
+    made.train()
+    best = made.state.best_model_checkpoint
+    assert not best.endswith("-4"), "the last step is the best: nothing to go back to"
+    kept = load_file(f"{best}/replaced.safetensors")
+    assert all(torch.equal(kept[n], v) for n, v in own_tensors(made.model).items())
+
+
+def test_what_a_trainer_cannot_do_with_replaced_modules_is_refused(trainer, finished, world, tmp_path):
+    with pytest.raises(PlanError, match="FSDP together with ControlLLM"):
+        trainer(fsdp=True, fsdp_config={"version": 2})
+    with pytest.raises(PlanError, match="use_reentrant=True gives replaced modules"):
+        trainer(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+    replaced, _ = holdfast.load(finished / "model", dtype="float32", device="cpu")
+    with pytest.raises(PlanError, match="replaced already"):
+        trainer(given={"model": replaced})
+    base, _ = holdfast.load(world.base, dtype="float32", device="cpu")
+    config = DPOConfig(str(tmp_path / "dpo"), use_cpu=True, bf16=False, report_to=[])
+    for method, words in ((PAIRS, "ControlLLM changes the training loss"), (Silent(), "Silent replaces modules")):
+        with pytest.raises(PlanError, match=words):
+            with_plan(DPOTrainer)(model=base, args=config, plan=Plan([method]))
+    config = SFTConfig(str(tmp_path / "sft"), use_cpu=True, bf16=False, report_to=[])
+    config.deepspeed_plugin = SimpleNamespace(zero_stage=2)
+    with pytest.raises(PlanError, match="Silent replaces modules, but SFTTrainer under DeepSpeed"):
+        with_plan(SFTTrainer)(model=base, args=config, plan=Plan([Silent()]))
+
+
+def test_the_callback_measures_the_base_of_a_resumed_run(tuned, tiny_model, texts):
+    from holdfast.verbs.callback import _base
+
+    with _base(tuned, 3):
+        assert torch.equal(forward(tuned, texts)[1], forward(tiny_model(layers=4), texts)[1])
