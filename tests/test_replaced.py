@@ -195,7 +195,9 @@ def test_a_cache_begun_without_the_copies_is_refused(tuned):
         tuned(prompts(1, 1), cache=begun.cache)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "gpt_neox", "olmo2", "mixtral"])
+@pytest.mark.parametrize(
+    "kind", ["qwen3", "gemma2", "gemma3_text", "mistral", "phi3", "gpt_neox", "olmo2", "mixtral", "gpt2"]
+)
 def test_other_architectures(kind, tokenizer, texts):
     """Windows, caps, learned norms, layers that read `attention_type`: step 0 is the base, text needs its cache."""
     model = zoo.build(kind).eval()
@@ -213,6 +215,15 @@ def test_other_architectures(kind, tokenizer, texts):
     for a, b in zip(cached.logits, plain.logits, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
     assert all(torch.equal(weights_of(model)[n], w) for n, w in before.items())
+
+
+def test_a_layer_of_several_streams_is_refused(tokenizer, texts):
+    model = zoo.build("gemma3n_text").eval()
+    session = Session(Plan([PAIRS]), model, Context(model, tokenizer, 0))
+    session.prepare()
+    session.enter(session.stages[0])
+    with pytest.raises(ModelError, match="several streams"):
+        session.probe(texts[:1])
 
 
 # ---- what is handed out

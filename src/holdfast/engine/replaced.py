@@ -172,6 +172,6 @@ def make_room(cache: Cache | None, original: int, index: int) -> None:
     cache.layers.append(fresh)
 
 
-def cache_in(kwargs: dict[str, Any]) -> Cache | None:
+def cache_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
     """The cache a layer was given, under whichever name."""
-    return next((v for v in kwargs.values() if isinstance(v, Cache)), None)
+    return next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)

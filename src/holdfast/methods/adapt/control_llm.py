@@ -23,7 +23,7 @@ from torch import nn
 
 from holdfast.engine.replaced import Replaced, cache_in, copy_of, hand_out, make_room, set_cache_index
 from holdfast.engine.ways import blocks
-from holdfast.errors import PlanError
+from holdfast.errors import ModelError, PlanError
 from holdfast.method import Method, Paper, Term
 from holdfast.services import Context, State, View
 
@@ -101,7 +101,7 @@ class Pair(Replaced):
             nn.init.zeros_(self.gate.bias)
 
     def changed(self, *args: Any, **kwargs: Any) -> Any:
-        make_room(cache_in(kwargs), self.layer, self.cache)
+        make_room(cache_in(args, kwargs), self.layer, self.cache)
         frozen = self.base_layer(*args, **kwargs)
         copied = self.expanded(*args, **kwargs)
         if not isinstance(frozen, tuple):
@@ -110,6 +110,11 @@ class Pair(Replaced):
 
     def _mixed(self, frozen: torch.Tensor, copied: torch.Tensor) -> torch.Tensor:
         """(B, L, D) between the two branches; the divergence (B, L) is handed out."""
+        if frozen.ndim != 3:
+            what = (
+                f"ControlLLM mixes the states of a layer, but {type(self.base_layer).__name__} gives several streams."
+            )
+            raise ModelError(what, "Use another method with this model.")
         hand_out(DIVERGENCE, DIVERGENCES[self.divergence](frozen.detach().float(), copied.float()))
         share = self.share
         if hasattr(self, "gate"):
