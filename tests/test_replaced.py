@@ -28,6 +28,7 @@ from holdfast.engine.pack import pack
 from holdfast.engine.replaced import Replaced, hand_out, own_tensors, replaced_in, switched_off
 from holdfast.engine.ways import run_one_by_one, run_packed, run_padded
 from holdfast.errors import ModelError, NoEffect, PlanError, RecipeError
+from holdfast.measure.scorer import Scorer
 from holdfast.method import Method, Term
 from holdfast.plan import Host, Plan
 from holdfast.recipe import load_recipe
@@ -186,6 +187,19 @@ def test_a_copy_in_the_cache_of_its_layer_is_seen(tiny_model, tokenizer, rows):
     for module in replaced_in(model).values():
         module.expanded.self_attn.layer_idx = module.layer
     assert not trial.continues(model, 0, True)
+
+
+@pytest.mark.parametrize("prompt", [0, 3])
+def test_scores_do_not_depend_on_how_the_tree_is_cut(prompt, tuned, tokenizer, rows):
+    """Parts of a tree that do not fit go on from a cache; a soft prompt stands in one before all of them."""
+    soft = 0.1 * torch.randn(prompt, tuned.config.hidden_size) if prompt else None
+    requests = [(r.prompt, r.completion) for r in rows[:6]]
+    one, many = (Scorer(tuned, tokenizer, batch_tokens=n, soft_prompt=soft).score(requests) for n in (4096, 8))
+    logprobs = torch.tensor([s.logprob for s in one])
+    torch.testing.assert_close(torch.tensor([s.logprob for s in many]), logprobs, rtol=0, atol=1e-4)
+    with switched_off(tuned):
+        off = Scorer(tuned, tokenizer, soft_prompt=soft).score(requests)
+    assert not torch.allclose(torch.tensor([s.logprob for s in off]), logprobs, atol=1e-2)
 
 
 def test_a_cache_begun_without_the_copies_is_refused(tuned):
@@ -375,6 +389,13 @@ def test_a_run_goes_to_its_report(finished):
     assert report["tuned"]["export"].startswith("loaded the way its card says, its logits equal")
     assert set(report["training"]["terms"]) == {"ControlLLM", "ICLAnchor"}
     assert not (finished / "checkpoint").exists()
+
+
+def test_a_soft_prompt_goes_with_it(world, tmp_path):
+    plan = [{"ProMoT": {"num_virtual_tokens": 2}}, {"ControlLLM": {"every": 1}}]
+    out = tune(write_recipe(tmp_path / "recipe.yaml", recipe_data(world, tmp_path / "run", plan=plan)))
+    assert read(out / "report.json")["tuned"]["export"].startswith("loaded the way its card says")
+    assert 'task_model = PeftModel.from_pretrained(model, "../prompt")' in (out / "model" / "README.md").read_text()
 
 
 def test_the_folder_and_its_card(finished, world):

@@ -6,9 +6,9 @@
 a is a number (lerp), or sigmoid(w [h_p; h_e] + b) for each token, with w and b 0 at the start (dlerp). A copy begins
 as its layer, so step 0 is the base; with the copies switched off the model is the base at any time.
 Not from the paper: the divergence is taken at the answer's positions, which the whole step can count, and not at all
-tokens or the last one; h_p is a fixed aim there (the paper's code says that it detaches it, and does not, so that the
-copies below would be pulled too). The paper's other mixtures (slerp, mixtures with a router, stacked layers) are left
-out, and so is its code's cosine, which reads h_p twice and is always 0.
+tokens or the last one; h_p is a fixed aim there, so that it does not pull the copies below (the paper's code says that
+it detaches h_p, and does not). Left out: the paper's other mixtures (slerp, mixtures with a router, stacked layers),
+and the magnitude in its code's cosine, which is always 0 there.
 Cost: E / L more layers to hold and to run, in training and after it, and a second cache of keys and values for these.
 The outcome is not linear in the weights, so it cannot be merged: `holdfast.load` loads what is exported.
 Combine with: data methods, KLToBase, ICLAnchor. Do not combine with: LoRA, what compares weights with the base's.
@@ -47,7 +47,7 @@ class ControlLLM(Method):
     paper: ClassVar = Paper(
         "Control LLM: Controlled Evolution for Intelligence Retention in LLM",
         "2501.10979",
-        note="the id is from memory; equations and defaults were not checked against the paper",
+        note="the id is from memory; equations, defaults and what is said of the code were not checked against the paper",
     )
     does: ClassVar = "trains copies of some layers beside the frozen ones and mixes their states"
     wraps: ClassVar = True
