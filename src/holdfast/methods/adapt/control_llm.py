@@ -47,7 +47,7 @@ class ControlLLM(Method):
     paper: ClassVar = Paper(
         "Control LLM: Controlled Evolution for Intelligence Retention in LLM",
         "2501.10979",
-        note="the id is from memory; equations, defaults and what is said of the code were not checked against the paper",
+        note="the id is from memory; equations, defaults and what is said of the code were not checked",
     )
     does: ClassVar = "trains copies of some layers beside the frozen ones and mixes their states"
     wraps: ClassVar = True
