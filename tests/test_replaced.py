@@ -483,6 +483,20 @@ def test_settings_that_make_other_modules_are_refused(export):
             holdfast.load(export, dtype="float32", device="cpu")
 
 
+def test_a_damaged_folder_is_refused(export):
+    said = read(export / "holdfast.json")
+    (export / "holdfast.json").write_text(json.dumps({k: v for k, v in said.items() if k != "modules"}))
+    with pytest.raises(ModelError, match="is damaged"):
+        holdfast.load(export, dtype="float32", device="cpu")
+    (export / "holdfast.json").write_text(json.dumps(said))
+    (export / "replaced.safetensors").write_bytes((export / "replaced.safetensors").read_bytes()[:500])
+    with pytest.raises(ModelError, match="is damaged"):
+        holdfast.load(export, dtype="float32", device="cpu")
+    (export / "replaced.safetensors").unlink()
+    with pytest.raises(ModelError, match="lacks its weights"):
+        holdfast.load(export, dtype="float32", device="cpu")
+
+
 def test_what_cannot_be_done_with_it_is_refused_in_a_sentence(finished, world, tokenizer, tmp_path, tiny_model):
     folder = str(finished / "model")
     with pytest.raises(ModelError, match=r"holdfast\.load"):

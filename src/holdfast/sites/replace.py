@@ -29,26 +29,33 @@ def replace(model: Any, method: Method, ctx: Context, state: State) -> list[str]
     Raises:
         NoEffect: it replaces nothing.
     """
-    core, made = inner(model), dict[str, Replaced]()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(ctx.seed)  # the same start whatever ran before
-        for name, module in core.named_modules():
-            above = any(name.startswith(f"{n}.") for n in made)
-            answer = method.replace(name, module, ctx, state) if name and not above else None
-            if answer is not None:
-                made[name] = answer
+    core = inner(model)
+    made = _answers(core, method, ctx, state)
     if not made:
         raise NoEffect(f"{method.name} replaces no module of this model.", "Take it out of the plan.")
     core.requires_grad_(False)
+    device = next(core.parameters()).device
     for name, module in made.items():
-        own = dict.fromkeys(p for n, p in module.named_parameters() if not n.startswith(ORIGINAL))
-        for p in own:
-            p.requires_grad_(True)
-        put(core, name, module.to(next(core.parameters()).device).train(core.training))
+        for n, p in module.named_parameters():
+            p.requires_grad_(not n.startswith(ORIGINAL))
+        put(core, name, module.to(device).train(core.training))
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in method.settings().items()}
     set_origin(core, Origin(method.name, settings, ctx.seed, str(getattr(core, "name_or_path", "")), state))
     trial.forget(core)
     return list(made)
+
+
+def _answers(core: Any, method: Method, ctx: Context, state: State) -> dict[str, Replaced]:
+    """What `method` gives for the modules of a model, by name."""
+    made: dict[str, Replaced] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(ctx.seed)  # the same start whatever ran before
+        for name, module in core.named_modules():
+            if name and not any(name.startswith(f"{above}.") for above in made):
+                answer = method.replace(name, module, ctx, state)
+                if answer is not None:
+                    made[name] = answer
+    return made
 
 
 def merge(model: Any, method: Method) -> None:
@@ -94,26 +101,41 @@ def load(source: models.ModelSource | str | Path, **how: Any) -> tuple[Any, Any]
 
 @torch.no_grad()
 def take_up(model: Any, tokenizer: Any, source: models.ModelSource) -> None:
-    """Make the replaced modules of a folder again on its loaded base, and give them what was trained."""
-    from safetensors.torch import load_file
+    """Make the replaced modules of a folder again on its loaded base, and give them what was trained.
+
+    Raises:
+        ModelError: the folder is damaged, or of a method that makes other modules here.
+    """
     from transformers import GenerationConfig
 
     folder = Path(source.path)
-    said, tensors = read_json(folder / REPLACED), load_file(folder / REPLACED_WEIGHTS)
-    try:
-        method = method_from({said["method"]: said["settings"]})
-    except PlanError as e:
-        raise ModelError(f"{source.label} cannot be loaded: {e.what}", "Load it with the version it names.") from e
-    state = {k.removeprefix(REPLACED_STATE): v for k, v in tensors.items() if k.startswith(REPLACED_STATE)}
-    names = replace(model, method, Context(model, tokenizer, said["seed"]), state)
+    method, seed, wanted, tensors = _read(folder, source.label)
+    state = {k.removeprefix(REPLACED_STATE): tensors.pop(k) for k in [*tensors] if k.startswith(REPLACED_STATE)}
+    names = replace(model, method, Context(model, tokenizer, seed), state)
     own = own_tensors(model)
-    if names != said["modules"] or own.keys() != {k for k in tensors if not k.startswith(REPLACED_STATE)}:
+    if names != wanted or {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors.items()}:
         what = f"{source.label}: {method.name} makes other modules on its base than those in the folder."
-        raise ModelError(what, "Load it with the version and the base that its holdfast.json names.")
+        raise ModelError(what, f"Load it with the version and the base that its {REPLACED} names.")
     for name, value in own.items():
         value.copy_(tensors[name])
     model.requires_grad_(False)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        model.generation_config.pad_token_id = model.generation_config.pad_token_id or tokenizer.pad_token_id
+        if model.generation_config.pad_token_id is None:
+            model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.name_or_path = model.config.name_or_path = source.path
+
+
+def _read(folder: Path, label: str) -> tuple[Method, int, list[str], dict[str, torch.Tensor]]:
+    """(method, seed of its run, names of its modules, tensors) of a folder."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    said = read_json(folder / REPLACED)
+    try:
+        method = method_from({said["method"]: said["settings"]})
+        return method, said["seed"], said["modules"], load_file(folder / REPLACED_WEIGHTS)
+    except PlanError as e:
+        raise ModelError(f"{label} cannot be loaded: {e.what}", "Load it with the version it names.") from e
+    except (KeyError, SafetensorError) as e:
+        raise ModelError(f"{label} is damaged: {type(e).__name__}: {e}", "Copy it again.") from e
