@@ -54,6 +54,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "lora + replay + mftcoder": ([M.LoRA(), M.Replay(), M.MFTCoder()], LORA),
         "spiel": ([M.SpIEL()], FULL),
         "lt-sft": ([M.LTSFT()], FULL),
+        "control llm": ([M.ControlLLM()], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -86,6 +87,7 @@ TABLE = [
     "lora + replay + mftcoder",
     "spiel",
     "lt-sft",
+    "control llm",
     *AFTERWARDS,
 ]
 

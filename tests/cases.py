@@ -14,6 +14,7 @@ from holdfast import methods as hf
 from holdfast.data.mix import Mix
 from holdfast.data.tokens import tokenize
 from holdfast.engine.forward import forward
+from holdfast.engine.replaced import switched_off
 from holdfast.hosts.plain import Log, Training, rows_of_run, train
 from holdfast.method import Method, canonical
 from holdfast.methods.adapt.lift import principal
@@ -147,6 +148,18 @@ def lora_holds(seen: Seen) -> None:
     assert all(torch.equal(w, seen.base[n]) for n, w in inside.items())
     ids = torch.as_tensor(seen.task[0].ids)[None]
     with torch.no_grad(), seen.result.model.disable_adapter():
+        assert torch.equal(seen.result.model(ids).logits, seen.base_model(ids).logits)
+
+
+def pairs_hold(seen: Seen) -> None:
+    """The originals are the base's to the last bit, every copy moved, and switched off the model is the base."""
+    inside = {n: w for n, w in seen.result.weights.items() if ".expanded." not in n}
+    assert inside.keys() == seen.base.keys() and all(torch.equal(w, seen.base[n]) for n, w in inside.items())
+    copies = {n: w for n, w in seen.result.weights.items() if ".expanded." in n}
+    assert len(copies) == sum("layers." in n for n in seen.base)
+    assert all(not torch.equal(w, seen.base[n.replace("expanded.", "")]) for n, w in copies.items())
+    ids = torch.as_tensor(seen.task[0].ids)[None]
+    with torch.no_grad(), switched_off(seen.result.model):
         assert torch.equal(seen.result.model(ids).logits, seen.base_model(ids).logits)
 
 
@@ -513,6 +526,12 @@ CASES = (
         off=(hf.CoBa(cut=0.0),),
         no_zero=NO_TERM,
         too_short="CoBa balances sources",
+    ),
+    Case(
+        hf.ControlLLM(every=1, weight=5.0),
+        pairs_hold,
+        no_off="without copies nothing would train: leaving it out is off",
+        zero_at_base="ControlLLM",
     ),
     Case(hf.Curriculum(start=0.3, epochs=3.0), easy_first_holds, off=(hf.Curriculum(start=1.0),), no_zero=NO_TERM),
     Case(hf.DARE(density=0.3), dropped_holds, off=(hf.DARE(density=1.0),), no_zero=NO_TERM),

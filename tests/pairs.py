@@ -168,6 +168,10 @@ def law(a: Method, b: Method) -> str:
     sites = set(a.sites()) & set(b.sites())
     if a.wraps and b.wraps:
         return "one wrapper"
+    if any(
+        "replace" in x.sites() and ("merge" in y.sites() or "base_weights" in y.needs) for x, y in ((a, b), (b, a))
+    ):
+        return "what is compared with the base's weights must be there"
     if sites & {"stages", "decode"}:
         return f"one owner of {', '.join(sorted(sites & {'stages', 'decode'}))}"
     if "entries" in sites and a.leaves != b.leaves:

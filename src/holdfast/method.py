@@ -19,10 +19,12 @@ import torch
 
 from holdfast.data.mix import Mix
 from holdfast.engine.pack import TokenRow
+from holdfast.engine.replaced import ORIGINAL, Replaced
 from holdfast.services import Context, Look, State, View
 
 SITES = (
     "prepare",
+    "replace",
     "adapt",
     "entries",
     "data",
@@ -147,6 +149,24 @@ class Method:
     def prepare(self, ctx: Context) -> State:
         """Measure the untouched base once. The result is saved and handed to the other sites."""
         return {}
+
+    def replace(self, name: str, module: torch.nn.Module, ctx: Context, state: State) -> Replaced | None:
+        """The module that stands in the place of `module` from now on, made of it; None: it stays.
+
+        Asked once, when what trains is set up, for every module by canonical name in the model's own order, but for
+        those inside a replaced one. Parameters of the answers train, but for the originals' inside; all else is
+        frozen. Asked again when an export is loaded, on the untouched base: the answer may depend on settings, `state`
+        and the model, and not on rows; what it drew is overwritten by what was trained. A method with this site sets
+        `wraps`.
+        """
+        return None
+
+    def merged(self, name: str, module: Replaced) -> torch.nn.Module | None:
+        """A plain module that computes what a trained one of `replace` does (part of that site), for `export.merge`.
+
+        Its parameters have the names of the original's. Left out where the mathematics do not allow it.
+        """
+        return None
 
     def adapt(self, model: Any, ctx: Context, state: State) -> Any:
         """Choose what trains (set requires_grad to False, never to True) or wrap modules. Returns the model.
@@ -307,7 +327,7 @@ class Method:
     def sites(self) -> tuple[str, ...]:
         """The sites this method overrides; helpers count for the site they belong to."""
         helpers = {"lr_factor": "adapt", "asides": "data", "redraws": "entries", "others": "merge", "survey": "merge"}
-        helpers |= {"held_out": "steer", "looks": "steer", "stage_ends": "stages"}
+        helpers |= {"held_out": "steer", "looks": "steer", "stage_ends": "stages", "merged": "replace"}
         own = {helpers.get(s, s) for s in (*SITES, *helpers) if getattr(type(self), s) is not getattr(Method, s)}
         return tuple(s for s in SITES if s in own)
 
@@ -325,7 +345,7 @@ def layer_of(name: str) -> int | None:
 
 
 def canonical(name: str) -> str:
-    """A parameter's name in the plain model: PEFT, DDP and FSDP decorations removed."""
-    for part in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_model.model.", "base_layer."):
+    """A parameter's name in the plain model: decorations of PEFT, DDP, FSDP and replaced modules removed."""
+    for part in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_model.model.", ORIGINAL):
         name = name.replace(part, "")
     return name.replace("_orig_mod.", "").removeprefix("module.")

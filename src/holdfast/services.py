@@ -15,6 +15,7 @@ from holdfast.engine.counts import Counts, count_of, sources_of, sum_of
 from holdfast.engine.forward import forward_states
 from holdfast.engine.pack import Packed, TokenRow
 from holdfast.engine.processes import gather_rows, shares, world
+from holdfast.engine.replaced import Handed, replaced_in
 from holdfast.engine.ways import LAST, inner
 
 State = dict[str, torch.Tensor]  # of one method, from `prepare` on
@@ -78,6 +79,7 @@ class View:
     _shared: dict[str, Any]
     states: Mapping[int, torch.Tensor] = field(default_factory=dict)  # of the layers that some method asked for
     counts: Counts = field(default_factory=dict)  # of the whole optimizer step; asked by `count` and its fellows
+    handed: Handed = field(default_factory=dict)  # by the replaced modules of the plan
 
     @property
     def logp(self) -> torch.Tensor:
@@ -127,6 +129,16 @@ class View:
     def hidden(self, owner: str, layer: int = LAST) -> torch.Tensor:
         """(M, D) states of a layer at the positions of `owner`, with gradient; see `Method.hidden_layers`."""
         return self.states[layer][self.positions(owner)]
+
+    def inside(self, key: str, owner: str | None = None) -> list[torch.Tensor]:
+        """What the modules of `Method.replace` handed out under `key`, one tensor a module, in the order they ran.
+
+        (T, ...) at all tokens, rows end to end, each behind its soft prompt (`packed.positions` begins at 0 in every
+        row), or (M, ...) at the scored positions of `owner`, as a Term of that owner wants them: the host divides
+        their sum by their number in the whole step. [] where none ran (switched off, or in a stage of the prompt).
+        """
+        found = self.handed.get(key, [])
+        return found if owner is None else [v[self.packed.where[self.positions(owner)]] for v in found]
 
     def base_hidden(self, owner: str, layer: int = LAST) -> torch.Tensor:
         """(M, D) the base model's states there, no gradient, for rows known before training and for new ones."""
@@ -243,10 +255,10 @@ class Teacher:
         """Logits and states of the base on rows it has not seen before."""
         self.num_forwards += 1
         if self._copy is not None:
-            return forward_states(self._copy, rows, layers)[1:]
-        assert has_adapter(model), "where the base trains, freeze_base kept a copy"
+            return forward_states(self._copy, rows, layers)[1:3]
+        assert has_adapter(model) or replaced_in(model), "where the base trains, freeze_base kept a copy"
         with as_base(model):
-            return forward_states(model, rows, layers)[1:]
+            return forward_states(model, rows, layers)[1:3]
 
 
 @torch.no_grad()

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 
 from holdfast.data.mix import Mix
-from holdfast.engine.base import as_base
+from holdfast.engine.base import as_base, has_adapter
 from holdfast.engine.counts import Counts, count_of, count_rows
 from holdfast.engine.forward import forward, forward_states
 from holdfast.engine.pack import Packed, TokenRow
+from holdfast.engine.replaced import Handed, replaced_in
 from holdfast.engine.shards import cut_like, whole
 from holdfast.engine.ways import SOFT_PROMPT, States, inner
 from holdfast.errors import NoEffect, TrainingError
 from holdfast.method import Method, Past, Stage, State, canonical
 from holdfast.plan import PHASES, Plan
 from holdfast.services import BaseWeights, Context, Look, Teacher, View
+from holdfast.sites import replace
 from holdfast.sites.entries import Entries
 from holdfast.sites.held_out import HeldOut
 from holdfast.sites.merging import Merging
@@ -175,6 +177,8 @@ class Session:
                 p.requires_grad_(is_plain(p) and (self._wrapped is None or name in self._wrapped))
             for m in sorted(self.methods, key=lambda m: not m.wraps):
                 before = _trainable(self.model)
+                if "replace" in m.sites() and not self._wrapped:
+                    replace.replace(self.model, m, self.ctx, self.state_of(m))
                 if not (m.wraps and self._wrapped):
                     self.model = m.adapt(self.model, self.ctx, self.state_of(m))
                 if m.wraps and not self._wrapped:
@@ -183,6 +187,8 @@ class Session:
             if soft is not None:
                 inner(self.model).get_parameter(SOFT_PROMPT).requires_grad_(False)
             self._narrow(stage.trains)
+        for module in replaced_in(self.model).values():
+            module.off = stage.trains == "prompt"
         self._set_dtypes()
         self.params = {canonical(n): p for n, p in self.model.named_parameters() if p.requires_grad}
         if not self.params:
@@ -291,10 +297,10 @@ class Session:
 
         Returns: (loss, its parts as plain numbers).
         """
-        packed, logits, states = forward_states(model, rows, self.layers, packing=self.packing)
+        packed, logits, states, handed = forward_states(model, rows, self.layers, packing=self.packing)
         self.effects.update(self._source_of[r.source] for r in rows if r.source in self._source_of)
         shared: dict[str, Any] = {}
-        seen = (packed, logits, model, step, shared, states, counts)
+        seen = (packed, logits, model, step, shared, states, counts, handed)
         views = {m.name: self._view(m, *seen) for m in self.methods}
         view = next(iter(views.values()), None) or self._view(None, *seen)
         at = view.positions("task")
@@ -340,12 +346,12 @@ class Session:
 
     def _view(
         self, m: Method | None, packed: Any, logits: Any, model: Any, step: int, shared: dict, states: States,
-        counts: Counts,
+        counts: Counts, handed: Handed,
     ) -> View:  # fmt: skip
         name = m.name if m else "task"
         return View(
             packed, logits, step, model, self.state.get(name, {}), self.teacher, name, self.params,
-            self.base_weights, shared, states, counts,
+            self.base_weights, shared, states, counts, handed,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -465,7 +471,7 @@ class Session:
         if soft is not None:
             soft = soft.clone()
             delattr(inner(self.model), SOFT_PROMPT)
-        if not any(m.wraps for m in self.methods):
+        if not has_adapter(self.model):  # PEFT keeps what it trains in fp32
             for p in self.model.parameters():  # not model.to(dtype): that would round buffers such as inv_freq
                 p.data = p.data.to(dtype)
         self.model.requires_grad_(False)

@@ -49,6 +49,7 @@ from holdfast.engine.counts import Counts, add_counts, count_rows, scaled
 from holdfast.engine.forward import attention, can_pack, forward
 from holdfast.engine.pack import ATTENTION, TokenRow
 from holdfast.engine.processes import gather
+from holdfast.engine.replaced import replaced_in
 from holdfast.engine.trial import pads_right
 from holdfast.engine.ways import SOFT_PROMPT, inner
 from holdfast.errors import NoEffect, PlanError, TrainingError
@@ -84,6 +85,7 @@ from holdfast.hosts.hf_setup import (
 from holdfast.hosts.plain import split_steps
 from holdfast.hosts.processes import dealt
 from holdfast.method import Stage
+from holdfast.models.saving import save_replaced
 from holdfast.plan import Plan
 from holdfast.session import Session
 
@@ -512,6 +514,29 @@ class PlannedTrainer(_Base):
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             hf_checkpoint.write(folder, self.session, self._base)
         super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """With replaced modules a folder for `holdfast.load`: the trainer's own would load as something else."""
+        if not replaced_in(inner(self.session.model)):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_replaced(inner(self.session.model), folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        if replaced_in(inner(self.session.model)):
+            hf_checkpoint.fill_replaced(Path(resume_from_checkpoint), self.session)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        if replaced_in(inner(self.session.model)):
+            hf_checkpoint.fill_replaced(Path(str(self.state.best_model_checkpoint)), self.session)
+        else:
+            super()._load_best_model()
 
     def _restore(self, folder: str) -> str:
         """Load the plan's part of a checkpoint; returns the name of its stage."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from holdfast.engine.base import has_adapter
+from holdfast.engine.replaced import replaced_in
 from holdfast.engine.ways import inner
 from holdfast.errors import PlanError
 from holdfast.hosts.hf_setup import is_template, mixes
@@ -50,6 +52,11 @@ def _wrong_together(plan: Plan, given: Mapping[str, Any], ours: bool) -> Iterato
     strategy = getattr(options, "train_sampling_strategy", "random")
     noise = ours and options.neftune_noise_alpha is not None
     optim = str(getattr(options.optim, "value", options.optim))
+    if method := _first(plan, "replace"):
+        what = "replaces modules, but nobody has tested that with the loss of {}"
+        yield method.name, not ours, what, "Use SFTTrainer."
+        what = "replaces modules, but {} under DeepSpeed saves and cuts weights in a way of its own"
+        yield method.name, getattr(options, "deepspeed_plugin", None), what, "Use DDP."
     if method := _first(plan, "grad") or next((m for m in plan.active if "gradients" in m.needs), None):
         does = "changes" if "grad" in method.sites() else "looks at"
         yield method.name, options.fp16, does + " gradients, but {} scales them under fp16", "Set bf16=True instead."
@@ -132,10 +139,13 @@ def refuse_built(trainer: Any, session: Session, name: str, ours: bool) -> None:
     again = (trainer.args.gradient_checkpointing_kwargs or {}).get(
         "use_reentrant"
     ) and trainer.args.gradient_checkpointing
-    whole = not any(m.wraps for m in session.methods) and session.stage.trains != "prompt"
+    below = "replaced modules" if replaced_in(inner(session.model)) else "layers"
+    whole = (
+        not has_adapter(session.model) and session.stage.trains != "prompt"
+    )  # trainers open embeddings below PEFT's
     if again and whole and not inner(session.model).get_input_embeddings().weight.requires_grad:
         raise PlanError(
-            f"{name} with use_reentrant=True gives layers above frozen embeddings no gradient.",
+            f"{name} with use_reentrant=True gives {below} above frozen embeddings no gradient.",
             "Set gradient_checkpointing_kwargs={'use_reentrant': False}, or train the embeddings.",
         )
 
@@ -155,9 +165,14 @@ def _refuse_fsdp(kind: type, plan: Plan, options: Any, ours: bool, version: int)
     def on(name: str, variable: str) -> bool:
         return bool(given.get(name)) or os.environ.get(variable, "false").lower() in ("1", "true")
 
-    owner = next((m for m in plan.active if "stages" in m.sites()), None)
+    owner, replacer = _first(plan, "stages"), _first(plan, "replace")
     asks = next((m for m in plan.active if "live_logits" in m.needs or m.holds_out), None)
     for wrong, what, cure in (
+        (
+            replacer,
+            f"FSDP together with {replacer and replacer.name}, whose replaced modules were not tried",
+            "Use DDP.",
+        ),
         (version == 1, "FSDP1, which flattens the weights the plan works on", "Set fsdp_config={'version': 2}."),
         (not ours, "FSDP, because nobody has tested that with its own loss", "Use DDP."),
         (asks, f"FSDP together with {asks and asks.name}, which asks the model between steps", "Use DDP."),
@@ -189,6 +204,11 @@ def _wrong_args(given: Mapping[str, Any]) -> Iterator[tuple[Any, str, str]]:
         adapter,
         "another adapter: the plan decides what trains",
         "Pass the base model and put LoRA into the plan.",
+    )
+    yield (
+        replaced_in(inner(model)),
+        "a model whose modules are replaced already",
+        "Pass the base model; the plan puts its own modules in place.",
     )
     yield (
         options.n_gpu > 1,

@@ -22,6 +22,7 @@ def model_card(
     report: Mapping[str, Any],
     *,
     adapter: bool = False,
+    replaced: bool = False,
     license: str | None = None,
     code: str | None = None,
     base: str | None = None,
@@ -33,11 +34,13 @@ def model_card(
             (text or mapping). Missing parts leave their section out. An estimate is a mapping of value, low,
             high and n.
         adapter: whether the folder holds a PEFT adapter.
+        replaced: whether it holds replaced modules, which Holdfast alone loads.
         license: of the tuned model, if known.
         code: Python that loads what lies beside the card.
         base: path of the model that the run wrote as the adapter's base.
     """
-    front = _front_matter(report, adapter, license)
+    library = "peft" if adapter else "holdfast" if replaced else "transformers"
+    front = _front_matter(report, library, license)
     title = f"# {_text(_public(_get(report, 'model', 'name', default='model')))}, tuned with Holdfast"
     sections = [
         title,
@@ -110,7 +113,7 @@ def _number(value: Any) -> float | None:
 # --- the parts of a card --------------------------------------------------------------------------
 
 
-def _front_matter(report: Mapping[str, Any], adapter: bool, license: str | None) -> str:
+def _front_matter(report: Mapping[str, Any], library: str, license: str | None) -> str:
     import yaml
 
     from holdfast.models.source import ALIASES
@@ -120,8 +123,8 @@ def _front_matter(report: Mapping[str, Any], adapter: bool, license: str | None)
     front: dict[str, Any] = {"base_model": base} if _is_hub_id(base) else {}
     if license:
         front["license"] = license
-    front |= {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
-    front["tags"] = ["holdfast", *(["peft"] if adapter else [])]
+    front |= {"library_name": library, "pipeline_tag": "text-generation"}
+    front["tags"] = ["holdfast", *(["peft"] if library == "peft" else [])]
     results = [row for row in _results(report) if row["metrics"]]
     if results:
         front["model-index"] = [{"name": f"{_public(name)}-holdfast", "results": results}]

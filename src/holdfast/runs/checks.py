@@ -9,6 +9,7 @@ import torch
 from holdfast import models
 from holdfast.errors import ModelError, RecipeError
 from holdfast.measure.suites import names_of
+from holdfast.method import Method
 from holdfast.plan import Host
 from holdfast.runs.run import Run
 
@@ -35,6 +36,26 @@ def check_settings(run: Run) -> None:
         raise RecipeError("training.bf16 is false, but model.dtype is bfloat16.", "Remove one of the two.")
     if recipe.export.folder and not (run.path / "training.json").is_file():
         models.may_replace(None, run.export.expanduser().resolve())
+
+
+def check_merge(recipe: Any, plan: Any) -> None:
+    """Raise RecipeError where export.merge asks for what the plan's replaced modules cannot become."""
+    for m in plan.active:
+        if recipe.export.merge and "replace" in m.sites() and type(m).merged is Method.merged:
+            raise RecipeError(
+                f"export.merge is true, but what {m.name} trains cannot be folded into the weights of the base.",
+                "Remove export.merge; the export is loaded by holdfast.load.",
+            )
+
+
+def check_source(source: Any) -> None:
+    """Raise ModelError for a model that nothing can be trained on."""
+    below = source
+    while below is not None:
+        if below.kind == "replaced":
+            what = f"{below.label} holds replaced modules, on which nothing can be trained further."
+            raise ModelError(what, "Tune its base, or a model that was exported whole.")
+        below = below.base
 
 
 def check_model(run: Run, source: Any, model: Any, tokenizer: Any, plan: Any) -> None:

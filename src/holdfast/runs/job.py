@@ -18,10 +18,11 @@ from holdfast.measure.soft_prompt import check_export
 from holdfast.measure.suites import check_suite, names_of
 from holdfast.plan import Host, Plan
 from holdfast.recipe import Recipe
-from holdfast.runs.checks import check_model, check_settings
+from holdfast.runs.checks import check_merge, check_model, check_settings, check_source
 from holdfast.runs.run import Run
 from holdfast.services import Context
 from holdfast.session import Session
+from holdfast.sites import replace
 from holdfast.sites.merging import sources_of
 
 
@@ -53,6 +54,11 @@ class Job:
         left = [f"{name} leaves out {share:.0%} of the task's rows" for name, share in self.session.left_out.items()]
         return "; ".join([*([self.task.note] if self.task.note else []), *left])
 
+    @property
+    def replaces(self) -> bool:
+        """Whether modules of the model are replaced."""
+        return any("replace" in m.sites() for m in self.session.methods)
+
     def inputs(self) -> dict[str, Any]:
         """Identity of the model, of the rows and of the models to merge with, by content."""
         rows = [[r.prompt, r.completion] for r in (*self.task.train, *self.task.test)]
@@ -82,6 +88,7 @@ def checked(run: Run) -> Job:
     with run.timed("load"):
         run.tell("load", 0.0, spec.model_name_or_path)
         source = models.resolve(spec.model_name_or_path, spec.model_revision)
+        check_source(source)
         tokenizer = models.load_tokenizer(source, spec.trust_remote_code)
         longest = models.context_length(source, spec.trust_remote_code)
         task = read_task(run.recipe, tokenizer, run.base_dir, longest, models.stop_tokens(source))
@@ -98,7 +105,7 @@ def load(recipe: Recipe, source: models.ModelSource, *, merge_adapter: bool) -> 
     """(model, tokenizer) of `source`, loaded as the recipe says."""
     spec = recipe.model
     plain = spec.dtype == "auto" and recipe.training.bf16 is False
-    return models.load(
+    return replace.load(
         source,
         dtype="float32" if plain else spec.dtype,
         trust_remote_code=spec.trust_remote_code,
@@ -112,6 +119,7 @@ def _plan(recipe: Recipe) -> Plan:
     """The plan, checked as far as that needs no model."""
     plan = Plan(default_plan()) if recipe.plan is None else Plan.from_recipe(recipe.plan)
     plan.check_together()
+    check_merge(recipe, plan)
     if recipe.model.load_in_4bit:
         plan.check_host(_host(recipe))
         models.may_load_in_4bit()

@@ -93,7 +93,8 @@ def _write(run: Run, report: dict[str, Any], described: Export) -> None:
     """The card, the pages, and report.json last: with it the run is finished."""
     report["recipe"] = (run.path / RECIPE).read_text(encoding="utf-8")
     base = str(described.base) if described.base else None
-    card = model_card(report, adapter=described.adapter, code=described.code(), base=base)
+    adapter, replaced = described.adapter, described.replaced is not None
+    card = model_card(report, adapter=adapter, replaced=replaced, code=described.code(), base=base)
     write_text(run.export / "README.md", card)
     page.write(report, run.path / "report.html")
     write_text(run.path / "report.md", markdown.summary(report))

@@ -17,6 +17,7 @@ from holdfast.measure.tuned_task import score_task
 from holdfast.runs import export
 from holdfast.runs.checks import not_finite
 from holdfast.runs.job import Job
+from holdfast.sites import replace
 
 MOST_DRAWN = 1 << 20  # rows that are looked through beforehand
 EVALUATED = 64  # rows that choose the best checkpoint of a stage
@@ -90,6 +91,8 @@ def _finished(job: Job, base_dtype: Any) -> tuple[Any, Any]:
     tuned, soft = session.finished_model(base_dtype)
     if job.recipe.export.merge and hasattr(tuned, "peft_config"):
         tuned = models.merged(tuned, f"The adapter of this run on {job.source.label}")
+    elif job.recipe.export.merge and job.replaces:
+        replace.merge(tuned, next(m for m in session.methods if "replace" in m.sites()))
     return tuned, soft
 
 
