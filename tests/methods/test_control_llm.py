@@ -95,7 +95,7 @@ def test_the_term_is_a_mean_over_layers_at_the_answer():
     3 (2 + 20) / 2 = 33 and 3 (3 + 30) / 2 = 49.5."""
     handed = {"divergence": [torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([10.0, 20.0, 30.0, 40.0])]}
     packed = pack([token_row([5, 6, 7, 8], 2)])
-    view = View(packed, torch.zeros(2, 9), 0, None, {}, None, "ControlLLM", {}, {}, {}, {}, handed)
+    view = View(packed, torch.zeros(2, 9), 0, None, {}, None, "ControlLLM", {}, {}, {}, handed=handed)
     term = hf.ControlLLM(weight=3.0).loss(view)
     assert term.owner == "task" and term.value.tolist() == [33.0, 49.5]
 
