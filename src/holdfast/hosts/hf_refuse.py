@@ -15,7 +15,7 @@ from holdfast.method import Method
 from holdfast.plan import Plan
 from holdfast.session import Session
 
-ONLY_WITH_LOSS = ("data", "batch", "token_weight", "loss", "steer", "stages")
+ONLY_WITH_LOSS = ("data", "batch", "rollouts", "token_weight", "loss", "steer", "stages")
 INSIDE_BACKWARD = ("lomo", "layerwise")  # optimizers that step while gradients are still being made
 
 
@@ -59,7 +59,7 @@ def _wrong_together(plan: Plan, given: Mapping[str, Any], ours: bool) -> Iterato
             f"decides the order of the rows, but {{}} was asked for train_sampling_strategy={strategy!r}",
             "Leave train_sampling_strategy out.",
         )
-    if method := _first(plan, "batch"):
+    if method := _first(plan, "batch", "rollouts"):
         what = "exchanges rows of a batch, but {} would add NEFTune's noise by the batch's own shape"
         yield method.name, noise, what, "Leave neftune_noise_alpha out."
     if method := _first(plan, "stages"):
@@ -154,7 +154,7 @@ def _refuse_fsdp(kind: type, plan: Plan, options: Any, ours: bool, version: int)
         return bool(given.get(name)) or os.environ.get(variable, "false").lower() in ("1", "true")
 
     owner = next((m for m in plan.active if "stages" in m.sites()), None)
-    asks = next((m for m in plan.active if "live_logits" in m.needs), None)
+    asks = next((m for m in plan.active if "live_logits" in m.needs or "rollouts" in m.sites()), None)
     for wrong, what, cure in (
         (version == 1, "FSDP1, which flattens the weights the plan works on", "Set fsdp_config={'version': 2}."),
         (not ours, "FSDP, because nobody has tested that with its own loss", "Use DDP."),

@@ -45,6 +45,7 @@ def _prepare(job: Job) -> None:
     session, training, run = job.session, job.training, job.run
     with run.timed("prepare"):
         run.tell("prepare", 0.0, "")
+        session.ctx.tell = lambda share, words: run.tell("prepare", share, words)
         order = job.mix.draw(training.seed)
         rows = min(training.num_steps * training.batch_size * training.gradient_accumulation_steps, MOST_DRAWN)
         drawn = [next(order) for _ in range(rows)]
@@ -111,6 +112,7 @@ def _part(job: Job, log: plain.Log, export_said: str | None, seconds: float) -> 
         "terms": {t: [[s, p[t]] for s, p in log.loss if t in p] for t in sorted(terms)},
         "realised_mix": realised,
         "left_out": job.session.left_out,
+        "notes": job.session.ctx.notes,
         "export": export_said,
         "timing": job.run.timing,
     }
