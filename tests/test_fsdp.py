@@ -62,7 +62,7 @@ PLANS: dict[str, Sequence[Method]] = {
     "by row": [Averaged(grouped=True)],
     "by source": [Averaged(per="source")],
 }
-CUT = {n: m for n, m in PLANS.items() if n != "ProMoT"}  # refused under FSDP
+CUT = {n: m for n, m in PLANS.items() if n not in ("ProMoT", "SDFT")}  # refused under FSDP
 SAVED = {"dense": PLANS["matrices"], "adapter": PLANS["LoRA in part"]}
 FORMATS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 VARIANTS: dict[str, dict[str, Any]] = {  # of "LoRA with all" and "matrices" under FSDP

@@ -85,9 +85,10 @@ class Reader:
         on with the next text.
         """
         ends = bool(ids) and ids[-1] in self.encoder.stops
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        text = self.tokenizer.decode(list(ids), skip_special_tokens=True).lstrip()
         if asked.one_line and "\n" in text:
-            text, ends = text.split("\n")[0].strip(), True
+            text, ends = text.split("\n")[0], True
+        text = text.strip()
         return text if (ends or not ended) and text and LOST not in text else None
 
     def answered(self, asked: Asked, answer: str, row: TokenRow, max_length: int) -> TokenRow | None:

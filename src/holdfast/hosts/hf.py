@@ -287,7 +287,7 @@ class PlannedTrainer(_Base):
     def _roll(
         self, micro: Sequence[Sequence[TokenRow]], step: int
     ) -> tuple[Sequence[Sequence[TokenRow]], list[TokenRow]]:
-        """The rollouts site, on the rows of all processes: the rows that are run, and the answered ones of the step."""
+        """The rollouts site, on the rows of all processes: those that are run, and the answered ones of the step."""
         if not self.session.rolling.methods:
             return micro, []
         own = [r for rows in micro for r in rows]

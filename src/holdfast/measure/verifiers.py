@@ -84,7 +84,5 @@ def _module(name: str, base_dir: Path | None) -> Any:
 def _score(name: str, value: Any) -> float:
     """A score of a user's verifier, checked."""
     if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
-        raise PlanError(
-            f"The verifier {name!r} gave {value!r}.", "Let it give a number from 0 to 1, or a bool."
-        )
+        raise PlanError(f"The verifier {name!r} gave {value!r}.", "Let it give a number from 0 to 1, or a bool.")
     return float(value)

@@ -90,21 +90,16 @@ class Rolling:
                 f"{m.name} has a prompt at step {step + 1} that leaves no room for an answer in {room} tokens.",
                 "Drop long rows, or use a model that reads more.",
             )
-        # equal prompts draw one after the other, in an order that no process decides
-        draws, seen = [], Counter()
-        for p, _ in pairs:
-            draws.append(seen[tuple(p)])
+        run, seen = f"{self.session.ctx.seed}/{m.name}/{step}", Counter[tuple[int, ...]]()
+        seeds = []
+        for p, _ in pairs:  # sorted: equal prompts draw one after the other, in an order that no process decides
+            seeds.append(seed_of(run, p, seen[tuple(p)]))
             seen[tuple(p)] += 1
-        run = f"{self.session.ctx.seed}/{m.name}/{step}"
-        seeds = [seed_of(run, p, n) for (p, _), n in zip(pairs, draws, strict=True)]
         sampling = Sampling(said.max_new_tokens, said.temperature, said.top_p)
         with self.session.between_steps():
             answers = respond(self.session.model, self.session.ctx.tokenizer, asked, seeds, sampling)
-        return [
-            _paired(p, t, answer, m.name, said.teacher)
-            for (p, t), answer in zip(pairs, answers, strict=True)
-            if answer
-        ]
+        found = zip(pairs, answers, strict=True)
+        return [_paired(p, t, answer, m.name, said.teacher) for (p, t), answer in found]
 
     # ---- teachers
 
