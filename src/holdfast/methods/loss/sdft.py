@@ -15,7 +15,8 @@ begins at the model's start, TRL's adapter at zero; the prompts of plain rows ar
 model without a chat template does not follow the paper's wording; no modes with old answers or servers.
 Public reproductions confirm its direction, not its size. Short answers that the base cannot copy teach little.
 Cost: a generation, and a teacher's forward, a step; a copy of the base unless an adapter is trained.
-Combine with: LoRA, Freeze. Methods on the task's own answers (KLToBase, DFT) find none of them here.
+Combine with: LoRA, Freeze, Replay. Do not combine with methods on the task's own answers, which are not run: DFT,
+EAFT, AnchoredSFT, FINCH, KLToBase when on = "task".
 """
 
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ CHAT = (  # Sec. 3 of the paper
 )
 PLAIN = "{prompt}{privileged_context}\n\n{prompt}"  # ours
 MODES = ("topk_logits", "full_logits")
+NO_TOKENS = "it weighs the tokens of the task's own answers, which SDFT does not run."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,10 @@ class SDFT(Method):
     paper: ClassVar = Paper("Self-Distillation Enables Continual Learning", "2601.19897",
                             "read in summaries; loss and defaults from trl.experimental.sdft")  # fmt: skip
     does: ClassVar = "learns from its own answers what it would say had it seen the given one"
+    refuses: ClassVar = {
+        **dict.fromkeys(("AnchoredSFT", "DFT", "EAFT"), NO_TOKENS),
+        "FINCH": "it follows the loss of the task's own answers, which SDFT does not run.",
+    }
 
     @property
     def needs(self):  # type: ignore[override]
