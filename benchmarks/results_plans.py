@@ -52,6 +52,8 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "curriculum": ([M.Curriculum()], FULL),
         "masked thought": ([M.MaskedThought()], FULL),
         "lora + replay + mftcoder": ([M.LoRA(), M.Replay(), M.MFTCoder()], LORA),
+        "s3ft": ([M.S3FT(max_new_tokens=16)], FULL),  # "contains": with "exact" nothing would change
+        "sdft": ([M.LoRA(), M.SDFT(max_completion_length=8)], LORA),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -82,6 +84,8 @@ TABLE = [
     "curriculum",
     "masked thought",
     "lora + replay + mftcoder",
+    "s3ft",
+    "sdft",
     *AFTERWARDS,
 ]
 

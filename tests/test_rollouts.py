@@ -112,8 +112,17 @@ def test_answers_are_kept_by_content(tiny_model, tokenizer, prompts, asked):
     assert sum(map(len, asked)) == 28
     with torch.no_grad():
         ctx.model.lm_head.weight[7, 3] += 1e-3
-    ctx.answers(prompts, **HOT)
+    Context(ctx.model, tokenizer).answers(prompts, **HOT)
     assert sum(map(len, asked)) == 35
+
+
+def test_an_answer_ends_with_a_text(tiny_model, tokenizer, prompts):
+    """Here the second and third token of the unstopped answer; what follows is not kept."""
+    ctx = Context(tiny_model(), tokenizer)
+    ((whole,),) = ctx.answers(prompts[:1], temperature=1.0, max_new_tokens=6)
+    text = tokenizer.decode(whole[1:3])
+    assert text not in tokenizer.decode(whole[:2])
+    assert ctx.answers(prompts[:1], temperature=1.0, max_new_tokens=6, stop=(text,)) == [[whole[:3]]]
 
 
 def test_a_killed_run_goes_on_with_what_it_has(tiny_model, tokenizer, prompts, asked, monkeypatch, tmp_path):

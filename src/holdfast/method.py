@@ -103,8 +103,8 @@ class Rollouts:
 
     prompts, teacher_prompts: tokens, one teacher's prompt for each prompt. teacher: "base", "live" (the model so far),
     "ema" (a moving average of what trains: of rate `ema_rate` the latest, since the first step with rollouts), or the
-    path or id of another model with the same tokenizer. temperature 0 takes the likeliest token. instead: the task's
-    rows of this step are not run.
+    path or id of another model with the same tokenizer. temperature 0 takes the likeliest token. stop: texts that
+    end an answer too. instead: the task's rows of this step are not run.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -114,6 +114,7 @@ class Rollouts:
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
     instead: bool = False
 
 

@@ -40,6 +40,7 @@ class Context:
     base_dir: Any = None
     tell: Callable[[float, str], None] | None = None
     notes: list[str] = field(default_factory=list)
+    _identity: str = ""  # of the base, once it was asked
 
     def answers(
         self,
@@ -50,16 +51,20 @@ class Context:
         top_p: float = 1.0,
         max_new_tokens: int = 64,
         seed: int | None = None,
+        stop: Sequence[str] = (),
         words: str = "answers of the base",
     ) -> list[list[list[int]]]:
         """For each prompt (tokens) `num` answers of the untouched base (tokens), at `prepare` and `data`.
 
-        An answer includes the token that ends it, unless max_new_tokens cut it off. It depends on its prompt, the
-        settings and the seed (None: the run's) alone. Answers are kept in the cache by content, so a killed run goes
-        on with those it has. All processes must ask alike.
+        An answer includes the token that ends it, or that completes a text of `stop`, unless max_new_tokens cut it
+        off. It depends on its prompt, the settings and the seed (None: the run's) alone. Answers are kept in the
+        cache by content, so a killed run goes on with those it has. All processes must ask alike.
         """
-        sampling = answers.Sampling(max_new_tokens, temperature, top_p)
+        if not prompts:
+            return []
+        sampling = answers.Sampling(max_new_tokens, temperature, top_p, tuple(stop))
         tell = self.tell
+        self._identity = self._identity or answers.identity_of(self.model)
         with answers.adapters_off(self.model):
             return answers.kept(
                 self.model,
@@ -68,7 +73,7 @@ class Context:
                 sampling,
                 num=num,
                 seed=self.seed if seed is None else seed,
-                identity=answers.identity_of(self.model),
+                identity=self._identity,
                 progress=(lambda x: tell(x, words)) if tell else None,
             )
 

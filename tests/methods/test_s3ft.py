@@ -35,7 +35,7 @@ class Says(Context):
 
     def answers(self, prompts, **settings):
         texts = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
-        self.notes += [f"asked {len(texts)}"]
+        self.notes += [f"asked {len(texts)}"] * bool(texts)
         return [[self.tokenizer.encode(SAID.get(text, " no\n"), add_special_tokens=False)] for text in texts]
 
 

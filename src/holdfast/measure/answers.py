@@ -10,7 +10,7 @@ Legend: B prompts, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,11 +33,13 @@ Tokens = list[int]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. temperature 0 takes the likeliest token; top_p: of the likeliest tokens, this mass."""
+    """How answers are drawn. temperature 0 takes the likeliest token; top_p: of the likeliest tokens, this mass; stop:
+    an answer ends with the token that completes one of these texts."""
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
+    stop: tuple[str, ...] = ()
 
 
 class Dice:
@@ -84,8 +86,16 @@ def respond(
     stops = Encoder(tokenizer, stops_of(model.generation_config)).stops
     ends = {"eos_token_id": sorted(stops)} if stops else {}
     rolls = (lambda at: Dice([seeds[n] for n in at], sampling)) if sampling.temperature > 0 else None
-    found = new_tokens(model, tokenizer, prompts, progress=progress, dice=rolls, **ends, **GREEDY)
-    return [ids[: next((n + 1 for n, token in enumerate(ids) if token in stops), len(ids))] for ids in found]
+    found = new_tokens(model, tokenizer, prompts, stop=sampling.stop, progress=progress, dice=rolls, **ends, **GREEDY)
+    return [_ended(ids, stops, sampling.stop, tokenizer) for ids in found]
+
+
+def _ended(ids: Tokens, stops: Collection[int], texts: Sequence[str], tokenizer: Any) -> Tokens:
+    """An answer without what follows its end."""
+    end = next((n + 1 for n, token in enumerate(ids) if token in stops), len(ids))
+    if texts and any(text in tokenizer.decode(ids[:end]) for text in texts):
+        end = next(n for n in range(1, end + 1) if any(text in tokenizer.decode(ids[:n]) for text in texts))
+    return ids[:end]
 
 
 def room_of(model: Any) -> int:

@@ -95,7 +95,7 @@ class Rolling:
         for p, _ in pairs:  # sorted: equal prompts draw one after the other, in an order that no process decides
             seeds.append(seed_of(run, p, seen[tuple(p)]))
             seen[tuple(p)] += 1
-        sampling = Sampling(said.max_new_tokens, said.temperature, said.top_p)
+        sampling = Sampling(said.max_new_tokens, said.temperature, said.top_p, said.stop)
         with self.session.between_steps():
             answers = respond(self.session.model, self.session.ctx.tokenizer, asked, seeds, sampling)
         found = zip(pairs, answers, strict=True)

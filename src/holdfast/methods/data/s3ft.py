@@ -138,10 +138,12 @@ class Exchange:
         """What the base says to each prompt that leaves room for it, of what may be taken."""
         m = self.method
         room = room_of(self.ctx.model) - m.max_new_tokens
-        fits = {key: ids for key, ids in prompts.items() if len(ids) <= room}
-        found = self.ctx.answers(
-            list(fits.values()), temperature=m.temperature, top_p=m.top_p, max_new_tokens=m.max_new_tokens,
-            words=f"S3FT: {words}",
-        )  # fmt: skip
-        texts = {key: reader.said(one[0], asked[key], m.ended) for key, one in zip(fits, found, strict=True)}
+        texts: dict[bytes, str | None] = {}
+        for line in (True, False):
+            fits = {key: ids for key, ids in prompts.items() if len(ids) <= room and asked[key].one_line == line}
+            found = self.ctx.answers(
+                list(fits.values()), temperature=m.temperature, top_p=m.top_p, max_new_tokens=m.max_new_tokens,
+                stop=("\n",) if line else (), words=f"S3FT: {words}",
+            )  # fmt: skip
+            texts |= {key: reader.said(one[0], asked[key], m.ended) for key, one in zip(fits, found, strict=True)}
         return {key: text for key, text in texts.items() if text}

@@ -11,8 +11,9 @@ more entry for the rest (distillation_add_tail); "full_logits" the vocabulary. T
 far), "ema", or the path of another model. Settings and defaults are those of `trl.experimental.sdft` where they have
 the same name; one step equals SDFTTrainer's for the same answers of equal length. Differences: tokens are averaged
 over the whole step, TRL averages each answer first; one answer a prompt by default, TRL draws 8; a moving average
-begins at the model's start, TRL's adapter at zero; the prompts of plain rows are shown the row once before, because a
-model without a chat template does not follow the paper's wording; no modes with old answers or servers.
+begins at the model's start, TRL's adapter at zero; behind plain prompts, which a model without a chat template goes on
+with, an answer ends with its line (`stop`), and the teacher is shown the whole row once before, not the paper's words;
+no modes with old answers or servers.
 Public reproductions confirm its direction, not its size. Short answers that the base cannot copy teach little.
 Cost: a generation, and a teacher's forward, a step; a copy of the base unless an adapter is trained.
 Combine with: LoRA, Freeze, Replay. Do not combine with methods on the task's own answers, which are not run: DFT,
@@ -57,6 +58,7 @@ class SDFT(Method):
     top_p: float = 1.0  # TRL
     max_completion_length: int = 256  # TRL
     num_generations: int = 1  # ours: answers to each prompt
+    stop: tuple[str, ...] | None = None  # ours; None: a line end where the given answers are single lines
     teacher_prompt_template: str | None = None  # None: the paper's for chats, ours for plain text
 
     paper: ClassVar = Paper("Self-Distillation Enables Continual Learning", "2601.19897",
@@ -101,6 +103,7 @@ class SDFT(Method):
                 "Give rows of one prompt and one completion.",
             )
         shown = [self.shown(a, reader) for a in asked]
+        lines = ("\n",) if all(a.one_line for a in asked) else ()
         return Rollouts(
             [a.ids for a in asked] * self.num_generations,
             shown * self.num_generations,
@@ -109,6 +112,7 @@ class SDFT(Method):
             temperature=self.temperature,
             top_p=self.top_p,
             max_new_tokens=self.max_completion_length,
+            stop=lines if self.stop is None else self.stop,
             instead=True,
         )
 
