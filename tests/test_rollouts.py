@@ -29,6 +29,7 @@ from holdfast.services import Context
 from holdfast.session import Session
 from test_shard import two
 from tiny import build_model, build_tokenizer, ticket_rows
+from tiny_run import make_world, recipe_data, write_recipe
 
 
 class Killed(Exception):
@@ -175,6 +176,22 @@ def test_two_processes_get_the_same_answers(tiny_model, tokenizer, prompts, tmp_
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == wanted
     (ours,), (theirs,) = ((h / "answers").rglob("*.json") for h in (home, tmp_path / "twice"))
     assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
+
+
+def test_the_report_says_what_is_trained_on(tiny_model, tokenizer, rows, tmp_path):
+    """A whole run; the user's verifier stands beside the recipe."""
+    from holdfast.verbs.tune import tune
+
+    (tmp_path / "mine.py").write_text("def yes(answer, reference, row):\n    return True\n")
+    plan = [{"S3FT": {"verifier": "mine:yes", "max_new_tokens": 2, "temperature": 5.0, "ended": False}}]
+    world = make_world(tmp_path, tiny_model(), tokenizer, rows)
+    heard: list[str] = []
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_data(world, tmp_path / "out", plan=plan))
+    folder = tune(recipe, tell=lambda _phase, _share, words: heard.append(words))
+    report = json.loads((folder / "report.json").read_text())
+    (said,) = report["training"]["notes"]
+    assert said.startswith("S3FT trains on ") and said in report["task"]["note"]
+    assert "S3FT: own answers" in heard and "S3FT: paraphrases" in heard
 
 
 # ---- verifiers

@@ -47,7 +47,7 @@ class S3FT(Method):
     rewrite: str | None = None  # ours; None: by the kind of row, a chat or plain text
     max_new_tokens: int = 256  # ours
     temperature: float = 0.0  # ours: the likeliest answer
-    top_p: float = 1.0
+    top_p: float = 1.0  # ours: all tokens
     ended: bool = True  # ours: answers that were cut off are not taken
 
     paper: ClassVar = Paper("Selective Self-to-Supervised Fine-Tuning for Generalization in Large Language Models",

@@ -9,12 +9,12 @@
 distillation_mode "topk_logits" compares the student's `distillation_topk` likeliest tokens, renormalised or with one
 more entry for the rest (distillation_add_tail); "full_logits" the vocabulary. Teacher: "base", "live" (the model so
 far), "ema", or the path of another model. Settings and defaults are those of `trl.experimental.sdft` where they have
-the same name; one step equals SDFTTrainer's for the same answers of equal length. Differences: tokens are averaged
-over the whole step, TRL averages each answer first; one answer a prompt by default, TRL draws 8; a moving average
-begins at the model's start, TRL's adapter at zero; behind plain prompts, which a model without a chat template goes on
-with, an answer ends with its line (`stop`), and the teacher is shown the whole row once before, not the paper's words;
-no modes with old answers or servers.
-Public reproductions confirm its direction, not its size. Short answers that the base cannot copy teach little.
+the same name; one step equals SDFTTrainer's for the same answers of equal length.
+Differences: tokens are averaged over the whole step, TRL averages each answer first; one answer a prompt by default,
+TRL draws 8; a moving average begins at the model's start, TRL's adapter at zero; behind plain prompts, which a model
+without a chat template goes on with, an answer ends with its line (`stop`), and the teacher is shown the row once
+before, not the paper's words; no modes with old answers or servers.
+Public reproductions confirm its direction, not its size.
 Cost: a generation, and a teacher's forward, a step; a copy of the base unless an adapter is trained.
 Combine with: LoRA, Freeze, Replay. Do not combine with methods on the task's own answers, which are not run: DFT,
 EAFT, AnchoredSFT, FINCH, KLToBase when on = "task".
