@@ -295,6 +295,7 @@ def built_with(methods: Sequence[Method], folder: Path, kind: type = Trainer, **
 def test_refused_under_fsdp(tmp_path, monkeypatch):
     refused(lambda: built_with([hf.ProMoT()], tmp_path), "Trainer", "FSDP", "ProMoT", "DDP")
     refused(lambda: built_with([hf.UDS()], tmp_path), "Trainer", "FSDP", "UDS", "DDP")
+    refused(lambda: built_with([hf.SDFT()], tmp_path), "Trainer", "FSDP", "SDFT", "DDP")
     refused(lambda: built_with([LORA], tmp_path, DPOTrainer), "DPOTrainer", "FSDP", "DDP")
     refused(lambda: built_with([], tmp_path, fsdp_version=1), "Trainer", "FSDP1", "version")
     refused(lambda: built_with([], tmp_path, cpu_offload=True), "Trainer", "cpu_offload")
