@@ -18,6 +18,7 @@ from holdfast import models
 from holdfast.data.asked import Reader
 from holdfast.data.rows import Row
 from holdfast.data.tokens import Encoder, tokenize
+from holdfast.engine.counts import count_rows
 from holdfast.engine.processes import start, world
 from holdfast.errors import PlanError
 from holdfast.measure import answers
@@ -448,7 +449,7 @@ def test_the_teacher_under_autocast_is_the_average(tiny_model, tokenizer, rows):
             p += 0.2
     _, made = session.roll(task, 0)
     with torch.autocast("cpu", torch.bfloat16):
-        session.loss(session.model, made, {"Echo": 8}, 0)
+        session.loss(session.model, made, count_rows(made), 0)
         cached = session.rolling.teacher_logp(made)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         assert torch.equal(cached, session.rolling.teacher_logp(made))

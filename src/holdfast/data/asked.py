@@ -54,7 +54,7 @@ class Reader:
         begin = len(self.encoder.begin)
         if not len(at) or at[0] <= max(1, begin) or len(at) != len(row.ids) - at[0]:
             return None
-        ids, said = row.ids[: at[0]].tolist(), row.ids[at[0] :].tolist()
+        ids, said = row.ids[: at[0]].tolist(), row.predicted[at[0] :].tolist()
         end = len(said)
         while end and self._ends(said[end - 1]):
             end -= 1

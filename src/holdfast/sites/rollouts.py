@@ -44,13 +44,14 @@ def is_task(row: TokenRow) -> bool:
 
 def said_row(row: TokenRow) -> list[Any]:
     """A row as plain data, for other processes."""
-    return [row.ids.tolist(), row.scored.tolist(), row.owner, row.source]
+    return [row.ids.tolist(), row.scored.tolist(), row.predicted.tolist(), row.owner, row.source]
 
 
 def unsaid(said: Sequence[Any]) -> TokenRow:
     """The row that `said_row` told."""
-    ids, scored, owner, source = said
-    return TokenRow(np.asarray(ids, dtype=np.int64), np.asarray(scored, dtype=bool), owner, source)
+    ids, scored, targets, owner, source = said
+    read, predicted = (np.asarray(a, dtype=np.int64) for a in (ids, targets))
+    return TokenRow(read, np.asarray(scored, dtype=bool), owner, source, targets=predicted)
 
 
 class Rolling:

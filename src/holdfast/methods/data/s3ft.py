@@ -81,7 +81,7 @@ class Exchange:
     @cached_property
     def table(self) -> dict[bytes, TokenRow]:
         """The chosen row for each task row that changes, by its key."""
-        rows = [self._mapped(r) for r in self.mix.task]
+        rows = [self._mapped(r) for r in self.mix.kept]
         chosen, counts = self.choose(rows)
         said = ", ".join(f"{counts[kind]} {kind}" for kind in (SELF, PARAPHRASE, GOLD))
         self.ctx.notes.append(f"S3FT trains on {said} for {len(rows)} rows (verifier {self.method.verifier})")

@@ -2,28 +2,28 @@
 
     x: the row's prompt   c: its given answer   y ~ p(.|x): sampled from the model so far at every step
     s_t = p(.|x, y_<t)    q_t = teacher(.|x, c, y_<t)    (both at `temperature`)
-    loss = mean_t D_a(s_t, q_t)   in place of the task's cross-entropy
+    loss = mean over answers of mean_t D_a(s_t, q_t)   in place of the task's cross-entropy
     a = distillation_alpha:   0: KL(q || s)   1: KL(s || q), the paper's   between, with m = (1 - a) s + a q:
                               (1 - a) KL(s || m) + a KL(q || m)
 
 distillation_mode "topk_logits" compares the student's `distillation_topk` likeliest tokens, renormalised or with one
 more entry for the rest (distillation_add_tail); "full_logits" the vocabulary. Teacher: "base", "live" (the model so
 far), "ema", or the path of another model. Settings and defaults are those of `trl.experimental.sdft` where they have
-the same name; one step equals SDFTTrainer's for the same answers of equal length.
-Differences: tokens are averaged over the whole step, TRL averages each answer first; one answer a prompt by default,
-TRL draws 8; a moving average begins at the model's start, TRL's adapter at zero; behind plain prompts, which a model
-without a chat template goes on with, an answer ends with its line (`stop`), and the teacher is shown the row once
-before, not the paper's words; no modes with old answers or servers.
+the same name; one step equals SDFTTrainer's for the same answers.
+Differences: one answer a prompt by default, TRL draws 8; a moving average begins at the model's start, TRL's adapter
+at zero; behind plain prompts, which a model without a chat template goes on with, an answer ends with its line
+(`stop`), and the teacher is shown the row once before, not the paper's words; no modes with old answers or servers.
 Public reproductions confirm its direction, not its size.
 Cost: a generation, and a teacher's forward, a step; a copy of the base unless an adapter is trained.
 Combine with: LoRA, Freeze, Replay. Do not combine with methods on the task's own answers, which are not run: DFT,
-EAFT, AnchoredSFT, FINCH, KLToBase when on = "task".
+EAFT, AnchoredSFT, FINCH, MaskedThought, MFTCoder, TLTraining, KLToBase when on = "task".
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from holdfast.data.asked import Asked, Reader, fits_chats
@@ -65,7 +65,8 @@ class SDFT(Method):
                             "read in summaries; loss and defaults from trl.experimental.sdft")  # fmt: skip
     does: ClassVar = "learns from its own answers what it would say had it seen the given one"
     refuses: ClassVar = {
-        **dict.fromkeys(("AnchoredSFT", "DFT", "EAFT"), NO_TOKENS),
+        **dict.fromkeys(("AnchoredSFT", "DFT", "EAFT", "MFTCoder", "TLTraining"), NO_TOKENS),
+        "MaskedThought": "it masks the task's own answers, which SDFT does not run.",
         "FINCH": "it follows the loss of the task's own answers, which SDFT does not run.",
     }
 
@@ -139,7 +140,10 @@ class SDFT(Method):
         if self.distillation_mode == "topk_logits":
             index = student.topk(min(self.distillation_topk, student.shape[-1]), dim=-1).indices
             student, teacher = (self._part(p.gather(-1, index)) for p in (student, teacher))
-        return Term(divergence(student, teacher, self.distillation_alpha), self.name)
+        value = divergence(student, teacher, self.distillation_alpha)
+        _, place, sizes = np.unique(view.packed.row[at.cpu().numpy()], return_inverse=True, return_counts=True)
+        index, count = (torch.as_tensor(a, device=value.device) for a in (place, sizes))
+        return Term(value.new_zeros(len(sizes)).index_add(0, index, value) / count, self.name, per="row")
 
     def _part(self, logp: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of some tokens as a distribution: renormalised, or with an entry for all others."""
