@@ -12,10 +12,12 @@ import torch
 
 from holdfast import methods as hf
 from holdfast.data.mix import Mix
+from holdfast.data.rows import Row
 from holdfast.data.tokens import tokenize
 from holdfast.engine.forward import forward
 from holdfast.engine.replaced import switched_off
 from holdfast.hosts.plain import Log, Training, rows_of_run, train
+from holdfast.measure.answers import Sampling, respond, seed_of
 from holdfast.method import Method, canonical
 from holdfast.methods.adapt.lift import principal
 from holdfast.methods.loss._divergence import forward_kl
@@ -23,6 +25,7 @@ from holdfast.methods.loss.gere import _flags, _key, margin
 from holdfast.plan import Host, Plan
 from holdfast.services import Context
 from holdfast.session import Session
+from tiny import build_tokenizer
 
 Weights = dict[str, torch.Tensor]
 Watch = Callable[[Session, int], None]
@@ -465,6 +468,58 @@ def keys_hold(seen: Seen) -> None:
     )
 
 
+def half_right(answer: str, reference: str, row: Any) -> bool:
+    """A verifier for S3FT: every answer to a prompt of even length is right."""
+    return len(row.prompt) % 2 == 0
+
+
+def parts_of(row: Any, tokenizer: Any) -> tuple[list[int], str, str]:
+    """The prompt's tokens, its text and the answer's text of a ticket."""
+    start = int(row.scored.argmax())
+    prompt, answer = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (row.ids[:start], row.ids[start:]))
+    return row.ids[:start].tolist(), prompt, answer
+
+
+@torch.no_grad()
+def own_answers_hold(seen: Seen) -> None:
+    """The first step is on the base's answers where the verifier takes them, and it takes some."""
+    tokenizer, order, rows = build_tokenizer(), Mix(seen.task).draw(0), []
+    for row in (next(order) for _ in range(4)):
+        ids, prompt, answer = parts_of(row, tokenizer)
+        if half_right("", "", Row(prompt, "")):
+            (got,) = respond(seen.base_model, tokenizer, [(ids, 2)], [seed_of(0, ids, 0)], Sampling(2, 5.0))
+            said = tokenizer.decode(got, skip_special_tokens=True).strip().split("\n")[0]
+            answer = f" {said}" if said and "\ufffd" not in said else answer
+        rows.append(tokenize(Row(prompt, answer), tokenizer, 512))
+    packed, logits = forward(seen.base_model, rows)
+    first = torch.nn.functional.cross_entropy(logits, packed.target).item()
+    assert math.isclose(seen.result.log.loss[0][1]["task"], first, rel_tol=1e-5)
+    assert not math.isclose(seen.plain.log.loss[0][1]["task"], first, rel_tol=1e-3)
+
+
+@torch.no_grad()
+def shown_answers_hold(seen: Seen) -> None:
+    """The first step's term by the model's own forward, row by row: JSD behind the prompt and one with the answer."""
+    m, model, tokenizer, order = seen.method, seen.base_model, build_tokenizer(), Mix(seen.task).draw(0)
+    total = count = 0
+    for row in (next(order) for _ in range(4)):
+        ids, prompt, answer = parts_of(row, tokenizer)
+        seed = seed_of("0/SDFT/0", ids, 0)
+        sampling = Sampling(m.max_completion_length, m.temperature)
+        (said,) = respond(model, tokenizer, [(ids, m.max_completion_length)], [seed], sampling)
+        shown = tokenizer(f"{prompt}{answer}\n\n{prompt}")["input_ids"]
+        a, b = (
+            (model(torch.tensor([[*p, *said]])).logits[0, len(p) - 1 : -1] / m.temperature).double().log_softmax(-1)
+            for p in (ids, shown)
+        )
+        middle = ((a.exp() + b.exp()) / 2).log()
+        total += ((a.exp() * (a - middle)).sum() + (b.exp() * (b - middle)).sum()).item() / 2
+        count += len(said)
+    first = seen.result.log.loss[0][1]["SDFT"]
+    assert math.isclose(first, total / count, rel_tol=1e-3) and first > 1e-4
+    assert seen.result.log.realised["SDFT/examples"] == 80 and not seen.result.log.realised["task/examples"]
+
+
 # ---- the rows
 
 
@@ -626,6 +681,19 @@ CASES = (
         share_holds("Replay"),
         off=(hf.Replay(share=0.0),),
         no_zero=NO_TERM,
+    ),
+    Case(
+        hf.S3FT(verifier="cases:half_right", max_new_tokens=2, temperature=5.0, ended=False),
+        own_answers_hold,
+        no_off="it exchanges answers: leaving it out is off",
+        no_zero=NO_TERM,
+        too_short="would train on the given answers alone",
+    ),
+    Case(
+        hf.SDFT(temperature=0.15, max_completion_length=6, distillation_mode="full_logits"),
+        shown_answers_hold,
+        no_off="it replaces the loss: leaving it out is off",
+        no_zero="the teacher reads another prompt, so the term is not 0 at the base",
     ),
     Case(hf.SLERP(t=0.4), arc_holds, off=(hf.SLERP(t=1.0),), no_zero=NO_TERM),
     Case(

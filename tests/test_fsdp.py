@@ -64,7 +64,7 @@ PLANS: dict[str, Sequence[Method]] = {
     "by source": [Averaged(per="source")],
     "feedback": [Watcher()],
 }
-REFUSED = [n for n, plan in PLANS.items() if any(m.holds_out or m.stages() for m in plan)]
+REFUSED = [n for n, plan in PLANS.items() if any(m.holds_out or m.stages() or "rollouts" in m.sites() for m in plan)]
 CUT = {n: m for n, m in PLANS.items() if n not in REFUSED}
 SAVED = {"dense": PLANS["matrices"], "adapter": PLANS["LoRA in part"]}
 FORMATS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
@@ -301,6 +301,7 @@ def test_refused_under_fsdp(tmp_path, monkeypatch):
     refused(lambda: built_with([hf.LTSFT()], tmp_path), "Trainer", "FSDP", "LTSFT", "stages", "DDP")
     refused(lambda: built_with([hf.CoBa()], tmp_path), "Trainer", "FSDP", "CoBa", "DDP")
     refused(lambda: built_with([hf.UDS()], tmp_path), "Trainer", "FSDP", "UDS", "DDP")
+    refused(lambda: built_with([hf.SDFT()], tmp_path), "Trainer", "FSDP", "SDFT", "DDP")
     refused(lambda: built_with([LORA], tmp_path, DPOTrainer), "DPOTrainer", "FSDP", "DDP")
     refused(lambda: built_with([], tmp_path, fsdp_version=1), "Trainer", "FSDP1", "version")
     refused(lambda: built_with([], tmp_path, cpu_offload=True), "Trainer", "cpu_offload")

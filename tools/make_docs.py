@@ -27,7 +27,7 @@ from holdfast.recipe import recipe_schema
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 GENERATED = "<!-- Written by tools/make_docs.py: change the code and run it again. -->\n\n"
 NEEDS = {
-    "base_logits": "the base model's answers, computed once before training",
+    "base_logits": "the base model's answers, computed once before training, or asked for rows that come later",
     "base_weights": "a copy of the base weights",
     "dense": "the model's own weights (not an adapter, not 4 or 8 bits)",
     "base_hidden": "the base's hidden states",
@@ -135,7 +135,7 @@ def _facts(kind: type[Method]) -> Iterator[str]:
     yield f"- Sites: {', '.join(f'`{s}`' for s in kind().sites())}."
     if kind.wraps:
         yield "- Wraps the model's layers: one such method a plan, and none that needs the model's own weights."
-    for need in sorted(kind.needs):
+    for need in sorted(kind().needs):
         yield f"- Needs {NEEDS[need]}."
     for other, why in _clashes(kind):
         yield f"- Refused with {other}: {why}"

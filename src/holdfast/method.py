@@ -29,6 +29,7 @@ SITES = (
     "entries",
     "data",
     "batch",
+    "rollouts",
     "token_weight",
     "loss",
     "grad",
@@ -109,6 +110,27 @@ class Steer:
     freeze_next: tuple[str, ...] = ()
     end: str = ""
     state: State = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Prompts that the model so far answers at a step, and what a teacher reads before the same answers.
+
+    prompts, teacher_prompts: tokens, one teacher's prompt for each prompt. teacher: "base", "live" (the model so far),
+    "ema" (a moving average of what trains: of rate `ema_rate` the latest, since the first step with rollouts), or the
+    path or id of another model with the same tokenizer. temperature 0 takes the likeliest token. stop: texts that
+    end an answer too. instead: the task's rows of this step are not run.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    teacher_prompts: Sequence[Sequence[int]]
+    teacher: str = "base"
+    ema_rate: float = 0.05
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    instead: bool = False
 
 
 @dataclass(frozen=True)
@@ -229,6 +251,15 @@ class Method:
         In a trainer of several processes each one picks among its own rows, and so remembers what it picked itself.
         """
         return rows
+
+    def rollouts(self, rows: Sequence[TokenRow], step: int, ctx: Context, state: State) -> Rollouts | None:
+        """Prompts that the model so far is to answer, asked once a step with the task's rows of the whole step.
+
+        The answers become rows of this method, scored on the answer and its end; `loss` finds them at
+        `view.positions(self.name)`, and their teacher's view at `view.teacher_logp(self.name)`. A method whose teacher
+        is "base" has `base_logits` in its `needs`.
+        """
+        return None
 
     def hidden_layers(self) -> tuple[int, ...]:
         """Whose states `view.hidden` gives to `loss` and `token_weight`: blocks from 0, or -1, before the head."""

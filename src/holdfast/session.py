@@ -1,13 +1,15 @@
 """A plan at work on one model: what both hosts call, so that they cannot differ.
 
-Order of a step: batch -> forward -> token weights and terms -> backward -> grad -> clip -> optimizer -> update.
+Order of a step: batch -> rollouts -> forward -> token weights and terms -> backward -> grad -> clip -> optimizer ->
+update.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from holdfast.sites import replace
 from holdfast.sites.entries import Entries
 from holdfast.sites.held_out import HeldOut
 from holdfast.sites.merging import Merging
+from holdfast.sites.rollouts import Rolling
 from holdfast.sites.scale import divided
 from holdfast.sites.steering import Steering, Wholes
 
@@ -78,6 +81,7 @@ class Session:
         self.merging = Merging(self.methods, self.state, ctx.base_dir, self.num_layers)
         self.held_out = HeldOut(self.methods)
         self.first, self.total = 0, 0  # the stage's first step, and how many the run has; hosts set both
+        self.rolling = Rolling(self)
         self._source_of: dict[str, str] = {}  # label of a row -> the method whose source it came from
         self.params: dict[str, torch.nn.Parameter] = {}
         self._wrapped: frozenset[str] | None = None  # what an adapter trains, once it is on the model
@@ -102,12 +106,14 @@ class Session:
                 self.model, [n for m in self.methods if "base_hidden" in m.needs for n in m.hidden_layers()]
             )
             used = [r for m in self.methods for r in self._used_asides(m)]
-            on_task = any(asks & m.needs and m.name not in self.asides for m in self.methods)
+            apart = {*self.asides, *(m.name for m in self.rolling.methods)}  # these do not ask about the task's rows
+            on_task = any(asks & m.needs and m.name not in apart for m in self.methods)
             known = [*used, *(teacher_rows if on_task and not self._rewrites else ())]
             self.teacher.learn(self.model, known, progress=progress)
             # a cut model answers only when all processes ask at once, so there nothing is asked of it
             in_place = any(m.wraps for m in self.methods) and not self.sharded
             unknown = on_task and (self._rewrites or not (self.knows_rows and self.teacher.exact_head))
+            unknown = unknown or any(asks & m.needs for m in self.rolling.methods)
             self.teacher.freeze_base(self.model, head_trains=not in_place, needs_copy=unknown and not in_place)
         # beside an adapter nothing of the base trains, so there is nothing to compare it with or go back to
         goes_back = any("base_weights" in m.needs for m in self.methods) or any(s.restart for s in self.stages)
@@ -277,13 +283,22 @@ class Session:
     @torch.no_grad()
     def _look(self, rows: Sequence[TokenRow]) -> tuple[Packed, torch.Tensor]:
         """Packing and logits of the model so far; dice of the step are not rolled for it."""
+        with self.between_steps():
+            return forward(self.model, rows, packing=self.packing)
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """The model so far as something to ask: dropout off, in the dtype that steps compute in."""
         was_training, device = self.model.training, next(self.model.parameters()).device.type
         half = self.compute_dtype in (torch.bfloat16, torch.float16)
         self.model.eval()
         with torch.autocast(device, self.compute_dtype if half else torch.bfloat16, enabled=half):
-            found = forward(self.model, rows, packing=self.packing)
+            yield
         self.model.train(was_training)
-        return found
+
+    def roll(self, rows: Sequence[TokenRow], step: int) -> tuple[Sequence[TokenRow], list[TokenRow]]:
+        """The rollouts site, on all rows of a step: those that are run, and answered ones to run beside them."""
+        return self.rolling.roll(rows, step) if self.rolling.methods else (rows, [])
 
     def loss(
         self, model: Any, rows: Sequence[TokenRow], counts: Counts, step: int, share: float = 1.0
@@ -352,6 +367,7 @@ class Session:
         return View(
             packed, logits, step, model, self.state.get(name, {}), self.teacher, name, self.params,
             self.base_weights, shared, states, counts, handed,
+            self.rolling.teacher_logp,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -491,7 +507,9 @@ class Session:
 
         Rows must be among those given to `prepare` when it was given any. What happens here is no effect of a method.
         """
-        effects, rows = self.effects.copy(), [*rows, *self.rows_of(0)]
+        effects = self.effects.copy()
+        rows, answered = self.roll(rows, 0)
+        rows = [*rows, *self.rows_of(0), *answered]
         device = next(self.model.parameters()).device.type
         with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
             loss, parts = self.loss(self.model, rows, count_rows(rows), step=0)

@@ -88,6 +88,7 @@ from holdfast.method import Stage
 from holdfast.models.saving import save_replaced
 from holdfast.plan import Plan
 from holdfast.session import Session
+from holdfast.sites.rollouts import is_task, said_row, unsaid
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -135,6 +136,12 @@ class Micro:
     step: int
     share: float
     places: Places | None = None
+
+
+def _idle(micro: Sequence[Sequence[TokenRow]]) -> list[TokenRow]:
+    """A row without a target: every process takes part in every backward."""
+    row = next(r for rows in micro for r in rows)
+    return [TokenRow(row.ids, np.zeros_like(row.scored))]
 
 
 class PlannedTrainer(_Base):
@@ -242,7 +249,8 @@ class PlannedTrainer(_Base):
         """Give each batch of a step its Micro."""
         parsed = [placed_rows(b, self._known) for b in batches]
         drawn = [[row for row, _ in rows] for rows in parsed]
-        rows, asides = self._deal(drawn, step), self.session.rows_of(step)
+        rows, answered = self._roll(self._deal(drawn, step), step)
+        asides = [*self.session.rows_of(step), *answered]
         counts = self._count(rows, asides, items if rows is drawn else None)
         first, ranks = self.accelerator.process_index, self.accelerator.num_processes
         every = len(batches) * ranks
@@ -284,8 +292,21 @@ class PlannedTrainer(_Base):
         picked = self.session.pick(drawn, step)
         if picked is drawn:
             return micro
-        idle = [TokenRow(drawn[0].ids, np.zeros_like(drawn[0].scored))]  # every process takes part in every backward
-        return [rows or idle for rows in dealt(picked, len(micro))]
+        return [rows or _idle(micro) for rows in dealt(picked, len(micro))]
+
+    def _roll(
+        self, micro: Sequence[Sequence[TokenRow]], step: int
+    ) -> tuple[Sequence[Sequence[TokenRow]], list[TokenRow]]:
+        """The rollouts site, on the rows of all processes: those that are run, and the answered ones of the step."""
+        if not self.session.rolling.methods:
+            return micro, []
+        own = [r for rows in micro for r in rows]
+        every = [unsaid(said) for theirs in gather([said_row(r) for r in own]) for said in theirs]
+        kept, answered = self.session.roll(every, step)
+        if kept is every:
+            return micro, answered
+        task = [[r for r in rows if not is_task(r)] for rows in micro]
+        return [rows or _idle(micro) for rows in task], answered
 
     def _count(self, micro: Sequence[Sequence[TokenRow]], asides: Sequence[TokenRow], items: Any) -> list[Counts]:
         """What the loss of each owner is divided by in each micro-batch: counts of the whole step.

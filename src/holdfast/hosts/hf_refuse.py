@@ -17,7 +17,7 @@ from holdfast.method import Method
 from holdfast.plan import Plan
 from holdfast.session import Session
 
-ONLY_WITH_LOSS = ("data", "batch", "token_weight", "loss", "steer", "stages")
+ONLY_WITH_LOSS = ("data", "batch", "rollouts", "token_weight", "loss", "steer", "stages")
 INSIDE_BACKWARD = ("lomo", "layerwise")  # optimizers that step while gradients are still being made
 
 
@@ -67,7 +67,7 @@ def _wrong_together(plan: Plan, given: Mapping[str, Any], ours: bool) -> Iterato
             f"decides the order of the rows, but {{}} was asked for train_sampling_strategy={strategy!r}",
             "Leave train_sampling_strategy out.",
         )
-    if method := _first(plan, "batch"):
+    if method := _first(plan, "batch", "rollouts"):
         what = "exchanges rows of a batch, but {} would add NEFTune's noise by the batch's own shape"
         yield method.name, noise, what, "Leave neftune_noise_alpha out."
     if method := next((m for m in plan.active if m.prompts), None):
@@ -166,7 +166,9 @@ def _refuse_fsdp(kind: type, plan: Plan, options: Any, ours: bool, version: int)
         return bool(given.get(name)) or os.environ.get(variable, "false").lower() in ("1", "true")
 
     owner, replacer = _first(plan, "stages"), _first(plan, "replace")
-    asks = next((m for m in plan.active if "live_logits" in m.needs or m.holds_out), None)
+    asks = next(
+        (m for m in plan.active if {"rollouts"} & {*m.sites()} or "live_logits" in m.needs or m.holds_out), None
+    )
     for wrong, what, cure in (
         (
             replacer,

@@ -139,7 +139,8 @@ def _step(
     session: Session, optimizer: Any, batch: Sequence[TokenRow], step: int, settings: Training, log: Log
 ) -> dict[str, float]:
     """One optimizer step: micro-batches, gradients, clipping, update."""
-    asides, params = session.rows_of(step), list(session.params.values())
+    batch, answered = session.roll(batch, step)
+    asides, params = [*session.rows_of(step), *answered], list(session.params.values())
     counts = count_rows((*batch, *asides))
     for row in (*batch, *asides):
         log.realised[f"{row.source}/examples"] += 1

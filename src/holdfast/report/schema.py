@@ -148,6 +148,7 @@ class TrainingPart(TypedDict, total=False):
     terms: dict[str, list[list[float]]]
     realised_mix: dict[str, MixPart] | None
     left_out: dict[str, float]
+    notes: list[str]
 
 
 class ExamplePart(TypedDict, total=False):

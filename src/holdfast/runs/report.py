@@ -51,7 +51,7 @@ def _task(job: Job, before: Measured | None, after: Measured) -> dict[str, Any]:
         "metric": task.metric,
         "chance": task.chance,
         "split": "test" if job.recipe.data.test else "validation",
-        "note": job.note or None,
+        "note": "; ".join(filter(None, [job.note, *job.run.folder.read("training.json").get("notes", ())])) or None,
         **estimates(before["task"] if before else None, after["task"]),
     }
 

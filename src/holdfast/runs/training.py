@@ -47,6 +47,7 @@ def _prepare(job: Job) -> None:
     session, training, run = job.session, job.training, job.run
     with run.timed("prepare"):
         run.tell("prepare", 0.0, "")
+        session.ctx.tell = lambda share, words: run.tell("prepare", share, words)
         drawn = list(islice(plain.rows_of_run(session, job.mix, training), MOST_DRAWN))
         session.prepare(drawn, lambda x: run.tell("prepare", x, "base answers"))
         session.enter(session.stages[-1])
@@ -113,6 +114,7 @@ def _part(job: Job, log: plain.Log, export_said: str | None, seconds: float) -> 
         "terms": {t: [[s, p[t]] for s, p in log.loss if t in p] for t in sorted(terms)},
         "realised_mix": realised,
         "left_out": job.session.left_out,
+        "notes": job.session.ctx.notes,
         "export": export_said,
         "timing": job.run.timing,
     }
