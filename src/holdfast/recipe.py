@@ -24,6 +24,8 @@ KEEP_FRAC = 0.95
 SHIPPED = "holdfast:"  # prefix of the data sets and recipes that come with the package
 RECIPE_DIR = Path(__file__).parent / "recipes"  # demo.yaml is holdfast:demo
 FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+METRIC_NAMES = ("accuracy", "exact_match", "loss", "loss_per_byte", "chrf", "rouge_l", "number")
+OWN_METRIC = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # module:function
 KEY_KINDS = ("extra_forbidden", "invalid_key")  # pydantic's names for "no such key"
 
 
@@ -108,8 +110,19 @@ class Data(Section):
     )
     completion: str | None = Field(default=None, description="Template over columns, e.g. ' {queue}'; null: detect.")
     max_length: int = Field(default=1024, ge=2, description="Longest row in tokens.")
+    metric: str | None = Field(
+        default=None,
+        description=f"{', '.join(METRIC_NAMES)} or module:function; null: accuracy for a closed set, else loss.",
+    )
 
     _size = check("validation_size")(_whole_from_one)
+
+    @check("metric")
+    @classmethod
+    def _known_metric(cls, value: str | None) -> str | None:
+        if value is not None and value not in METRIC_NAMES and not re.fullmatch(OWN_METRIC, value):
+            raise ValueError(f"one of {', '.join(METRIC_NAMES)}, or module:function")
+        return value
 
     @check("prompt", "completion")
     @classmethod
@@ -179,6 +192,9 @@ class Measure(Section):
     num_fewshot: int = Field(default=8, ge=0, description="Demonstrations in a few-shot prompt.")
     limit: int | None = Field(default=None, ge=1, description="Items of each task; null: 48.")
     batch_tokens: int = Field(default=BATCH_TOKENS, ge=1, description="Tokens scored in one forward pass.")
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="Longest answer to the task; null: 1.5 of the longest reference, 16 to 512."
+    )
     keep: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         default={"in-context": KEEP_FRAC},
         description=f"Share of the base score to keep; default {KEEP_FRAC} each.",

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from holdfast import models
-from holdfast.errors import ModelError, RecipeError
+from holdfast.data.metric import metric_of
+from holdfast.data.task import TaskData
+from holdfast.errors import ModelError, PlanError, RecipeError
 from holdfast.measure.suites import names_of
 from holdfast.plan import Host
 from holdfast.runs.run import Run
@@ -45,6 +47,13 @@ def check_model(run: Run, source: Any, model: Any, tokenizer: Any, plan: Any) ->
         what = f"The weight {bad} of {source.name} is not finite, so the model can give no probabilities."
         raise ModelError(what, "Copy or download the model again.")
     check_saving(model, tokenizer, source.name)
+
+
+def check_metric(task: TaskData, owner: str) -> None:
+    """Raise PlanError for a metric of written text beside a soft prompt, which generation does not read."""
+    if metric_of(task.metric).asked == "text":
+        what = f"{owner} learns a soft prompt, but text for data.metric {task.metric} is written without it."
+        raise PlanError(what, f"Write data.metric: loss, or remove {owner}.")
 
 
 def _may_train(run: Run, source: Any, model: Any, plan: Any) -> None:

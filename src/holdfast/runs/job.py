@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from holdfast import models
+from holdfast.data.own_metric import identity
 from holdfast.data.task import TaskData, read_task
 from holdfast.errors import PlanError
 from holdfast.files import content_key
@@ -18,7 +19,7 @@ from holdfast.measure.soft_prompt import check_export
 from holdfast.measure.suites import check_suite, names_of
 from holdfast.plan import Host, Plan
 from holdfast.recipe import Recipe
-from holdfast.runs.checks import check_model, check_settings
+from holdfast.runs.checks import check_metric, check_model, check_settings
 from holdfast.runs.run import Run
 from holdfast.services import Context
 from holdfast.session import Session
@@ -57,6 +58,8 @@ class Job:
         """Identity of the model, of the rows and of the models to merge with, by content."""
         rows = [[r.prompt, r.completion] for r in (*self.task.train, *self.task.test)]
         found = {"model": self.source.sha, "data": content_key(rows)}
+        own = identity(self.task.metric, self.run.base_dir) if ":" in self.task.metric else None
+        found |= {"metric": own} if own else {}
         for m in self.session.merging.methods:
             others = sources_of(m, self.run.base_dir)
             found |= {f"{m.name} model {role}": source.sha for role, source in others.items()}
@@ -137,6 +140,7 @@ def _session(run: Run, plan: Plan, model: Any, tokenizer: Any, task: TaskData, l
     plan.check(_host(run.recipe), ctx)
     for m in plan.active:
         if any(s.trains == "prompt" for s in m.stages()):
+            check_metric(task, m.name)
             check_export(model, tokenizer, m.name)
     return Session(plan, model, ctx, compute_dtype=model.dtype, knows_rows=True, packing=t.packing is not False)
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from holdfast.data import own_metric
+from holdfast.data.metric import judge_of, metric_of
+from holdfast.data.rows import Row
 from holdfast.files import content_key
 from holdfast.measure.suites import measure_suite, names_of, remembered
-from holdfast.measure.tuned_task import score_task
+from holdfast.measure.tuned_task import judged, score_task, written
 from holdfast.runs.job import Job
 
 SUITES_SHARE = 0.7  # of the time a measurement takes, as its bar shows it; the task takes the rest
+SHOWN, SHOWN_TOKENS = 4, 96  # answers that are written for the report alone, and the tokens of each
 
 
 def measure_suites(
@@ -84,17 +88,42 @@ def _abilities(job: Job, model: Any, key: str | None, tell: Callable[[float, str
 def _task(
     job: Job, model: Any, soft_prompt: Any, key: str | None, tell: Callable[[float, str], None]
 ) -> list[dict[str, Any]]:
-    task, batch_tokens = job.task, job.recipe.measure.batch_tokens
+    """The task's rows scored (`measure.tuned_task`), in a form that `task_estimates` reads."""
+    task, m, metric = job.task, job.recipe.measure, metric_of(job.task.metric)
+    labels = task.labels if metric.asked == "labels" else None
     rows = [[r.where, r.prompt, r.completion] for r in task.test]
-    return remembered(
-        key and content_key(key, rows, task.labels, batch_tokens),
-        lambda: score_task(
-            model,
-            job.tokenizer,
-            task.test,
-            task.labels,
-            soft_prompt=soft_prompt,
-            batch_tokens=batch_tokens,
-            progress=lambda share: tell(SUITES_SHARE + (1 - SUITES_SHARE) * share, "task"),
-        ),
-    )
+    name = key and content_key(key, rows, labels, metric.asked, m.max_new_tokens, m.batch_tokens)
+
+    def told(share: float) -> None:
+        tell(SUITES_SHARE + (1 - SUITES_SHARE) * share, "task")
+
+    def write(rows: Sequence[Row], most: int | None, progress: Callable[[float], None] | None) -> list[str]:
+        return written(model, job.tokenizer, rows, most, batch_tokens=m.batch_tokens, progress=progress)
+
+    def score() -> list[dict[str, Any]]:
+        settings = {"soft_prompt": soft_prompt, "batch_tokens": m.batch_tokens, "progress": told}
+        items = score_task(model, job.tokenizer, task.test, labels, **settings)
+        if metric.asked == "answer" and soft_prompt is None:  # generation does not hear a soft prompt
+            _add_texts(items, task.test, lambda rows: write(rows, m.max_new_tokens or SHOWN_TOKENS, None))
+        return items
+
+    if metric.asked != "text":
+        return remembered(name, score)
+    texts = remembered(name, lambda: write(task.test, m.max_new_tokens, told))
+    return judged(task.test, texts, _judge(job), metric.top or 1.0)
+
+
+def _add_texts(
+    items: Sequence[dict[str, Any]], rows: Sequence[Row], write: Callable[[Sequence[Row]], list[str]]
+) -> None:
+    """A few answers in words, for the report alone."""
+    asked = [n for n, row in enumerate(rows) if row.prompt][:SHOWN]
+    for n, text in zip(asked, write([rows[n] for n in asked]), strict=True):
+        items[n]["answer"] = text
+
+
+def _judge(job: Job) -> Callable[[str, Row], float]:
+    name, data = job.task.metric, job.recipe.data
+    if ":" not in name:
+        return judge_of(name)
+    return own_metric.judge(name, job.run.base_dir, (data.test, data.validation, data.train), job.task.test)

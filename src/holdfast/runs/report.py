@@ -6,13 +6,15 @@ from datetime import datetime, timezone
 from typing import Any
 
 from holdfast import models
+from holdfast.data.metric import metric_of
 from holdfast.files import write_json, write_text
-from holdfast.measure.compare import abilities, estimates, only_after, verdict
+from holdfast.measure.compare import abilities, only_after, verdict
+from holdfast.measure.tuned_task import task_estimates
 from holdfast.models.card import model_card
 from holdfast.models.exported import Export
 from holdfast.recipe import KEEP_FRAC
 from holdfast.report import markdown, page
-from holdfast.report.examples import examples
+from holdfast.report.examples import answers, examples
 from holdfast.report.seen import seen_rows
 from holdfast.runs import export
 from holdfast.runs.folder import LAST, RECIPE
@@ -45,14 +47,18 @@ def _judged(job: Job, before: Measured | None, after: Measured) -> list[Any]:
 
 def _task(job: Job, before: Measured | None, after: Measured) -> dict[str, Any]:
     """The task before and after; see `report.schema.TaskPart`."""
-    task = job.task
+    task, metric = job.task, metric_of(job.task.metric)
+    items = before["task"] if before else None
     return {
         "name": task.name,
-        "metric": task.metric,
+        "metric": metric.words,
+        "unit": metric.unit,
+        "lower": metric.lower,
         "chance": task.chance,
         "split": "test" if job.recipe.data.test else "validation",
         "note": job.note or None,
-        **estimates(before["task"] if before else None, after["task"]),
+        **task_estimates(metric, items, after["task"]),
+        "answers": answers(task.test, items, after["task"]),
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from holdfast import models
+from holdfast.data.metric import metric_of
 from holdfast.engine.forward import inner
 from holdfast.engine.processes import first
 from holdfast.errors import TrainingError
@@ -68,12 +69,15 @@ def _on_step(job: Job) -> Callable[[int, int, dict[str, float]], None]:
 
 
 def _evaluate(job: Job) -> Callable[[Any], float]:
-    """Answers that are right, and between equals their log-probability."""
+    """Answers that are right, and between equals their log-probability; of free text that of a token."""
     task = job.task
+    closed = task.labels if task.metric == "accuracy" else None
 
     def evaluate(model: Any) -> float:
         rows = task.validation[:EVALUATED] or task.train[:EVALUATED]
-        scored = score_task(model, job.tokenizer, rows, task.labels, soft_prompt=job.session.soft_prompt())
+        scored = score_task(model, job.tokenizer, rows, closed, soft_prompt=job.session.soft_prompt())
+        if metric_of(task.metric).asked != "labels" and task.metric != "exact_match":
+            return sum(i["logprob"] for i in scored) / sum(i["tokens"] for i in scored)
         return sum(i["correct"] for i in scored) + 1e-3 * sum(i["logprob"] for i in scored) / len(scored)
 
     return evaluate
