@@ -173,7 +173,15 @@ class Training(Section):
     logging_steps: int = Field(default=5, ge=1, description="Steps between two lines of the log.")
     save_steps: int = Field(default=50, ge=1, description="Steps between two checkpoints.")
     save_total_limit: int | None = Field(default=1, ge=1, description="Checkpoints kept; null: all.")
-    report_to: Literal["none"] = Field(default="none", description="Experiment tracker; only none for now.")
+    report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(
+        default=[],
+        description="Of tensorboard, trackio, wandb, mlflow; offline unless told else.",
+    )
+
+    @check("report_to", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        return ([] if value == "none" else [value]) if isinstance(value, str) else value
 
     _warmup = check("warmup_steps")(_whole_from_one)
 
@@ -501,9 +509,6 @@ def _explained(error: Any, where: Where) -> RecipeError:
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, DataError):
         return RecipeError(f"{place}: {key}: {cause.what}", cause.cure)
-    if loc == ("training", "report_to"):
-        what = f"{place}: {key} is {error['input']!r}, and no tracker is supported yet."
-        return RecipeError(what, "Write report_to: none.")
     sections_disagree = isinstance(error["input"], dict) and kind == "value_error" and len(loc) == 1
     given = " does not agree with itself" if sections_disagree else f" is {_shown(error['input'])}"
     quotes = " Put quotes around text." if kind == "string_type" and error["input"] is not None else ""

@@ -60,10 +60,12 @@ class MasterAdamW(torch.optim.Optimizer):
             p.data = master.to(torch.bfloat16)
 
     @torch.no_grad()
-    def clip(self, params: Iterable[torch.nn.Parameter], most: float) -> None:
-        """Scale the gradients of the next step as `torch.nn.utils.clip_grad_norm_` would, to the last bit."""
+    def clip(self, params: Iterable[torch.nn.Parameter], most: float) -> torch.Tensor:
+        """Scale the gradients of the next step as `clip_grad_norm_` would, to the last bit; gives their norm."""
         norms = [torch.linalg.vector_norm(p.grad.float()) for p in params if p.grad is not None]
-        self.scale = (most / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        self.scale = (most / (norm + 1e-6)).clamp(max=1.0)
+        return norm
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

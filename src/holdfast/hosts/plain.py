@@ -60,6 +60,8 @@ class Log:
     tokens: int = 0
     realised: Counter[str] = field(default_factory=Counter)
     ended: str = ""  # why a method ended the run early
+    rate: float = 0.0  # learning rate of the latest step
+    norm: torch.Tensor | None = None  # of its gradients, where they are clipped
 
 
 def train(
@@ -69,13 +71,14 @@ def train(
     *,
     on_step: Callable[[int, int, dict[str, float]], None] | None = None,
     evaluate: Callable[[Any], float] | None = None,
+    log: Log | None = None,
 ) -> Log:
     """Train `session.model` on `mix`, stage after stage; resumes from `settings.folder` when it holds a checkpoint.
 
     on_step is called with (step, steps of the run, loss parts); evaluate with the model, higher is better, for stages
-    that keep their best checkpoint.
+    that keep their best checkpoint. `log` is filled as the run goes, for who looks on.
     """
-    log, done = Log(), 0
+    log, done = log or Log(), 0
     torch.manual_seed(settings.seed)  # dropout: the same whatever ran before
     checkpoint = Checkpoint(settings.folder)
     for stage, steps in split_steps(session.stages, settings.num_steps):
@@ -162,12 +165,13 @@ def _step(
             + "); the last good checkpoint is kept.",
             "Lower training.learning_rate (in a new output_dir), or look at the rows of this step.",
         )
-    session.steer(step, parts, optimizer.param_groups[0]["lr"])
+    log.rate = optimizer.param_groups[0]["lr"]
+    session.steer(step, parts, log.rate)
     session.change_gradients()
     if settings.max_grad_norm and isinstance(optimizer, MasterAdamW):
-        optimizer.clip(params, settings.max_grad_norm)
+        log.norm = optimizer.clip(params, settings.max_grad_norm)
     elif settings.max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(params, settings.max_grad_norm, foreach=True)
+        log.norm = torch.nn.utils.clip_grad_norm_(params, settings.max_grad_norm, foreach=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return dict(parts)

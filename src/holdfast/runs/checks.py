@@ -13,6 +13,7 @@ from holdfast.errors import ModelError, PlanError, RecipeError
 from holdfast.measure.suites import names_of
 from holdfast.plan import Host
 from holdfast.runs.run import Run
+from holdfast.runs.tracking import check_trackers
 
 
 def check_settings(run: Run) -> None:
@@ -23,6 +24,7 @@ def check_settings(run: Run) -> None:
     """
     recipe, t = run.recipe, run.recipe.training
     names_of(recipe.measure.suites)
+    check_trackers(t.report_to)
     if t.save_total_limit != 1:
         raise RecipeError(
             f"training.save_total_limit is {t.save_total_limit}, but holdfast tune keeps one checkpoint.",

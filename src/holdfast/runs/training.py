@@ -17,6 +17,7 @@ from holdfast.measure.tuned_task import score_task
 from holdfast.runs import export
 from holdfast.runs.checks import not_finite
 from holdfast.runs.job import Job
+from holdfast.runs.tracking import Trackers
 
 MOST_DRAWN = 1 << 20  # rows that are looked through beforehand
 EVALUATED = 64  # rows that choose the best checkpoint of a stage
@@ -31,7 +32,7 @@ def trained(job: Job) -> tuple[Any, Any]:
     base_dtype, start = job.model.dtype, time.perf_counter()
     export.place_base(job)
     _prepare(job)
-    log = plain.train(job.session, job.mix, job.training, on_step=_on_step(job), evaluate=_evaluate(job))
+    log = _train(job)
     tuned, soft = _finished(job, base_dtype)
     job.run.timing["tune"] = log.seconds
     export.save(job, tuned, soft)
@@ -39,6 +40,16 @@ def trained(job: Job) -> tuple[Any, Any]:
     job.run.folder.write("training.json", _part(job, log, said, time.perf_counter() - start))
     Checkpoint(job.run.path).clear()
     return tuned, soft
+
+
+def _train(job: Job) -> plain.Log:
+    recipe, log = job.recipe, plain.Log()
+    trackers = Trackers(recipe.training.report_to if first() else (), job.run.path, recipe.model_dump())
+    on_step = _on_step(job, trackers, log)
+    try:
+        return plain.train(job.session, job.mix, job.training, on_step=on_step, evaluate=_evaluate(job), log=log)
+    finally:
+        trackers.finish()
 
 
 def _prepare(job: Job) -> None:
@@ -56,12 +67,13 @@ def _prepare(job: Job) -> None:
             inner(session.model).gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def _on_step(job: Job) -> Callable[[int, int, dict[str, float]], None]:
+def _on_step(job: Job, trackers: Trackers, log: plain.Log) -> Callable[[int, int, dict[str, float]], None]:
     run, every, writes = job.run, job.recipe.training.logging_steps, first()
 
     def on_step(step: int, of: int, parts: dict[str, float]) -> None:
         if writes and (step % every == 0 or step == of):
             run.folder.log({"step": step, "of": of, **parts})
+            trackers.step(step, parts, log)
         words = "  ".join(f"{k} {v:.3f}" for k, v in parts.items())
         run.tell("tune", step / of, f"step {step}/{of}  {words}")
 
