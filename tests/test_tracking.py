@@ -68,6 +68,15 @@ def test_tensorboard_reads_what_the_run_did(world, tmp_path, clean):
 
 
 @needs["tensorboard"]
+def test_looks_are_told_too(world, tmp_path, clean):
+    tune(recipe(world, tmp_path / "run", ["tensorboard"], eval_steps=4))
+    looks = json.loads((tmp_path / "run" / "training.json").read_text(encoding="utf-8"))["looks"]
+    told = scalars(tmp_path / "run" / "trackers" / "run")
+    assert [s for s, _ in told["eval/task"]] == [0, 4, 8]
+    assert [v for _, v in told["eval/task"]] == pytest.approx([v for _, v in looks["task"]], rel=1e-5)
+
+
+@needs["tensorboard"]
 def test_the_weights_are_those_of_a_run_without(world, tmp_path, clean):
     for name in ("none", "tensorboard"):
         tune(recipe(world, tmp_path / name / "run", name))

@@ -172,6 +172,20 @@ class Training(Section):
     packing: bool | None = Field(default=None, description="Lay rows end to end, exact; false: pad them instead.")
     logging_steps: int = Field(default=5, ge=1, description="Steps between two lines of the log.")
     save_steps: int = Field(default=50, ge=1, description="Steps between two checkpoints.")
+    save_strategy: Literal["steps", "epoch"] = Field(
+        default="steps", description="Save every save_steps, or after each pass over the training rows."
+    )
+    eval_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between looks at 100 validation rows and 8 items a task; null: none.",
+    )
+    load_best_model_at_end: bool = Field(
+        default=False, description="End with the best look by the task above measure.keep; the base is one of them."
+    )
+    early_stopping_patience: int | None = Field(
+        default=None, ge=1, description="End after so many looks in a row that are no better; null: never."
+    )
     save_total_limit: int | None = Field(default=1, ge=1, description="Checkpoints kept; null: all.")
     report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(
         default=[],
@@ -184,6 +198,12 @@ class Training(Section):
         return ([] if value == "none" else [value]) if isinstance(value, str) else value
 
     _warmup = check("warmup_steps")(_whole_from_one)
+
+    @check_all(mode="after")
+    def _looks(self) -> "Training":
+        if self.eval_steps is None and (self.load_best_model_at_end or self.early_stopping_patience):
+            raise ValueError("eval_steps beside load_best_model_at_end and early_stopping_patience")
+        return self
 
     @check("max_steps")
     @classmethod

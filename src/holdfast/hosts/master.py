@@ -24,7 +24,7 @@ def may_hold(session: Session, settings: Any, stage: Stage) -> bool:
 
     Kept to CPUs, where it is measured: memory bandwidth is what small steps wait for.
     """
-    one = settings.gradient_accumulation_steps == 1 and world()[1] == 1 and not stage.keep_best
+    one = settings.gradient_accumulation_steps == 1 and world()[1] == 1 and not (stage.keep_best or settings.keep_best)
     on_cpu = next(session.model.parameters()).device.type == "cpu"
     reads = any(
         {"grad", "update", "entries", "steer"} & {*m.sites()} or ("base_weights" in m.needs and "loss" in m.sites())

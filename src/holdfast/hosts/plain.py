@@ -25,6 +25,7 @@ from holdfast.errors import TrainingError
 from holdfast.hosts import processes
 from holdfast.hosts.checkpoint import Checkpoint
 from holdfast.hosts.master import MasterAdamW, linear_weights, may_hold
+from holdfast.hosts.watching import Watch
 from holdfast.method import Stage
 from holdfast.session import Session
 
@@ -49,6 +50,12 @@ class Training:
     autocast: torch.dtype | None = None
     save_steps: int = 50
     folder: Path | None = None
+    watch: Watch | None = None
+
+    @property
+    def keep_best(self) -> bool:
+        """Whether the best weights of the run are kept beside the latest."""
+        return self.watch is not None and self.watch.keep_best
 
 
 @dataclass
@@ -59,7 +66,8 @@ class Log:
     seconds: float = 0.0
     tokens: int = 0
     realised: Counter[str] = field(default_factory=Counter)
-    ended: str = ""  # why a method ended the run early
+    ended: str = ""  # why the run ended early
+    looks: list[tuple[int, float | None, dict[str, float]]] = field(default_factory=list)  # step, rank, finding
     rate: float = 0.0  # learning rate of the latest step
     norm: torch.Tensor | None = None  # of its gradients, where they are clipped
 
@@ -95,6 +103,8 @@ def train(
         size = settings.batch_size * settings.gradient_accumulation_steps
         stream = islice(mix.draw(settings.seed), (done + first) * size, None)
         model.train()
+        if settings.watch:
+            settings.watch.begin(session, checkpoint, log)
         start = time.perf_counter()
         for step in range(first, steps):
             session.draw_entries(done + step, optimizer)
@@ -104,8 +114,10 @@ def train(
             log.loss.append((done + step, parts))
             if on_step:
                 on_step(done + step + 1, settings.num_steps, parts)
-            if session.steering.ended:
-                log.ended = session.steering.ended
+            if settings.watch:
+                settings.watch.after(done + step + 1, session, checkpoint, log)
+            log.ended = session.steering.ended or log.ended
+            if log.ended:
                 break
             if stage.keep_best and evaluate and (step + 1) % max(1, steps // 4) == 0:
                 checkpoint.consider(session, evaluate(model))
@@ -118,7 +130,7 @@ def train(
         checkpoint.take_best(session)
         log.seconds += time.perf_counter() - start
         done += steps
-        if session.steering.ended:
+        if log.ended:
             break
         if done < settings.num_steps and first < steps:
             checkpoint.save(session, None, None, log, done, 0)

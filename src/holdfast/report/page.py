@@ -151,7 +151,9 @@ def _curves(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _losses(training: dict[str, Any] | None) -> list[dict[str, Any]]:
-    lines = {"Loss": (training or {}).get("loss") or [], **((training or {}).get("terms") or {})}
+    known = training or {}
+    looks = {f"Look: {k}": v for k, v in (known.get("looks") or {}).items()}
+    lines = {"Loss": known.get("loss") or [], **(known.get("terms") or {}), **looks}
     drawn = [
         {"name": k, "svg": plots.series_svg(v, f"{k} by step"), "mean_of": plots.thin(v)[1]}
         for k, v in lines.items()

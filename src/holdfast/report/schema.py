@@ -157,9 +157,15 @@ class MixPart(TypedDict):
 
 
 class TrainingPart(TypedDict, total=False):
-    """The run itself; `loss` and each of `terms` are lists of [step, value]; `left_out`: shares of the task's rows."""
+    """The run itself; `loss` and each of `terms` and `looks` are lists of [step, value]; `left_out`: shares of rows.
+
+    ended: why it ended early. looks: what was seen during training. best_step: the look whose weights were kept.
+    """
 
     steps: int
+    ended: str | None
+    looks: dict[str, list[list[float]]]
+    best_step: int | None
     seconds: float
     tokens: int
     tokens_per_second: float

@@ -12,8 +12,10 @@ from holdfast.data.task import TaskData
 from holdfast.errors import ModelError, PlanError, RecipeError
 from holdfast.measure.suites import names_of
 from holdfast.plan import Host
+from holdfast.recipe import Recipe
 from holdfast.runs.run import Run
 from holdfast.runs.tracking import check_trackers
+from holdfast.session import Session
 
 
 def check_settings(run: Run) -> None:
@@ -56,6 +58,23 @@ def check_metric(task: TaskData, owner: str) -> None:
     if metric_of(task.metric).asked == "text":
         what = f"{owner} learns a soft prompt, but text for data.metric {task.metric} is written without it."
         raise PlanError(what, f"Write data.metric: loss, or remove {owner}.")
+
+
+def check_looks(recipe: Recipe, task: TaskData, session: Session) -> None:
+    """Refuse looks during training that see nothing, or that would mix up the stages of a plan.
+
+    Raises:
+        HoldfastError: no validation rows, or a plan of several stages.
+    """
+    if recipe.training.eval_steps is None:
+        return
+    if not task.validation:
+        what = "training.eval_steps asks for looks at validation rows, and there are none."
+        raise RecipeError(what, "Give data.validation or data.validation_size.")
+    if len(session.stages) > 1:
+        owner = next(m.name for m in session.plan.active if "stages" in m.sites())
+        what = f"training.eval_steps compares looks over the whole run, but {owner} splits it into stages."
+        raise PlanError(what, f"Remove training.eval_steps, or {owner}.")
 
 
 def _may_train(run: Run, source: Any, model: Any, plan: Any) -> None:

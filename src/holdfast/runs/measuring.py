@@ -88,42 +88,54 @@ def _abilities(job: Job, model: Any, key: str | None, tell: Callable[[float, str
 def _task(
     job: Job, model: Any, soft_prompt: Any, key: str | None, tell: Callable[[float, str], None]
 ) -> list[dict[str, Any]]:
-    """The task's rows scored (`measure.tuned_task`), in a form that `task_estimates` reads."""
-    task, m, metric = job.task, job.recipe.measure, metric_of(job.task.metric)
-    labels = task.labels if metric.asked == "labels" else None
-    rows = [[r.where, r.prompt, r.completion] for r in task.test]
-    name = key and content_key(key, rows, labels, metric.asked, m.max_new_tokens, m.batch_tokens)
-
     def told(share: float) -> None:
         tell(SUITES_SHARE + (1 - SUITES_SHARE) * share, "task")
 
-    def write(rows: Sequence[Row], most: int | None, progress: Callable[[float], None] | None) -> list[str]:
-        return written(model, job.tokenizer, rows, most, batch_tokens=m.batch_tokens, progress=progress)
-
-    def score() -> list[dict[str, Any]]:
-        settings = {"soft_prompt": soft_prompt, "batch_tokens": m.batch_tokens, "progress": told}
-        items = score_task(model, job.tokenizer, task.test, labels, **settings)
-        if metric.asked == "answer" and soft_prompt is None:  # generation does not hear a soft prompt
-            _add_texts(items, task.test, lambda rows: write(rows, m.max_new_tokens or SHOWN_TOKENS, None))
-        return items
-
-    if metric.asked != "text":
-        return remembered(name, score)
-    texts = remembered(name, lambda: write(task.test, m.max_new_tokens, told))
-    return judged(task.test, texts, _judge(job), metric.top or 1.0)
+    items = score_rows(job, model, job.task.test, soft_prompt, key=key, progress=told)
+    if metric_of(job.task.metric).asked == "answer" and soft_prompt is None:  # generation does not hear a soft prompt
+        _add_texts(job, model, items, key)
+    return items
 
 
-def _add_texts(
-    items: Sequence[dict[str, Any]], rows: Sequence[Row], write: Callable[[Sequence[Row]], list[str]]
-) -> None:
+def score_rows(
+    job: Job,
+    model: Any,
+    rows: Sequence[Row],
+    soft_prompt: Any = None,
+    *,
+    key: str | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of the task scored by its metric, in a form that `tuned_task.task_estimates` reads.
+
+    key: of the model's content, for what is kept of a base.
+    """
+    task, m, metric = job.task, job.recipe.measure, metric_of(job.task.metric)
+    labels = task.labels if metric.asked == "labels" else None
+    asked = [[r.where, r.prompt, r.completion] for r in rows]
+    name = key and content_key(key, asked, labels, metric.asked, m.max_new_tokens, m.batch_tokens)
+    settings = {"batch_tokens": m.batch_tokens, "progress": progress}
+    if metric.asked == "text":
+        texts = remembered(name, lambda: written(model, job.tokenizer, rows, m.max_new_tokens, **settings))
+        return judged(rows, texts, _judge(job, rows), metric.top or 1.0)
+    return remembered(
+        name, lambda: score_task(model, job.tokenizer, rows, labels, soft_prompt=soft_prompt, **settings)
+    )
+
+
+def _add_texts(job: Job, model: Any, items: Sequence[dict[str, Any]], key: str | None) -> None:
     """A few answers in words, for the report alone."""
+    m, rows = job.recipe.measure, job.task.test
     asked = [n for n, row in enumerate(rows) if row.prompt][:SHOWN]
-    for n, text in zip(asked, write([rows[n] for n in asked]), strict=True):
+    shown, most = [rows[n] for n in asked], m.max_new_tokens or SHOWN_TOKENS
+    name = key and content_key(key, [[r.where, r.prompt, r.completion] for r in shown], "shown", most, m.batch_tokens)
+    texts = remembered(name, lambda: written(model, job.tokenizer, shown, most, batch_tokens=m.batch_tokens))
+    for n, text in zip(asked, texts, strict=True):
         items[n]["answer"] = text
 
 
-def _judge(job: Job) -> Callable[[str, Row], float]:
+def _judge(job: Job, rows: Sequence[Row]) -> Callable[[str, Row], float]:
     name, data = job.task.metric, job.recipe.data
     if ":" not in name:
         return judge_of(name)
-    return own_metric.judge(name, job.run.base_dir, (data.test, data.validation, data.train), job.task.test)
+    return own_metric.judge(name, job.run.base_dir, (data.test, data.validation, data.train), rows)

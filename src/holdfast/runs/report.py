@@ -56,10 +56,17 @@ def _task(job: Job, before: Measured | None, after: Measured) -> dict[str, Any]:
         "lower": metric.lower,
         "chance": task.chance,
         "split": "test" if job.recipe.data.test else "validation",
-        "note": job.note or None,
+        "note": _note(job) or None,
         **task_estimates(metric, items, after["task"]),
         "answers": answers(task.test, items, after["task"]),
     }
+
+
+def _note(job: Job) -> str:
+    """What is no error and must be said of the task's numbers."""
+    picked = job.recipe.training.load_best_model_at_end and not job.recipe.data.test
+    more = ["the reported rows also chose the weights, which flatters them"] if picked else []
+    return "; ".join([*([job.note] if job.note else []), *more])
 
 
 def _report(job: Job, tuned: Any, judged: list[Any], task: Any, shown: list[Any]) -> dict[str, Any]:

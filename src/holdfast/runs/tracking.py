@@ -62,6 +62,12 @@ class Trackers:
         self._before = now
         self.tell(step, {**values, "train/memory_gb": _memory()})
 
+    def look(self, step: int, finding: Mapping[str, float], seconds: float) -> None:
+        """Tell of a look, whose seconds are not training's."""
+        if self._before:
+            self._before = (self._before[0] + seconds, self._before[1])
+        self.tell(step, {f"eval/{k}": v for k, v in finding.items()})
+
     def tell(self, step: int, values: Mapping[str, float]) -> None:
         """Tell any values of a step."""
         if self._open is None:

@@ -13,10 +13,12 @@ from holdfast.engine.processes import first
 from holdfast.errors import TrainingError
 from holdfast.hosts import plain
 from holdfast.hosts.checkpoint import Checkpoint
+from holdfast.hosts.watching import chosen
 from holdfast.measure.tuned_task import score_task
 from holdfast.runs import export
 from holdfast.runs.checks import not_finite
 from holdfast.runs.job import Job
+from holdfast.runs.looking import watch_of
 from holdfast.runs.tracking import Trackers
 
 MOST_DRAWN = 1 << 20  # rows that are looked through beforehand
@@ -31,7 +33,6 @@ def trained(job: Job) -> tuple[Any, Any]:
     """
     base_dtype, start = job.model.dtype, time.perf_counter()
     export.place_base(job)
-    _prepare(job)
     log = _train(job)
     tuned, soft = _finished(job, base_dtype)
     job.run.timing["tune"] = log.seconds
@@ -45,9 +46,19 @@ def trained(job: Job) -> tuple[Any, Any]:
 def _train(job: Job) -> plain.Log:
     recipe, log = job.recipe, plain.Log()
     trackers = Trackers(recipe.training.report_to if first() else (), job.run.path, recipe.model_dump())
-    on_step = _on_step(job, trackers, log)
+
+    def looked(step: int, finding: dict[str, float], seconds: float) -> None:
+        trackers.look(step, finding, seconds)
+        of, words = job.training.num_steps, "  ".join(f"{k} {v:.3f}" for k, v in finding.items())
+        job.run.tell("tune", step / of, f"step {step}/{of}  look: {words}")
+        if first():
+            job.run.folder.log({"step": step, "of": of, "look": finding})
+
     try:
-        return plain.train(job.session, job.mix, job.training, on_step=on_step, evaluate=_evaluate(job), log=log)
+        job.training.watch = watch_of(job, looked)
+        _prepare(job)
+        on_step, evaluate = _on_step(job, trackers, log), _evaluate(job)
+        return plain.train(job.session, job.mix, job.training, on_step=on_step, evaluate=evaluate, log=log)
     finally:
         trackers.finish()
 
@@ -110,6 +121,12 @@ def _finished(job: Job, base_dtype: Any) -> tuple[Any, Any]:
     return tuned, soft
 
 
+def _looks(log: plain.Log) -> dict[str, list[list[float]]]:
+    """name -> [[step, value]] of what was seen during training."""
+    names = dict.fromkeys(k for _, _, finding in log.looks for k in finding)
+    return {k: [[step, finding[k]] for step, _, finding in log.looks if k in finding] for k in names}
+
+
 def _part(job: Job, log: plain.Log, export_said: str | None, seconds: float) -> dict[str, Any]:
     """What the report says about the training; see `report.schema.TrainingPart`. seconds: of all of it."""
     realised: dict[str, dict[str, int]] = {}
@@ -118,7 +135,10 @@ def _part(job: Job, log: plain.Log, export_said: str | None, seconds: float) -> 
         realised.setdefault(name, {})[unit] = count
     terms = {k for _, p in log.loss for k in p} - {"task"}
     return {
-        "steps": job.training.num_steps,
+        "steps": len(log.loss),
+        "ended": log.ended or None,
+        "looks": _looks(log),
+        "best_step": chosen(log.looks) if job.training.keep_best else None,
         "seconds": log.seconds,
         "seconds_with_prepare": seconds,
         "tokens": log.tokens,
