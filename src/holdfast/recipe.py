@@ -4,6 +4,7 @@ Every key is listed by recipe_schema(). Unknown keys, repeated keys and wrong ty
 line. Names follow Transformers and TRL.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,7 @@ from holdfast.errors import DataError, RecipeError, suggest
 KEEP_FRAC = 0.95
 SHIPPED = "holdfast:"  # prefix of the data sets and recipes that come with the package
 RECIPE_DIR = Path(__file__).parent / "recipes"  # demo.yaml is holdfast:demo
+SCHEMA_FILE = RECIPE_DIR / "recipe.schema.json"  # json_schema(), written by tools/make_docs.py
 FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 METRIC_NAMES = ("accuracy", "exact_match", "loss", "loss_per_byte", "chrf", "rouge_l", "number")
 OWN_METRIC = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # module:function
@@ -264,7 +266,10 @@ def _plan_item(item: Any) -> str | dict[str, dict[str, Any]]:
     raise ValueError("a method name, or one {name: {field: value}}")
 
 
-PlanItem = Annotated[str | dict[str, dict[str, Any]], PlainValidator(_plan_item)]
+PlanItem = Annotated[
+    str | dict[str, dict[str, Any]],
+    PlainValidator(_plan_item, json_schema_input_type=str | dict[str, dict[str, Any] | None]),
+]
 
 
 class Recipe(Section):
@@ -346,6 +351,29 @@ def recipe_schema() -> str:
         else:
             lines += [_key_line(f"{section}.{key}", sub) for key, sub in inner.model_fields.items()]
     return "\n".join(lines)
+
+
+def json_schema() -> str:
+    """The JSON schema of a recipe for editors, as it ships (SCHEMA_FILE): keys, types, defaults and descriptions.
+
+    Beside the model's own it allows the short forms: a path for a data set, one tracker, a section without keys. What
+    depends on two keys is left to `load_recipe`.
+    """
+    schema = Recipe.model_json_schema()
+    parts = schema["$defs"]
+    parts["Source"] = {"anyOf": [{"type": "string", "minLength": 1}, parts["Source"]]}
+    trackers = parts["Training"]["properties"]["report_to"]
+    names = {"enum": ["none", *trackers["items"]["enum"]]}
+    kept = {k: trackers.pop(k) for k in ("type", "items")}
+    trackers["anyOf"] = [kept, names]
+    for name, part in schema["properties"].items():
+        ref = part.pop("$ref", None)
+        if ref and name not in schema["required"]:
+            part["anyOf"] = [{"$ref": ref}, {"type": "null"}]
+        elif ref:
+            part["$ref"] = ref
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A recipe of Holdfast"}
+    return json.dumps({**schema, **head}, indent=1, ensure_ascii=True) + "\n"
 
 
 def _key_line(key: str, field: Any) -> str:
