@@ -16,6 +16,7 @@ from holdfast.data.rows import Row
 from holdfast.errors import DataError, HoldfastError, PlanError
 from holdfast.measure import stats
 from holdfast.measure.tuned_task import judged, score_task, task_estimates, written
+from holdfast.models.card import model_card
 from holdfast.recipe import METRIC_NAMES, Source, load_recipe
 from holdfast.report import markdown, page, schema, terminal
 from holdfast.verbs.tune import tune
@@ -265,6 +266,8 @@ def test_less_is_better_everywhere():
     out = io.StringIO()
     terminal.show(report, Console(file=out, width=80))
     assert "better" in out.getvalue() and "worse" in out.getvalue() and "loss per byte" in out.getvalue()
+    card = model_card({**report, "model": {"name": "m"}, "verdict": {}}, adapter=False)
+    assert "notes (loss per token in nats, lower is better)" in card
     html = page.render(report)
     assert "loss per token in nats, lower is better on notes" in html and ": better" in html
 
