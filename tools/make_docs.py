@@ -1,4 +1,4 @@
-"""Write docs/methods.md, docs/recipe.md and docs/suites.md from the code, so that they cannot say something else.
+"""Write docs/methods.md, docs/recipe.md, docs/suites.md and the JSON schema of a recipe from the code.
 
 python tools/make_docs.py            # write the pages
 python tools/make_docs.py --check    # write nothing; exit 1 if a page is not what the code says
@@ -22,7 +22,7 @@ from typing import Any
 from holdfast.measure.suites import DEFAULT, SUITES, about
 from holdfast.method import SITES, Method
 from holdfast.methods import all_methods
-from holdfast.recipe import recipe_schema
+from holdfast.recipe import SCHEMA_FILE, json_schema, recipe_schema
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 GENERATED = "<!-- Written by tools/make_docs.py: change the code and run it again. -->\n\n"
@@ -59,6 +59,9 @@ the wrong kind are refused, with the line. `--set training.seed=1` changes a key
 
 Files are looked for beside the recipe first and in the working directory second. `holdfast:` names a file that comes
 with the package; `holdfast:demo` is a recipe that does, and its run folder lies in the working directory.
+
+`holdfast init DATA` writes a commented recipe for a data file. Its first line names the JSON schema of recipes, with
+which editors complete and check keys while you type; `holdfast recipe --schema` prints it.
 
 """
 
@@ -205,6 +208,7 @@ def pages() -> dict[Path, str]:
         DOCS / "methods.md": methods_page(),
         DOCS / "recipe.md": recipe_page(),
         DOCS / "suites.md": suites_page(),
+        SCHEMA_FILE: json_schema(),
     }
 
 

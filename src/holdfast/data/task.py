@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from holdfast.data.metric import check_rows, chosen
+from holdfast.data.own_metric import load_function
 from holdfast.data.rows import Row, cap, check_labels, labels_of, leaks, read_rows, split
 from holdfast.data.tokens import Encoder, tokenize_all
 from holdfast.engine.pack import TokenRow
@@ -16,7 +18,10 @@ from holdfast.recipe import Recipe
 
 @dataclass(frozen=True)
 class TaskData:
-    """The rows of one task. `labels` is the closed set of completions, or None for free text."""
+    """The rows of one task.
+
+    labels: the closed set of completions, or None for free text. metric: its name (`data.metric.metric_of`).
+    """
 
     name: str
     train: tuple[Row, ...]
@@ -24,17 +29,14 @@ class TaskData:
     test: tuple[Row, ...]
     labels: tuple[str, ...] | None
     token_rows: tuple[TokenRow, ...]
+    metric: str
     note: str = ""
 
     @property
-    def metric(self) -> str:
-        return "accuracy" if self.labels else "exact match"
-
-    @property
-    def chance(self) -> float:
-        """Accuracy of always giving the most frequent test label."""
-        if not self.labels:
-            return 0.0
+    def chance(self) -> float | None:
+        """Accuracy of always giving the most frequent test label; None where the metric knows no guessing."""
+        if self.metric != "accuracy" or not self.labels:
+            return 0.0 if self.metric == "exact_match" else None
         given = [r.completion for r in self.test]
         return max(given.count(y) for y in self.labels) / len(given)
 
@@ -68,8 +70,13 @@ def read_task(recipe: Recipe, tokenizer: Any, base_dir: Path, longest: int, stop
     if test is None:
         test = validation or []
         notes.append("no test set was given: the validation rows are reported")
+    metric = chosen(spec.metric, labels)
+    if ":" in metric:
+        load_function(metric, base_dir)  # what is wrong with it shows now
+    closed = labels if metric == "accuracy" else None
     for rows in (validation or [], test):
-        check_labels(labels, rows)
+        check_labels(closed, rows)
+        check_rows(metric, rows)
     train, test = cap(train, spec.train_size, seed), cap(test, spec.test_size, seed)
     if not test:
         raise DataError(f"The test split of {spec.name} is empty.", "Give data.test or data.validation_size.")
@@ -80,11 +87,18 @@ def read_task(recipe: Recipe, tokenizer: Any, base_dir: Path, longest: int, stop
     tokens = tuple(tokenize_all(train, tokenizer, most, stops=stops, notes=notes))
     tokenize_all([*(validation or ()), *test], tokenizer, most, stops=stops)
     encoder = Encoder(tokenizer, stops)
-    _check_told_apart(train, labels, encoder)
+    _check_told_apart(train, closed, encoder)
     if encoder.ends_texts:
         notes.append("the tokenizer ends every text, prompts too; here it ends answers only, as in the exported one")
     return TaskData(
-        spec.name, tuple(train), tuple(validation or ()), tuple(test), labels, tokens, "; ".join(dict.fromkeys(notes))
+        spec.name,
+        tuple(train),
+        tuple(validation or ()),
+        tuple(test),
+        labels,
+        tokens,
+        metric,
+        "; ".join(dict.fromkeys(notes)),
     )
 
 

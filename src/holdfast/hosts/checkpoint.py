@@ -92,6 +92,7 @@ class Checkpoint:
             "effects": session.effects,
             "best": self._best[0] if self._best else None,
             "steering": session.steering.saved(),
+            "looks": log.looks,
         }
         fresh = self.folder.with_name("checkpoint.new")
         old = self.folder.with_name("checkpoint.old")
@@ -147,6 +148,7 @@ class Checkpoint:
             soft.data.copy_(tensors[f"param/{SOFT_PROMPT}"])
         log.loss[:] = [(s, p) for s, p in meta["loss"]]
         log.seconds, log.tokens, log.realised = meta["seconds"], meta["tokens"], Counter(meta["realised"])
+        log.looks[:] = [(s, r, f) for s, r, f in meta.get("looks", ())]
         session.effects = Counter(meta["effects"])
         session.steering.restore(meta["steering"])
         if meta["done"] > done:
@@ -166,7 +168,11 @@ class Checkpoint:
     def consider(self, session: Any, score: float) -> None:
         """Remember the trainable weights when `score` is the best of the stage so far (a tie goes to the later)."""
         if self._best is None or score >= self._best[0]:
-            self._best = (score, {n: p.detach().clone() for n, p in session.params.items()})
+            self.remember(session, score)
+
+    def remember(self, session: Any, score: float) -> None:
+        """Take the trainable weights as the best so far."""
+        self._best = (score, {n: p.detach().clone() for n, p in session.params.items()})
 
     @torch.no_grad()
     def take_best(self, session: Any) -> None:

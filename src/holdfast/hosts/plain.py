@@ -25,6 +25,7 @@ from holdfast.errors import TrainingError
 from holdfast.hosts import processes
 from holdfast.hosts.checkpoint import Checkpoint
 from holdfast.hosts.master import MasterAdamW, linear_weights, may_hold
+from holdfast.hosts.watching import Watch
 from holdfast.method import Stage
 from holdfast.session import Session
 
@@ -49,6 +50,12 @@ class Training:
     autocast: torch.dtype | None = None
     save_steps: int = 50
     folder: Path | None = None
+    watch: Watch | None = None
+
+    @property
+    def keep_best(self) -> bool:
+        """Whether the best weights of the run are kept beside the latest."""
+        return self.watch is not None and self.watch.keep_best
 
 
 @dataclass
@@ -59,7 +66,10 @@ class Log:
     seconds: float = 0.0
     tokens: int = 0
     realised: Counter[str] = field(default_factory=Counter)
-    ended: str = ""  # why a method ended the run early
+    ended: str = ""  # why the run ended early
+    looks: list[tuple[int, float | None, dict[str, float]]] = field(default_factory=list)  # step, rank, finding
+    rate: float = 0.0  # learning rate of the latest step
+    norm: torch.Tensor | None = None  # of its gradients, where they are clipped
 
 
 def train(
@@ -69,13 +79,14 @@ def train(
     *,
     on_step: Callable[[int, int, dict[str, float]], None] | None = None,
     evaluate: Callable[[Any], float] | None = None,
+    log: Log | None = None,
 ) -> Log:
     """Train `session.model` on `mix`, stage after stage; resumes from `settings.folder` when it holds a checkpoint.
 
     on_step is called with (step, steps of the run, loss parts); evaluate with the model, higher is better, for stages
-    that keep their best checkpoint.
+    that keep their best checkpoint. `log` is filled as the run goes, for who looks on.
     """
-    log, done = Log(), 0
+    log, done = log or Log(), 0
     torch.manual_seed(settings.seed)  # dropout: the same whatever ran before
     checkpoint = Checkpoint(settings.folder)
     for stage, steps in split_steps(session.stages, settings.num_steps):
@@ -94,6 +105,8 @@ def train(
         size = settings.batch_size * settings.gradient_accumulation_steps
         stream = islice(mix.only(stage.sources).draw(settings.seed), (done + first) * size, None)
         model.train()
+        if settings.watch:
+            settings.watch.begin(session, checkpoint, log)
         start = time.perf_counter()
         for step in range(first, steps):
             session.begin_step(done + step, optimizer)
@@ -103,8 +116,10 @@ def train(
             log.loss.append((done + step, parts))
             if on_step:
                 on_step(done + step + 1, settings.num_steps, parts)
-            if session.steering.ended:
-                log.ended = session.steering.ended
+            if settings.watch:
+                settings.watch.after(done + step + 1, session, checkpoint, log)
+            log.ended = session.steering.ended or log.ended
+            if log.ended:
                 break
             if stage.keep_best and evaluate and (step + 1) % max(1, steps // 4) == 0:
                 checkpoint.consider(session, evaluate(model))
@@ -117,7 +132,7 @@ def train(
         checkpoint.take_best(session)
         log.seconds += time.perf_counter() - start
         done += steps
-        if session.steering.ended:
+        if log.ended:
             break
         if done < settings.num_steps and first < steps:
             session.end_stage()
@@ -166,12 +181,13 @@ def _step(
             + "); the last good checkpoint is kept.",
             "Lower training.learning_rate (in a new output_dir), or look at the rows of this step.",
         )
-    session.steer(step, parts, optimizer.param_groups[0]["lr"])
+    log.rate = optimizer.param_groups[0]["lr"]
+    session.steer(step, parts, log.rate)
     session.change_gradients()
     if settings.max_grad_norm and isinstance(optimizer, MasterAdamW):
-        optimizer.clip(params, settings.max_grad_norm)
+        log.norm = optimizer.clip(params, settings.max_grad_norm)
     elif settings.max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(params, settings.max_grad_norm, foreach=True)
+        log.norm = torch.nn.utils.clip_grad_norm_(params, settings.max_grad_norm, foreach=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return dict(parts)

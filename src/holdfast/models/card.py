@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from holdfast.report.schema import metric_words
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 ARXIV_ID = re.compile(r"\d{4}\.\d{4,5}(v\d+)?")
 HEAD = ("measured on", "items", "before", "after", "retention", "status")
@@ -167,7 +169,7 @@ def _measured(report: Mapping[str, Any]) -> str:
     task, abilities = _get(report, "task", default={}), _get(report, "abilities", default=[])
     rows = []
     if task:
-        name = f"{_text(_public(str(task.get('name'))))} ({_text(task.get('metric', 'score'))})"
+        name = f"{_text(_public(str(task.get('name'))))} ({_text(metric_words(task))})"
         rows.append([f"task: {name}", *_pair(task), "", ""])
     for row in abilities:
         kept, status = _estimate(row.get("retention")), _text(row.get("status") or "-")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from holdfast import models
+from holdfast.data.own_metric import identity
 from holdfast.data.task import TaskData, read_task
 from holdfast.errors import PlanError
 from holdfast.files import content_key
@@ -18,7 +19,7 @@ from holdfast.measure.soft_prompt import check_export
 from holdfast.measure.suites import check_suite, names_of
 from holdfast.plan import Host, Plan
 from holdfast.recipe import Recipe
-from holdfast.runs.checks import check_merge, check_model, check_settings, check_source
+from holdfast.runs.checks import check_looks, check_merge, check_metric, check_model, check_settings, check_source
 from holdfast.runs.run import Run
 from holdfast.services import Context
 from holdfast.session import Session
@@ -63,6 +64,8 @@ class Job:
         """Identity of the model, of the rows and of the models to merge with, by content."""
         rows = [[r.prompt, r.completion] for r in (*self.task.train, *self.task.test)]
         found = {"model": self.source.sha, "data": content_key(rows)}
+        own = identity(self.task.metric, self.run.base_dir) if ":" in self.task.metric else None
+        found |= {"metric": own} if own else {}
         for m in self.session.merging.methods:
             others = sources_of(m, self.run.base_dir)
             found |= {f"{m.name} model {role}": source.sha for role, source in others.items()}
@@ -98,7 +101,9 @@ def checked(run: Run) -> Job:
     session = _session(run, plan, model, tokenizer, task, longest)
     mix = session.mix(task.token_rows)
     session.ctx.total_steps = steps = _steps(run.recipe, session, mix)
-    return Job(run, source, model, tokenizer, task, session, _training(run, model.dtype, steps), mix)
+    check_looks(run.recipe, task, session)
+    epoch = math.ceil(mix.num_rows(1.0) / _size(run.recipe))
+    return Job(run, source, model, tokenizer, task, session, _training(run, model.dtype, steps, epoch), mix)
 
 
 def load(recipe: Recipe, source: models.ModelSource, *, merge_adapter: bool) -> tuple[Any, Any]:
@@ -145,6 +150,7 @@ def _session(run: Run, plan: Plan, model: Any, tokenizer: Any, task: TaskData, l
     plan.check(_host(run.recipe), ctx)
     for m in plan.active:
         if m.prompts:
+            check_metric(task, m.name)
             check_export(model, tokenizer, m.name)
     return Session(plan, model, ctx, compute_dtype=model.dtype, knows_rows=True, packing=t.packing is not False)
 
@@ -152,8 +158,7 @@ def _session(run: Run, plan: Plan, model: Any, tokenizer: Any, task: TaskData, l
 def _steps(recipe: Recipe, session: Session, mix: Any) -> int:
     """Optimizer steps of the whole run, at least one for each stage."""
     t = recipe.training
-    size = t.per_device_train_batch_size * t.gradient_accumulation_steps
-    steps = t.max_steps if t.max_steps > 0 else math.ceil(mix.num_rows(t.num_train_epochs) / size)
+    steps = t.max_steps if t.max_steps > 0 else math.ceil(mix.num_rows(t.num_train_epochs) / _size(recipe))
     if steps < len(session.stages):
         owner = next(m.name for m in session.plan.active if "stages" in m.sites())
         raise PlanError(
@@ -163,7 +168,12 @@ def _steps(recipe: Recipe, session: Session, mix: Any) -> int:
     return steps
 
 
-def _training(run: Run, dtype: torch.dtype, steps: int) -> Training:
+def _size(recipe: Recipe) -> int:
+    """Rows of a step."""
+    return recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
+
+
+def _training(run: Run, dtype: torch.dtype, steps: int, epoch: int) -> Training:
     t = run.recipe.training
     half = dtype if dtype in (torch.bfloat16, torch.float16) else None
     return Training(
@@ -181,6 +191,6 @@ def _training(run: Run, dtype: torch.dtype, steps: int) -> Training:
         fused=t.optim == "adamw_torch_fused",
         seed=t.seed if t.data_seed is None else t.data_seed,  # of the order of rows (and of dropout)
         autocast=torch.bfloat16 if t.bf16 else half,
-        save_steps=t.save_steps,
+        save_steps=t.save_steps if t.save_strategy == "steps" else epoch,
         folder=run.path,
     )
