@@ -108,6 +108,15 @@ class Data(Section):
     )
     completion: str | None = Field(default=None, description="Template over columns, e.g. ' {queue}'; null: detect.")
     max_length: int = Field(default=1024, ge=2, description="Longest row in tokens.")
+    too_long: Literal["refuse", "drop", "truncate", "split"] = Field(
+        default="drop", description="What becomes of longer rows; all but refuse are counted in the report."
+    )
+    stride: int | None = Field(
+        default=None, ge=1, description="Tokens that neighbours of a split row share, as context; null: an eighth."
+    )
+    train_on: Literal["last", "assistant", "all"] = Field(
+        default="assistant", description="Of a conversation: its last answer, all its answers, or every token."
+    )
 
     _size = check("validation_size")(_whole_from_one)
 
@@ -124,6 +133,8 @@ class Data(Section):
             raise ValueError("prompt and completion together, or neither")
         if self.completion is not None and not template_columns(self.completion):
             raise ValueError("a completion with a {column}; this one would be the same for every row")
+        if self.stride and self.stride >= self.max_length:
+            raise ValueError(f"a stride ({self.stride}) below max_length ({self.max_length})")
         if not (self.validation or self.test or self.validation_size):
             raise ValueError("a validation or test set, or validation_size above 0, to report on")
         return self

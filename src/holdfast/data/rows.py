@@ -13,6 +13,7 @@ from typing import Any
 from holdfast.data.chat import Chat
 from holdfast.data.notes import Notes
 from holdfast.data.readers import records_of
+from holdfast.data.rendered import Turn
 from holdfast.data.schemas import detected, sound, templated
 from holdfast.errors import DataError, suggest
 from holdfast.recipe import Source
@@ -27,12 +28,14 @@ class Row:
         completion: what it must say. A chat turn keeps the template's own end token and newline.
         source: name of the data set in a mix.
         where: file:line, or data set[split]:number for what has no lines.
+        turns: which characters of prompt + completion are trained on; () is the completion.
     """
 
     prompt: str
     completion: str
     source: str = "task"
     where: str = ""
+    turns: tuple[Turn, ...] = ()
 
 
 def read_rows(
@@ -44,6 +47,7 @@ def read_rows(
     tokenizer: Any = None,
     source: str = "task",
     notes: list[str] | None = None,
+    last_only: bool = False,
 ) -> list[Row]:
     """Read one data set into rows, in file order.
 
@@ -55,6 +59,7 @@ def read_rows(
         tokenizer: renders chats with its chat template; needed for message data only.
         source: copied into every row.
         notes: what is no error and must be said is added here, one sentence each with its count; None warns.
+        last_only: train on the last answer of a conversation only.
 
     Raises:
         DataError: no such data, an empty set, or a row that does not fit; names file and line.
@@ -67,10 +72,13 @@ def read_rows(
     if not records:
         raise DataError(f"{where_from.path}: holds no rows.", "Check the path and the split.")
     if prompt is None or completion is None:
-        build = detected(records[0], Chat(tokenizer, said, arrow), said)
+        build = detected(records[0], Chat(tokenizer, said, arrow, last_only), said)
     else:
         build = templated(prompt, completion, said)
-    rows = [Row(*sound(build(columns, place), place, said), source, place) for place, columns in records]
+    rows = []
+    for place, columns in records:
+        pair = sound(build(columns, place), place, said)
+        rows.append(Row(pair.prompt, pair.completion, source, place, pair.turns))
     if notes is not None:
         notes += said.lines()
     elif lines := said.lines():

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from holdfast.data.encoder import Encoder
+from holdfast.data.lengths import Limit
+from holdfast.data.notes import Notes
 from holdfast.data.rows import Row, cap, check_labels, labels_of, leaks, read_rows, split
-from holdfast.data.tokens import Encoder, tokenize_all
+from holdfast.data.tokens import tokenize_each
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import DataError
 from holdfast.recipe import Recipe
@@ -24,7 +28,12 @@ class TaskData:
     test: tuple[Row, ...]
     labels: tuple[str, ...] | None
     token_rows: tuple[TokenRow, ...]
+    places: tuple[str, ...] = ()
     note: str = ""
+
+    def place(self, row: TokenRow) -> str:
+        """Where a training row stands in its file; "" for one that a method made or changed."""
+        return next((where for one, where in zip(self.token_rows, self.places, strict=True) if one is row), "")
 
     @property
     def metric(self) -> str:
@@ -57,6 +66,7 @@ def read_task(recipe: Recipe, tokenizer: Any, base_dir: Path, longest: int, stop
             base_dir=base_dir,
             tokenizer=tokenizer,
             notes=notes,
+            last_only=spec.train_on == "last",
         )
 
     train = read(spec.train)
@@ -76,16 +86,49 @@ def read_task(recipe: Recipe, tokenizer: Any, base_dir: Path, longest: int, stop
     shared = leaks(train, test)
     if shared:
         notes.append(f"{shared} test prompts also stand in train")
-    most = min(spec.max_length, longest)
-    tokens = tuple(tokenize_all(train, tokenizer, most, stops=stops, notes=notes))
-    tokenize_all([*(validation or ()), *test], tokenizer, most, stops=stops)
-    encoder = Encoder(tokenizer, stops)
+    encoder, most = Encoder(tokenizer, stops), min(spec.max_length, longest)
+    limit = Limit(most, spec.too_long, spec.stride or most // 8)
+    train, made = _tokenized(train, encoder, limit, notes, all_tokens=spec.train_on == "all")
+    tokens = tuple(chain.from_iterable(made))
+    asked = limit if spec.too_long in ("refuse", "drop") else Limit(longest, "drop")
+    validation, test = (
+        _fitting(rows, encoder, asked, notes, of) for rows, of in ((validation or [], "validation"), (test, "test"))
+    )
     _check_told_apart(train, labels, encoder)
     if encoder.ends_texts:
         notes.append("the tokenizer ends every text, prompts too; here it ends answers only, as in the exported one")
     return TaskData(
-        spec.name, tuple(train), tuple(validation or ()), tuple(test), labels, tokens, "; ".join(dict.fromkeys(notes))
+        spec.name,
+        tuple(train),
+        tuple(validation),
+        tuple(test),
+        labels,
+        tokens,
+        tuple(row.where for row, some in zip(train, made, strict=True) for _ in some),
+        "; ".join(dict.fromkeys(notes)),
     )
+
+
+def _tokenized(
+    rows: Sequence[Row], encoder: Encoder, limit: Limit, notes: list[str], **kind: Any
+) -> tuple[list[Row], list[list[TokenRow]]]:
+    """The rows that stay, and the token rows of each."""
+    odd = Notes()
+    made = tokenize_each(rows, encoder, limit, odd, **kind)
+    kept = [row for row, some in zip(rows, made, strict=True) if some]
+    limit.check_left(len(kept), len(rows))
+    notes += odd.lines()
+    return kept, [some for some in made if some]
+
+
+def _fitting(rows: Sequence[Row], encoder: Encoder, limit: Limit, notes: list[str], which: str) -> list[Row]:
+    """The rows that are asked in the end: never a part of one, and what is left out is said."""
+    kept, _ = _tokenized(rows, encoder, limit, [])
+    if len(kept) < len(rows):
+        notes.append(
+            f"{len(rows) - len(kept)} of {len(rows)} {which} rows are longer than {limit.most} tokens, left out"
+        )
+    return kept
 
 
 def _check_told_apart(rows: Sequence[Row], labels: Sequence[str] | None, encoder: Encoder) -> None:
