@@ -374,12 +374,11 @@ def test_an_answer_may_end_with_its_line_or_with_the_text(made):
 
 
 def test_two_labels_of_the_same_tokens_are_refused(made):
-    from holdfast.data.task import _check_told_apart
+    from holdfast.data.prepare import check_told_apart
 
-    rows = [Row("Q:", " Yes"), Row("Q:", " yes")]
-    _check_told_apart(rows, (" Yes", " yes"), Encoder(made("bytes")))
+    check_told_apart("Q:", (" Yes", " yes"), Encoder(made("bytes")))
     with pytest.raises(DataError, match="' Yes' and ' yes' are the same tokens"):
-        _check_told_apart(rows, (" Yes", " yes"), Encoder(made("word pieces")))
+        check_told_apart("Q:", (" Yes", " yes"), Encoder(made("word pieces")))
 
 
 @pytest.mark.parametrize("name", ["bytes, bos", "bytes, bos and eos", "bytes, eos", "word pieces, no eos"])

@@ -62,8 +62,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-def _whole_from_one(value: float) -> float:
-    if value >= 1 and value != int(value):
+def _whole_from_one(value: float | None) -> float | None:
+    if value is not None and value >= 1 and value != int(value):
         raise ValueError("a fraction below 1, or a whole count")
     return value
 
@@ -100,9 +100,15 @@ class Data(Section):
     train: Source = Field(description="File (beside the recipe, then here), hub id, or holdfast:<shipped>.")
     validation: Source | None = Field(default=None, description="null: validation_size rows are cut from train.")
     test: Source | None = Field(default=None, description="null: the report uses validation, and says so.")
-    validation_size: float = Field(default=0.1, ge=0, description="Rows cut from train: fraction (<1) or count.")
+    validation_size: float | None = Field(
+        default=None,
+        ge=0,
+        description="Rows cut from train: fraction (<1) or count; null: a tenth, at most test_size.",
+    )
     train_size: int | None = Field(default=None, ge=1, description="Use only so many training rows (seeded).")
-    test_size: int | None = Field(default=None, ge=1, description="Use only so many test rows (seeded).")
+    test_size: int | None = Field(
+        default=500, ge=1, description="Measure on only so many test or validation rows (seeded); null: on all."
+    )
     prompt: str | None = Field(
         default=None, description="Template over columns, e.g. '{text}\\nQueue:'; null: detect."
     )
@@ -135,7 +141,7 @@ class Data(Section):
             raise ValueError("a completion with a {column}; this one would be the same for every row")
         if self.stride and self.stride >= self.max_length:
             raise ValueError(f"a stride ({self.stride}) below max_length ({self.max_length})")
-        if not (self.validation or self.test or self.validation_size):
+        if not (self.validation or self.test) and self.validation_size == 0:
             raise ValueError("a validation or test set, or validation_size above 0, to report on")
         return self
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class Session:
 
     # ---- before training
 
-    def prepare(self, teacher_rows: Sequence[TokenRow] = (), progress: Callable[[float], None] | None = None) -> None:
+    def prepare(self, teacher_rows: Iterable[TokenRow] = (), progress: Callable[[float], None] | None = None) -> None:
         """Run `prepare` and gather asides on the untouched base, then the teacher's answers."""
         for m in self.methods:
             if m.name not in self.state:

@@ -87,7 +87,8 @@ class Encoder:
         """Tokens of each text, without any that the tokenizer adds."""
         if not texts:
             return []
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        only = {"return_attention_mask": False, "return_token_type_ids": False}
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False, **only)["input_ids"]
 
     def prompts(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokens of each text as a model sees it that is to go on with it."""
@@ -123,6 +124,61 @@ class Encoder:
         found = dict(zip(some, self.bare(some), strict=True))
         return [found[str(text)] for text in texts]
 
+    def heads(self, texts: Sequence[str], wholes: Sequence[Tokens]) -> list[Tokens]:
+        """`bare` of texts, each the beginning of one whose tokens are known.
+
+        A special token parts a text: tokenizers look for these first, and go through what stands between them piece
+        by piece. So a beginning has the tokens of the whole up to its last special token, and those that its rest has
+        behind that token; in chats that rest is the same in every row.
+        """
+        parted = [self._parted(text, whole) for text, whole in zip(texts, wholes, strict=True)]
+        rests = dict.fromkeys(mark + rest for known in parted if known for mark, rest, _ in [known])
+        asked = [str(text) for text, known in zip(texts, parted, strict=True) if known is None]
+        found = dict(zip([*rests, *dict.fromkeys(asked)], self.bare([*rests, *dict.fromkeys(asked)]), strict=True))
+        out = []
+        for text, known in zip(texts, parted, strict=True):
+            if known is None:
+                out.append(found[str(text)])
+                continue
+            mark, rest, before = known
+            tail = found[mark + rest]
+            whole_again = tail[:1] != [self._marks[mark]]
+            out.append(self.bare([str(text)])[0] if whole_again else [*before, *tail[1:]])
+        return out
+
+    def _parted(self, text: str, whole: Tokens) -> tuple[str, str, Tokens] | None:
+        """The last special token of a text, what follows it, and the tokens up to and with it; None without one."""
+        ends = [(text.rfind(mark), mark) for mark in self._marks]
+        at, mark = max(ends, default=(-1, ""))
+        if at < 0:
+            return None
+        token, place = self._marks[mark], -1
+        for _ in range(text.count(mark)):
+            try:
+                place = whole.index(token, place + 1)
+            except ValueError:
+                return None
+        return mark, text[at + len(mark) :], whole[: place + 1]
+
+    @cached_property
+    def _marks(self) -> dict[str, int]:
+        """Special tokens of the chat template that no other token can hide, and their numbers."""
+        template = str(getattr(self.tokenizer, "chat_template", None) or "")
+        if not self.tokenizer.is_fast or getattr(self.tokenizer, "split_special_tokens", False):
+            return {}
+        added = self.tokenizer.added_tokens_decoder
+        plain = {
+            token.content: n
+            for n, token in added.items()
+            if token.special and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
+        }
+        others = [token.content for token in added.values()]
+        return {
+            mark: n
+            for mark, n in plain.items()
+            if mark in template and not any(_meet(mark, o) for o in others if o != mark)
+        }
+
     def _lead(self, text: str, ids: Tokens) -> Tokens:
         """What stands before the tokens of a text: nothing where they begin with it."""
         bos = self.tokenizer.bos_token_id
@@ -149,8 +205,8 @@ class Encoder:
         Raises:
             DataError: an answer adds no token, or cannot be told from its prompt in tokens.
         """
-        prompts = self._each([p for p, _ in pairs])
         wholes = self._each([p + a for p, a in pairs])
+        prompts = self.heads([p for p, _ in pairs], wholes)
         out = []
         for n, ((prompt, answer), head, whole) in enumerate(zip(pairs, prompts, wholes, strict=True)):
             where = wheres[n] if wheres else ""
@@ -250,6 +306,16 @@ class Encoder:
             or _squeezed(self._text(split.answer)) == wanted  # a chat template wrote the end too
             or _squeezed(self._text(split.ids[:end])).endswith(wanted)  # "##er" alone does not read as "er"
         )
+
+
+def _meet(mark: str, other: str) -> bool:
+    """Whether two tokens can share characters of a text."""
+    short = min(len(mark), len(other))
+    return (
+        mark in other
+        or other in mark
+        or any(mark.endswith(other[:n]) or other.endswith(mark[:n]) for n in range(1, short))
+    )
 
 
 def _squeezed(text: str) -> str:

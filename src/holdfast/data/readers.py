@@ -25,10 +25,7 @@ Record = tuple[str, dict[str, Any]]  # place (file:line) and columns
 
 def records_of(source: Source, base_dir: Path) -> tuple[Iterable[Record], bool]:
     """The rows, and whether they come from a table, which fills missing keys with null."""
-    if source.path.startswith(SHIPPED):
-        path: Path | None = _shipped(source.path.removeprefix(SHIPPED))
-    else:
-        path = locate(source.path, base_dir)
+    path = source_file(source, base_dir)
     if path is None or path.is_dir():
         return _from_hub(source, path, base_dir), True
     for key in ("name", "split", "revision"):
@@ -36,6 +33,13 @@ def records_of(source: Source, base_dir: Path) -> tuple[Iterable[Record], bool]:
             what = f"{source.path} is one file, and {key} {getattr(source, key)!r} has no meaning for it."
             raise DataError(what, f"Remove {key}.")
     return _from_file(path), path.suffix == ".parquet"
+
+
+def source_file(source: Source, base_dir: Path) -> Path | None:
+    """The local file or folder of a source; None for a name on the hub."""
+    if source.path.startswith(SHIPPED):
+        return _shipped(source.path.removeprefix(SHIPPED))
+    return locate(source.path, base_dir)
 
 
 def _shipped(name: str) -> Path:
@@ -51,7 +55,7 @@ def _from_file(path: Path) -> Iterator[Record]:
     if path.suffix in (".csv", ".tsv"):
         return _read_csv(read_text(path), path.name, "\t" if path.suffix == ".tsv" else ",")
     if path.suffix == ".jsonl":
-        return read_jsonl(read_text(path), path.name)
+        return _jsonl(_lines(path), path.name)
     if path.suffix == ".json":
         return _read_json(read_text(path), path.name)
     if path.suffix == ".parquet":
@@ -80,8 +84,31 @@ def _record(value: Any, place: str) -> Record:
     return place, value
 
 
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file, one after the other: a large file is never in memory whole."""
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                yield _decoded(raw, path.name, number)
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error.strerror}).", "Check its permissions.") from None
+
+
+def _decoded(raw: bytes, name: str, line: int) -> str:
+    if line == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{name}:1: UTF-16 text, not UTF-8.", "Save the file as UTF-8.")
+    try:
+        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"{name}:{line}: not UTF-8 text.", "Save the file as UTF-8.") from None
+
+
 def read_jsonl(text: str, name: str) -> Iterator[Record]:
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028 inside a string
+    return _jsonl(text.split("\n"), name)  # splitlines() would cut at U+2028 inside a string
+
+
+def _jsonl(lines: Iterable[str], name: str) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             place = f"{name}:{number}"
             try:

@@ -32,7 +32,9 @@ def conversation(row: Row, split: Split, encoder: Encoder, owner: str, source: s
 
 def _spans(text: str, turns: Sequence[Turn], ids: Sequence[int], encoder: Encoder) -> list[tuple[int, int]] | None:
     """The turns as [start, end) in tokens, each up to the token that ends it; None where they do not nest."""
-    *heads, whole = encoder.bare([*(text[:at] for turn in turns for at in turn), text])
+    (whole,) = encoder.bare([text])
+    begins = [text[:at] for turn in turns for at in turn]
+    heads = encoder.heads(begins, [whole] * len(begins))
     if any(list(ids[: len(head)]) != head[: len(ids)] for head in heads):
         return None
     at = [min(len(head), len(ids)) for head in heads]

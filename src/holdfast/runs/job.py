@@ -11,7 +11,6 @@ import torch
 from holdfast import models
 from holdfast.data.task import TaskData, read_task
 from holdfast.errors import PlanError
-from holdfast.files import content_key
 from holdfast.hosts.plain import Training
 from holdfast.measure.probe import Ask
 from holdfast.measure.soft_prompt import check_export
@@ -55,8 +54,7 @@ class Job:
 
     def inputs(self) -> dict[str, Any]:
         """Identity of the model, of the rows and of the models to merge with, by content."""
-        rows = [[r.prompt, r.completion] for r in (*self.task.train, *self.task.test)]
-        found = {"model": self.source.sha, "data": content_key(rows)}
+        found = {"model": self.source.sha, "data": self.task.key}
         for m in self.session.merging.methods:
             others = sources_of(m, self.run.base_dir)
             found |= {f"{m.name} model {role}": source.sha for role, source in others.items()}
@@ -84,7 +82,8 @@ def checked(run: Run) -> Job:
         source = models.resolve(spec.model_name_or_path, spec.model_revision)
         tokenizer = models.load_tokenizer(source, spec.trust_remote_code)
         longest = models.context_length(source, spec.trust_remote_code)
-        task = read_task(run.recipe, tokenizer, run.base_dir, longest, models.stop_tokens(source))
+        said = lambda words: run.tell("load", 0.0, words)  # noqa: E731
+        task = read_task(run.recipe, tokenizer, run.base_dir, longest, models.stop_tokens(source), said)
         _check_suites(run.recipe, tokenizer, task, longest)
         model, tokenizer = load(run.recipe, source, merge_adapter=True)
         check_model(run, source, model, tokenizer, plan)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from holdfast import models
@@ -45,12 +46,11 @@ def _prepare(job: Job) -> None:
     session, training, run = job.session, job.training, job.run
     with run.timed("prepare"):
         run.tell("prepare", 0.0, "")
-        order = job.mix.draw(training.seed)
         rows = min(training.num_steps * training.batch_size * training.gradient_accumulation_steps, MOST_DRAWN)
-        drawn = [next(order) for _ in range(rows)]
+        drawn = islice(job.mix.draw(training.seed), rows)
         session.prepare(drawn, lambda x: run.tell("prepare", x, "base answers"))
         session.enter(session.stages[-1])
-        session.probe(drawn[:2], training.autocast)
+        session.probe(list(islice(job.mix.draw(training.seed), 2)), training.autocast)
         if job.recipe.training.gradient_checkpointing:
             inner(session.model).gradient_checkpointing_enable({"use_reentrant": False})
 
