@@ -65,3 +65,16 @@ def test_conversations(shape, tmp_path):
         ends = [target for text, _, target, _ in row["tokens"] if text == "<|im_end|>"]
         marked = row["where"] == "talks.jsonl:6"
         assert ends == [n % 2 and not (marked and n == 1) for n in range(len(ends))]
+
+
+def test_documents(shape, tmp_path):
+    """A folder of texts, split with nothing lost; documents that are held out are measured."""
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for n in range(12):
+        words = " ".join(text for _, text in random.Random(n).choices(TICKET, k=30 + n))
+        (folder / f"{n:02}.{'md' if n % 2 else 'txt'}").write_text(words, encoding="utf-8")
+    sizes = ["data.max_length=64", "data.stride=16", "data.validation_size=3"]
+    report = shape("documents", f"data.train={folder}", *sizes)
+    assert "9 rows longer than data.max_length, split (first 00.txt:1)" in report["task"]["note"]
+    assert report["data"]["rows"] == 9 and report["rows"][0]["num_tokens"] == 64

@@ -1,4 +1,4 @@
-"""The task's rows on disk: the same as one by one in memory, prepared once for the same content, whole or not at all."""
+"""The task's rows on disk: the same as one by one in memory, prepared once for the same content, or not at all."""
 
 import json
 from pathlib import Path
@@ -101,7 +101,7 @@ def test_a_second_start_reads_nothing(tmp_path, monkeypatch):
 
 CHANGES = {
     "content": lambda t, p: write(p, [talk(n) for n in range(1, 41)]),
-    "template": lambda t, p: setattr(t, "chat_template", CHATML.replace("user", "human")),
+    "template": lambda t, p: setattr(t, "chat_template", CHATML.replace("\n", " ")),
     "tokenizer": lambda t, p: t.add_tokens(["billing"]),
 }
 
@@ -130,7 +130,7 @@ def test_settings_make_them_anew_and_the_name_of_the_task_does_not(tmp_path, mon
 def test_a_fault_leaves_nothing_behind(tmp_path, home):
     path = write(tmp_path / "t.jsonl", [talk(n) for n in range(40)])
     path.write_text(path.read_text() + "{\n", encoding="utf-8")
-    with pytest.raises(DataError, match="t.jsonl:41: not valid JSON"):
+    with pytest.raises(DataError, match=r"t\.jsonl:41: not valid JSON"):
         data_of(path, tokenizer_of("bytes"))
     assert list((home / "rows").iterdir()) == []
 

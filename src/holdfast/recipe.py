@@ -23,7 +23,8 @@ from holdfast.errors import DataError, RecipeError, suggest
 KEEP_FRAC = 0.95
 SHIPPED = "holdfast:"  # prefix of the data sets and recipes that come with the package
 RECIPE_DIR = Path(__file__).parent / "recipes"  # demo.yaml is holdfast:demo
-FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+TEXT_KINDS = (".txt", ".md")  # one document each
+FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *TEXT_KINDS)
 KEY_KINDS = ("extra_forbidden", "invalid_key")  # pydantic's names for "no such key"
 
 
@@ -114,8 +115,9 @@ class Data(Section):
     )
     completion: str | None = Field(default=None, description="Template over columns, e.g. ' {queue}'; null: detect.")
     max_length: int = Field(default=1024, ge=2, description="Longest row in tokens.")
-    too_long: Literal["refuse", "drop", "truncate", "split"] = Field(
-        default="drop", description="What becomes of longer rows; all but refuse are counted in the report."
+    too_long: Literal["refuse", "drop", "truncate", "split"] | None = Field(
+        default=None,
+        description="Longer rows: refuse, drop, truncate or split; null: drop, and split for plain text.",
     )
     stride: int | None = Field(
         default=None, ge=1, description="Tokens that neighbours of a split row share, as context; null: an eighth."

@@ -22,29 +22,31 @@ MOST_DROPPED = 0.5  # of the rows; more is a wrong max_length (ours)
 class Limit:
     """How long a row may be (None: as long as it likes), and what becomes of a longer one.
 
-    how: refuse, drop, truncate or split; stride: tokens that the parts of a split row have in common.
+    how: refuse, drop, truncate or split; None: split for plain text, drop for other rows. stride: tokens that the
+    parts of a split row have in common.
     """
 
     most: int | None = None
-    how: str = "refuse"
+    how: str | None = "refuse"
     stride: int = 0
 
-    def fit(self, row: TokenRow, where: str, notes: Notes, lead: int = 0) -> list[TokenRow]:
-        """What becomes of one row. lead: its first tokens that stand before every text.
+    def fit(self, row: TokenRow, where: str, notes: Notes, lead: int = 0, text: bool = False) -> list[TokenRow]:
+        """What becomes of one row. lead: its first tokens that stand before every text; text: it is plain text.
 
         Raises:
             DataError: the row is too long and that is refused.
         """
         if not self.most or len(row.ids) <= self.most:
             return [row]
-        if self.how == "drop":
+        how = self.how or ("split" if text else "drop")
+        if how == "drop":
             notes.add(DROPPED, where)
             return []
-        if self.how == "truncate":
+        if how == "truncate":
             cut, whole = truncated(row, self.most, lead)
             notes.add(CUT_HEAD if whole else CUT_TAIL, where)
             return [cut]
-        if self.how == "split":
+        if how == "split":
             notes.add(CUT_UP, where)
             return list(parts(row, self.most, self.stride))
         what = f"{where or 'A row'} has {len(row.ids)} tokens, more than max_length {self.most}."

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from holdfast.data.documents import text_parts
 from holdfast.data.encoder import Encoder
 from holdfast.data.lengths import Limit
 from holdfast.data.notes import Notes
@@ -90,7 +91,8 @@ class _Reader:
     def _tokenized(self, batch: Sequence[Numbered]) -> tuple[list[list[TokenRow]], list[tuple[str, str, str]]]:
         log = _Log()
         whole = self.recipe.data.train_on == "all"
-        made = tokenize_each([row for _, row in batch], self.encoder, self.limit, log, all_tokens=whole)
+        rows = [row for _, row in batch]
+        made = tokenize_each(rows, self.encoder, self.limit, log, all_tokens=whole, documents=True)
         return made, log.said
 
     def say_of(self, train: Sequence[int]) -> None:
@@ -107,7 +109,11 @@ class _Reader:
         drawn = cap(rows, spec.test_size, seed)
         if len(drawn) < len(rows):
             self.notes.append(f"{len(drawn)} of {len(rows):,} {which} rows are drawn (data.test_size)")
-        limit = self.limit if spec.too_long in ("refuse", "drop") else Limit(longest, "drop")
+        plain = bool(drawn) and not drawn[0].prompt
+        drop = spec.too_long in ("refuse", "drop") or (spec.too_long is None and not plain)
+        limit = self.limit if drop else Limit(longest, "drop")
+        if plain and spec.too_long in (None, "split"):
+            drawn = [part for row in drawn for part in text_parts(row, self.encoder, longest)]
         made = tokenize_each(drawn, self.encoder, limit, _Log())
         kept = [row for row, some in zip(drawn, made, strict=True) if some]
         limit.check_left(len(kept), len(drawn))

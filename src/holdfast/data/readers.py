@@ -10,13 +10,14 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from holdfast.data.jsontext import DECODER, SYNTAX, Bent
 from holdfast.data.messages import kind_of
 from holdfast.errors import DataError, pip_install, suggest
-from holdfast.recipe import FILE_KINDS, SHIPPED, Source, locate
+from holdfast.recipe import FILE_KINDS, SHIPPED, TEXT_KINDS, Source, locate
 
 DATA_DIR = Path(__file__).parent / "shipped"  # behind holdfast:<file>
 
@@ -26,6 +27,8 @@ Record = tuple[str, dict[str, Any]]  # place (file:line) and columns
 def records_of(source: Source, base_dir: Path) -> tuple[Iterable[Record], bool]:
     """The rows, and whether they come from a table, which fills missing keys with null."""
     path = source_file(source, base_dir)
+    if path and path.is_dir() and (documents := _documents(path)):
+        return documents, False
     if path is None or path.is_dir():
         return _from_hub(source, path, base_dir), True
     for key in ("name", "split", "revision"):
@@ -60,8 +63,23 @@ def _from_file(path: Path) -> Iterator[Record]:
         return _read_json(read_text(path), path.name)
     if path.suffix == ".parquet":
         return _read_parquet(path)
+    if path.suffix in TEXT_KINDS:
+        return _document(path, path.name)
     what = f"{path.name}: files of kind {path.suffix or '(no suffix)'} cannot be read."
     raise DataError(what, f"Use one of {', '.join(FILE_KINDS)}.")
+
+
+def _documents(folder: Path) -> Iterator[Record] | None:
+    """The documents of a folder that holds nothing else, by name; None for another folder."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    if not files or any(p.suffix not in TEXT_KINDS for p in files):
+        return None
+    return chain.from_iterable(_document(p, p.relative_to(folder).as_posix()) for p in files)
+
+
+def _document(path: Path, name: str) -> Iterator[Record]:
+    """A file that is one text."""
+    yield f"{name}:1", {"text": read_text(path)}
 
 
 def read_text(path: Path) -> str:

@@ -24,7 +24,7 @@ class Writer:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._files = {name: (folder / f"{name}.bin").open("wb") for name in FLAT}
+        self._files = {name: (folder / f"{name}.bin").open("wb", buffering=1 << 20) for name in FLAT}
         self._lists: dict[str, list[int]] = {name: [] for name in KINDS}
         self._at, self._tokens_at = 0, 0
 
@@ -145,4 +145,5 @@ def open_texts(folder: Path, source: str = "task", chosen: np.ndarray | None = N
 
 
 def _mapped(path: Path, kind: type) -> np.ndarray:
-    return np.memmap(path, dtype=kind, mode="r") if path.stat().st_size else np.zeros(0, dtype=kind)
+    """The file as a plain array, of which slices are cheap; an empty file cannot be mapped."""
+    return np.asarray(np.memmap(path, dtype=kind, mode="r")) if path.stat().st_size else np.zeros(0, dtype=kind)

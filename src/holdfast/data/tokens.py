@@ -64,8 +64,13 @@ def tokenize_each(
     owner: str = "task",
     source: str | None = None,
     all_tokens: bool = False,
+    documents: bool = False,
 ) -> list[list[TokenRow]]:
-    """`tokenize_all`, with what becomes of each row: none, one or several token rows."""
+    """`tokenize_all`, with what becomes of each row: none, one or several token rows.
+
+    documents: plain text stands behind a token (`Encoder.first`) where the tokenizer puts none before texts, as where
+    it is scored; so its first token is a target too.
+    """
     splits = encoder.join([(r.prompt, r.completion) for r in rows], end=True, wheres=[r.where for r in rows])
     out = []
     for row, split in zip(rows, splits, strict=True):
@@ -73,12 +78,13 @@ def tokenize_each(
             made = conversation(row, split, encoder, owner, source or row.source)
         else:
             start = 1 if all_tokens or not row.prompt else split.start
-            made = [token_row(split.ids, start, owner, source or row.source)]
+            front = encoder.first if documents and not row.prompt and not split.start else []
+            made = [token_row([*front, *split.ids], start, owner, source or row.source)]
         if len(made) > 1:
             notes.add(APART, row.where)
         begin = encoder.begin
         lead = len(begin) if begin and split.ids[: len(begin)] == begin else 0
-        out.append([cut for one in made for cut in limit.fit(one, row.where, notes, lead)])
+        out.append([cut for one in made for cut in limit.fit(one, row.where, notes, lead, text=not row.prompt)])
         if not encoder.says(split.answer):
             what = f"{row.where or 'A row'}: the completion {row.completion!r} says nothing before its end."
             raise DataError(what, "Remove the row or fill it in: the model would learn to stop at once.")
