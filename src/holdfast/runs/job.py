@@ -82,8 +82,8 @@ def checked(run: Run) -> Job:
         source = models.resolve(spec.model_name_or_path, spec.model_revision)
         tokenizer = models.load_tokenizer(source, spec.trust_remote_code)
         longest = models.context_length(source, spec.trust_remote_code)
-        said = lambda words: run.tell("load", 0.0, words)  # noqa: E731
-        task = read_task(run.recipe, tokenizer, run.base_dir, longest, models.stop_tokens(source), said)
+        stops, tell = models.stop_tokens(source), lambda words: run.tell("load", 0.0, words)
+        task = read_task(run.recipe, tokenizer, run.base_dir, longest, stops, tell)
         _check_suites(run.recipe, tokenizer, task, longest)
         model, tokenizer = load(run.recipe, source, merge_adapter=True)
         check_model(run, source, model, tokenizer, plan)
