@@ -2,7 +2,7 @@
 
     python benchmarks/data_shapes.py MODEL_FOLDER [rows]
 
-The files are made on the spot, seeded. Each set is made ready twice, each time in a process of its own: the first reads
+The files are made on the spot, seeded. Each set is made ready twice, in processes of their own: the first reads
 and tokenises, the second finds the rows on disk. Seconds from the call to the task, and memory (resident, at the peak)
 beyond what the libraries and the tokenizer take. Figures go to benchmarks/results/data_shapes.json.
 """

@@ -144,7 +144,7 @@ CASES = {
     "empty cut": ({"data": {"validation_size": 24}}, ["Cannot cut 24 of 24 rows", "data.validation_size"]),
     "row too long": (
         {"data": {"max_length": 20, "too_long": "refuse"}},
-        ["train.jsonl:2 has 22 tokens", "more than max_length 20", "Raise data.max_length"],
+        ["train.jsonl:1 has 22 tokens", "more than max_length 20", "Raise data.max_length"],
     ),
     "most rows too long": (
         {"data": {"max_length": 20}},

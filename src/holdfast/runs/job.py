@@ -1,4 +1,7 @@
-"""A recipe checked on its real model and data, the cheap before the dear; nothing is written, measured or trained."""
+"""A recipe checked on its real model and data, the cheap before the dear.
+
+Nothing is written but the rows in the cache, and nothing is measured or trained.
+"""
 
 from __future__ import annotations
 
