@@ -52,6 +52,11 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "curriculum": ([M.Curriculum()], FULL),
         "masked thought": ([M.MaskedThought()], FULL),
         "lora + replay + mftcoder": ([M.LoRA(), M.Replay(), M.MFTCoder()], LORA),
+        "spiel": ([M.SpIEL()], FULL),
+        "lt-sft": ([M.LTSFT()], FULL),
+        "control llm": ([M.ControlLLM()], FULL),
+        "s3ft": ([M.S3FT(max_new_tokens=16)], FULL),  # "contains": with "exact" nothing would change
+        "sdft": ([M.LoRA(), M.SDFT(max_completion_length=8)], LORA),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -82,6 +87,11 @@ TABLE = [
     "curriculum",
     "masked thought",
     "lora + replay + mftcoder",
+    "spiel",
+    "lt-sft",
+    "control llm",
+    "s3ft",
+    "sdft",
     *AFTERWARDS,
 ]
 

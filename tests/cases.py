@@ -12,9 +12,12 @@ import torch
 
 from holdfast import methods as hf
 from holdfast.data.mix import Mix
+from holdfast.data.rows import Row
 from holdfast.data.tokens import tokenize
 from holdfast.engine.forward import forward
-from holdfast.hosts.plain import Log, Training, train
+from holdfast.engine.replaced import switched_off
+from holdfast.hosts.plain import Log, Training, rows_of_run, train
+from holdfast.measure.answers import Sampling, respond, seed_of
 from holdfast.method import Method, canonical
 from holdfast.methods.adapt.lift import principal
 from holdfast.methods.loss._divergence import forward_kl
@@ -22,6 +25,7 @@ from holdfast.methods.loss.gere import _flags, _key, margin
 from holdfast.plan import Host, Plan
 from holdfast.services import Context
 from holdfast.session import Session
+from tiny import build_tokenizer
 
 Weights = dict[str, torch.Tensor]
 Watch = Callable[[Session, int], None]
@@ -56,8 +60,7 @@ def start(plan: Plan, model: Any, tokenizer: Any, rows: Sequence[Any], settings:
     plan.check(HOST, ctx)
     session = Session(plan, model, ctx, compute_dtype=model.dtype, knows_rows=True)
     mix = session.mix(token_rows(rows, tokenizer))
-    order = mix.draw(seed)
-    drawn = [next(order) for _ in range(steps * settings.batch_size * settings.gradient_accumulation_steps)]
+    drawn = list(rows_of_run(session, mix, settings))
     session.prepare(drawn)
     session.enter(session.stages[-1])
     session.probe(drawn[:2], settings.autocast)
@@ -148,6 +151,18 @@ def lora_holds(seen: Seen) -> None:
     assert all(torch.equal(w, seen.base[n]) for n, w in inside.items())
     ids = torch.as_tensor(seen.task[0].ids)[None]
     with torch.no_grad(), seen.result.model.disable_adapter():
+        assert torch.equal(seen.result.model(ids).logits, seen.base_model(ids).logits)
+
+
+def pairs_hold(seen: Seen) -> None:
+    """The originals are the base's to the last bit, every copy moved, and switched off the model is the base."""
+    inside = {n: w for n, w in seen.result.weights.items() if ".expanded." not in n}
+    assert inside.keys() == seen.base.keys() and all(torch.equal(w, seen.base[n]) for n, w in inside.items())
+    copies = {n: w for n, w in seen.result.weights.items() if ".expanded." in n}
+    assert len(copies) == sum("layers." in n for n in seen.base)
+    assert all(not torch.equal(w, seen.base[n.replace("expanded.", "")]) for n, w in copies.items())
+    ids = torch.as_tensor(seen.task[0].ids)[None]
+    with torch.no_grad(), switched_off(seen.result.model):
         assert torch.equal(seen.result.model(ids).logits, seen.base_model(ids).logits)
 
 
@@ -297,6 +312,61 @@ def lift_holds(seen: Seen) -> None:
             assert not moved.any(), name
 
 
+def sparse_holds(prefix: str, count: Callable[[Any, Weights], int], tensor: Callable[[str, Any], bool]) -> Any:
+    """Outside of the entries in the method's state the base is there to the last bit, and they are as many as said."""
+
+    def check(seen: Seen) -> None:
+        state, chosen = seen.result.session.state[seen.method.name], 0
+        for name, base in seen.base.items():
+            moved = seen.result.weights[name] != base
+            if not tensor(name, base):
+                assert not moved.any(), name
+                continue
+            mask = state[f"{prefix}{name}"]
+            chosen += int(mask.sum())
+            assert not moved[~mask].any() and moved[mask].float().mean() > (0.95 if mask.any() else -1), name
+        assert chosen == count(seen.method, {n: w for n, w in seen.base.items() if tensor(n, w)})
+        assert all(torch.isfinite(torch.tensor(p["task"])) for _, p in seen.result.log.loss)
+
+    return check
+
+
+def matrix(name: str, w: torch.Tensor) -> bool:
+    return w.ndim == 2 and "layers." in name
+
+
+def spiel_holds(seen: Seen) -> None:
+    """k entries of each matrix moved, and they are others than at the start."""
+    count = lambda m, ws: sum(m.count(w) for w in ws.values())  # noqa: E731
+    sparse_holds("entries/", count, matrix)(seen)
+    state = seen.result.session.state["SpIEL"]
+    for name in (n for n, w in seen.base.items() if matrix(n, w)):
+        first = seen.method.entries(name, seen.base[name], {}, 0)
+        assert first.sum() == state[f"entries/{name}"].sum() and not torch.equal(first, state[f"entries/{name}"])
+
+
+def lottery_holds(seen: Seen) -> None:
+    """k entries of all tensors together moved, and they are those that had moved most in the middle of the run."""
+    size = lambda m, ws: round(m.density * sum(w.numel() for w in ws.values()))  # noqa: E731
+    sparse_holds("entries/", size, matrix)(seen)
+    assert all(torch.equal(w, seen.base[n]) for n, w in seen.result.weights.items() if "norm" in n)
+    weights, state = seen.middle[0], seen.result.session.state["LTSFT"]
+    moved = {n: (weights[n] - w).abs() for n, w in seen.base.items() if matrix(n, w)}
+    inside, outside = (torch.cat([m[state[f"entries/{n}"] == x] for n, m in moved.items()]) for x in (True, False))
+    assert inside.min() >= outside.max() > 0
+
+
+def balance_holds(seen: Seen) -> None:
+    """After the warm-up the weights add up to the number of sources, and differ; held-out rows never trained."""
+    state = seen.result.session.state["CoBa"]
+    weights = [float(v) for k, v in state.items() if k.startswith("weight/")]
+    assert len(weights) == 2 and sum(weights) == pytest.approx(2) and abs(weights[0] - weights[1]) > 1e-3
+    assert seen.result.session.steering.source_weight == {
+        k.removeprefix("weight/"): float(v) for k, v in state.items() if k.startswith("weight/")
+    }
+    assert state["losses"].shape == (2, 20) and state["slopes"].shape == (3, 20 - seen.method.warmup)
+
+
 def finch_holds(seen: Seen) -> None:
     """The reference is the mean of the first losses, and as the loss fell the weights went further than without."""
     state, losses = seen.result.session.state["FINCH"], [p["task"] for _, p in seen.result.log.loss]
@@ -398,6 +468,58 @@ def keys_hold(seen: Seen) -> None:
     )
 
 
+def half_right(answer: str, reference: str, row: Any) -> bool:
+    """A verifier for S3FT: every answer to a prompt of even length is right."""
+    return len(row.prompt) % 2 == 0
+
+
+def parts_of(row: Any, tokenizer: Any) -> tuple[list[int], str, str]:
+    """The prompt's tokens, its text and the answer's text of a ticket."""
+    start = int(row.scored.argmax())
+    prompt, answer = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (row.ids[:start], row.ids[start:]))
+    return row.ids[:start].tolist(), prompt, answer
+
+
+@torch.no_grad()
+def own_answers_hold(seen: Seen) -> None:
+    """The first step is on the base's answers where the verifier takes them, and it takes some."""
+    tokenizer, order, rows = build_tokenizer(), Mix(seen.task).draw(0), []
+    for row in (next(order) for _ in range(4)):
+        ids, prompt, answer = parts_of(row, tokenizer)
+        if half_right("", "", Row(prompt, "")):
+            (got,) = respond(seen.base_model, tokenizer, [(ids, 2)], [seed_of(0, ids, 0)], Sampling(2, 5.0))
+            said = tokenizer.decode(got, skip_special_tokens=True).strip().split("\n")[0]
+            answer = f" {said}" if said and "\ufffd" not in said else answer
+        rows.append(tokenize(Row(prompt, answer), tokenizer, 512))
+    packed, logits = forward(seen.base_model, rows)
+    first = torch.nn.functional.cross_entropy(logits, packed.target).item()
+    assert math.isclose(seen.result.log.loss[0][1]["task"], first, rel_tol=1e-5)
+    assert not math.isclose(seen.plain.log.loss[0][1]["task"], first, rel_tol=1e-3)
+
+
+@torch.no_grad()
+def shown_answers_hold(seen: Seen) -> None:
+    """The first step's term by the model's own forward, row by row: JSD behind the prompt and one with the answer."""
+    m, model, tokenizer, order = seen.method, seen.base_model, build_tokenizer(), Mix(seen.task).draw(0)
+    total = count = 0
+    for row in (next(order) for _ in range(4)):
+        ids, prompt, answer = parts_of(row, tokenizer)
+        seed = seed_of("0/SDFT/0", ids, 0)
+        sampling = Sampling(m.max_completion_length, m.temperature)
+        (said,) = respond(model, tokenizer, [(ids, m.max_completion_length)], [seed], sampling)
+        shown = tokenizer(f"{prompt}{answer}\n\n{prompt}")["input_ids"]
+        a, b = (
+            (model(torch.tensor([[*p, *said]])).logits[0, len(p) - 1 : -1] / m.temperature).double().log_softmax(-1)
+            for p in (ids, shown)
+        )
+        middle = ((a.exp() + b.exp()) / 2).log()
+        total += ((a.exp() * (a - middle)).sum() + (b.exp() * (b - middle)).sum()).item() / 2
+        count += len(said)
+    first = seen.result.log.loss[0][1]["SDFT"]
+    assert math.isclose(first, total / count, rel_tol=1e-3) and first > 1e-4
+    assert seen.result.log.realised["SDFT/examples"] == 80 and not seen.result.log.realised["task/examples"]
+
+
 # ---- the rows
 
 
@@ -453,6 +575,19 @@ CASES = (
         ends_at=3,
         needs_rows=True,
     ),
+    Case(
+        hf.CoBa(warmup=2, share=0.3, cut=0.3, tau=1.0),
+        balance_holds,
+        off=(hf.CoBa(cut=0.0),),
+        no_zero=NO_TERM,
+        too_short="CoBa balances sources",
+    ),
+    Case(
+        hf.ControlLLM(every=1, weight=5.0),
+        pairs_hold,
+        no_off="without copies nothing would train: leaving it out is off",
+        zero_at_base="ControlLLM",
+    ),
     Case(hf.Curriculum(start=0.3, epochs=3.0), easy_first_holds, off=(hf.Curriculum(start=1.0),), no_zero=NO_TERM),
     Case(hf.DARE(density=0.3), dropped_holds, off=(hf.DARE(density=1.0),), no_zero=NO_TERM),
     Case(hf.DFT(), token_loss_holds, no_off="it has no settings: leaving it out is off", no_zero=NO_TERM),
@@ -491,6 +626,12 @@ CASES = (
     ),
     Case(hf.L2ToInit(alpha=5.0), pull_holds, off=(hf.L2ToInit(alpha=0.0),), zero_at_base="L2ToInit"),
     Case(hf.LIFT(lora_rank=2, filter_rank=4), lift_holds, off=(hf.LIFT(lora_rank=0),), no_zero=NO_TERM),
+    Case(
+        hf.LTSFT(),
+        lottery_holds,
+        no_off="a density of 0 is refused: leaving it out is off",
+        no_zero=NO_TERM,
+    ),
     Case(
         hf.LiNeS(alpha=0.25),
         line_holds(lambda m, n: 1.0 if "layers.1." in n else 0.25),
@@ -541,7 +682,26 @@ CASES = (
         off=(hf.Replay(share=0.0),),
         no_zero=NO_TERM,
     ),
+    Case(
+        hf.S3FT(verifier="cases:half_right", max_new_tokens=2, temperature=5.0, ended=False),
+        own_answers_hold,
+        no_off="it exchanges answers: leaving it out is off",
+        no_zero=NO_TERM,
+        too_short="would train on the given answers alone",
+    ),
+    Case(
+        hf.SDFT(temperature=0.15, max_completion_length=6, distillation_mode="full_logits"),
+        shown_answers_hold,
+        no_off="it replaces the loss: leaving it out is off",
+        no_zero="the teacher reads another prompt, so the term is not 0 at the base",
+    ),
     Case(hf.SLERP(t=0.4), arc_holds, off=(hf.SLERP(t=1.0),), no_zero=NO_TERM),
+    Case(
+        hf.SpIEL(density=0.1, every=6, accumulate=2),
+        spiel_holds,
+        off=(hf.SpIEL(density=0.0),),
+        no_zero=NO_TERM,
+    ),
     Case(
         hf.TIES(density=0.3),
         trim_holds,

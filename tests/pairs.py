@@ -168,8 +168,14 @@ def law(a: Method, b: Method) -> str:
     sites = set(a.sites()) & set(b.sites())
     if a.wraps and b.wraps:
         return "one wrapper"
+    if any(
+        "replace" in x.sites() and ("merge" in y.sites() or "base_weights" in y.needs) for x, y in ((a, b), (b, a))
+    ):
+        return "what is compared with the base's weights must be there"
     if sites & {"stages", "decode"}:
         return f"one owner of {', '.join(sorted(sites & {'stages', 'decode'}))}"
+    if "entries" in sites and a.leaves != b.leaves:
+        return "what leaves stays or returns"
     if any(x.wraps and "dense" in y.needs for x, y in ((a, b), (b, a))):
         return "an adapter freezes the model's own weights"
     if a.writes & b.writes:

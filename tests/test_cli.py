@@ -23,7 +23,8 @@ OPTIONS = {  # frozen: settings of a method belong in a recipe, never here
               "--why", "--base-revision", "--tuned-revision", "--out", "--trust-remote-code", "--debug"],
     "suites": ["name", "--export", "--model", "--num-fewshot", "--limit", "--debug"],
     "methods": ["name"],
-    "recipe": [],
+    "init": ["data", "--out", "--model", "--debug"],
+    "recipe": ["--schema"],
     "doctor": [],
 }  # fmt: skip
 HEAVY = ("torch", "transformers", "peft", "datasets", "numpy", "pydantic")
@@ -138,7 +139,7 @@ def test_doctor_speaks_where_torch_does_not_work(holdfast, tmp_path, monkeypatch
     assert code == 0 and "does not work: ZeroDivisionError" in out and "cache" in out
 
 
-@pytest.mark.parametrize("words", ["suites", "suites in-context", "recipe"])
+@pytest.mark.parametrize("words", ["suites", "suites in-context", "recipe", "recipe --schema"])
 def test_a_list_loads_nothing_heavy(words):
     code = (
         f"import sys; from holdfast import cli; sys.argv = ['holdfast', *{words.split()!r}]\n"

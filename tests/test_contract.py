@@ -8,11 +8,13 @@ import pytest
 import torch
 import yaml
 
+import holdfast
 from cases import BY_NAME, CASES, GENERAL, HOST, Seen, run, same, start, token_rows, weights_of
 from holdfast import methods as hf
 from holdfast import models
 from holdfast.data.mix import Mix, Source
 from holdfast.engine.forward import ATTENTION, SOFT_PROMPT, forward
+from holdfast.engine.ways import inner
 from holdfast.errors import NoEffect, PlanError
 from holdfast.hosts import plain
 from holdfast.method import Method, Term
@@ -97,7 +99,7 @@ def test_3_changes_the_run(case, finished):
 def test_3_defaults_change_the_run(case, tiny_model, tokenizer, rows, finished):
     """As they are, with no setting made easy for the tiny model."""
     if case.too_short:
-        with pytest.raises(PlanError, match=case.too_short):
+        with pytest.raises((PlanError, NoEffect), match=case.too_short):
             run([type(case.method)()], tiny_model(), tokenizer, rows, 8)
         return
     with_it = run([type(case.method)()], tiny_model(), tokenizer, rows, 8, batch_size=2, gradient_accumulation_steps=1)
@@ -299,7 +301,7 @@ def test_9_nothing_else_moved(case, tiny_model, tokenizer, rows):
     words, kept_rows = tokenizer.backend_tokenizer.to_str(), copy.deepcopy(rows)
     attention = model.config._attn_implementation
     result = run([case.method], model, tokenizer, rows, 4)
-    tuned = result.model.get_base_model() if case.method.wraps else result.model
+    tuned = inner(result.model)
     for (n, a), (m, b) in zip(before.named_buffers(), tuned.named_buffers(), strict=True):
         assert n == m and torch.equal(a, b)
     assert tuned.config._attn_implementation == attention != ATTENTION
@@ -368,6 +370,8 @@ def shake(session):
 @pytest.mark.parametrize("method", [*[c.method for c in ZEROS], *MORE], ids=lambda m: repr(m)[:50])
 def test_11_distance_is_0_at_the_base(method, on, tiny_model, tokenizer, rows):
     """With stored answers, with a frozen copy and with the adapter switched off."""
+    if "lora" in on and method.wraps:
+        pytest.skip("the planner refuses two wrappers; test_pairs.py holds the words")
     extra = [NO_DROPOUT] if "lora" in on else []
     model = tiny_model()
     if isinstance(method, hf.ICLAnchor):
@@ -403,7 +407,7 @@ def test_11_the_teacher_stays_the_base(extra, known, tiny_model, tokenizer, rows
     assert (forward(session.model, task)[1].log_softmax(-1) - base).abs().max() > 0.01
 
 
-# ---- 12 the export loads in plain transformers and PEFT
+# ---- 12 the export loads in plain transformers and PEFT, one with replaced modules by holdfast.load
 
 
 @pytest.fixture(scope="module")
@@ -421,9 +425,12 @@ def test_12_export_gives_the_same_logits(case, base_folder, tokenizer, rows, tmp
     folder = models.save_model(result.model, tokenizer, tmp_path / "model", card=None)
     row = token_rows(rows, tokenizer)[0]
     ids = torch.as_tensor(row.ids)[None]
-    wraps = case.method.wraps
-    plain_model = AutoModelForCausalLM.from_pretrained(base_folder if wraps else folder, dtype=torch.float32)
-    loaded = PeftModel.from_pretrained(plain_model, folder) if wraps else plain_model
+    if "replace" in case.method.sites():
+        loaded = holdfast.load(str(folder), dtype="float32", device="cpu")[0]
+    else:
+        wraps = case.method.wraps
+        plain_model = AutoModelForCausalLM.from_pretrained(base_folder if wraps else folder, dtype=torch.float32)
+        loaded = PeftModel.from_pretrained(plain_model, folder) if wraps else plain_model
     with torch.no_grad():
         assert torch.equal(loaded.eval()(ids).logits, result.model(ids).logits)
         assert not torch.equal(loaded(ids).logits, AutoModelForCausalLM.from_pretrained(base_folder)(ids).logits)

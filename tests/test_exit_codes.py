@@ -25,6 +25,7 @@ COMMANDS = {  # a call of each command, and the piece below it that fails
     "check": (["check", "x", "y"], "holdfast.verbs.check.check"),
     "suites": (["suites", "in-context", "--export", "x"], "holdfast.models.resolve"),
     "methods": (["methods"], "holdfast.methods.all_methods"),
+    "init": (["init", "x.jsonl"], "holdfast.verbs.init.init"),
     "recipe": (["recipe"], "holdfast.recipe.recipe_schema"),
     "doctor": (["doctor"], "holdfast.versions.versions"),
 }

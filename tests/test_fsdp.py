@@ -25,7 +25,7 @@ from holdfast.errors import PlanError
 from holdfast.hosts.hf_refuse import fsdp_version
 from holdfast.hosts.hf_setup import mixes
 from holdfast.method import Method, canonical
-from test_hosts import dataset, refused
+from test_hosts import Watcher, dataset, refused
 from test_law_rows import Averaged, Unlikely
 from test_shard import close, together
 from tiny import build_model, build_tokenizer, ticket_rows
@@ -53,6 +53,7 @@ PLANS: dict[str, Sequence[Method]] = {
     "LoRA": [LORA],
     "InContextMix": [hf.InContextMix(share=0.5, pool=8)],
     "Replay": [hf.Replay(**HALF)],
+    "CoBa": [hf.CoBa(warmup=2, share=0.25, cut=0.3)],  # 18 of the tickets train: 24 rows an epoch
     "LoRA with all": [LORA, hf.KLToBase(weight=2.0), hf.ICLAnchor(pool=8), hf.L2ToInit(alpha=10.0), hf.WiSEFT()],
     "LoRA in part": [LORA, hf.Freeze(layers=1), hf.LiNeS(alpha=0.25)],
     "matrices": [hf.OrthogonalSubspace(mode="factored"), hf.HalfFineTune(), hf.L2ToInit(alpha=10.0)],
@@ -61,8 +62,10 @@ PLANS: dict[str, Sequence[Method]] = {
     "left out": [Unlikely(), hf.Replay(**HALF)],
     "by row": [Averaged(grouped=True)],
     "by source": [Averaged(per="source")],
+    "feedback": [Watcher()],
 }
-CUT = {n: m for n, m in PLANS.items() if n != "ProMoT"}  # refused under FSDP
+REFUSED = [n for n, plan in PLANS.items() if any(m.holds_out or m.stages() or "rollouts" in m.sites() for m in plan)]
+CUT = {n: m for n, m in PLANS.items() if n not in REFUSED}
 SAVED = {"dense": PLANS["matrices"], "adapter": PLANS["LoRA in part"]}
 FORMATS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 VARIANTS: dict[str, dict[str, Any]] = {  # of "LoRA with all" and "matrices" under FSDP
@@ -293,8 +296,12 @@ def built_with(methods: Sequence[Method], folder: Path, kind: type = Trainer, **
 
 
 def test_refused_under_fsdp(tmp_path, monkeypatch):
+    assert {"ProMoT", "LTSFT", "CoBa", "feedback"} == set(REFUSED)
     refused(lambda: built_with([hf.ProMoT()], tmp_path), "Trainer", "FSDP", "ProMoT", "DDP")
+    refused(lambda: built_with([hf.LTSFT()], tmp_path), "Trainer", "FSDP", "LTSFT", "stages", "DDP")
+    refused(lambda: built_with([hf.CoBa()], tmp_path), "Trainer", "FSDP", "CoBa", "DDP")
     refused(lambda: built_with([hf.UDS()], tmp_path), "Trainer", "FSDP", "UDS", "DDP")
+    refused(lambda: built_with([hf.SDFT()], tmp_path), "Trainer", "FSDP", "SDFT", "DDP")
     refused(lambda: built_with([LORA], tmp_path, DPOTrainer), "DPOTrainer", "FSDP", "DDP")
     refused(lambda: built_with([], tmp_path, fsdp_version=1), "Trainer", "FSDP1", "version")
     refused(lambda: built_with([], tmp_path, cpu_offload=True), "Trainer", "cpu_offload")

@@ -20,6 +20,7 @@ from holdfast.errors import HoldfastError, RecipeError, TrainingError
 from holdfast.hosts import processes
 from holdfast.method import Method
 from holdfast.session import Session
+from test_hosts import Watcher
 from test_law_rows import Averaged, Unlikely
 from test_shard import close, two
 from tiny import build_model, build_tokenizer, ticket_rows
@@ -31,6 +32,7 @@ SETTINGS = {"batch_size": 4, "gradient_accumulation_steps": 2, "weight_decay": 0
 PLANS: dict[str, Sequence[Method]] = {
     "none": [],
     **{c.name: [LORA if c.name == "LoRA" else c.method] for c in CASES},
+    "feedback": [Watcher()],
     "all at once": [LORA, hf.ICLAnchor(pool=8), hf.KLToBase(on="replay"), hf.InContextMix(pool=8), hf.L2ToInit()],
     "balanced": [LORA, hf.Replay(share=0.5), hf.MFTCoder()],
     "left out and paired": [Unlikely(), hf.Curriculum(), Averaged(grouped=True)],

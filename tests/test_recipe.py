@@ -94,7 +94,7 @@ BAD = {  # name: (text, fragments of the message)
     "choice": (SMALL + "training: {lr_scheduler_type: cosin}", ["one of 'linear', 'cosine'"]),
     "half a step": (SMALL + "training: {warmup_steps: 2.5}", ["2.5", "fraction below 1, or a whole count"]),
     "no steps": (SMALL + "training: {max_steps: 0}", ["-1 (num_train_epochs decides)"]),
-    "tracker": (SMALL + "training: {report_to: wandb}", ["'wandb'", "Write report_to: none"]),
+    "tracker": (SMALL + "training: {report_to: comet_ml}", ["'comet_ml'", "one of 'tensorboard', 'trackio'"]),
     "section is a number": (SMALL + "training: 3\n", ["training is 3 (a number), expected a section"]),
     "plan is a mapping": (SMALL + "plan: {LoRA: {r: 8}}", ["r.yaml:3: plan is", "expected a list"]),
     "plan entry": (SMALL + "plan:\n  - LoRA\n  - 3\n", ["r.yaml:5: plan.1 is 3", "a method name, or one"]),

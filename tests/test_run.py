@@ -543,8 +543,9 @@ def test_two_suites_and_one_floor(world, tmp_path):
         assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1  # a bar never goes back
 
 
-def test_free_text_is_scored_by_exact_match(world, tmp_path, rows):
-    data = {"train": str(write_rows(tmp_path / "few.jsonl", rows[:8])), "validation_size": 3}
+def test_free_text_can_be_scored_by_exact_match(world, tmp_path, rows):
+    few = write_rows(tmp_path / "few.jsonl", rows[:8])
+    data = {"train": str(few), "validation_size": 3, "metric": "exact_match"}
     tune(recipe(world, tmp_path / "run", data=data))
     report = load(tmp_path / "run" / "report.json")
     assert report["task"]["metric"] == "exact match" and report["task"]["chance"] == 0

@@ -77,4 +77,5 @@ def test_documents(shape, tmp_path):
     sizes = ["data.max_length=64", "data.stride=16", "data.validation_size=3"]
     report = shape("documents", f"data.train={folder}", *sizes)
     assert "9 rows longer than data.max_length, split (first 00.txt:1)" in report["task"]["note"]
+    assert report["task"]["metric"] == "loss per byte" and report["task"]["before"]["n"] == 3
     assert report["data"]["rows"] == 9 and report["rows"][0]["num_tokens"] == 64

@@ -1,4 +1,4 @@
-"""Write docs/methods.md, docs/recipe.md and docs/suites.md from the code, so that they cannot say something else.
+"""Write docs/methods.md, docs/recipe.md, docs/suites.md and the JSON schema of a recipe from the code.
 
 python tools/make_docs.py            # write the pages
 python tools/make_docs.py --check    # write nothing; exit 1 if a page is not what the code says
@@ -22,15 +22,16 @@ from typing import Any
 from holdfast.measure.suites import DEFAULT, SUITES, about
 from holdfast.method import SITES, Method
 from holdfast.methods import all_methods
-from holdfast.recipe import recipe_schema
+from holdfast.recipe import SCHEMA_FILE, json_schema, recipe_schema
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 GENERATED = "<!-- Written by tools/make_docs.py: change the code and run it again. -->\n\n"
 NEEDS = {
-    "base_logits": "the base model's answers, computed once before training",
+    "base_logits": "the base model's answers, computed once before training, or asked for rows that come later",
     "base_weights": "a copy of the base weights",
     "dense": "the model's own weights (not an adapter, not 4 or 8 bits)",
     "base_hidden": "the base's hidden states",
+    "gradients": "the gradients of a step, before anything changes them",
     "live_logits": "one more forward of the rows it chooses among, with the model so far",
 }
 HEADINGS = "Cost|Combine with|Do not combine with|Differences|Export|Packing in one row"
@@ -58,6 +59,9 @@ the wrong kind are refused, with the line. `--set training.seed=1` changes a key
 
 Files are looked for beside the recipe first and in the working directory second. `holdfast:` names a file that comes
 with the package; `holdfast:demo` is a recipe that does, and its run folder lies in the working directory.
+
+`holdfast init DATA` writes a commented recipe for a data file. Its first line names the JSON schema of recipes, with
+which editors complete and check keys while you type; `holdfast recipe --schema` prints it.
 
 """
 
@@ -134,14 +138,14 @@ def _facts(kind: type[Method]) -> Iterator[str]:
     yield f"- Sites: {', '.join(f'`{s}`' for s in kind().sites())}."
     if kind.wraps:
         yield "- Wraps the model's layers: one such method a plan, and none that needs the model's own weights."
-    for need in sorted(kind.needs):
+    for need in sorted(kind().needs):
         yield f"- Needs {NEEDS[need]}."
     for other, why in _clashes(kind):
         yield f"- Refused with {other}: {why}"
     if kind.paper:
-        link = f"[arXiv {kind.paper.arxiv}](https://arxiv.org/abs/{kind.paper.arxiv})" if kind.paper.arxiv else ""
+        link = f", [arXiv {kind.paper.arxiv}](https://arxiv.org/abs/{kind.paper.arxiv})" if kind.paper.arxiv else ""
         note = f" ({kind.paper.note})" if kind.paper.note else ""
-        yield f"- Paper: {kind.paper.title}, {link}{note}."
+        yield f"- Paper: {kind.paper.title}{link}{note}."
 
 
 def _clashes(kind: type[Method]) -> Iterator[tuple[str, str]]:
@@ -204,6 +208,7 @@ def pages() -> dict[Path, str]:
         DOCS / "methods.md": methods_page(),
         DOCS / "recipe.md": recipe_page(),
         DOCS / "suites.md": suites_page(),
+        SCHEMA_FILE: json_schema(),
     }
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from holdfast.hosts.hf import with_plan
     from holdfast.method import Method
     from holdfast.plan import Plan
+    from holdfast.sites.replace import load
     from holdfast.verbs import check
     from holdfast.verbs.callback import RetentionCallback
     from holdfast.verbs.tune import tune
@@ -18,13 +19,14 @@ if TYPE_CHECKING:
 _WHERE = {
     "tune": "holdfast.verbs.tune",
     "Plan": "holdfast.plan",
+    "load": "holdfast.sites.replace",
     "with_plan": "holdfast.hosts.hf",
     "Method": "holdfast.method",
     "HoldfastError": "holdfast.errors",
     "RetentionCallback": "holdfast.verbs.callback",
 }
 _MODULES = {"check": "holdfast.verbs.check"}  # public modules that moved into a room
-__all__ = ["HoldfastError", "Method", "Plan", "RetentionCallback", "__version__", "check", "tune", "with_plan"]
+__all__ = ["HoldfastError", "Method", "Plan", "RetentionCallback", "__version__", "check", "load", "tune", "with_plan"]
 
 
 def __getattr__(name: str) -> Any:  # heavy libraries are imported only where used

@@ -207,11 +207,27 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method, in full
 
 
 @_command
-def recipe() -> None:
+def init(
+    data: str,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the recipe goes.")] = Path("recipe.yaml"),
+    model: Annotated[str, typer.Option(help="Base model that the recipe names.")] = "smollm2-135m",
+    debug: Debug = False,
+) -> None:
+    """Write a commented recipe for a data file: columns found, metric proposed."""
+    _start(debug)
+    from holdfast.verbs import init as verb
+
+    verb.command(data, out, model)
+
+
+@_command
+def recipe(
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
+) -> None:
     """List every key of a recipe with its default."""
     from holdfast.verbs import recipe as verb
 
-    verb.command()
+    verb.command(schema)
 
 
 @_command

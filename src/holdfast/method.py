@@ -19,14 +19,17 @@ import torch
 
 from holdfast.data.mix import Mix
 from holdfast.engine.pack import TokenRow
+from holdfast.engine.replaced import ORIGINAL, Replaced
 from holdfast.services import Context, Look, State, View
 
 SITES = (
     "prepare",
+    "replace",
     "adapt",
     "entries",
     "data",
     "batch",
+    "rollouts",
     "token_weight",
     "loss",
     "grad",
@@ -68,9 +71,15 @@ class Term:
 class Past:
     """What a method that steers is shown, before the optimizer's step.
 
-    step: of the run, from 0; total: steps of the run; loss: parts of the loss of this step, summed over micro-batches
-    and processes ("task", and each method's term by its name); learning_rate: the schedule's, of the first group;
+    step: of the run, from 0; total: steps of the run, 0 when unknown; loss: parts of the loss of this step, summed
+    over micro-batches and processes ("task", and each method's term by its name), and what each source brings to
+    "task" ("task/<source>", which add up to it); learning_rate: the schedule's, of the first group;
     model: as it is before the step; to be looked at only, the same in every process.
+    grads: of the step, by canonical name, summed over micro-batches and processes, before masks of `entries`, the
+    `grad` chain and clipping; none of what no row reached. params: what trains, before the step. base: the base's
+    weights. All three whole, each gathered when it is asked for; grads only for methods whose `needs` has
+    "gradients", base only for those that have "base_weights".
+    held_out: source -> mean loss per token of the method's held-out rows, at the steps that `looks` names.
     """
 
     step: int
@@ -78,33 +87,68 @@ class Past:
     loss: Mapping[str, float]
     learning_rate: float
     model: Any = None
+    grads: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    params: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    base: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    held_out: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Steer:
     """What a method that steers asks for; what is not said stays as it is.
 
-    lr_factor: of this step's learning rate. source_weight: source of rows -> weight of its token losses from the next
-    step on. freeze: patterns of parameter names that do not train at this step. end: why the run should end after
+    lr_factor: of this step's learning rate. source_weight: source of rows -> weight of its token losses at the next
+    step. freeze: patterns of parameter names that do not train at this step, whose gradients exist already.
+    freeze_next: the same for the next step; their gradients are not even computed there (several processes of a
+    trainer compute and drop them). What holds longer is said again at every step. end: why the run should end after
     this step, in words. state: what the method remembers.
     """
 
     lr_factor: float = 1.0
     source_weight: Mapping[str, float] = field(default_factory=dict)
     freeze: tuple[str, ...] = ()
+    freeze_next: tuple[str, ...] = ()
     end: str = ""
     state: State = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
+class Rollouts:
+    """Prompts that the model so far answers at a step, and what a teacher reads before the same answers.
+
+    prompts, teacher_prompts: tokens, one teacher's prompt for each prompt. teacher: "base", "live" (the model so far),
+    "ema" (a moving average of what trains: of rate `ema_rate` the latest, since the first step with rollouts), or the
+    path or id of another model with the same tokenizer. temperature 0 takes the likeliest token. stop: texts that
+    end an answer too. instead: the task's rows of this step are not run.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    teacher_prompts: Sequence[Sequence[int]]
+    teacher: str = "base"
+    ema_rate: float = 0.05
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ()
+    instead: bool = False
+
+
+@dataclass(frozen=True)
 class Stage:
-    """One training of a run. `trains` is "prompt" or "rest" (whatever the plan's other methods leave trainable)."""
+    """One training of a run, with an optimizer and a schedule of its own.
+
+    trains: "prompt", "rest" (whatever the plan's other methods leave trainable), or patterns of names within the rest.
+    sources: names of the sources of the mix that it draws from ("task" is one); None: all.
+    restart: what trains begins again from the base's weights; the state of methods stays.
+    """
 
     name: str
     share: float = 1.0  # of the run's steps
-    trains: str = "rest"
+    trains: str | tuple[str, ...] = "rest"
     learning_rate: float | None = None  # None: the run's
     keep_best: bool = False
+    sources: tuple[str, ...] | None = None
+    restart: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,13 +157,13 @@ class Method:
 
     paper: ClassVar[Paper | None] = None
     does: ClassVar[str] = ""  # one plain line for tables
-    needs: ClassVar[frozenset[str]] = (
-        frozenset()
-    )  # "base_weights", "base_logits", "base_hidden", "live_logits", "dense"
+    # "base_weights", "base_logits", "base_hidden", "live_logits", "gradients" (at `steer`), "dense"
+    needs: ClassVar[frozenset[str]] = frozenset()
     wraps: ClassVar[bool] = False  # replaces modules: at most one per plan
     refuses: ClassVar[Mapping[str, str]] = {}  # method name -> why the two mean different things
     phase: ClassVar[str] = "rescale"  # of `grad`: mask, rescale, project
     writes: ClassVar[frozenset[str]] = frozenset()  # what of rows: "ids", "targets", "order", names of numbers
+    leaves: ClassVar[str] = "stay"  # what `entries` does not choose any more: "stay" or "return" (to the base)
     scales_update: ClassVar[bool] = False  # `merge` only scales tuned - base, so it is exact on a LoRA adapter too
 
     # ---- the sites
@@ -127,6 +171,24 @@ class Method:
     def prepare(self, ctx: Context) -> State:
         """Measure the untouched base once. The result is saved and handed to the other sites."""
         return {}
+
+    def replace(self, name: str, module: torch.nn.Module, ctx: Context, state: State) -> Replaced | None:
+        """The module that stands in the place of `module` from now on, made of it; None: it stays.
+
+        Asked once, when what trains is set up, for every module by canonical name in the model's own order, but for
+        those inside a replaced one. Parameters of the answers train, but for the originals' inside; all else is
+        frozen. Asked again when an export is loaded, on the untouched base: the answer may depend on settings, `state`
+        and the model, and not on rows; what it drew is overwritten by what was trained. A method with this site sets
+        `wraps`.
+        """
+        return None
+
+    def merged(self, name: str, module: Replaced) -> torch.nn.Module | None:
+        """A plain module that computes what a trained one of `replace` does (part of that site), for `export.merge`.
+
+        Its parameters have the names of the original's. Left out where the mathematics do not allow it.
+        """
+        return None
 
     def adapt(self, model: Any, ctx: Context, state: State) -> Any:
         """Choose what trains (set requires_grad to False, never to True) or wrap modules. Returns the model.
@@ -142,8 +204,9 @@ class Method:
     def entries(self, name: str, param: torch.Tensor, state: State, step: int) -> torch.Tensor | None:
         """Which entries of one parameter train, as a bool tensor of its shape; None: all of them.
 
-        Asked before the first step and before every step that `redraws` names. The chosen entries of several methods
-        are intersected; all others stay as they are to the last bit.
+        Asked before the first step, before every step that `redraws` names and at the beginning of every stage. The
+        chosen entries of several methods are intersected; all others stay as they are to the last bit, or have the
+        base's value where `leaves` is "return" (then `needs` has "base_weights" and "dense").
         """
         return None
 
@@ -155,8 +218,20 @@ class Method:
         """Look at the losses of a step, before the optimizer takes it: scale it, weight sources, freeze, or end."""
         return None
 
+    def held_out(self, mix: Mix, ctx: Context) -> Mapping[str, Sequence[TokenRow]]:
+        """Rows for choosing (part of `steer`): a label -> rows, scored for `Past.held_out`; asked once.
+
+        They are to come from what trains: `data` cuts off a part (`Mix.hold_out`), `mix.held_out()` has it here, with
+        the sources of all methods. Rows that several methods ask for are scored once, in eval mode, without gradient.
+        """
+        return {}
+
+    def looks(self, step: int) -> bool:
+        """Whether the held-out rows are scored before `steer` of step `step` (0-based)."""
+        return False
+
     def data(self, mix: Mix, ctx: Context) -> Mix:
-        """Add sources to the training mix, or maps, filters or an order of the task's rows.
+        """Add sources to the training mix, maps, filters or an order of the task's rows, or hold out a part of it.
 
         `ctx.model` answers as the untouched base. What a map writes into rows, and an order, is named in `writes`.
         """
@@ -176,6 +251,15 @@ class Method:
         In a trainer of several processes each one picks among its own rows, and so remembers what it picked itself.
         """
         return rows
+
+    def rollouts(self, rows: Sequence[TokenRow], step: int, ctx: Context, state: State) -> Rollouts | None:
+        """Prompts that the model so far is to answer, asked once a step with the task's rows of the whole step.
+
+        The answers become rows of this method, scored on the answer and its end; `loss` finds them at
+        `view.positions(self.name)`, and their teacher's view at `view.teacher_logp(self.name)`. A method whose teacher
+        is "base" has `base_logits` in its `needs`.
+        """
+        return None
 
     def hidden_layers(self) -> tuple[int, ...]:
         """Whose states `view.hidden` gives to `loss` and `token_weight`: blocks from 0, or -1, before the head."""
@@ -234,6 +318,15 @@ class Method:
         """Split the run into several trainings; () leaves it whole."""
         return ()
 
+    def stage_ends(
+        self, stage: Stage, params: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor], state: State
+    ) -> State:
+        """What the owner of the stages remembers when one of them is over (part of `stages`), the last one excepted.
+
+        params: what trained in it, after its last step; base: the base's weights, for `needs` with "base_weights".
+        """
+        return {}
+
     # ---- what the planner asks
 
     def check(self, ctx: Context) -> None:
@@ -247,9 +340,25 @@ class Method:
     def name(self) -> str:
         return type(self).__name__
 
+    @property
+    def prompts(self) -> bool:
+        """Whether one of its stages trains a soft prompt."""
+        return any(s.trains == "prompt" for s in self.stages() or ())
+
+    @property
+    def restarts(self) -> bool:
+        """Whether one of its stages begins again from the base."""
+        return any(s.restart for s in self.stages() or ())
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether it asks for the losses of held-out rows."""
+        return type(self).held_out is not Method.held_out
+
     def sites(self) -> tuple[str, ...]:
         """The sites this method overrides; helpers count for the site they belong to."""
         helpers = {"lr_factor": "adapt", "asides": "data", "redraws": "entries", "others": "merge", "survey": "merge"}
+        helpers |= {"held_out": "steer", "looks": "steer", "stage_ends": "stages", "merged": "replace"}
         own = {helpers.get(s, s) for s in (*SITES, *helpers) if getattr(type(self), s) is not getattr(Method, s)}
         return tuple(s for s in SITES if s in own)
 
@@ -267,7 +376,7 @@ def layer_of(name: str) -> int | None:
 
 
 def canonical(name: str) -> str:
-    """A parameter's name in the plain model: PEFT, DDP and FSDP decorations removed."""
-    for part in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_model.model.", "base_layer."):
+    """A parameter's name in the plain model: decorations of PEFT, DDP, FSDP and replaced modules removed."""
+    for part in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "base_model.model.", ORIGINAL):
         name = name.replace(part, "")
     return name.replace("_orig_mod.", "").removeprefix("module.")

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -109,12 +109,29 @@ class Plan:
                     "Keep one of them, or run them one after the other.",
                 )
         wrapper = next((m for m in self.active if m.wraps), None)
-        dense = next((m for m in self.active if "dense" in m.needs), None)
+        dense = next((m for m in self.active if "dense" in m.needs or m.restarts), None)
+        compare = [m for m in self.active if "base_weights" in m.needs or "merge" in m.sites()]
+        for replacer, compares in product([m for m in self.active if "replace" in m.sites()], compare):
+            if replacer is compares:
+                continue
+            raise PlanError(
+                f"{compares.name} compares tuned weights with the base's, but {replacer.name} trains modules of its "
+                "own, which the base does not have.",
+                f"Keep one of the two; beside {replacer.name} use KLToBase to stay near the base.",
+            )
         if wrapper and dense:
             raise PlanError(
                 f"{dense.name} works on the model's own weights, but {wrapper.name} freezes them and trains an "
                 "adapter.",
                 f"Keep {dense.name} and drop {wrapper.name}, or the other way round.",
+            )
+        choosing = [m for m in self.active if "entries" in m.sites()]
+        stay, back = ([m for m in choosing if m.leaves == word] for word in ("stay", "return"))
+        if stay and back:
+            raise PlanError(
+                f"Entries that {stay[0].name} does not choose any more stay as they are, those of {back[0].name} go "
+                "back to the base.",
+                "Keep one of them.",
             )
 
     def _check_writers(self) -> None:
@@ -144,7 +161,7 @@ class Plan:
     def check_host(self, host: Host) -> None:
         """The part of `check` that needs the host alone: what its loop, or a quantised base, cannot do."""
         for m in self.active:
-            if host.packing and "stages" in m.sites():
+            if host.packing and m.prompts:
                 raise PlanError(
                     f"{m.name} puts a soft prompt before every example, but {host.name} packs several examples into "
                     "one row, where only the first would get it.",
@@ -154,6 +171,12 @@ class Plan:
                 raise PlanError(
                     f"{m.name} changes gradients or steps, but {host.name} under DeepSpeed does not show them.",
                     "Use DDP or FSDP2 with this method.",
+                )
+            if host.quantised and "replace" in m.sites():
+                raise PlanError(
+                    f"{m.name} puts modules made of the base's own in their place, but the base model is loaded in 4 "
+                    "or 8 bits.",
+                    f"Load it unquantised, or use LoRA instead of {m.name}.",
                 )
             if host.quantised and "dense" in m.needs:
                 raise PlanError(

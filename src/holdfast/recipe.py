@@ -4,6 +4,7 @@ Every key is listed by recipe_schema(). Unknown keys, repeated keys and wrong ty
 line. Names follow Transformers and TRL.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,9 @@ SHIPPED = "holdfast:"  # prefix of the data sets and recipes that come with the 
 RECIPE_DIR = Path(__file__).parent / "recipes"  # demo.yaml is holdfast:demo
 TEXT_KINDS = (".txt", ".md")  # one document each
 FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *TEXT_KINDS)
+SCHEMA_FILE = RECIPE_DIR / "recipe.schema.json"  # json_schema(), written by tools/make_docs.py
+METRIC_NAMES = ("accuracy", "exact_match", "loss", "loss_per_byte", "chrf", "rouge_l", "number")
+OWN_METRIC = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # module:function
 KEY_KINDS = ("extra_forbidden", "invalid_key")  # pydantic's names for "no such key"
 
 
@@ -125,8 +129,20 @@ class Data(Section):
     train_on: Literal["last", "assistant", "all"] = Field(
         default="assistant", description="Of a conversation: its last answer, all its answers, or every token."
     )
+    metric: str | None = Field(
+        default=None,
+        description=f"{', '.join(METRIC_NAMES)} or module:function; "
+        "null: accuracy for a closed set, else loss (by byte for plain text).",
+    )
 
     _size = check("validation_size")(_whole_from_one)
+
+    @check("metric")
+    @classmethod
+    def _known_metric(cls, value: str | None) -> str | None:
+        if value is not None and value not in METRIC_NAMES and not re.fullmatch(OWN_METRIC, value):
+            raise ValueError(f"one of {', '.join(METRIC_NAMES)}, or module:function")
+        return value
 
     @check("prompt", "completion")
     @classmethod
@@ -178,10 +194,38 @@ class Training(Section):
     packing: bool | None = Field(default=None, description="Lay rows end to end, exact; false: pad them instead.")
     logging_steps: int = Field(default=5, ge=1, description="Steps between two lines of the log.")
     save_steps: int = Field(default=50, ge=1, description="Steps between two checkpoints.")
+    save_strategy: Literal["steps", "epoch"] = Field(
+        default="steps", description="Save every save_steps, or after each pass over the training rows."
+    )
+    eval_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between looks at 100 validation rows and 8 items a task; null: none.",
+    )
+    load_best_model_at_end: bool = Field(
+        default=False, description="End with the best look by the task above measure.keep; the base is one of them."
+    )
+    early_stopping_patience: int | None = Field(
+        default=None, ge=1, description="End after so many looks in a row that are no better; null: never."
+    )
     save_total_limit: int | None = Field(default=1, ge=1, description="Checkpoints kept; null: all.")
-    report_to: Literal["none"] = Field(default="none", description="Experiment tracker; only none for now.")
+    report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(
+        default=[],
+        description="Of tensorboard, trackio, wandb, mlflow; offline unless told else.",
+    )
+
+    @check("report_to", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        return ([] if value == "none" else [value]) if isinstance(value, str) else value
 
     _warmup = check("warmup_steps")(_whole_from_one)
+
+    @check_all(mode="after")
+    def _looks(self) -> "Training":
+        if self.eval_steps is None and (self.load_best_model_at_end or self.early_stopping_patience):
+            raise ValueError("eval_steps beside load_best_model_at_end and early_stopping_patience")
+        return self
 
     @check("max_steps")
     @classmethod
@@ -198,6 +242,9 @@ class Measure(Section):
     num_fewshot: int = Field(default=8, ge=0, description="Demonstrations in a few-shot prompt.")
     limit: int | None = Field(default=None, ge=1, description="Items of each task; null: 48.")
     batch_tokens: int = Field(default=BATCH_TOKENS, ge=1, description="Tokens scored in one forward pass.")
+    max_new_tokens: int | None = Field(
+        default=None, ge=1, description="Longest answer to the task; null: 1.5 of the longest reference, 16 to 512."
+    )
     keep: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
         default={"in-context": KEEP_FRAC},
         description=f"Share of the base score to keep; default {KEEP_FRAC} each.",
@@ -239,7 +286,10 @@ def _plan_item(item: Any) -> str | dict[str, dict[str, Any]]:
     raise ValueError("a method name, or one {name: {field: value}}")
 
 
-PlanItem = Annotated[str | dict[str, dict[str, Any]], PlainValidator(_plan_item)]
+PlanItem = Annotated[
+    str | dict[str, dict[str, Any]],
+    PlainValidator(_plan_item, json_schema_input_type=str | dict[str, dict[str, Any] | None]),
+]
 
 
 class Recipe(Section):
@@ -321,6 +371,29 @@ def recipe_schema() -> str:
         else:
             lines += [_key_line(f"{section}.{key}", sub) for key, sub in inner.model_fields.items()]
     return "\n".join(lines)
+
+
+def json_schema() -> str:
+    """The JSON schema of a recipe for editors, as it ships (SCHEMA_FILE): keys, types, defaults and descriptions.
+
+    Beside the model's own it allows the short forms: a path for a data set, one tracker, a section without keys. What
+    depends on two keys is left to `load_recipe`.
+    """
+    schema = Recipe.model_json_schema()
+    parts = schema["$defs"]
+    parts["Source"] = {"anyOf": [{"type": "string", "minLength": 1}, parts["Source"]]}
+    trackers = parts["Training"]["properties"]["report_to"]
+    names = {"enum": ["none", *trackers["items"]["enum"]]}
+    kept = {k: trackers.pop(k) for k in ("type", "items")}
+    trackers["anyOf"] = [kept, names]
+    for name, part in schema["properties"].items():
+        ref = part.pop("$ref", None)
+        if ref and name not in schema["required"]:
+            part["anyOf"] = [{"$ref": ref}, {"type": "null"}]
+        elif ref:
+            part["$ref"] = ref
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A recipe of Holdfast"}
+    return json.dumps({**schema, **head}, indent=1, ensure_ascii=True) + "\n"
 
 
 def _key_line(key: str, field: Any) -> str:
@@ -504,9 +577,6 @@ def _explained(error: Any, where: Where) -> RecipeError:
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, DataError):
         return RecipeError(f"{place}: {key}: {cause.what}", cause.cure)
-    if loc == ("training", "report_to"):
-        what = f"{place}: {key} is {error['input']!r}, and no tracker is supported yet."
-        return RecipeError(what, "Write report_to: none.")
     sections_disagree = isinstance(error["input"], dict) and kind == "value_error" and len(loc) == 1
     given = " does not agree with itself" if sections_disagree else f" is {_shown(error['input'])}"
     quotes = " Put quotes around text." if kind == "string_type" and error["input"] is not None else ""

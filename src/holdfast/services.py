@@ -15,7 +15,9 @@ from holdfast.engine.counts import Counts, count_of, sources_of, sum_of
 from holdfast.engine.forward import forward_states
 from holdfast.engine.pack import Packed, TokenRow
 from holdfast.engine.processes import gather_rows, shares, world
+from holdfast.engine.replaced import Handed, replaced_in
 from holdfast.engine.ways import LAST, inner
+from holdfast.measure import answers
 
 State = dict[str, torch.Tensor]  # of one method, from `prepare` on
 
@@ -26,6 +28,8 @@ class Context:
 
     rows: the task's training rows as text (`rows.Row`), empty when the host only has tokens.
     total_steps: optimizer steps of the whole run, 0 when unknown.
+    tell: hears of long work before training: the share done and words; None, nobody listens.
+    notes: sentences about the data that the report passes on.
     """
 
     model: Any
@@ -35,6 +39,44 @@ class Context:
     total_steps: int = 0
     max_length: int = 1024
     base_dir: Any = None
+    tell: Callable[[float, str], None] | None = None
+    notes: list[str] = field(default_factory=list)
+    _identity: str = ""  # of the base, once it was asked
+
+    def answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num: int = 1,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        max_new_tokens: int = 64,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        words: str = "answers of the base",
+    ) -> list[list[list[int]]]:
+        """For each prompt (tokens) `num` answers of the untouched base (tokens), at `prepare` and `data`.
+
+        An answer includes the token that ends it, or that completes a text of `stop`, unless max_new_tokens cut it
+        off. It depends on its prompt, the settings and the seed (None: the run's) alone. Answers are kept in the
+        cache by content, so a killed run goes on with those it has. All processes must ask alike.
+        """
+        if not prompts:
+            return []
+        sampling = answers.Sampling(max_new_tokens, temperature, top_p, tuple(stop))
+        tell = self.tell
+        self._identity = self._identity or answers.identity_of(self.model)
+        with answers.adapters_off(self.model):
+            return answers.kept(
+                self.model,
+                self.tokenizer,
+                prompts,
+                sampling,
+                num=num,
+                seed=self.seed if seed is None else seed,
+                identity=self._identity,
+                progress=(lambda x: tell(x, words)) if tell else None,
+            )
 
 
 @dataclass(frozen=True)
@@ -78,6 +120,8 @@ class View:
     _shared: dict[str, Any]
     states: Mapping[int, torch.Tensor] = field(default_factory=dict)  # of the layers that some method asked for
     counts: Counts = field(default_factory=dict)  # of the whole optimizer step; asked by `count` and its fellows
+    handed: Handed = field(default_factory=dict)  # by the replaced modules of the plan
+    paired: Callable[[Sequence[TokenRow]], torch.Tensor] | None = None  # `sites.rollouts.Rolling.teacher_logp`
 
     @property
     def logp(self) -> torch.Tensor:
@@ -128,6 +172,16 @@ class View:
         """(M, D) states of a layer at the positions of `owner`, with gradient; see `Method.hidden_layers`."""
         return self.states[layer][self.positions(owner)]
 
+    def inside(self, key: str, owner: str | None = None) -> list[torch.Tensor]:
+        """What the modules of `Method.replace` handed out under `key`, one tensor a module, in the order they ran.
+
+        (T, ...) at all tokens, rows end to end, each behind its soft prompt (`packed.positions` begins at 0 in every
+        row), or (M, ...) at the scored positions of `owner`, as a Term of that owner wants them: the host divides
+        their sum by their number in the whole step. [] where none ran (switched off, or in a stage of the prompt).
+        """
+        found = self.handed.get(key, [])
+        return found if owner is None else [v[self.packed.where[self.positions(owner)]] for v in found]
+
     def base_hidden(self, owner: str, layer: int = LAST) -> torch.Tensor:
         """(M, D) the base model's states there, no gradient, for rows known before training and for new ones."""
         assert self.teacher is not None, "the plan gives a teacher to methods that need base_hidden"
@@ -144,6 +198,17 @@ class View:
         if key not in self._shared:
             wanted = [r for r in self.packed.rows if r.owner == owner]
             self._shared[key] = self.teacher.logp(self.model, wanted)
+        return self._shared[key]
+
+    def teacher_logp(self, owner: str) -> torch.Tensor:
+        """(M, V) log-probabilities of a rollout's teacher behind its own prompt, paired with `owner`'s positions.
+
+        No gradient. `owner` is a method with the site `rollouts`.
+        """
+        assert self.paired is not None, "the session gives it"
+        key = f"paired/{owner}"
+        if key not in self._shared:
+            self._shared[key] = self.paired([r for r in self.packed.rows if r.owner == owner])
         return self._shared[key]
 
 
@@ -243,10 +308,10 @@ class Teacher:
         """Logits and states of the base on rows it has not seen before."""
         self.num_forwards += 1
         if self._copy is not None:
-            return forward_states(self._copy, rows, layers)[1:]
-        assert has_adapter(model), "where the base trains, freeze_base kept a copy"
+            return forward_states(self._copy, rows, layers)[1:3]
+        assert has_adapter(model) or replaced_in(model), "where the base trains, freeze_base kept a copy"
         with as_base(model):
-            return forward_states(model, rows, layers)[1:]
+            return forward_states(model, rows, layers)[1:3]
 
 
 @torch.no_grad()

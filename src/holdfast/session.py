@@ -1,32 +1,38 @@
 """A plan at work on one model: what both hosts call, so that they cannot differ.
 
-Order of a step: batch -> forward -> token weights and terms -> backward -> grad -> clip -> optimizer -> update.
+Order of a step: batch -> rollouts -> forward -> token weights and terms -> backward -> grad -> clip -> optimizer ->
+update.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from holdfast.data.mix import Mix
-from holdfast.engine.base import as_base
+from holdfast.engine.base import as_base, has_adapter
 from holdfast.engine.counts import Counts, count_of, count_rows
 from holdfast.engine.forward import forward, forward_states
 from holdfast.engine.pack import Packed, TokenRow
+from holdfast.engine.replaced import Handed, replaced_in
 from holdfast.engine.shards import cut_like, whole
 from holdfast.engine.ways import SOFT_PROMPT, States, inner
 from holdfast.errors import NoEffect, TrainingError
 from holdfast.method import Method, Past, Stage, State, canonical
 from holdfast.plan import PHASES, Plan
 from holdfast.services import BaseWeights, Context, Look, Teacher, View
+from holdfast.sites import replace
 from holdfast.sites.entries import Entries
+from holdfast.sites.held_out import HeldOut
 from holdfast.sites.merging import Merging
+from holdfast.sites.rollouts import Rolling
 from holdfast.sites.scale import divided
-from holdfast.sites.steering import Steering
+from holdfast.sites.steering import Steering, Wholes
 
 LORA_B = re.compile(r"\.lora_(?:embedding_)?B\.")
 
@@ -73,6 +79,9 @@ class Session:
         )  # whose states some method reads
         self.chosen, self.steering = Entries(self.methods, self.state), Steering(self.methods, self.state)
         self.merging = Merging(self.methods, self.state, ctx.base_dir, self.num_layers)
+        self.held_out = HeldOut(self.methods)
+        self.first, self.total = 0, 0  # the stage's first step, and how many the run has; hosts set both
+        self.rolling = Rolling(self)
         self._source_of: dict[str, str] = {}  # label of a row -> the method whose source it came from
         self.params: dict[str, torch.nn.Parameter] = {}
         self._wrapped: frozenset[str] | None = None  # what an adapter trains, once it is on the model
@@ -97,15 +106,18 @@ class Session:
                 self.model, [n for m in self.methods if "base_hidden" in m.needs for n in m.hidden_layers()]
             )
             used = [r for m in self.methods for r in self._used_asides(m)]
-            on_task = any(asks & m.needs and m.name not in self.asides for m in self.methods)
+            apart = {*self.asides, *(m.name for m in self.rolling.methods)}  # these do not ask about the task's rows
+            on_task = any(asks & m.needs and m.name not in apart for m in self.methods)
             known = [*used, *(teacher_rows if on_task and not self._rewrites else ())]
             self.teacher.learn(self.model, known, progress=progress)
             # a cut model answers only when all processes ask at once, so there nothing is asked of it
             in_place = any(m.wraps for m in self.methods) and not self.sharded
             unknown = on_task and (self._rewrites or not (self.knows_rows and self.teacher.exact_head))
+            unknown = unknown or any(asks & m.needs for m in self.rolling.methods)
             self.teacher.freeze_base(self.model, head_trains=not in_place, needs_copy=unknown and not in_place)
         # beside an adapter nothing of the base trains, so there is nothing to compare it with or go back to
-        if any("base_weights" in m.needs for m in self.methods) and not any(m.wraps for m in self.methods):
+        goes_back = any("base_weights" in m.needs for m in self.methods) or any(s.restart for s in self.stages)
+        if goes_back and not any(m.wraps for m in self.methods):
             self.base_weights = BaseWeights(
                 {canonical(n): p.detach().clone() for n, p in self.model.named_parameters()}
             )
@@ -142,6 +154,9 @@ class Session:
                 self._source_of |= dict.fromkeys(labels - {"task"}, m.name)
         self.left_out = mix.left_out if mix.kept else {}
         self.effects.update(name for name, share in self.left_out.items() if share)
+        for stage in self.stages:
+            mix.only(stage.sources)  # raises for a name that nobody brings
+        self.held_out.cut(mix, self.ctx)
         return mix
 
     # ---- stages
@@ -168,6 +183,8 @@ class Session:
                 p.requires_grad_(is_plain(p) and (self._wrapped is None or name in self._wrapped))
             for m in sorted(self.methods, key=lambda m: not m.wraps):
                 before = _trainable(self.model)
+                if "replace" in m.sites() and not self._wrapped:
+                    replace.replace(self.model, m, self.ctx, self.state_of(m))
                 if not (m.wraps and self._wrapped):
                     self.model = m.adapt(self.model, self.ctx, self.state_of(m))
                 if m.wraps and not self._wrapped:
@@ -175,11 +192,36 @@ class Session:
                 self.effects[m.name] += _trainable(self.model) != before
             if soft is not None:
                 inner(self.model).get_parameter(SOFT_PROMPT).requires_grad_(False)
+            self._narrow(stage.trains)
+        for module in replaced_in(self.model).values():
+            module.off = stage.trains == "prompt"
         self._set_dtypes()
         self.params = {canonical(n): p for n, p in self.model.named_parameters() if p.requires_grad}
         if not self.params:
             raise NoEffect("The plan freezes every weight, so nothing would train.", "Freeze less.")
+        if stage.restart:
+            self._restart()
         return self.model
+
+    def _narrow(self, trains: str | tuple[str, ...]) -> None:
+        """Freeze what a stage that names patterns does not name."""
+        if not isinstance(trains, str):
+            for name, p in self.model.named_parameters():
+                if not any(re.search(pattern, canonical(name)) for pattern in trains):
+                    p.requires_grad_(False)
+
+    @torch.no_grad()
+    def end_stage(self) -> None:
+        """A stage is over and another will follow: its owner may remember what it came to."""
+        for m in (m for m in self.methods if "stages" in m.sites()):
+            kept = m.stage_ends(self.stage, Wholes(self.params), Wholes(self.base_weights), self.state_of(m))
+            self.state_of(m).update(kept)
+
+    @torch.no_grad()
+    def _restart(self) -> None:
+        """What trains begins again from the base's weights."""
+        for name, p in self.params.items():
+            p.copy_(self.base_weights[name])
 
     def _set_dtypes(self) -> None:
         if self.compute_dtype is None:
@@ -241,13 +283,22 @@ class Session:
     @torch.no_grad()
     def _look(self, rows: Sequence[TokenRow]) -> tuple[Packed, torch.Tensor]:
         """Packing and logits of the model so far; dice of the step are not rolled for it."""
+        with self.between_steps():
+            return forward(self.model, rows, packing=self.packing)
+
+    @contextmanager
+    def between_steps(self) -> Iterator[None]:
+        """The model so far as something to ask: dropout off, in the dtype that steps compute in."""
         was_training, device = self.model.training, next(self.model.parameters()).device.type
         half = self.compute_dtype in (torch.bfloat16, torch.float16)
         self.model.eval()
         with torch.autocast(device, self.compute_dtype if half else torch.bfloat16, enabled=half):
-            found = forward(self.model, rows, packing=self.packing)
+            yield
         self.model.train(was_training)
-        return found
+
+    def roll(self, rows: Sequence[TokenRow], step: int) -> tuple[Sequence[TokenRow], list[TokenRow]]:
+        """The rollouts site, on all rows of a step: those that are run, and answered ones to run beside them."""
+        return self.rolling.roll(rows, step) if self.rolling.methods else (rows, [])
 
     def loss(
         self, model: Any, rows: Sequence[TokenRow], counts: Counts, step: int, share: float = 1.0
@@ -261,10 +312,10 @@ class Session:
 
         Returns: (loss, its parts as plain numbers).
         """
-        packed, logits, states = forward_states(model, rows, self.layers, packing=self.packing)
+        packed, logits, states, handed = forward_states(model, rows, self.layers, packing=self.packing)
         self.effects.update(self._source_of[r.source] for r in rows if r.source in self._source_of)
         shared: dict[str, Any] = {}
-        seen = (packed, logits, model, step, shared, states, counts)
+        seen = (packed, logits, model, step, shared, states, counts, handed)
         views = {m.name: self._view(m, *seen) for m in self.methods}
         view = next(iter(views.values()), None) or self._view(None, *seen)
         at = view.positions("task")
@@ -276,7 +327,9 @@ class Session:
                 token_loss = token_loss * weight.detach()[at]
         if self.steering.source_weight:
             token_loss = token_loss * self._source_weights(packed, at)
-        total = token_loss.sum() / max(1, count_of(counts, "task"))
+        count = max(1, count_of(counts, "task"))
+        total = token_loss.sum() / count
+        self._note_sources(packed, at, token_loss / count)
         parts = {"task": total.item()}
         for m in self.methods:
             term = m.loss(views[m.name])
@@ -286,7 +339,7 @@ class Session:
                 value = whole(term.value) * share
             else:
                 value = divided(term, packed, counts)
-            if not value.requires_grad and torch.is_grad_enabled():
+            if not value.requires_grad and torch.is_grad_enabled() and not self.steering.held:
                 raise NoEffect(
                     f"{m.name} adds a term to the loss that carries no gradient, so it cannot change anything.",
                     "This is a fault of the method: compute the term from view.logits or view.params.",
@@ -296,6 +349,11 @@ class Session:
             parts[m.name] = value.item()
         return total, parts
 
+    def _note_sources(self, packed: Any, at: torch.Tensor, loss: torch.Tensor) -> None:
+        """For methods that steer: the loss of the task's positions, (M,), by source."""
+        if self.steering.methods:
+            self.steering.note([packed.rows[i].source for i in packed.row[at.cpu().numpy()]], loss)
+
     def _source_weights(self, packed: Any, at: torch.Tensor) -> torch.Tensor:
         """(M,) weights that steering gives the sources of the task's positions."""
         of = [self.steering.source_weight.get(r.source, 1.0) for r in packed.rows]
@@ -303,12 +361,13 @@ class Session:
 
     def _view(
         self, m: Method | None, packed: Any, logits: Any, model: Any, step: int, shared: dict, states: States,
-        counts: Counts,
+        counts: Counts, handed: Handed,
     ) -> View:  # fmt: skip
         name = m.name if m else "task"
         return View(
             packed, logits, step, model, self.state.get(name, {}), self.teacher, name, self.params,
-            self.base_weights, shared, states, counts,
+            self.base_weights, shared, states, counts, handed,
+            self.rolling.teacher_logp,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -322,12 +381,19 @@ class Session:
                     p.grad = cut_like(m.grad(name, whole(p.grad), self.state[m.name]), p)
             self.effects[m.name] += 1
 
-    def draw_entries(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
-        """The entries site, before step `step` (0-based) of the run."""
-        if self.chosen.methods and self.stage.trains != "prompt" and self.chosen.draw(step, self.params, optimizer):
+    def begin_step(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """Before the rows of step `step` (0-based) of the run: the entries site, and what holds still at this step."""
+        if self.stage.trains == "prompt":
+            return
+        self.steering.hold(self.params)
+        begins = step == self.first
+        if self.chosen.methods and self.chosen.draw(
+            step, self.params, optimizer, begins=begins, base=self.base_weights
+        ):
             for m in self.chosen.methods:
                 self.effects[m.name] += any(not bool(whole(mask).all()) for mask in self.chosen.masks.values())
 
+    @torch.no_grad()
     def steer(self, step: int, parts: Mapping[str, float], learning_rate: float) -> None:
         """The steer site, between the losses of a step and the optimizer.
 
@@ -335,9 +401,22 @@ class Session:
             step: 0-based, of the run; parts: of the loss, summed over micro-batches and processes; learning_rate: the
                 schedule's at this step.
         """
-        if self.steering.methods and self.stage.trains != "prompt":
-            self.effects.update(self.steering.ask(Past(step, self.ctx.total_steps, parts, learning_rate, self.model)))
-            self.steering.freeze(self.params)
+        if not self.steering.methods or self.stage.trains == "prompt":
+            return
+        self.steering.drop(self.params)
+        past = Past(
+            step,
+            self.total or self.ctx.total_steps,
+            {**parts, **self.steering.losses()},
+            learning_rate,
+            self.model,
+            Wholes({n: p.grad for n, p in self.params.items() if p.grad is not None}),
+            Wholes(self.params),
+            Wholes(self.base_weights),
+        )
+        score = Look(self.ctx, {}, self._look).token_logp
+        self.effects.update(self.steering.ask(past, self.held_out.losses(step, self.model, score)))
+        self.steering.freeze(self.params)
 
     def hook(self, optimizer: torch.optim.Optimizer) -> None:
         """Put steering, entries and the update site around `optimizer.step`."""
@@ -408,7 +487,7 @@ class Session:
         if soft is not None:
             soft = soft.clone()
             delattr(inner(self.model), SOFT_PROMPT)
-        if not any(m.wraps for m in self.methods):
+        if not has_adapter(self.model):  # PEFT keeps what it trains in fp32
             for p in self.model.parameters():  # not model.to(dtype): that would round buffers such as inv_freq
                 p.data = p.data.to(dtype)
         self.model.requires_grad_(False)
@@ -428,10 +507,13 @@ class Session:
 
         Rows must be among those given to `prepare` when it was given any. What happens here is no effect of a method.
         """
-        effects, rows = self.effects.copy(), [*rows, *self.rows_of(0)]
+        effects = self.effects.copy()
+        rows, answered = self.roll(rows, 0)
+        rows = [*rows, *self.rows_of(0), *answered]
         device = next(self.model.parameters()).device.type
         with torch.autocast(device, autocast or torch.bfloat16, enabled=autocast is not None):
             loss, parts = self.loss(self.model, rows, count_rows(rows), step=0)
+        self.steering.losses()
         self.effects = effects
         if not torch.isfinite(loss):
             raise TrainingError(

@@ -48,7 +48,7 @@ def test_states_are_those_of_transformers(tiny_model, tokenizer, rows, packing):
     model = tiny_model()
     made = [tokenize(r, tokenizer, None) for r in rows[:3]]
     with torch.no_grad():
-        packed, logits, states = forward_states(model, made, (0, LAST), packing=packing)
+        packed, logits, states, _ = forward_states(model, made, (0, LAST), packing=packing)
         assert set(states) == {0, LAST} and len(blocks(model)) == 2
         plain = [model(torch.as_tensor(r.ids)[None], output_hidden_states=True) for r in made]
     for n, (row, out) in enumerate(zip(made, plain, strict=True)):

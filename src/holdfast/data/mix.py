@@ -7,13 +7,14 @@ the task's rows as they came, before any map, and at no row of another source.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from holdfast.engine.pack import TokenRow
-from holdfast.errors import PlanError
+from holdfast.errors import PlanError, suggest
 
 Map = Callable[[TokenRow], TokenRow]
 Keeps = Callable[[TokenRow], bool]
@@ -60,13 +61,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Mix:
-    """The task's rows, further sources, maps over every row, and filters and an order of the task's rows."""
+    """The task's rows, further sources, maps over every row, and filters and an order of the task's rows.
+
+    held: part of the rows that never trains (`hold_out`). without: names of sources that are not drawn from (`only`).
+    """
 
     task: Sequence[TokenRow]
     sources: tuple[Source, ...] = ()
     maps: tuple[Map, ...] = ()
     filters: tuple[tuple[str, Keeps], ...] = ()
     order: Order | None = None
+    held: float = 0.0
+    without: frozenset[str] = frozenset()
 
     def add(self, source: Source) -> Mix:
         if source.share == 0:
@@ -123,6 +129,53 @@ class Mix:
         """The share of the task's rows that each method alone leaves out, by its name."""
         return {name: 1 - sum(v) / max(1, len(v)) for name, v in self._verdicts.items()}
 
+    def hold_out(self, share: float) -> Mix:
+        """Keep about `share` of the rows out of training, chosen by content; of several wishes the largest counts.
+
+        Equal rows are on one side, and a smaller part lies inside of a larger one. Streamed sources are left whole.
+        """
+        return replace(self, held=max(self.held, share))
+
+    def held_out(self) -> dict[str, list[TokenRow]]:
+        """The rows that never train, each once, with the maps of the mix, by the label of their source."""
+        found: dict[str, dict[bytes, TokenRow]] = {}
+        for rows in (self.kept, *(s.rows for s in self.sources if not callable(s.rows))):
+            for row in (r for r in rows if is_held(r, self.held)):
+                found.setdefault(row.source, {}).setdefault(row.key, row)
+        return {source: [self._mapped(r) for r in rows.values()] for source, rows in found.items()}
+
+    def only(self, names: Sequence[str] | None) -> Mix:
+        """The mix drawn from some of its sources ("task" is one), whose shares keep their proportions; None: all.
+
+        Raises:
+            PlanError: no source has one of these names.
+        """
+        if names is None:
+            return self
+        known = ["task", *(s.name for s in self.sources)]
+        for name in names:
+            if name not in known:
+                what = f"A stage of the plan draws from {name!r}, which is no source of the mix."
+                raise PlanError(what, suggest(name, known) or f"Known: {', '.join(known)}.")
+        return replace(self, without=frozenset(known) - set(names))
+
+    def _mapped(self, row: TokenRow) -> TokenRow:
+        for function in self.maps:
+            row = function(row)
+        return row
+
+    def _trains(self, rows: Sequence[TokenRow]) -> Sequence[TokenRow]:
+        return [r for r in rows if not is_held(r, self.held)] if self.held else rows
+
+    def _drawn(self) -> list[Source]:
+        """The sources that are drawn from, the first of which takes what the others leave."""
+        every = [Source("task", self.kept, self.task_share, order=self.order), *self.sources]
+        every = [s if callable(s.rows) else replace(s, rows=self._trains(s.rows)) for s in every]
+        if not self.without:
+            return every
+        kept = [s for s in every if s.name not in self.without]
+        return [replace(s, share=s.share / sum(k.share for k in kept)) for s in kept]
+
     @property
     def task_share(self) -> float:
         return 1.0 - sum(s.share for s in self.sources)
@@ -130,24 +183,27 @@ class Mix:
     def num_rows(self, epochs: float) -> int:
         """Rows of a run in which every task row that stays is seen `epochs` times (shares counted in examples)."""
         by_examples = 1 - sum(s.share for s in self.sources if s.unit == "examples")
-        return max(1, round(len(self.kept) * epochs / by_examples))
+        return max(1, round(len(self._trains(self.kept)) * epochs / by_examples))
 
     def draw(self, seed: int) -> Iterator[TokenRow]:
         """Rows without end, in the order every host and every resumed run sees."""
-        task = Source("task", self.kept, self.task_share, order=self.order)
-        streams = [(s, s.stream(seed)) for s in (task, *self.sources)]
+        sources = self._drawn()
+        streams = [(s, s.stream(seed)) for s in sources]
         used = [0.0] * len(streams)
         total = {"examples": 0.0, "tokens": 0.0}
         while True:
-            pick = _turn((task, *self.sources), used, total)
+            pick = _turn(sources, used, total)
             source, stream = streams[pick]
             row = next(stream)
             used[pick] += 1 if source.unit == "examples" else len(row.ids)
             total["examples"] += 1
             total["tokens"] += len(row.ids)
-            for function in self.maps:
-                row = function(row)
-            yield row
+            yield self._mapped(row)
+
+
+def is_held(row: TokenRow, share: float) -> bool:
+    """Whether a row is among the `share` that content decides: the same on every machine, in any order of rows."""
+    return share > 0 and int.from_bytes(hashlib.sha256(row.key).digest()[:8], "big") < share * 2**64
 
 
 def _turn(sources: Sequence[Source], used: Sequence[float], total: dict[str, float]) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 from holdfast.data.documents import text_parts
 from holdfast.data.encoder import Encoder
 from holdfast.data.lengths import Limit
+from holdfast.data.metric import check_rows, chosen
 from holdfast.data.notes import Notes
 from holdfast.data.rows import Row, cap, check_labels, each_row, labels_of, leaks, split
 from holdfast.data.store import Texts, Writer
@@ -39,6 +40,7 @@ class Prepared:
     labels: tuple[str, ...] | None
     notes: list[str]
     key: str
+    metric: str
 
 
 class _Log(Notes):
@@ -145,7 +147,13 @@ def prepare(
     numbered = ((writer.add(row), row) for row in reader.rows(spec.train, "train"))
     left = reader.tokens(numbered, writer) if at_once else {number for number, _ in numbered}
     texts = writer.texts()
-    train, validation, test, labels = _parts(reader, texts, seed)
+    labels = labels_of(texts)
+    metric = chosen(spec.metric or (None if labels or texts[0].prompt else "loss_per_byte"), labels)
+    closed = labels if metric == "accuracy" else None
+    train, validation, test = _parts(reader, texts, seed)
+    for rows in (validation or [], test or []):
+        check_labels(closed, rows)
+        check_rows(metric, rows)
     train = cap(train, spec.train_size, seed)
     if not at_once:
         left = reader.tokens(((n, row) for n, row in zip(train, texts.only(train), strict=True)), writer)
@@ -153,15 +161,14 @@ def prepare(
     limit.check_left(len(kept), len(train))
     reader.say_of(train)
     writer.close()
-    return _checked(reader, texts.only(kept), kept, validation, test, labels, longest)
+    held, asked = _checked(reader, texts.only(kept), validation, test, closed, longest)
+    return Prepared(kept, held, asked, labels, reader.notes, _key(texts.only(kept), asked), metric)
 
 
-def _parts(
-    reader: _Reader, texts: Texts, seed: int
-) -> tuple[list[int], list[Row] | None, list[Row] | None, tuple[str, ...] | None]:
-    """(numbers of the training rows, validation, test, labels); None for a set that is not there."""
+def _parts(reader: _Reader, texts: Texts, seed: int) -> tuple[list[int], list[Row] | None, list[Row] | None]:
+    """(numbers of the training rows, validation, test); None for a set that is not there."""
     spec = reader.recipe.data
-    labels, train = labels_of(texts), list(range(len(texts)))
+    train = list(range(len(texts)))
     validation = list(reader.rows(spec.validation, "validation")) if spec.validation else None
     test = list(reader.rows(spec.test, "test")) if spec.test else None
     if validation is None and spec.validation_size != 0:
@@ -170,21 +177,18 @@ def _parts(
         validation = list(texts.only(cut))
     if test is None:
         reader.notes.append("no test set was given: the validation rows are reported")
-    for rows in (validation or [], test or []):
-        check_labels(labels, rows)
-    return train, validation, test, labels
+    return train, validation, test
 
 
 def _checked(
     reader: _Reader,
     train: Texts,
-    numbers: list[int],
     validation: list[Row] | None,
     test: list[Row] | None,
     labels: tuple[str, ...] | None,
     longest: int,
-) -> Prepared:
-    """The last look at all sets together."""
+) -> tuple[list[Row], list[Row]]:
+    """The last look at all sets together; returns the rows of validation and test that are measured."""
     held = reader.asked(validation or [], "validation", longest)
     asked = held if test is None else reader.asked(test, "test", longest)
     if not asked:
@@ -196,7 +200,7 @@ def _checked(
     if reader.encoder.ends_texts:
         said = "the tokenizer ends every text, prompts too; here it ends answers only, as in the exported one"
         reader.notes.append(said)
-    return Prepared(numbers, held, asked, labels, reader.notes, _key(train, asked))
+    return held, asked
 
 
 def check_told_apart(prompt: str, labels: Sequence[str] | None, encoder: Encoder) -> None:

@@ -143,6 +143,21 @@ def detected(first: Record, chat: Chat, notes: Notes) -> Build:
     return build
 
 
+def schema_of(place: str, columns: dict[str, Any]) -> str | None:
+    """The schema that the columns of a row show, or None where templates are needed.
+
+    Raises:
+        DataError: preference data, which no template makes supervised.
+    """
+    if {"chosen", "rejected"} <= set(columns) or any(need <= set(columns) for need in SCHEMAS.values()):
+        try:
+            return _schema(place, columns)
+        except DataError as error:
+            if "preference data" in error.what:
+                raise
+    return None
+
+
 def _schema(place: str, columns: dict[str, Any]) -> str:
     names = set(columns)
     if {"chosen", "rejected"} <= names or (SCHEMAS["prompt/completion"] <= names and _is_flag(columns)):

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from holdfast.data.content import content_of
+from holdfast.data.metric import chosen
+from holdfast.data.own_metric import load_function
 from holdfast.data.prepare import Prepared, prepare
 from holdfast.data.rendered import Rendered
 from holdfast.data.rows import Row
@@ -34,6 +36,7 @@ class TaskData:
     Attributes:
         labels: the closed set of completions, or None for free text.
         key: identity of the training and test rows, by content.
+        metric: its name (`data.metric.metric_of`).
         note: what is no error and must be said.
     """
 
@@ -44,19 +47,16 @@ class TaskData:
     labels: tuple[str, ...] | None
     token_rows: Tokens
     key: str
+    metric: str
     note: str = ""
     _all: Texts | None = None
     _keeps: Any = None  # a folder that goes when the task does
 
     @property
-    def metric(self) -> str:
-        return "accuracy" if self.labels else "exact match"
-
-    @property
-    def chance(self) -> float:
-        """Accuracy of always giving the most frequent test label."""
-        if not self.labels:
-            return 0.0
+    def chance(self) -> float | None:
+        """Accuracy of always giving the most frequent test label; None where the metric knows no guessing."""
+        if self.metric != "accuracy" or not self.labels:
+            return 0.0 if self.metric == "exact_match" else None
         given = [r.completion for r in self.test]
         return max(given.count(y) for y in self.labels) / len(given)
 
@@ -80,6 +80,9 @@ def read_task(
     how far it is.
     """
 
+    if ":" in (recipe.data.metric or ""):
+        load_function(str(recipe.data.metric), base_dir)  # what is wrong with it shows now
+
     def go(folder: Path) -> None:
         found = prepare(folder, recipe, tokenizer, base_dir, longest, stops, tell)
         _write(folder, found)
@@ -101,6 +104,7 @@ def _write(folder: Path, found: Prepared) -> None:
     np.save(folder / "train.npy", np.asarray(found.train, dtype=np.int64))
     said = {name: [_plain(row) for row in getattr(found, name)] for name in ("validation", "test")}
     said |= {"labels": found.labels, "note": "; ".join(dict.fromkeys(found.notes)), "key": found.key}
+    said["metric"] = found.metric
     (folder / DONE).write_text(json.dumps(said), encoding="utf-8")
 
 
@@ -117,14 +121,16 @@ def _opened(folder: Path, name: str, keeps: Any) -> TaskData:
     said, train = json.loads((folder / DONE).read_text(encoding="utf-8")), np.load(folder / "train.npy")
     texts, tokens = open_texts(folder), Tokens(folder)
     ours = np.flatnonzero(np.isin(tokens.of, train))
+    labels = None if said["labels"] is None else tuple(said["labels"])
     return TaskData(
         name,
         texts.only(train),
         tuple(_row(*row) for row in said["validation"]),
         tuple(_row(*row) for row in said["test"]),
-        None if said["labels"] is None else tuple(said["labels"]),
+        labels,
         Tokens(folder, chosen=ours),
         said["key"],
+        chosen(said["metric"], labels),  # its package may be gone
         said["note"],
         texts,
         keeps,

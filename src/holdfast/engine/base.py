@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,17 +13,18 @@ import torch
 from holdfast.engine.forward import forward
 from holdfast.engine.pack import TokenRow
 from holdfast.engine.processes import gather, shares, world
+from holdfast.engine.replaced import switched_off
 
 
 @contextmanager
 def as_base(model: Any) -> Iterator[None]:
-    """No dropout (a teacher that rolls dice is no teacher), and an adapter switched off."""
+    """No dropout (a teacher that rolls dice is no teacher), and an adapter or replaced modules switched off."""
     was_training = model.training
     model.eval()
     wrapped = getattr(model, "module", model)
     frozen = [p for p in model.parameters() if not p.requires_grad]
     try:
-        with wrapped.disable_adapter() if has_adapter(model) else nullcontext():
+        with wrapped.disable_adapter() if has_adapter(model) else switched_off(wrapped):
             yield
     finally:
         for p in frozen:  # switching the adapter on again makes all of it trainable

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from holdfast.engine.pack import ATTENTION, Packed, TokenRow, pack
+from holdfast.engine.replaced import Handed
 from holdfast.engine.trial import is_cut, packs, pads_right, together
 from holdfast.engine.ways import LAST, SOFT_PROMPT, States, inner, run_one_by_one, run_packed, run_padded, switched
 from holdfast.errors import ModelError
@@ -71,18 +72,18 @@ def forward(
     Raises:
         ModelError: the model is not causal, or must see its rows one by one where its weights are cut over processes.
     """
-    packed, logits, states = forward_states(model, rows, (LAST,) if hidden else (), packing=packing)
+    packed, logits, states, _ = forward_states(model, rows, (LAST,) if hidden else (), packing=packing)
     return packed, states[LAST] if hidden else logits
 
 
 def forward_states(
     model: Any, rows: Sequence[TokenRow], layers: Sequence[int], *, packing: bool = True
-) -> tuple[Packed, torch.Tensor, States]:
-    """As `forward`, with the hidden states of `layers` beside the logits.
+) -> tuple[Packed, torch.Tensor, States, Handed]:
+    """As `forward`, with the hidden states of `layers` and what replaced modules handed out beside the logits.
 
     layers: decoder blocks from 0 (what each gives), or LAST (what enters the output head, behind the final norm).
 
-    Returns: the packing, (N, V) logits, {layer: (N, D)}, all at the scored positions.
+    Returns: the packing, (N, V) logits, {layer: (N, D)}, all at the scored positions; {key: [(T, ...)]} at all tokens.
     """
     soft = getattr(inner(model), SOFT_PROMPT, None)
     prompts = [len(soft) if soft is not None and r.owner == r.source == "task" else 0 for r in rows]

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from holdfast.engine.pack import pack, token_row
-from holdfast.engine.ways import inner, run_packed, run_padded
+from holdfast.engine.ways import Outcome, inner, run_packed, run_padded
 from holdfast.errors import HoldfastError, ModelError
 
 T = TypeVar("T")
@@ -130,6 +130,11 @@ def kept(model: Any, name: str, find: Callable[[Any], T]) -> T:
         with undisturbed(model):
             book[key] = find(model)
     return book[key]
+
+
+def forget(model: Any) -> None:
+    """The model computes something else from now on: find out anew how it may be run."""
+    inner(model).__dict__.pop(KEPT, None)
 
 
 def _prompted(model: Any) -> bool:
@@ -288,7 +293,7 @@ class Trial:
         )  # fmt: skip
         return torch.stack(out.logits, dim=1), out.sequences[:, width].tolist()
 
-    def _engine(self, way: Callable[..., tuple[torch.Tensor, Any]]) -> torch.Tensor:
+    def _engine(self, way: Callable[..., Outcome]) -> torch.Tensor:
         """What one of `engine.ways` gives for all tokens of the two rows but the last of each."""
         rows = pack([token_row(ids, 1) for ids in (self.short, self.long)], self.device)
         return way(self.model, rows, [0, 0], None, ())[0]

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 
 from holdfast.engine.pack import ATTENTION, Packed, pack
+from holdfast.engine.replaced import Handed, collecting
 from holdfast.errors import ModelError
 
 LAST = -1  # the layer whose states enter the output head
 States = dict[int, torch.Tensor]  # layer -> (N, D)
-Outcome = tuple[torch.Tensor, States]  # (N, V) logits and the states of the layers asked for
+# (N, V) logits, the states of the layers asked for, and what replaced modules handed out, (T, ...) in packed order
+Outcome = tuple[torch.Tensor, States, Handed]
 SOFT_PROMPT = "holdfast_prompt"  # name of the (p, D) parameter ProMoT hangs on the model
 
 
@@ -32,7 +34,7 @@ def run_packed(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Seq
     inputs: dict[str, Any] = {"input_ids": p.ids}
     if any(prompts):
         inputs = {"inputs_embeds": _embed(model, p, prompts, soft)[None]}
-    with switched(model, ATTENTION), _capture(model, layers) as seen:
+    with switched(model, ATTENTION), _capture(model, layers) as seen, collecting() as handed:
         out = model(
             **inputs,
             position_ids=p.positions,
@@ -40,7 +42,8 @@ def run_packed(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Seq
             logits_to_keep=p.where,
             use_cache=False,
         )
-    return out.logits[0], {n: s[0] if n == LAST else s[0][p.where] for n, s in seen.items()}
+    states = {n: s[0] if n == LAST else s[0][p.where] for n, s in seen.items()}
+    return out.logits[0], states, {k: [v[0] for v in vs] for k, vs in handed.items()}
 
 
 def _embed(model: Any, p: Packed, prompts: list[int], soft: torch.Tensor) -> torch.Tensor:
@@ -74,16 +77,19 @@ def run_padded(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Seq
     where = torch.as_tensor(p.row, device=p.where.device), p.where - at
     if len(p.rows) > 1:
         inputs["attention_mask"] = mask
-    with _capture(model, layers) as seen:
+    with _capture(model, layers) as seen, collecting() as handed:
         out = model(**inputs, use_cache=False)
-    return out.logits[where], {n: s[where] for n, s in seen.items()}
+    real = mask.bool()
+    kept = {k: [v[real] for v in vs] for k, vs in handed.items()}
+    return out.logits[where], {n: s[where] for n, s in seen.items()}, kept
 
 
 def run_one_by_one(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Sequence[int]) -> Outcome:
     device = p.ids.device
     each = [run_padded(model, pack([r], device, [n]), [n], soft, layers) for r, n in zip(p.rows, prompts, strict=True)]
-    states = {n: torch.cat([own[n] for _, own in each]) for n in layers}
-    return torch.cat([logits for logits, _ in each]), states
+    states = {n: torch.cat([own[n] for _, own, _ in each]) for n in layers}
+    handed = {k: [torch.cat(vs) for vs in zip(*(own[k] for *_, own in each), strict=True)] for k in each[0][2]}
+    return torch.cat([logits for logits, *_ in each]), states, handed
 
 
 @contextmanager

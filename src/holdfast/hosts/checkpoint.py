@@ -43,6 +43,11 @@ class Checkpoint:
     def __init__(self, folder: Path | None):
         self.folder = folder / "checkpoint" if folder else None
         self._best: tuple[float, dict[str, torch.Tensor]] | None = None
+        self._moved: dict[str, torch.nn.Parameter] = {}  # what trained in the stages so far
+
+    def follow(self, session: Any) -> None:
+        """The session has entered a stage: what trains there belongs into checkpoints from now on."""
+        self._moved.update(session.params)
 
     def save(self, session: Any, optimizer: Any, schedule: Any, log: Any, done: int, step: int) -> None:
         """Write everything needed to go on at `step` of the stage that starts after `done` steps."""
@@ -62,7 +67,7 @@ class Checkpoint:
             )
 
         master = getattr(optimizer, "master", {})
-        tensors = {f"param/{n}": master.get(p, p).detach() for n, p in session.params.items()}
+        tensors = {f"param/{n}": master.get(p, p).detach() for n, p in self._moved.items()}
         soft = getattr(inner(session.model), SOFT_PROMPT, None)
         if soft is not None:
             tensors[f"param/{SOFT_PROMPT}"] = soft.detach()
@@ -86,6 +91,8 @@ class Checkpoint:
             "realised": log.realised,
             "effects": session.effects,
             "best": self._best[0] if self._best else None,
+            "steering": session.steering.saved(),
+            "looks": log.looks,
         }
         fresh = self.folder.with_name("checkpoint.new")
         old = self.folder.with_name("checkpoint.old")
@@ -131,8 +138,9 @@ class Checkpoint:
         if meta["done"] < done:
             return 0
         master = getattr(optimizer, "master", {})
-        for name, p in session.params.items():
-            if f"param/{name}" in tensors:
+        again = session.stage.restart and meta["done"] == done and not meta["step"]  # saved before it began again
+        for name, p in self._moved.items():
+            if f"param/{name}" in tensors and not (again and name in session.params):
                 for held in (p.data, *([master[p]] if p in master else [])):
                     held.copy_(tensors[f"param/{name}"])
         soft = getattr(inner(session.model), SOFT_PROMPT, None)
@@ -140,7 +148,9 @@ class Checkpoint:
             soft.data.copy_(tensors[f"param/{SOFT_PROMPT}"])
         log.loss[:] = [(s, p) for s, p in meta["loss"]]
         log.seconds, log.tokens, log.realised = meta["seconds"], meta["tokens"], Counter(meta["realised"])
+        log.looks[:] = [(s, r, f) for s, r, f in meta.get("looks", ())]
         session.effects = Counter(meta["effects"])
+        session.steering.restore(meta["steering"])
         if meta["done"] > done:
             return steps
         _fill(session, optimizer, tensors)
@@ -158,7 +168,11 @@ class Checkpoint:
     def consider(self, session: Any, score: float) -> None:
         """Remember the trainable weights when `score` is the best of the stage so far (a tie goes to the later)."""
         if self._best is None or score >= self._best[0]:
-            self._best = (score, {n: p.detach().clone() for n, p in session.params.items()})
+            self.remember(session, score)
+
+    def remember(self, session: Any, score: float) -> None:
+        """Take the trainable weights as the best so far."""
+        self._best = (score, {n: p.detach().clone() for n, p in session.params.items()})
 
     @torch.no_grad()
     def take_best(self, session: Any) -> None:

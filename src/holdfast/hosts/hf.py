@@ -25,8 +25,8 @@ work on the shards, and methods that need a whole matrix get it gathered, one at
 Trainers with a loss of their own (DPO, GRPO): the plan may only freeze, wrap, change gradients or steps, and merge.
 Resuming: build the trainer with the untouched base model again and call `train(resume_from_checkpoint=...)`; what the
 plan knows of the base comes from there, the trained weights and the plan's state from the checkpoint.
-Stages (ProMoT): one `train` of the trainer each, with its own optimizer and schedule; a stage ends with its last
-weights, not its best.
+Stages (ProMoT, LTSFT): one `train` of the trainer each, with its own optimizer and schedule; a stage ends with its
+last weights, not its best.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from holdfast.engine.counts import Counts, add_counts, count_rows, scaled
 from holdfast.engine.forward import attention, can_pack, forward
 from holdfast.engine.pack import ATTENTION, TokenRow
 from holdfast.engine.processes import gather
+from holdfast.engine.replaced import replaced_in
 from holdfast.engine.trial import pads_right
 from holdfast.engine.ways import SOFT_PROMPT, inner
 from holdfast.errors import NoEffect, PlanError, TrainingError
@@ -84,8 +85,10 @@ from holdfast.hosts.hf_setup import (
 from holdfast.hosts.plain import split_steps
 from holdfast.hosts.processes import dealt
 from holdfast.method import Stage
+from holdfast.models.saving import save_replaced
 from holdfast.plan import Plan
 from holdfast.session import Session
+from holdfast.sites.rollouts import is_task, said_row, unsaid
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -135,6 +138,12 @@ class Micro:
     places: Places | None = None
 
 
+def _idle(micro: Sequence[Sequence[TokenRow]]) -> list[TokenRow]:
+    """A row without a target: every process takes part in every backward."""
+    row = next(r for rows in micro for r in rows)
+    return [TokenRow(row.ids, np.zeros_like(row.scored))]
+
+
 class PlannedTrainer(_Base):
     """What `with_plan` puts before a trainer class. `session` holds the plan at work."""
 
@@ -161,6 +170,7 @@ class PlannedTrainer(_Base):
         self._step, self._of_step = 0, Counter[str]()  # the step at hand and the parts of its loss
         self._known: dict[bytes, TokenRow] = {}
         self._steps_in_parts = self._done = self._rows_an_epoch = 0
+        self._total = 0  # steps of all stages; 0: of the only one
         self._hooked, self._changed, self._trained, self._sees_shards = None, False, False, False
         self._noise: Noise | None = None
         self._compared = False
@@ -168,9 +178,9 @@ class PlannedTrainer(_Base):
         given["model"] = self._enter(self.session.stages[0])
         super().__init__(**given)
         refuse_built(self, self.session, self._kind.__name__, self._loss_is_ours)
-        mix = mixed(self.session, self.train_dataset, self.args, self.data_collator, self._kind.__name__)
-        if mix:
-            self.train_dataset, self._known, self._rows_an_epoch = mix.dataset, mix.known, mix.rows_an_epoch
+        self.session.steering.late = self.accelerator.num_processes > 1
+        self._mixed = mixed(self.session, self.train_dataset, self.args, self.data_collator, self._kind.__name__)
+        self._draw_from(self.session.stage)
 
     def _try(self, model: Any, sharded: bool) -> None:
         """Find out how the model may be run while its weights are whole in every process."""
@@ -181,6 +191,12 @@ class PlannedTrainer(_Base):
                 "Use DDP, which leaves the weights whole: then rows go one by one.",
             )
         can_pack(model)
+
+    def _draw_from(self, stage: Stage) -> None:
+        """The rows of a stage, where the plan mixes them."""
+        mix = self._mixed.get(stage.sources)
+        if mix:
+            self.train_dataset, self._known, self._rows_an_epoch = mix.dataset, mix.known, mix.rows_an_epoch
 
     # ---- what trains
 
@@ -220,7 +236,8 @@ class PlannedTrainer(_Base):
             self._sees_shards = True
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step, self._of_step = self._done + self.state.global_step, Counter()
-        self.session.draw_entries(self._step, self.optimizer)
+        self.session.first, self.session.total = self._done, self._total or self.state.max_steps
+        self.session.begin_step(self._step, self.optimizer)
         if not self._loss_is_ours or not batches:
             return batches, items
         self._compare(batches)
@@ -232,7 +249,8 @@ class PlannedTrainer(_Base):
         """Give each batch of a step its Micro."""
         parsed = [placed_rows(b, self._known) for b in batches]
         drawn = [[row for row, _ in rows] for rows in parsed]
-        rows, asides = self._deal(drawn, step), self.session.rows_of(step)
+        rows, answered = self._roll(self._deal(drawn, step), step)
+        asides = [*self.session.rows_of(step), *answered]
         counts = self._count(rows, asides, items if rows is drawn else None)
         first, ranks = self.accelerator.process_index, self.accelerator.num_processes
         every = len(batches) * ranks
@@ -274,8 +292,21 @@ class PlannedTrainer(_Base):
         picked = self.session.pick(drawn, step)
         if picked is drawn:
             return micro
-        idle = [TokenRow(drawn[0].ids, np.zeros_like(drawn[0].scored))]  # every process takes part in every backward
-        return [rows or idle for rows in dealt(picked, len(micro))]
+        return [rows or _idle(micro) for rows in dealt(picked, len(micro))]
+
+    def _roll(
+        self, micro: Sequence[Sequence[TokenRow]], step: int
+    ) -> tuple[Sequence[Sequence[TokenRow]], list[TokenRow]]:
+        """The rollouts site, on the rows of all processes: those that are run, and the answered ones of the step."""
+        if not self.session.rolling.methods:
+            return micro, []
+        own = [r for rows in micro for r in rows]
+        every = [unsaid(said) for theirs in gather([said_row(r) for r in own]) for said in theirs]
+        kept, answered = self.session.roll(every, step)
+        if kept is every:
+            return micro, answered
+        task = [[r for r in rows if not is_task(r)] for rows in micro]
+        return [rows or _idle(micro) for rows in task], answered
 
     def _count(self, micro: Sequence[Sequence[TokenRow]], asides: Sequence[TokenRow], items: Any) -> list[Counts]:
         """What the loss of each owner is divided by in each micro-batch: counts of the whole step.
@@ -448,7 +479,7 @@ class PlannedTrainer(_Base):
     def _train_stages(self, stages: Sequence[Stage], at: str, folder: str | None) -> Any:
         """One `train` per stage; checkpoints of all but the last go to stage-<name>."""
         wanted, place, out = self.args.max_steps, self.args.output_dir, None
-        total = wanted if wanted > 0 else self._whole_steps()
+        self._total = total = wanted if wanted > 0 else self._whole_steps()
         names = [s.name for s in stages]
         try:
             for stage, steps in split_steps(stages, total):
@@ -456,6 +487,8 @@ class PlannedTrainer(_Base):
                     self._begin(stage)
                     self.args.max_steps, self.args.output_dir = steps, stage_folder(str(place), stage, stages)
                     out = self._train_from(folder if stage.name == at else None)
+                    if stage != stages[-1]:
+                        self.session.end_stage()
                 self._done += steps
         finally:
             self.args.max_steps, self.args.output_dir = wanted, place
@@ -464,6 +497,7 @@ class PlannedTrainer(_Base):
     def _begin(self, stage: Stage) -> None:
         if stage != self.session.stage:
             self.model = self.model_wrapped = self._enter(stage)
+            self._draw_from(stage)
             self.optimizer = self.lr_scheduler = None
             self._parts.clear()
             self._steps_in_parts = 0
@@ -501,6 +535,29 @@ class PlannedTrainer(_Base):
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             hf_checkpoint.write(folder, self.session, self._base)
         super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """With replaced modules a folder for `holdfast.load`: the trainer's own would load as something else."""
+        if not replaced_in(inner(self.session.model)):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_replaced(inner(self.session.model), folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        if replaced_in(inner(self.session.model)):
+            hf_checkpoint.fill_replaced(Path(resume_from_checkpoint), self.session)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        if replaced_in(inner(self.session.model)):
+            hf_checkpoint.fill_replaced(Path(str(self.state.best_model_checkpoint)), self.session)
+        else:
+            super()._load_best_model()
 
     def _restore(self, folder: str) -> str:
         """Load the plan's part of a checkpoint; returns the name of its stage."""

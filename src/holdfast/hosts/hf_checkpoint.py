@@ -9,10 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from holdfast.engine.replaced import own_tensors
 from holdfast.engine.ways import SOFT_PROMPT, inner
 from holdfast.errors import PlanError, TrainingError
 from holdfast.hosts.hf_setup import stage_folder
 from holdfast.method import Stage
+from holdfast.models.identity import REPLACED_WEIGHTS
 from holdfast.session import Session
 
 FOLDER = "holdfast"  # in a checkpoint
@@ -32,6 +36,7 @@ def write(checkpoint: Path, session: Session, base: str) -> None:
         "effects": session.effects,
         "realised": session.realised,
         "base": base,
+        "steering": session.steering.saved(),
     }
     folder = checkpoint / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,3 +101,14 @@ def fill(checkpoint: Path, session: Session, meta: dict[str, Any], on: Any) -> N
             inner(session.model).get_parameter(SOFT_PROMPT).data.copy_(value)
     session.chosen.combine(session.params)
     session.effects, session.realised = Counter(meta["effects"]), Counter(meta["realised"])
+    session.steering.restore(meta["steering"])
+
+
+@torch.no_grad()
+def fill_replaced(checkpoint: Path, session: Session) -> None:
+    """Give the replaced modules what a checkpoint holds of them."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(checkpoint / REPLACED_WEIGHTS)
+    for name, value in own_tensors(inner(session.model)).items():
+        value.copy_(tensors[name])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from holdfast.data.mix import Mix
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import HoldfastError, PlanError, pip_install
 from holdfast.hosts.hf_batches import dataset_rows, rows_of
@@ -27,21 +28,35 @@ class Mixed:
     rows_an_epoch: int
 
 
-def mixed(session: Session, dataset: Any, options: Any, collator: Any, name: str) -> Mixed | None:
-    """The plan's mix in place of the prepared dataset; None when no method adds, changes, leaves out or orders rows.
+Chosen = tuple[str, ...] | None  # the sources that a stage draws from
+
+
+def mixed(session: Session, dataset: Any, options: Any, collator: Any, name: str) -> dict[Chosen, Mixed]:
+    """The plan's mix in place of the prepared dataset, for each choice of sources that a stage makes.
+
+    Empty when no method adds, changes, leaves out or orders rows.
 
     Raises:
-        PlanError: the trainer, called `name`, was given a stream, its collator makes other labels, or it cannot carry
-            what a method writes into rows.
+        PlanError: the trainer, called `name`, was given a stream, its collator makes other labels, it cannot carry
+            what a method writes into rows, or a stage draws from a source that nobody brings.
     """
     if not any(mixes(m) for m in session.methods):
-        return None
+        for stage in session.stages:
+            Mix(()).only(stage.sources)
+        if session.held_out.methods:
+            session.held_out.cut(Mix(dataset_rows(dataset)), session.ctx)
+        return {}
     if not hasattr(dataset, "__len__"):
         raise PlanError(
             f"A method of the plan mixes rows into the data, but {name} was given a stream.",
             "Give a dataset with a length.",
         )
-    mix = session.mix(dataset_rows(dataset))
+    whole = session.mix(dataset_rows(dataset))
+    chosen = dict.fromkeys(s.sources for s in session.stages)
+    return {c: _mixed(whole.only(c), dataset, options, collator, name) for c in chosen}
+
+
+def _mixed(mix: Mix, dataset: Any, options: Any, collator: Any, name: str) -> Mixed:
     seed = options.seed if options.data_seed is None else options.data_seed
     rows = mix.num_rows(1)
     first = _as_dataset(list(islice(mix.draw(seed), rows)), dataset, options, collator)

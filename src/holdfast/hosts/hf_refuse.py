@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from holdfast.engine.base import has_adapter
+from holdfast.engine.replaced import replaced_in
 from holdfast.engine.ways import inner
 from holdfast.errors import PlanError
 from holdfast.hosts.hf_setup import is_template, mixes
@@ -15,7 +17,7 @@ from holdfast.method import Method
 from holdfast.plan import Plan
 from holdfast.session import Session
 
-ONLY_WITH_LOSS = ("data", "batch", "token_weight", "loss", "steer", "stages")
+ONLY_WITH_LOSS = ("data", "batch", "rollouts", "token_weight", "loss", "steer", "stages")
 INSIDE_BACKWARD = ("lomo", "layerwise")  # optimizers that step while gradients are still being made
 
 
@@ -50,8 +52,14 @@ def _wrong_together(plan: Plan, given: Mapping[str, Any], ours: bool) -> Iterato
     strategy = getattr(options, "train_sampling_strategy", "random")
     noise = ours and options.neftune_noise_alpha is not None
     optim = str(getattr(options.optim, "value", options.optim))
-    if method := _first(plan, "grad"):
-        yield method.name, options.fp16, "changes gradients, but {} scales them under fp16", "Set bf16=True instead."
+    if method := _first(plan, "replace"):
+        what = "replaces modules, but nobody has tested that with the loss of {}"
+        yield method.name, not ours, what, "Use SFTTrainer."
+        what = "replaces modules, but {} under DeepSpeed saves and cuts weights in a way of its own"
+        yield method.name, getattr(options, "deepspeed_plugin", None), what, "Use DDP."
+    if method := _first(plan, "grad") or next((m for m in plan.active if "gradients" in m.needs), None):
+        does = "changes" if "grad" in method.sites() else "looks at"
+        yield method.name, options.fp16, does + " gradients, but {} scales them under fp16", "Set bf16=True instead."
     if method := next((m for m in plan.active if mixes(m)), None):
         yield (
             method.name,
@@ -59,15 +67,16 @@ def _wrong_together(plan: Plan, given: Mapping[str, Any], ours: bool) -> Iterato
             f"decides the order of the rows, but {{}} was asked for train_sampling_strategy={strategy!r}",
             "Leave train_sampling_strategy out.",
         )
-    if method := _first(plan, "batch"):
+    if method := _first(plan, "batch", "rollouts"):
         what = "exchanges rows of a batch, but {} would add NEFTune's noise by the batch's own shape"
         yield method.name, noise, what, "Leave neftune_noise_alpha out."
-    if method := _first(plan, "stages"):
+    if method := next((m for m in plan.active if m.prompts), None):
         what = "reads the task behind a soft prompt, for which {}'s NEFTune noise is not defined"
         yield method.name, noise, what, "Leave neftune_noise_alpha out."
         metrics = given.get("compute_metrics") or given.get("preprocess_logits_for_metrics")
         what = "reads the task behind a soft prompt, which the logits that {} gives to compute_metrics leave out"
         yield method.name, metrics, what, "Leave compute_metrics out; evaluation gives the loss with the prompt."
+    if method := _first(plan, "stages"):
         what = "ends each stage with its last weights, but {} was asked for load_best_model_at_end"
         yield method.name, options.load_best_model_at_end, what, "Set it to False."
     if method := _first(plan, "grad", "entries", "steer", "update"):
@@ -130,10 +139,13 @@ def refuse_built(trainer: Any, session: Session, name: str, ours: bool) -> None:
     again = (trainer.args.gradient_checkpointing_kwargs or {}).get(
         "use_reentrant"
     ) and trainer.args.gradient_checkpointing
-    whole = not any(m.wraps for m in session.methods) and session.stage.trains == "rest"
+    below = "replaced modules" if replaced_in(inner(session.model)) else "layers"
+    whole = (
+        not has_adapter(session.model) and session.stage.trains != "prompt"
+    )  # trainers open embeddings below PEFT's
     if again and whole and not inner(session.model).get_input_embeddings().weight.requires_grad:
         raise PlanError(
-            f"{name} with use_reentrant=True gives layers above frozen embeddings no gradient.",
+            f"{name} with use_reentrant=True gives {below} above frozen embeddings no gradient.",
             "Set gradient_checkpointing_kwargs={'use_reentrant': False}, or train the embeddings.",
         )
 
@@ -153,13 +165,24 @@ def _refuse_fsdp(kind: type, plan: Plan, options: Any, ours: bool, version: int)
     def on(name: str, variable: str) -> bool:
         return bool(given.get(name)) or os.environ.get(variable, "false").lower() in ("1", "true")
 
-    owner = next((m for m in plan.active if "stages" in m.sites()), None)
-    asks = next((m for m in plan.active if "live_logits" in m.needs), None)
+    owner, replacer = _first(plan, "stages"), _first(plan, "replace")
+    asks = next(
+        (m for m in plan.active if {"rollouts"} & {*m.sites()} or "live_logits" in m.needs or m.holds_out), None
+    )
     for wrong, what, cure in (
+        (
+            replacer,
+            f"FSDP together with {replacer and replacer.name}, whose replaced modules were not tried",
+            "Use DDP.",
+        ),
         (version == 1, "FSDP1, which flattens the weights the plan works on", "Set fsdp_config={'version': 2}."),
         (not ours, "FSDP, because nobody has tested that with its own loss", "Use DDP."),
         (asks, f"FSDP together with {asks and asks.name}, which asks the model between steps", "Use DDP."),
-        (owner, f"FSDP together with {owner and owner.name}, whose soft prompt stands outside of the cut", "Use DDP."),
+        (
+            owner,
+            f"FSDP together with {owner and owner.name}, which trains in stages: weights are cut once",
+            "Use DDP.",
+        ),
         (
             on("cpu_ram_efficient_loading", "FSDP_CPU_RAM_EFFICIENT_LOADING"),
             "cpu_ram_efficient_loading, because the plan is prepared on the whole base in every process",
@@ -183,6 +206,11 @@ def _wrong_args(given: Mapping[str, Any]) -> Iterator[tuple[Any, str, str]]:
         adapter,
         "another adapter: the plan decides what trains",
         "Pass the base model and put LoRA into the plan.",
+    )
+    yield (
+        replaced_in(inner(model)),
+        "a model whose modules are replaced already",
+        "Pass the base model; the plan puts its own modules in place.",
     )
     yield (
         options.n_gpu > 1,

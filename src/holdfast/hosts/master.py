@@ -24,7 +24,7 @@ def may_hold(session: Session, settings: Any, stage: Stage) -> bool:
 
     Kept to CPUs, where it is measured: memory bandwidth is what small steps wait for.
     """
-    one = settings.gradient_accumulation_steps == 1 and world()[1] == 1 and not stage.keep_best
+    one = settings.gradient_accumulation_steps == 1 and world()[1] == 1 and not (stage.keep_best or settings.keep_best)
     on_cpu = next(session.model.parameters()).device.type == "cpu"
     reads = any(
         {"grad", "update", "entries", "steer"} & {*m.sites()} or ("base_weights" in m.needs and "loss" in m.sites())
@@ -60,10 +60,12 @@ class MasterAdamW(torch.optim.Optimizer):
             p.data = master.to(torch.bfloat16)
 
     @torch.no_grad()
-    def clip(self, params: Iterable[torch.nn.Parameter], most: float) -> None:
-        """Scale the gradients of the next step as `torch.nn.utils.clip_grad_norm_` would, to the last bit."""
+    def clip(self, params: Iterable[torch.nn.Parameter], most: float) -> torch.Tensor:
+        """Scale the gradients of the next step as `clip_grad_norm_` would, to the last bit; gives their norm."""
         norms = [torch.linalg.vector_norm(p.grad.float()) for p in params if p.grad is not None]
-        self.scale = (most / (torch.linalg.vector_norm(torch.stack(norms)) + 1e-6)).clamp(max=1.0)
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        self.scale = (most / (norm + 1e-6)).clamp(max=1.0)
+        return norm
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from holdfast.errors import TrainingError
 from holdfast.hosts import processes
 from holdfast.hosts.checkpoint import Checkpoint
 from holdfast.hosts.master import MasterAdamW, linear_weights, may_hold
+from holdfast.hosts.watching import Watch
 from holdfast.method import Stage
 from holdfast.session import Session
 
@@ -49,6 +50,12 @@ class Training:
     autocast: torch.dtype | None = None
     save_steps: int = 50
     folder: Path | None = None
+    watch: Watch | None = None
+
+    @property
+    def keep_best(self) -> bool:
+        """Whether the best weights of the run are kept beside the latest."""
+        return self.watch is not None and self.watch.keep_best
 
 
 @dataclass
@@ -59,7 +66,10 @@ class Log:
     seconds: float = 0.0
     tokens: int = 0
     realised: Counter[str] = field(default_factory=Counter)
-    ended: str = ""  # why a method ended the run early
+    ended: str = ""  # why the run ended early
+    looks: list[tuple[int, float | None, dict[str, float]]] = field(default_factory=list)  # step, rank, finding
+    rate: float = 0.0  # learning rate of the latest step
+    norm: torch.Tensor | None = None  # of its gradients, where they are clipped
 
 
 def train(
@@ -69,17 +79,20 @@ def train(
     *,
     on_step: Callable[[int, int, dict[str, float]], None] | None = None,
     evaluate: Callable[[Any], float] | None = None,
+    log: Log | None = None,
 ) -> Log:
     """Train `session.model` on `mix`, stage after stage; resumes from `settings.folder` when it holds a checkpoint.
 
     on_step is called with (step, steps of the run, loss parts); evaluate with the model, higher is better, for stages
-    that keep their best checkpoint.
+    that keep their best checkpoint. `log` is filled as the run goes, for who looks on.
     """
-    log, done = Log(), 0
+    log, done = log or Log(), 0
     torch.manual_seed(settings.seed)  # dropout: the same whatever ran before
     checkpoint = Checkpoint(settings.folder)
     for stage, steps in split_steps(session.stages, settings.num_steps):
         model = session.enter(stage)
+        session.first, session.total = done, settings.num_steps
+        checkpoint.follow(session)
         optimizer = _optimizer(session, settings, stage)
         session.hook(optimizer)
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -90,19 +103,23 @@ def train(
         processes.same_start(session.tensors())
         session.chosen.combine(session.params)
         size = settings.batch_size * settings.gradient_accumulation_steps
-        stream = islice(mix.draw(settings.seed), (done + first) * size, None)
+        stream = islice(mix.only(stage.sources).draw(settings.seed), (done + first) * size, None)
         model.train()
+        if settings.watch:
+            settings.watch.begin(session, checkpoint, log)
         start = time.perf_counter()
         for step in range(first, steps):
-            session.draw_entries(done + step, optimizer)
+            session.begin_step(done + step, optimizer)
             batch = session.pick(list(islice(stream, size)), done + step)
             parts = _step(session, optimizer, batch, done + step, settings, log)
             schedule.step()
             log.loss.append((done + step, parts))
             if on_step:
                 on_step(done + step + 1, settings.num_steps, parts)
-            if session.steering.ended:
-                log.ended = session.steering.ended
+            if settings.watch:
+                settings.watch.after(done + step + 1, session, checkpoint, log)
+            log.ended = session.steering.ended or log.ended
+            if log.ended:
                 break
             if stage.keep_best and evaluate and (step + 1) % max(1, steps // 4) == 0:
                 checkpoint.consider(session, evaluate(model))
@@ -115,9 +132,10 @@ def train(
         checkpoint.take_best(session)
         log.seconds += time.perf_counter() - start
         done += steps
-        if session.steering.ended:
+        if log.ended:
             break
         if done < settings.num_steps and first < steps:
+            session.end_stage()
             checkpoint.save(session, None, None, log, done, 0)
     session.effects = processes.union(session.effects)
     session.model.eval()
@@ -136,7 +154,8 @@ def _step(
     session: Session, optimizer: Any, batch: Sequence[TokenRow], step: int, settings: Training, log: Log
 ) -> dict[str, float]:
     """One optimizer step: micro-batches, gradients, clipping, update."""
-    asides, params = session.rows_of(step), list(session.params.values())
+    batch, answered = session.roll(batch, step)
+    asides, params = [*session.rows_of(step), *answered], list(session.params.values())
     counts = count_rows((*batch, *asides))
     for row in (*batch, *asides):
         log.realised[f"{row.source}/examples"] += 1
@@ -162,15 +181,24 @@ def _step(
             + "); the last good checkpoint is kept.",
             "Lower training.learning_rate (in a new output_dir), or look at the rows of this step.",
         )
-    session.steer(step, parts, optimizer.param_groups[0]["lr"])
+    log.rate = optimizer.param_groups[0]["lr"]
+    session.steer(step, parts, log.rate)
     session.change_gradients()
     if settings.max_grad_norm and isinstance(optimizer, MasterAdamW):
-        optimizer.clip(params, settings.max_grad_norm)
+        log.norm = optimizer.clip(params, settings.max_grad_norm)
     elif settings.max_grad_norm:
-        torch.nn.utils.clip_grad_norm_(params, settings.max_grad_norm, foreach=True)
+        log.norm = torch.nn.utils.clip_grad_norm_(params, settings.max_grad_norm, foreach=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return dict(parts)
+
+
+def rows_of_run(session: Session, mix: Any, settings: Training) -> Iterator[TokenRow]:
+    """The rows that a run draws, in order, stage after stage."""
+    size, done = settings.batch_size * settings.gradient_accumulation_steps, 0
+    for stage, steps in split_steps(session.stages, settings.num_steps):
+        yield from islice(mix.only(stage.sources).draw(settings.seed), done * size, (done + steps) * size)
+        done += steps
 
 
 def split_steps(stages: Sequence[Stage], total: int) -> list[tuple[Stage, int]]:

@@ -9,7 +9,7 @@ from holdfast.errors import HoldfastError
 from holdfast.measure import stats
 from holdfast.measure.facts import facts_of
 from holdfast.measure.sight import can_see, clusters_of
-from holdfast.report.schema import ability_words
+from holdfast.report.schema import ability_words, task_words
 
 Part = dict[str, Any]
 ALPHA = 0.05
@@ -190,7 +190,5 @@ def verdict(abilities: Sequence[Part], task: Part | None) -> Part:
         return {"status": "not checked", "sentence": sentence}
     status = next(s for s in WORDS if any(a["status"] == s for a in known))
     names = ", ".join(ability_words(a) for a in known if a["status"] == status)
-    gain = ""
-    if task and task.get("before") and task.get("after"):
-        gain = f" The task went from {task['before']['value']:.2f} to {task['after']['value']:.2f}."
-    return {"status": status, "sentence": f"{WORDS[status]}: {names}.{rest}{gain}"}
+    gain = task_words(task or {})
+    return {"status": status, "sentence": f"{WORDS[status]}: {names}.{rest} {gain}".rstrip()}

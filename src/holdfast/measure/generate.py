@@ -49,7 +49,6 @@ def generate(
     return [text.strip() for text in texts]
 
 
-@torch.no_grad()
 def go_on(
     model: Any,
     tokenizer: Any,
@@ -65,24 +64,45 @@ def go_on(
     A text ends soon after it holds one of `stop`; the caller cuts it there. `settings` go to the model's own
     `generate`, over its generation config. Several processes share the work by whole batches (`measure.shard`).
     """
+    new = new_tokens(model, tokenizer, prompts, stop=stop, batch_size=batch_size, progress=progress, **settings)
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+
+
+@torch.no_grad()
+def new_tokens(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[tuple[list[int], int]],
+    *,
+    stop: Sequence[str] = (),
+    batch_size: int = BATCH,
+    progress: Callable[[float], None] | None = None,
+    dice: Callable[[Sequence[int]], Any] | None = None,
+    **settings: Any,
+) -> list[list[int]]:
+    """As `go_on`, the tokens: with special ones, and padding behind those that ended before their batch.
+
+    dice: indices of the prompts of a batch -> a logits processor for it, in that order (`measure.answers`).
+    """
     if not prompts:
         return []
     batches = _batches(model, _pad(tokenizer), prompts, batch_size)
     rank, num = (0, 1) if settings.get("do_sample") else processes.world(model)  # dice are rolled batch after batch
-    mine, texts = batches[rank::num], {}
+    mine, found = batches[rank::num], {}
     was_training = model.training
     model.eval()
     try:
         for at, batch in enumerate(mine, start=1):
-            new = _batch(model, tokenizer, [prompts[n] for n in batch], stop, settings)
+            rolls = {"logits_processor": [dice(batch)]} if dice else {}
+            new = _batch(model, tokenizer, [prompts[n] for n in batch], stop, {**settings, **rolls})
             for n, ids in zip(batch, new, strict=True):
-                texts[n] = tokenizer.decode(ids[: prompts[n][1]], skip_special_tokens=True)
+                found[n] = ids[: prompts[n][1]].tolist()
             if progress:
                 progress(at / len(mine))
     finally:
         model.train(was_training)
-    found = [list(texts.items())] if num == 1 else processes.gather(list(texts.items()))
-    whole = {n: text for part in found for n, text in part}
+    parts = [list(found.items())] if num == 1 else processes.gather(list(found.items()))
+    whole = {n: ids for part in parts for n, ids in part}
     return [whole[n] for n in range(len(prompts))]
 
 

@@ -198,10 +198,11 @@ class Scorer:
     def _part(self, tree: Tree, soft: Sequence[tuple[torch.Tensor, torch.Tensor]], part: range) -> list[Found]:
         """Score the wanted nodes of a part."""
         todo, before, found = list(slices(tree, part, self.batch_tokens, SCORED)), [], []
-        cache = DynamicCache(config=self.model.config) if soft or len(todo) > 1 else None
-        for n, (keys, values) in enumerate(soft):
-            assert cache is not None
-            cache.update(keys, values, n)
+        cache = DynamicCache(config=self.model.config) if len(todo) > 1 else None
+        if soft:
+            cache = DynamicCache()  # grows, also by the layers of copies that run beside the model's own
+            for n, (keys, values) in enumerate(soft):
+                cache.update(keys, values, n)
         held = self._held
         for nodes in todo:
             found += self._forward(tree, before, nodes, part.start, cache, held)

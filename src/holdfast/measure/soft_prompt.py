@@ -50,7 +50,7 @@ def save(model: Any, soft_prompt: torch.Tensor, folder: Path, base: Path) -> Non
 
 USAGE = """# Soft prompt of the tuned task
 
-    base = AutoModelForCausalLM.from_pretrained(...)    # the tuned model, in the folder `model` beside this one
+    base = AutoModelForCausalLM.from_pretrained(...)    # the tuned model, loaded as the card in `model` says
     model = PeftModel.from_pretrained(base, ...)        # this folder
     model.generate(**inputs, use_cache=False)
 

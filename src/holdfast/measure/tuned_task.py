@@ -1,16 +1,24 @@
-"""The user's task scored: the likeliest label, or the exact completion."""
+"""The user's task scored: the likeliest label, the probability of the reference answer, or the written text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from holdfast.data.metric import METRICS, Metric
 from holdfast.data.rows import Row
-from holdfast.engine import BATCH_TOKENS
-from holdfast.measure import shard
+from holdfast.engine import BATCH_TOKENS, trial
+from holdfast.measure import shard, stats
+from holdfast.measure.compare import Part, estimates
+from holdfast.measure.generate import batch_for, generate
+from holdfast.measure.probe import Probe
 from holdfast.measure.scorer import Scorer
+
+SHORTEST, LONGEST = 16, 512  # of what may be written where nobody says how much
+BESIDE = {"loss": ("loss_per_byte", "exact_match"), "loss_per_byte": ("loss",), "exact_match": ("loss",)}
+Items = Sequence[Mapping[str, Any]]
 
 
 def score_task(
@@ -30,7 +38,8 @@ def score_task(
 
     Several processes each score a share of the rows, and all get the whole.
 
-    Returns per row {"id", "correct": 0 or 1, "logprob": of the right completion, "answer": label or None}.
+    Returns per row {"id", "correct": 0 or 1, "logprob": of the right completion, "answer": label or None}; without
+    labels also "tokens" (with the end) and "bytes" (of the text) of the completion.
     """
     scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, soft_prompt=soft_prompt, progress=progress)
     asked = labels or ("",)
@@ -46,6 +55,75 @@ def score_task(
             item = {"correct": int(best == right), "logprob": mine[right].logprob, "answer": labels[best]}
         else:
             exact = mine[0].greedy and not scorer.encoder.lacks(splits[n].answer)
-            item = {"correct": int(exact), "logprob": mine[0].logprob, "answer": None}
+            size = {"tokens": mine[0].num_tokens, "bytes": len(row.completion.encode("utf-8"))}
+            item = {"correct": int(exact), "logprob": mine[0].logprob, "answer": None, **size}
         out.append({"id": row.where or str(n), **item})
     return out
+
+
+def written(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    max_new_tokens: int | None = None,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Callable[[float], None] | None = None,
+) -> list[str]:
+    """The greedy answer to each row's prompt, in batches.
+
+    max_new_tokens: of an answer; None: 1.5 times the longest reference of `rows`, from 16 to 512. No answer goes
+    beyond the positions that the model has.
+    """
+    encoder = Scorer(model, tokenizer).encoder
+    splits = encoder.join([(r.prompt, r.completion) for r in rows], end=True, wheres=[r.where for r in rows])
+    longest = max((len(s.answer) for s in splits), default=0)
+    most, reach = max_new_tokens or min(LONGEST, max(SHORTEST, 3 * longest // 2)), trial.reach(model)
+    probes = [
+        Probe("task", str(n), "generate", row.prompt, max_tokens=max(1, min(most, reach - split.start - 1)))
+        for n, (row, split) in enumerate(zip(rows, splits, strict=True))
+    ]
+    return generate(model, tokenizer, probes, batch_size=batch_for(batch_tokens), progress=progress)
+
+
+def judged(rows: Sequence[Row], texts: Sequence[str], judge: Callable[[str, Row], float], top: float) -> list[Part]:
+    """Per row {"id", "correct": share of `top` that the judge gives the text, "answer": the text}."""
+    return [
+        {"id": row.where or str(n), "correct": judge(text, row) / top, "answer": text}
+        for n, (row, text) in enumerate(zip(rows, texts, strict=True))
+    ]
+
+
+def task_estimates(metric: Metric, before: Items | None, after: Items) -> Part:
+    """before, after and difference in the metric's own unit, and the same of the metrics that come for nothing."""
+    others = [
+        {"metric": m.words, "unit": m.unit, "lower": m.lower, **_sides(m, before, after)}
+        for m in (METRICS[name] for name in BESIDE.get(metric.name, ()))
+    ]
+    return {**_sides(metric, before, after), "others": others}
+
+
+def _sides(metric: Metric, before: Items | None, after: Items) -> Part:
+    if metric.top is None:
+        return _losses("bytes" if metric.name == "loss_per_byte" else "tokens", before, after)
+    part = estimates(before, after)
+    return {side: _times(metric.top, estimate) for side, estimate in part.items()}
+
+
+def _times(top: float, estimate: Part | None) -> Part | None:
+    if estimate is None:
+        return None
+    return {k: v if k == "n" or v is None else top * v for k, v in estimate.items()}
+
+
+def _losses(unit: str, before: Items | None, after: Items) -> Part:
+    """Loss by token or byte over all rows: the sum of the losses over the sum of the sizes."""
+    size = [i[unit] for i in after]
+    second = [-i["logprob"] for i in after]
+    part: Part = {"before": None, "after": stats.pooled(second, size).to_dict(), "difference": None}
+    if before is not None:
+        first = [-i["logprob"] for i in before]
+        part["before"] = stats.pooled(first, size).to_dict()
+        moved = [b - a for a, b in zip(first, second, strict=True)]
+        part["difference"] = stats.pooled(moved, size).to_dict()
+    return part

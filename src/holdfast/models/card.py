@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from holdfast.report.schema import metric_words
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 ARXIV_ID = re.compile(r"\d{4}\.\d{4,5}(v\d+)?")
 HEAD = ("measured on", "items", "before", "after", "retention", "status")
@@ -22,6 +24,7 @@ def model_card(
     report: Mapping[str, Any],
     *,
     adapter: bool = False,
+    replaced: bool = False,
     license: str | None = None,
     code: str | None = None,
     base: str | None = None,
@@ -33,11 +36,13 @@ def model_card(
             (text or mapping). Missing parts leave their section out. An estimate is a mapping of value, low,
             high and n.
         adapter: whether the folder holds a PEFT adapter.
+        replaced: whether it holds replaced modules, which Holdfast alone loads.
         license: of the tuned model, if known.
         code: Python that loads what lies beside the card.
         base: path of the model that the run wrote as the adapter's base.
     """
-    front = _front_matter(report, adapter, license)
+    library = "peft" if adapter else "holdfast" if replaced else "transformers"
+    front = _front_matter(report, library, license)
     title = f"# {_text(_public(_get(report, 'model', 'name', default='model')))}, tuned with Holdfast"
     sections = [
         title,
@@ -110,7 +115,7 @@ def _number(value: Any) -> float | None:
 # --- the parts of a card --------------------------------------------------------------------------
 
 
-def _front_matter(report: Mapping[str, Any], adapter: bool, license: str | None) -> str:
+def _front_matter(report: Mapping[str, Any], library: str, license: str | None) -> str:
     import yaml
 
     from holdfast.models.source import ALIASES
@@ -120,8 +125,8 @@ def _front_matter(report: Mapping[str, Any], adapter: bool, license: str | None)
     front: dict[str, Any] = {"base_model": base} if _is_hub_id(base) else {}
     if license:
         front["license"] = license
-    front |= {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
-    front["tags"] = ["holdfast", *(["peft"] if adapter else [])]
+    front |= {"library_name": library, "pipeline_tag": "text-generation"}
+    front["tags"] = ["holdfast", *(["peft"] if library == "peft" else [])]
     results = [row for row in _results(report) if row["metrics"]]
     if results:
         front["model-index"] = [{"name": f"{_public(name)}-holdfast", "results": results}]
@@ -164,7 +169,7 @@ def _measured(report: Mapping[str, Any]) -> str:
     task, abilities = _get(report, "task", default={}), _get(report, "abilities", default=[])
     rows = []
     if task:
-        name = f"{_text(_public(str(task.get('name'))))} ({_text(task.get('metric', 'score'))})"
+        name = f"{_text(_public(str(task.get('name'))))} ({_text(metric_words(task))})"
         rows.append([f"task: {name}", *_pair(task), "", ""])
     for row in abilities:
         kept, status = _estimate(row.get("retention")), _text(row.get("status") or "-")

@@ -6,6 +6,7 @@ The card's code and the check are made from one description, so that what people
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ ROOM = 1.2  # the second copy, and what two short rows take
 
 @dataclass(frozen=True)
 class Export:
-    """A model folder and how to load it with plain transformers and peft.
+    """A model folder and how to load it with plain transformers and peft, or with `holdfast.load`.
 
     Attributes:
         folder: the exported model or adapter.
@@ -29,6 +30,7 @@ class Export:
         four_bits: and are put into 4 bits while they are loaded.
         settings: what else from_pretrained is given.
         runs_on: the adapter's base by itself does not stop generating where the answers end.
+        replaced: `holdfast.load`, where the model has replaced modules, which nothing else loads.
     """
 
     folder: Path
@@ -40,6 +42,7 @@ class Export:
     four_bits: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     runs_on: bool = False
+    replaced: Callable[..., tuple[Any, Any]] | None = None
 
     def code(self) -> str:
         """Python that loads it, for the card; `folder` is where the card lies."""
@@ -49,6 +52,8 @@ class Export:
         peft = [kind] if self.adapter else []
         hf = ["AutoTokenizer"] if self.adapter else [kind, "AutoTokenizer"]
         more = []
+        if self.replaced:
+            kind, peft, hf = "", [], []
         if self.four_bits:
             hf.append("BitsAndBytesConfig")
             words += ", quantization_config=BitsAndBytesConfig(" + ", ".join(
@@ -63,12 +68,15 @@ class Export:
                 f'task_model = PeftModel.from_pretrained({inside}, "{place}")',
             ]
         lines = [f"from peft import {', '.join(peft)}"] if peft else []
-        lines += [
-            f"from transformers import {', '.join(sorted(hf))}",
-            "",
-            'folder = "."  # this one',
+        lines += [f"from transformers import {', '.join(sorted(hf))}"] if hf else ["import holdfast"]
+        loading = [
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
             f"model = {kind}.from_pretrained(folder{words})",
+        ]
+        lines += [
+            "",
+            'folder = "."  # this one',
+            *([f"model, tokenizer = holdfast.load(folder{words})"] if self.replaced else loading),
             *(["model.generation_config.eos_token_id = tokenizer.eos_token_id  # answers end there"] * self.runs_on),
             *more,
         ]
@@ -79,6 +87,8 @@ class Export:
         from peft import AutoPeftModelForCausalLM
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+        if self.replaced:
+            return self.replaced(str(self.folder), device=device, dtype=self.dtype, **self.settings)[0]
         given = {"dtype": self.dtype, **self.settings, "local_files_only": True}
         if self.packed:
             given["device_map"] = {"": device}  # packed weights lie where they work, and are not moved later

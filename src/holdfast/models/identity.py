@@ -7,6 +7,7 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ TOKENIZER_KEYS = ("chat_template", "bos_token", "eos_token", "pad_token", "unk_t
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "base_model_name_or_path", "peft_version")
 MERGING = 2  # how adapters are folded in; raise it when that changes, and what was measured is measured anew
 WEIGHTS = "*.safetensors"
+# a folder with replaced modules: what they are and on which base, their tensors, and what names of method state begin
+# with; plain transformers finds neither a configuration nor weights there
+REPLACED, REPLACED_WEIGHTS, REPLACED_STATE = "holdfast.json", "replaced.safetensors", "state/"
 
 
 def stream_sha(path: Path) -> str:
@@ -58,6 +62,8 @@ def folder_sha(folder: Path, base_sha: str = "") -> str:
     # generation_config.json says which tokens end an answer
     for name in ("config.json", "adapter_config.json", "generation_config.json"):
         parts[name] = {k: v for k, v in read_json(folder / name).items() if k not in VOLATILE_KEYS}
+    if (folder / REPLACED).is_file():  # of its base the content counts, not the name
+        parts[REPLACED] = {k: v for k, v in read_json(folder / REPLACED).items() if k not in ("base", "holdfast")}
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             parts[name] = file_sha(folder / name)
@@ -68,10 +74,15 @@ def folder_sha(folder: Path, base_sha: str = "") -> str:
 
 def state_fingerprint(model: torch.nn.Module) -> str:
     """Identity (64 hex digits) of the weights in memory; any changed bit changes it."""
+    return tensors_fingerprint(model.state_dict())
+
+
+def tensors_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Identity (64 hex digits) of named tensors, whatever their order."""
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy())

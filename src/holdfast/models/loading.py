@@ -56,6 +56,7 @@ def load(
         raise ModelError(
             f"{source.label} was resolved without revision {revision!r}.", "Give the revision to resolve."
         )
+    _may_be_plain(source)
     if trust_remote_code:
         warnings.warn(f"trust_remote_code: Python code of {source.name} runs with your rights.", stacklevel=2)
     place = device_for(device)
@@ -82,6 +83,15 @@ def load(
         generation.pad_token_id = tokenizer.pad_token_id
     packs(model.eval())  # tries the model, and refuses one that is not causal
     return model, tokenizer
+
+
+def _may_be_plain(source: ModelSource) -> None:
+    """Raise ModelError where a folder with replaced modules is the model or lies below it."""
+    if source.kind == "replaced":
+        what = f"{source.label} holds replaced modules, which plain transformers and peft do not know."
+        raise ModelError(what, f'Load it with holdfast.load("{source.name}").')
+    if source.base is not None:
+        _may_be_plain(source.base)
 
 
 @dataclass(frozen=True)

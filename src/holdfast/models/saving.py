@@ -1,4 +1,4 @@
-"""Write a model that plain transformers or peft loads; all or nothing."""
+"""Write a model that plain transformers or peft loads (or `holdfast.load`, with replaced modules); all or nothing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from holdfast.errors import ModelError
 from holdfast.files import fresh_folder, no_bars, read_json
-from holdfast.models.identity import write_record
+from holdfast.models.identity import REPLACED, REPLACED_STATE, REPLACED_WEIGHTS, write_record
 from holdfast.models.merging import peft_quiet
-from holdfast.models.source import is_model, resolve
+from holdfast.models.source import ModelSource, is_model, resolve
+from holdfast.versions import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,17 +24,24 @@ SAVED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md")
 def save_model(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path, *, card: str | None) -> Path:
     """Export to safetensors that plain transformers (or peft, for a PeftModel) loads; all or nothing.
 
+    A model with replaced modules becomes a folder for `holdfast.load`, which names its base (`save_replaced`).
+
     An older model in `folder` is replaced. `card` becomes README.md.
 
     Raises:
         ModelError: `folder` holds more than an older model, or is the base of this adapter.
     """
+    from holdfast.engine.replaced import replaced_in
+
     target = Path(folder).expanduser().resolve()
     may_replace(model, target)
     with fresh_folder(target, replace=True) as part, no_bars():
         _mend_generation(model, tokenizer)
         if hasattr(model, "peft_config"):
             _save_adapter(model, part)
+        elif replaced_in(model):
+            if not save_replaced(model, part):
+                warnings.warn("The base of this model has no name: holdfast.load needs one.", stacklevel=2)
         else:
             model.save_pretrained(part)
         prompting(tokenizer).save_pretrained(part)
@@ -51,8 +59,7 @@ def name_after(model: Any, folder: Path) -> None:
 def may_replace(model: Any, target: Path) -> None:
     """Raise ModelError if writing `target` would destroy something else than an older model."""
     cure = "Choose another folder."
-    for config in getattr(model, "peft_config", {}).values():
-        base = config.base_model_name_or_path
+    for base in _bases(model):
         if base and Path(base).expanduser().resolve() == target:
             raise ModelError(f"{target} holds the base of this adapter: it is not replaced.", cure)
     if target.is_file():
@@ -61,6 +68,16 @@ def may_replace(model: Any, target: Path) -> None:
     strange = [e.name for e in entries if e.is_dir() or e.suffix not in SAVED_SUFFIXES]
     if entries and (strange or not is_model(target)):
         raise ModelError(f"{target} is not only a model ({(strange or ['no config.json'])[0]}).", cure)
+
+
+def _bases(model: Any) -> list[Any]:
+    """The names of what lies below the adapters or the replaced modules of a model."""
+    adapters = getattr(model, "peft_config", {}).values()
+    if model is None or adapters:
+        return [config.base_model_name_or_path for config in adapters]
+    from holdfast.engine.replaced import origin_of, replaced_in
+
+    return [origin_of(model).base] if replaced_in(model) else []
 
 
 def prompting(tokenizer: Any) -> Any:
@@ -117,10 +134,7 @@ def _save_adapter(model: Any, folder: Path) -> None:
     active = model.active_adapter
     config = model.peft_config[active]
     name = config.base_model_name_or_path
-    try:
-        base = resolve(name) if name else None
-    except ModelError:
-        base = None
+    base = _known(name)
     if base is not None and base.kind == "adapter":
         what = f"This adapter was trained on {base.label}, merged, and plain peft would load it without {base.name}."
         raise ModelError(
@@ -141,3 +155,34 @@ def _save_adapter(model: Any, folder: Path) -> None:
     written = read_json(folder / "adapter_config.json")
     named = {"base_model_name_or_path": base.loadable, "revision": base.revision} if base else {}
     write_record(folder / "adapter_config.json", written | named)
+
+
+def _known(name: str | None) -> ModelSource | None:
+    """The model of that name, or None."""
+    try:
+        return resolve(name) if name else None
+    except ModelError:
+        return None
+
+
+def save_replaced(model: Any, folder: Path) -> bool:
+    """Write what the replaced modules of a model hold beside their originals, and what they are made of on which base.
+
+    There is no config.json, and no file of weights that plain transformers would look for. Returns whether the base
+    was found; without it the folder serves as a checkpoint, but cannot be loaded.
+    """
+    from safetensors.torch import save_file
+
+    from holdfast.engine.replaced import origin_of, own_tensors, replaced_in
+
+    origin = origin_of(model)
+    base = _known(origin.base)
+    tensors = own_tensors(model) | {REPLACED_STATE + k: v for k, v in origin.state.items()}
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, folder / REPLACED_WEIGHTS)
+    said = {"name": base.loadable, "revision": base.revision, "sha": base.sha} if base else {"name": origin.base}
+    names = list(replaced_in(model))
+    record = {"method": origin.method, "settings": origin.settings, "seed": origin.seed, "modules": names}
+    write_record(folder / REPLACED, {"holdfast": __version__, **record, "base": said})
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    return base is not None

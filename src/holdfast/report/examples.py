@@ -42,6 +42,28 @@ def examples(
     ]
 
 
+def answers(rows: Sequence[Any], before: Sequence[Any] | None, after: Sequence[Any], most: int = 6) -> list[Any]:
+    """Answers to the task side by side: the greatest losses first, the greatest gains last; none without both sides.
+
+    Args:
+        rows: of the test set; before, after: their scored items (`measure.tuned_task`).
+    """
+    sides = zip(rows, before or (), after, strict=bool(before))
+    both = [(b, a, r) for r, b, a in sides if b["answer"] is not None and a["answer"] is not None]
+    order = sorted(both, key=lambda x: x[1]["correct"] - x[0]["correct"])
+    shown = order if len(order) <= most else [*order[: most // 2], *order[-(most // 2) :]]
+    return [
+        {
+            "task": r.where,
+            "prompt": r.prompt[-400:],
+            "expected": r.completion.strip(),
+            "before": b["answer"].strip(),
+            "after": a["answer"].strip(),
+        }
+        for b, a, r in shown
+    ]
+
+
 def prompts(tokenizer: Any, measured: Sequence[Any]) -> list[dict[str, str]]:
     """One whole prompt of each suite, as the model saw it."""
     from holdfast.measure.suites import probes_of

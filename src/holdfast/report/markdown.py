@@ -30,8 +30,9 @@ def _table(report: dict[str, Any]) -> list[str]:
     rows = []
     task = report.get("task")
     if task:
-        name = f"**{escape(task.get('name') or 'task')}** ({escape(task.get('metric') or 'score')})"
-        rows.append(_row(name, {**task, "retention": None}, "task"))
+        name = f"**{escape(task.get('name') or 'task')}** ({escape(schema.metric_words(task))})"
+        rows.append(_row(name, {**task, "retention": None}, schema.gain_words(task) or "task"))
+        rows += [_row(escape(schema.metric_words(o)), o, schema.gain_words(o)) for o in task.get("others") or []]
     for ability in report.get("abilities") or []:
         word = escape(schema.ability_status(ability).word.lower())
         rows.append(_row(escape(ability.get("name") or "?"), ability, f"**{word}**" if word == "lost" else word))

@@ -57,16 +57,30 @@ def _numbers_of(rows: list[dict[str, Any]]) -> list[float | None]:
     return [v for r in rows for v in [*plots.est_values(r.get("before"), r.get("after")), r.get("chance")]]
 
 
+def _is_share(rows: list[dict[str, Any]]) -> bool:
+    """Whether a block is of scores from 0 to 1 where more is better; a small loss is not."""
+    return plots.is_share(_numbers_of(rows)) and not any(r.get("lower") for r in rows)
+
+
+def _task_parts(task: dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]:
+    """(name, part) of the task and of its further metrics; what is no share of rows has its unit in the name."""
+    if not task:
+        return []
+    plain = task.get("metric") if task.get("unit") else ""
+    first = f"Your task: {task.get('name') or '?'}" + (f", {schema.metric_words(task)}" if plain else "")
+    return [(first, task), *((f"Your task, {schema.metric_words(o)}", o) for o in task.get("others") or [])]
+
+
 def _panels(report: dict[str, Any]) -> list[dict[str, Any]]:
     """The blocks of the dot plot. All scores of 0 to 1 share one axis, so that blocks can be compared."""
     task = report.get("task")
-    heads = [({**task, "name": f"Your task: {(task.get('name') or '?')}"}, [])] if task else []
+    heads = [({**part, "name": name}, []) for name, part in _task_parts(task)]
     heads += [(a, a.get("tasks") or []) for a in report.get("abilities") or []]
     blocks = [rows for rows in (_panel(head, tasks) for head, tasks in heads) if rows]
-    shared = plots.share_axis(v for rows in blocks for v in _numbers_of(rows) if plots.is_share(_numbers_of(rows)))
+    shared = plots.share_axis(v for rows in blocks for v in _numbers_of(rows) if _is_share(rows))
     panels = []
     for rows in blocks:
-        axis = shared if plots.is_share(_numbers_of(rows)) else plots.nice_axis(_numbers_of(rows))
+        axis = shared if _is_share(rows) else plots.nice_axis(_numbers_of(rows))
         for row in rows:
             row["look"] = schema.status_of(row) if row.get("status") else None
             row["svg"] = plots.strip_svg(row, axis)
@@ -79,10 +93,12 @@ def _task_card(task: dict[str, Any] | None) -> dict[str, Any] | None:
     if not task or not there:
         return None
     gain = task.get("difference") if schema.has(task.get("difference")) else None
-    lines = [f"{(task.get('metric') or 'score')} on {task['name']}" if task.get("name") else task.get("metric", "")]
+    words = schema.metric_words(task)
+    lines = [f"{words} on {task['name']}" if task.get("name") else words if task.get("metric") else ""]
     if gain:
-        span = schema.interval(gain, sign=True)
-        lines.append(f"{schema.number(gain['value'], True)}" + (f" (95 % interval {span})" if span else ""))
+        span, verdict = schema.interval(gain, sign=True), schema.gain_words(task)
+        words = f"{schema.number(gain['value'], True)}" + (f" (95 % interval {span})" if span else "")
+        lines.append(words + (f": {verdict}" if verdict else ""))
     elif len(there) == 1 and schema.has_interval(there[0]):
         lines.append(f"95 % interval {schema.interval(there[0])}")
     n = there[-1].get("n")
@@ -135,7 +151,9 @@ def _curves(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _losses(training: dict[str, Any] | None) -> list[dict[str, Any]]:
-    lines = {"Loss": (training or {}).get("loss") or [], **((training or {}).get("terms") or {})}
+    known = training or {}
+    looks = {f"Look: {k}": v for k, v in (known.get("looks") or {}).items()}
+    lines = {"Loss": known.get("loss") or [], **(known.get("terms") or {}), **looks}
     drawn = [
         {"name": k, "svg": plots.series_svg(v, f"{k} by step"), "mean_of": plots.thin(v)[1]}
         for k, v in lines.items()
@@ -147,7 +165,7 @@ def _losses(training: dict[str, Any] | None) -> list[dict[str, Any]]:
 def _numbers(report: dict[str, Any]) -> list[list[str]]:
     """The table behind the dot plot, with nothing rounded away by a picture."""
     rows = []
-    parts = [report["task"]] if report.get("task") else []
+    parts = [{**part, "name": name} for name, part in _task_parts(report.get("task"))]
     for ability in report.get("abilities") or []:
         parts += [ability, *(ability.get("tasks") or [])]
     for p in parts:

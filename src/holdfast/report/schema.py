@@ -56,11 +56,30 @@ class TunedPart(TypedDict, total=False):
     export: str | None
 
 
+class OtherPart(TypedDict, total=False):
+    """The same answers by another metric."""
+
+    metric: str
+    unit: str
+    lower: bool
+    before: Est | None
+    after: Est | None
+    difference: Est | None
+
+
 class TaskPart(TypedDict, total=False):
-    """The task that was tuned for; `chance` is the score of guessing."""
+    """The task that was tuned for.
+
+    metric, unit: what a score is, and what stands behind it. lower: less is better. chance: the score of guessing.
+    others: the same rows by other metrics. answers: what base and tuned model say, side by side.
+    """
 
     name: str
     metric: str
+    unit: str
+    lower: bool
+    others: list[OtherPart]
+    answers: list[ExamplePart]
     chance: float | None
     before: Est | None
     after: Est | None
@@ -138,9 +157,15 @@ class MixPart(TypedDict):
 
 
 class TrainingPart(TypedDict, total=False):
-    """The run itself; `loss` and each of `terms` are lists of [step, value]; `left_out`: shares of the task's rows."""
+    """The run itself; `loss` and each of `terms` and `looks` are lists of [step, value]; `left_out`: shares of rows.
+
+    ended: why it ended early. looks: what was seen during training. best_step: the look whose weights were kept.
+    """
 
     steps: int
+    ended: str | None
+    looks: dict[str, list[list[float]]]
+    best_step: int | None
     seconds: float
     tokens: int
     tokens_per_second: float
@@ -148,6 +173,7 @@ class TrainingPart(TypedDict, total=False):
     terms: dict[str, list[list[float]]]
     realised_mix: dict[str, MixPart] | None
     left_out: dict[str, float]
+    notes: list[str]
 
 
 class ExamplePart(TypedDict, total=False):
@@ -316,6 +342,32 @@ def duration(seconds: float | None) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def metric_words(part: Any) -> str:
+    """What a task's score is: 'accuracy', 'chrF of 100', 'loss per token in nats, lower is better'."""
+    unit = part.get("unit") or ""
+    words = f"{part.get('metric') or 'score'} {unit if unit.startswith('of ') else f'in {unit}' if unit else ''}"
+    return one_line(f"{words}{', lower is better' if part.get('lower') else ''}")
+
+
+def gain_words(part: Any) -> str:
+    """Whether a task's change is one for the better: 'better', 'worse' or 'no change shown'; '' where unknown."""
+    change = part.get("difference")
+    if not has_interval(change):
+        return ""
+    if change["low"] <= 0 <= change["high"]:
+        return "no change shown"
+    return "better" if (change["value"] > 0) != bool(part.get("lower")) else "worse"
+
+
+def task_words(task: Any) -> str:
+    """The change of the task as a sentence in the metric's own unit, or ''."""
+    before, after = task.get("before"), task.get("after")
+    if not (has(before) and has(after)):
+        return ""
+    what = f" ({metric_words(task)})" if task.get("metric") else ""
+    return f"The task went from {number(before['value'])} to {number(after['value'])}{what}."
 
 
 def _kept_words(ratio: Any) -> str:

@@ -34,6 +34,14 @@ def _kept(ratio: Any) -> Text:
     return _cell(schema.percent(ratio["value"]), schema.percent_interval(ratio))
 
 
+def _add_task(table: Table, part: dict[str, Any], name: Text, last: bool) -> None:
+    """A row of the task: its scores, and the change in the metric's own unit."""
+    name.append(f"\n{schema.metric_words(part)}" if name else schema.metric_words(part), style="dim")
+    gain = part.get("difference")
+    change = _cell(schema.number(gain["value"], True), schema.gain_words(part)) if schema.has(gain) else Text()
+    table.add_row(name, _score(part.get("before")), _score(part.get("after")), "", change, end_section=last)
+
+
 def _table(report: dict[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
     table.add_column("", overflow="fold", ratio=None, min_width=10, max_width=24)
@@ -42,11 +50,10 @@ def _table(report: dict[str, Any]) -> Table:
     table.add_column("", no_wrap=True)
     task = report.get("task")
     if task:
-        name = Text(schema.one_line(task.get("name") or "task"), style="bold")
-        name.append(f"\n{schema.one_line(task.get('metric') or 'score')}", style="dim")
-        gain = task.get("difference")
-        change = f"{schema.number(gain['value'], True)}" if schema.has(gain) else ""
-        table.add_row(name, _score(task.get("before")), _score(task.get("after")), "", Text(change), end_section=True)
+        others = task.get("others") or []
+        _add_task(table, task, Text(schema.one_line(task.get("name") or "task"), style="bold"), not others)
+        for other in others:
+            _add_task(table, other, Text(), other is others[-1])
     for ability in report.get("abilities") or []:
         look = schema.ability_status(ability)
         name = Text(schema.one_line(ability.get("name") or "?"))

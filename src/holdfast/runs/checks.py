@@ -7,10 +7,16 @@ from typing import Any
 import torch
 
 from holdfast import models
-from holdfast.errors import ModelError, RecipeError
+from holdfast.data.metric import metric_of
+from holdfast.data.task import TaskData
+from holdfast.errors import ModelError, PlanError, RecipeError
 from holdfast.measure.suites import names_of
+from holdfast.method import Method
 from holdfast.plan import Host
+from holdfast.recipe import Recipe
 from holdfast.runs.run import Run
+from holdfast.runs.tracking import check_trackers
+from holdfast.session import Session
 
 
 def check_settings(run: Run) -> None:
@@ -21,6 +27,7 @@ def check_settings(run: Run) -> None:
     """
     recipe, t = run.recipe, run.recipe.training
     names_of(recipe.measure.suites)
+    check_trackers(t.report_to)
     if t.save_total_limit != 1:
         raise RecipeError(
             f"training.save_total_limit is {t.save_total_limit}, but holdfast tune keeps one checkpoint.",
@@ -37,6 +44,26 @@ def check_settings(run: Run) -> None:
         models.may_replace(None, run.export.expanduser().resolve())
 
 
+def check_merge(recipe: Any, plan: Any) -> None:
+    """Raise RecipeError where export.merge asks for what the plan's replaced modules cannot become."""
+    for m in plan.active:
+        if recipe.export.merge and "replace" in m.sites() and type(m).merged is Method.merged:
+            raise RecipeError(
+                f"export.merge is true, but what {m.name} trains cannot be folded into the weights of the base.",
+                "Remove export.merge; the export is loaded by holdfast.load.",
+            )
+
+
+def check_source(source: Any) -> None:
+    """Raise ModelError for a model that nothing can be trained on."""
+    below = source
+    while below is not None:
+        if below.kind == "replaced":
+            what = f"{below.label} holds replaced modules, on which nothing can be trained further."
+            raise ModelError(what, "Tune its base, or a model that was exported whole.")
+        below = below.base
+
+
 def check_model(run: Run, source: Any, model: Any, tokenizer: Any, plan: Any) -> None:
     """Raise HoldfastError for a model that `plan` cannot train, that computes nothing, or that cannot be saved."""
     _may_train(run, source, model, plan)
@@ -45,6 +72,30 @@ def check_model(run: Run, source: Any, model: Any, tokenizer: Any, plan: Any) ->
         what = f"The weight {bad} of {source.name} is not finite, so the model can give no probabilities."
         raise ModelError(what, "Copy or download the model again.")
     check_saving(model, tokenizer, source.name)
+
+
+def check_metric(task: TaskData, owner: str) -> None:
+    """Raise PlanError for a metric of written text beside a soft prompt, which generation does not read."""
+    if metric_of(task.metric).asked == "text":
+        what = f"{owner} learns a soft prompt, but text for data.metric {task.metric} is written without it."
+        raise PlanError(what, f"Write data.metric: loss, or remove {owner}.")
+
+
+def check_looks(recipe: Recipe, task: TaskData, session: Session) -> None:
+    """Refuse looks during training that see nothing, or that would mix up the stages of a plan.
+
+    Raises:
+        HoldfastError: no validation rows, or a plan of several stages.
+    """
+    if recipe.training.eval_steps is None:
+        return
+    if not task.validation:
+        what = "training.eval_steps asks for looks at validation rows, and there are none."
+        raise RecipeError(what, "Give data.validation or data.validation_size.")
+    if len(session.stages) > 1:
+        owner = next(m.name for m in session.plan.active if "stages" in m.sites())
+        what = f"training.eval_steps compares looks over the whole run, but {owner} splits it into stages."
+        raise PlanError(what, f"Remove training.eval_steps, or {owner}.")
 
 
 def _may_train(run: Run, source: Any, model: Any, plan: Any) -> None:

@@ -6,12 +6,14 @@ from typing import Any
 
 from holdfast import models
 from holdfast.data.encoder import Encoder
+from holdfast.engine.replaced import replaced_in
 from holdfast.hosts.checkpoint import Checkpoint, writing
 from holdfast.measure.soft_prompt import save as save_prompt
 from holdfast.models import exported
 from holdfast.runs.job import Job, load
 from holdfast.runs.run import Run
 from holdfast.runs.several import by_first
+from holdfast.sites import replace
 
 STATE_BYTES = 12  # a checkpoint keeps of each number that trains: the weight and two moments, in fp32
 
@@ -20,7 +22,7 @@ def room(job: Job) -> int:
     """Bytes that checkpoints (at most two at a time) and export of this job take at the most."""
     count = sum(p.numel() for p in job.model.parameters())
     own = sum(p.numel() * p.element_size() for p in job.model.parameters())
-    need = own if job.wraps else 2 * STATE_BYTES * count + own
+    need = own if job.wraps and not job.replaces else 2 * STATE_BYTES * count + own
     return need + (own if _writes_base(job) else 0)
 
 
@@ -86,7 +88,7 @@ def check(job: Job, tuned: Any, soft: Any) -> str | None:
 
 
 def described(job: Job, tuned: Any) -> exported.Export:
-    """How the export is loaded without Holdfast."""
+    """How the export is loaded, without Holdfast where that is possible."""
     run, spec, source = job.run, job.recipe.model, job.source
     given = {"trust_remote_code": spec.trust_remote_code or None, "attn_implementation": spec.attn_implementation}
     adapter, prompt, stacked = hasattr(tuned, "peft_config"), run.path / "prompt", source.kind == "adapter"
@@ -101,6 +103,7 @@ def described(job: Job, tuned: Any) -> exported.Export:
         four_bits=spec.load_in_4bit,
         settings={k: v for k, v in given.items() if v is not None},
         runs_on=adapter and not stacked and not ends,
+        replaced=replace.load if replaced_in(tuned) else None,
     )
 
 

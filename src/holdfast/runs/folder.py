@@ -66,7 +66,7 @@ class RunFolder:
         """
         began = (self.read(INPUTS) if self.has_work else None) or {}
         for what in began:
-            if began[what] != now[what]:
+            if began[what] != now.get(what):
                 raise RecipeError(
                     f"The {what} of this recipe is no longer what the run in {self.path} began with.",
                     "Choose another training.output_dir, or put it back as it was.",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from holdfast import models
+from holdfast.data.own_metric import identity
 from holdfast.data.task import TaskData, read_task
 from holdfast.errors import PlanError
 from holdfast.hosts.plain import Training
@@ -20,10 +21,11 @@ from holdfast.measure.soft_prompt import check_export
 from holdfast.measure.suites import check_suite, names_of
 from holdfast.plan import Host, Plan
 from holdfast.recipe import Recipe
-from holdfast.runs.checks import check_model, check_settings
+from holdfast.runs.checks import check_looks, check_merge, check_metric, check_model, check_settings, check_source
 from holdfast.runs.run import Run
 from holdfast.services import Context
 from holdfast.session import Session
+from holdfast.sites import replace
 from holdfast.sites.merging import sources_of
 
 
@@ -55,9 +57,16 @@ class Job:
         left = [f"{name} leaves out {share:.0%} of the task's rows" for name, share in self.session.left_out.items()]
         return "; ".join([*([self.task.note] if self.task.note else []), *left])
 
+    @property
+    def replaces(self) -> bool:
+        """Whether modules of the model are replaced."""
+        return any("replace" in m.sites() for m in self.session.methods)
+
     def inputs(self) -> dict[str, Any]:
         """Identity of the model, of the rows and of the models to merge with, by content."""
         found = {"model": self.source.sha, "data": self.task.key}
+        own = identity(self.task.metric, self.run.base_dir) if ":" in self.task.metric else None
+        found |= {"metric": own} if own else {}
         for m in self.session.merging.methods:
             others = sources_of(m, self.run.base_dir)
             found |= {f"{m.name} model {role}": source.sha for role, source in others.items()}
@@ -83,6 +92,7 @@ def checked(run: Run) -> Job:
     with run.timed("load"):
         run.tell("load", 0.0, spec.model_name_or_path)
         source = models.resolve(spec.model_name_or_path, spec.model_revision)
+        check_source(source)
         tokenizer = models.load_tokenizer(source, spec.trust_remote_code)
         longest = models.context_length(source, spec.trust_remote_code)
         stops, tell = models.stop_tokens(source), lambda words: run.tell("load", 0.0, words)
@@ -93,14 +103,16 @@ def checked(run: Run) -> Job:
     session = _session(run, plan, model, tokenizer, task, longest)
     mix = session.mix(task.token_rows)
     session.ctx.total_steps = steps = _steps(run.recipe, session, mix)
-    return Job(run, source, model, tokenizer, task, session, _training(run, model.dtype, steps), mix)
+    check_looks(run.recipe, task, session)
+    epoch = math.ceil(mix.num_rows(1.0) / _size(run.recipe))
+    return Job(run, source, model, tokenizer, task, session, _training(run, model.dtype, steps, epoch), mix)
 
 
 def load(recipe: Recipe, source: models.ModelSource, *, merge_adapter: bool) -> tuple[Any, Any]:
     """(model, tokenizer) of `source`, loaded as the recipe says."""
     spec = recipe.model
     plain = spec.dtype == "auto" and recipe.training.bf16 is False
-    return models.load(
+    return replace.load(
         source,
         dtype="float32" if plain else spec.dtype,
         trust_remote_code=spec.trust_remote_code,
@@ -114,6 +126,7 @@ def _plan(recipe: Recipe) -> Plan:
     """The plan, checked as far as that needs no model."""
     plan = Plan(default_plan()) if recipe.plan is None else Plan.from_recipe(recipe.plan)
     plan.check_together()
+    check_merge(recipe, plan)
     if recipe.model.load_in_4bit:
         plan.check_host(_host(recipe))
         models.may_load_in_4bit()
@@ -134,11 +147,12 @@ def _session(run: Run, plan: Plan, model: Any, tokenizer: Any, task: TaskData, l
     """The plan on the real model, all of it checked."""
     t, most = run.recipe.training, min(run.recipe.data.max_length, longest)
     ctx = Context(model, tokenizer, t.seed, task.train, max_length=most, base_dir=run.base_dir)
-    if t.packing and any("stages" in m.sites() for m in plan.active):
+    if t.packing and any(m.prompts for m in plan.active):
         plan.check(Host("training.packing: true", packing=True), ctx)
     plan.check(_host(run.recipe), ctx)
     for m in plan.active:
-        if any(s.trains == "prompt" for s in m.stages()):
+        if m.prompts:
+            check_metric(task, m.name)
             check_export(model, tokenizer, m.name)
     return Session(plan, model, ctx, compute_dtype=model.dtype, knows_rows=True, packing=t.packing is not False)
 
@@ -146,8 +160,7 @@ def _session(run: Run, plan: Plan, model: Any, tokenizer: Any, task: TaskData, l
 def _steps(recipe: Recipe, session: Session, mix: Any) -> int:
     """Optimizer steps of the whole run, at least one for each stage."""
     t = recipe.training
-    size = t.per_device_train_batch_size * t.gradient_accumulation_steps
-    steps = t.max_steps if t.max_steps > 0 else math.ceil(mix.num_rows(t.num_train_epochs) / size)
+    steps = t.max_steps if t.max_steps > 0 else math.ceil(mix.num_rows(t.num_train_epochs) / _size(recipe))
     if steps < len(session.stages):
         owner = next(m.name for m in session.plan.active if "stages" in m.sites())
         raise PlanError(
@@ -157,7 +170,12 @@ def _steps(recipe: Recipe, session: Session, mix: Any) -> int:
     return steps
 
 
-def _training(run: Run, dtype: torch.dtype, steps: int) -> Training:
+def _size(recipe: Recipe) -> int:
+    """Rows of a step."""
+    return recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
+
+
+def _training(run: Run, dtype: torch.dtype, steps: int, epoch: int) -> Training:
     t = run.recipe.training
     half = dtype if dtype in (torch.bfloat16, torch.float16) else None
     return Training(
@@ -175,6 +193,6 @@ def _training(run: Run, dtype: torch.dtype, steps: int) -> Training:
         fused=t.optim == "adamw_torch_fused",
         seed=t.seed if t.data_seed is None else t.data_seed,  # of the order of rows (and of dropout)
         autocast=torch.bfloat16 if t.bf16 else half,
-        save_steps=t.save_steps,
+        save_steps=t.save_steps if t.save_strategy == "steps" else epoch,
         folder=run.path,
     )

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from holdfast.data import own_metric
+from holdfast.data.metric import judge_of, metric_of
+from holdfast.data.rows import Row
 from holdfast.files import content_key
 from holdfast.measure.suites import measure_suite, names_of, remembered
-from holdfast.measure.tuned_task import score_task
+from holdfast.measure.tuned_task import judged, score_task, written
 from holdfast.runs.job import Job
 
 SUITES_SHARE = 0.7  # of the time a measurement takes, as its bar shows it; the task takes the rest
+SHOWN, SHOWN_TOKENS = 4, 96  # answers that are written for the report alone, and the tokens of each
 
 
 def measure_suites(
@@ -84,17 +88,54 @@ def _abilities(job: Job, model: Any, key: str | None, tell: Callable[[float, str
 def _task(
     job: Job, model: Any, soft_prompt: Any, key: str | None, tell: Callable[[float, str], None]
 ) -> list[dict[str, Any]]:
-    task, batch_tokens = job.task, job.recipe.measure.batch_tokens
-    rows = [[r.where, r.prompt, r.completion] for r in task.test]
+    def told(share: float) -> None:
+        tell(SUITES_SHARE + (1 - SUITES_SHARE) * share, "task")
+
+    items = score_rows(job, model, job.task.test, soft_prompt, key=key, progress=told)
+    if metric_of(job.task.metric).asked == "answer" and soft_prompt is None:  # generation does not hear a soft prompt
+        _add_texts(job, model, items, key)
+    return items
+
+
+def score_rows(
+    job: Job,
+    model: Any,
+    rows: Sequence[Row],
+    soft_prompt: Any = None,
+    *,
+    key: str | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of the task scored by its metric, in a form that `tuned_task.task_estimates` reads.
+
+    key: of the model's content, for what is kept of a base.
+    """
+    task, m, metric = job.task, job.recipe.measure, metric_of(job.task.metric)
+    labels = task.labels if metric.asked == "labels" else None
+    asked = [[r.where, r.prompt, r.completion] for r in rows]
+    name = key and content_key(key, asked, labels, metric.asked, m.max_new_tokens, m.batch_tokens)
+    settings = {"batch_tokens": m.batch_tokens, "progress": progress}
+    if metric.asked == "text":
+        texts = remembered(name, lambda: written(model, job.tokenizer, rows, m.max_new_tokens, **settings))
+        return judged(rows, texts, _judge(job, rows), metric.top or 1.0)
     return remembered(
-        key and content_key(key, rows, task.labels, batch_tokens),
-        lambda: score_task(
-            model,
-            job.tokenizer,
-            task.test,
-            task.labels,
-            soft_prompt=soft_prompt,
-            batch_tokens=batch_tokens,
-            progress=lambda share: tell(SUITES_SHARE + (1 - SUITES_SHARE) * share, "task"),
-        ),
+        name, lambda: score_task(model, job.tokenizer, rows, labels, soft_prompt=soft_prompt, **settings)
     )
+
+
+def _add_texts(job: Job, model: Any, items: Sequence[dict[str, Any]], key: str | None) -> None:
+    """A few answers in words, for the report alone."""
+    m, rows = job.recipe.measure, job.task.test
+    asked = [n for n, row in enumerate(rows) if row.prompt][:SHOWN]
+    shown, most = [rows[n] for n in asked], m.max_new_tokens or SHOWN_TOKENS
+    name = key and content_key(key, [[r.where, r.prompt, r.completion] for r in shown], "shown", most, m.batch_tokens)
+    texts = remembered(name, lambda: written(model, job.tokenizer, shown, most, batch_tokens=m.batch_tokens))
+    for n, text in zip(asked, texts, strict=True):
+        items[n]["answer"] = text
+
+
+def _judge(job: Job, rows: Sequence[Row]) -> Callable[[str, Row], float]:
+    name, data = job.task.metric, job.recipe.data
+    if ":" not in name:
+        return judge_of(name)
+    return own_metric.judge(name, job.run.base_dir, (data.test, data.validation, data.train), rows)

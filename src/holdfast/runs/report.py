@@ -6,13 +6,15 @@ from datetime import datetime, timezone
 from typing import Any
 
 from holdfast import models
+from holdfast.data.metric import metric_of
 from holdfast.files import write_json, write_text
-from holdfast.measure.compare import abilities, estimates, only_after, verdict
+from holdfast.measure.compare import abilities, only_after, verdict
+from holdfast.measure.tuned_task import task_estimates
 from holdfast.models.card import model_card
 from holdfast.models.exported import Export
 from holdfast.recipe import KEEP_FRAC
 from holdfast.report import markdown, page
-from holdfast.report.examples import examples
+from holdfast.report.examples import answers, examples
 from holdfast.report.seen import seen_rows
 from holdfast.runs import export
 from holdfast.runs.folder import LAST, RECIPE
@@ -45,15 +47,27 @@ def _judged(job: Job, before: Measured | None, after: Measured) -> list[Any]:
 
 def _task(job: Job, before: Measured | None, after: Measured) -> dict[str, Any]:
     """The task before and after; see `report.schema.TaskPart`."""
-    task = job.task
+    task, metric = job.task, metric_of(job.task.metric)
+    items = before["task"] if before else None
     return {
         "name": task.name,
-        "metric": task.metric,
+        "metric": metric.words,
+        "unit": metric.unit,
+        "lower": metric.lower,
         "chance": task.chance,
         "split": "test" if job.recipe.data.test else "validation",
-        "note": job.note or None,
-        **estimates(before["task"] if before else None, after["task"]),
+        "note": _note(job) or None,
+        **task_estimates(metric, items, after["task"]),
+        "answers": answers(task.test, items, after["task"]),
     }
+
+
+def _note(job: Job) -> str:
+    """What is no error and must be said of the task's numbers."""
+    picked = job.recipe.training.load_best_model_at_end and not job.recipe.data.test
+    more = ["the reported rows also chose the weights, which flatters them"] if picked else []
+    told = job.run.folder.read("training.json").get("notes", ())
+    return "; ".join(filter(None, [job.note, *told, *more]))
 
 
 def _report(job: Job, tuned: Any, judged: list[Any], task: Any, shown: list[Any]) -> dict[str, Any]:
@@ -93,7 +107,8 @@ def _write(run: Run, report: dict[str, Any], described: Export) -> None:
     """The card, the pages, and report.json last: with it the run is finished."""
     report["recipe"] = (run.path / RECIPE).read_text(encoding="utf-8")
     base = str(described.base) if described.base else None
-    card = model_card(report, adapter=described.adapter, code=described.code(), base=base)
+    adapter, replaced = described.adapter, described.replaced is not None
+    card = model_card(report, adapter=adapter, replaced=replaced, code=described.code(), base=base)
     write_text(run.export / "README.md", card)
     page.write(report, run.path / "report.html")
     write_text(run.path / "report.md", markdown.summary(report))

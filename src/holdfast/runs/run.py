@@ -12,7 +12,8 @@ from holdfast.recipe import Recipe
 from holdfast.runs.folder import RunFolder
 
 Tell = Callable[[str, float, str], None]  # phase, share done (0..1), words beside the bar
-WORK = {"before.json", "checkpoint", "checkpoint.old", "model", "training.json"}  # what a mended recipe would spoil
+# WORK is what a mended recipe would spoil
+WORK = {"before.json", "probe.json", "checkpoint", "checkpoint.old", "model", "training.json"}
 
 
 def silent(phase: str, share: float, words: str) -> None:

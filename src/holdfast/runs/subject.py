@@ -12,6 +12,7 @@ from holdfast.engine import BATCH_TOKENS, processes
 from holdfast.files import content_key
 from holdfast.runs.measuring import measure_suites
 from holdfast.runs.run import Tell, silent
+from holdfast.sites import replace
 
 
 class Subject:
@@ -32,7 +33,7 @@ class Subject:
     @cached_property
     def model(self) -> Any:
         """The model, adapter merged."""
-        return models.load(self.source, trust_remote_code=self.trust, merge_adapter=True)[0]
+        return replace.load(self.source, trust_remote_code=self.trust, merge_adapter=True)[0]
 
     def forget(self) -> None:
         """Let the weights go; they are loaded again when asked for."""

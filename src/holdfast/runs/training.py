@@ -8,15 +8,20 @@ from itertools import islice
 from typing import Any
 
 from holdfast import models
+from holdfast.data.metric import metric_of
 from holdfast.engine.forward import inner
 from holdfast.engine.processes import first
 from holdfast.errors import TrainingError
 from holdfast.hosts import plain
 from holdfast.hosts.checkpoint import Checkpoint
+from holdfast.hosts.watching import chosen
 from holdfast.measure.tuned_task import score_task
 from holdfast.runs import export
 from holdfast.runs.checks import not_finite
 from holdfast.runs.job import Job
+from holdfast.runs.looking import watch_of
+from holdfast.runs.tracking import Trackers
+from holdfast.sites import replace
 
 MOST_DRAWN = 1 << 20  # rows that are looked through beforehand
 EVALUATED = 64  # rows that choose the best checkpoint of a stage
@@ -30,8 +35,7 @@ def trained(job: Job) -> tuple[Any, Any]:
     """
     base_dtype, start = job.model.dtype, time.perf_counter()
     export.place_base(job)
-    _prepare(job)
-    log = plain.train(job.session, job.mix, job.training, on_step=_on_step(job), evaluate=_evaluate(job))
+    log = _train(job)
     tuned, soft = _finished(job, base_dtype)
     job.run.timing["tune"] = log.seconds
     export.save(job, tuned, soft)
@@ -41,26 +45,47 @@ def trained(job: Job) -> tuple[Any, Any]:
     return tuned, soft
 
 
+def _train(job: Job) -> plain.Log:
+    recipe, log = job.recipe, plain.Log()
+    trackers = Trackers(recipe.training.report_to if first() else (), job.run.path, recipe.model_dump())
+
+    def looked(step: int, finding: dict[str, float], seconds: float) -> None:
+        trackers.look(step, finding, seconds)
+        of, words = job.training.num_steps, "  ".join(f"{k} {v:.3f}" for k, v in finding.items())
+        job.run.tell("tune", step / of, f"step {step}/{of}  look: {words}")
+        if first():
+            job.run.folder.log({"step": step, "of": of, "look": finding})
+
+    try:
+        job.training.watch = watch_of(job, looked)
+        _prepare(job)
+        on_step, evaluate = _on_step(job, trackers, log), _evaluate(job)
+        return plain.train(job.session, job.mix, job.training, on_step=on_step, evaluate=evaluate, log=log)
+    finally:
+        trackers.finish()
+
+
 def _prepare(job: Job) -> None:
     """What methods want to know of the untouched base, and one step that must reach what trains."""
     session, training, run = job.session, job.training, job.run
     with run.timed("prepare"):
         run.tell("prepare", 0.0, "")
-        rows = min(training.num_steps * training.batch_size * training.gradient_accumulation_steps, MOST_DRAWN)
-        drawn = islice(job.mix.draw(training.seed), rows)
+        session.ctx.tell = lambda share, words: run.tell("prepare", share, words)
+        drawn = islice(plain.rows_of_run(session, job.mix, training), MOST_DRAWN)
         session.prepare(drawn, lambda x: run.tell("prepare", x, "base answers"))
         session.enter(session.stages[-1])
-        session.probe(list(islice(job.mix.draw(training.seed), 2)), training.autocast)
+        session.probe(list(islice(plain.rows_of_run(session, job.mix, training), 2)), training.autocast)
         if job.recipe.training.gradient_checkpointing:
             inner(session.model).gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def _on_step(job: Job) -> Callable[[int, int, dict[str, float]], None]:
+def _on_step(job: Job, trackers: Trackers, log: plain.Log) -> Callable[[int, int, dict[str, float]], None]:
     run, every, writes = job.run, job.recipe.training.logging_steps, first()
 
     def on_step(step: int, of: int, parts: dict[str, float]) -> None:
         if writes and (step % every == 0 or step == of):
             run.folder.log({"step": step, "of": of, **parts})
+            trackers.step(step, parts, log)
         words = "  ".join(f"{k} {v:.3f}" for k, v in parts.items())
         run.tell("tune", step / of, f"step {step}/{of}  {words}")
 
@@ -68,12 +93,15 @@ def _on_step(job: Job) -> Callable[[int, int, dict[str, float]], None]:
 
 
 def _evaluate(job: Job) -> Callable[[Any], float]:
-    """Answers that are right, and between equals their log-probability."""
+    """Answers that are right, and between equals their log-probability; of free text that of a token."""
     task = job.task
+    closed = task.labels if task.metric == "accuracy" else None
 
     def evaluate(model: Any) -> float:
         rows = task.validation[:EVALUATED] or task.train[:EVALUATED]
-        scored = score_task(model, job.tokenizer, rows, task.labels, soft_prompt=job.session.soft_prompt())
+        scored = score_task(model, job.tokenizer, rows, closed, soft_prompt=job.session.soft_prompt())
+        if metric_of(task.metric).asked != "labels" and task.metric != "exact_match":
+            return sum(i["logprob"] for i in scored) / sum(i["tokens"] for i in scored)
         return sum(i["correct"] for i in scored) + 1e-3 * sum(i["logprob"] for i in scored) / len(scored)
 
     return evaluate
@@ -91,7 +119,15 @@ def _finished(job: Job, base_dtype: Any) -> tuple[Any, Any]:
     tuned, soft = session.finished_model(base_dtype)
     if job.recipe.export.merge and hasattr(tuned, "peft_config"):
         tuned = models.merged(tuned, f"The adapter of this run on {job.source.label}")
+    elif job.recipe.export.merge and job.replaces:
+        replace.merge(tuned, next(m for m in session.methods if "replace" in m.sites()))
     return tuned, soft
+
+
+def _looks(log: plain.Log) -> dict[str, list[list[float]]]:
+    """name -> [[step, value]] of what was seen during training."""
+    names = dict.fromkeys(k for _, _, finding in log.looks for k in finding)
+    return {k: [[step, finding[k]] for step, _, finding in log.looks if k in finding] for k in names}
 
 
 def _part(job: Job, log: plain.Log, export_said: str | None, seconds: float) -> dict[str, Any]:
@@ -102,7 +138,10 @@ def _part(job: Job, log: plain.Log, export_said: str | None, seconds: float) -> 
         realised.setdefault(name, {})[unit] = count
     terms = {k for _, p in log.loss for k in p} - {"task"}
     return {
-        "steps": job.training.num_steps,
+        "steps": len(log.loss),
+        "ended": log.ended or None,
+        "looks": _looks(log),
+        "best_step": chosen(log.looks) if job.training.keep_best else None,
         "seconds": log.seconds,
         "seconds_with_prepare": seconds,
         "tokens": log.tokens,
@@ -111,6 +150,7 @@ def _part(job: Job, log: plain.Log, export_said: str | None, seconds: float) -> 
         "terms": {t: [[s, p[t]] for s, p in log.loss if t in p] for t in sorted(terms)},
         "realised_mix": realised,
         "left_out": job.session.left_out,
+        "notes": job.session.ctx.notes,
         "export": export_said,
         "timing": job.run.timing,
     }

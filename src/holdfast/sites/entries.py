@@ -2,7 +2,8 @@
 
 Gradients outside the chosen entries are zeroed before any other change of them, the entries outside are put back after
 the optimizer's step to the last bit (weight decay and stale moments would move them), and when the entries are drawn
-anew the moments of those that leave are dropped, so that an entry that comes back starts as a new one.
+anew the moments of those that leave are dropped, so that an entry that comes back starts as a new one. What leaves
+keeps its value or goes back to the base's, as the methods say; the planner refuses two that say different things.
 """
 
 from __future__ import annotations
@@ -33,9 +34,20 @@ class Entries:
         self._before: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
-    def draw(self, step: int, params: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer | None) -> bool:
-        """Ask the methods that redraw before `step`; returns whether anything was drawn."""
-        asked = [m for m in self.methods if m.redraws(step)]
+    def draw(
+        self,
+        step: int,
+        params: Mapping[str, torch.Tensor],
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        begins: bool = False,
+        base: Mapping[str, torch.Tensor] | None = None,
+    ) -> bool:
+        """Ask the methods that redraw before `step`, all of them where a stage begins; whether anything was drawn.
+
+        base: the base's weights, cut as `params` are, for methods whose entries return.
+        """
+        asked = [m for m in self.methods if begins or m.redraws(step)]
         for m in asked:
             own = self.state[m.name]
             for name, p in params.items():
@@ -46,7 +58,15 @@ class Entries:
         if asked:
             self.combine(params)
             self._drop_moments(params, optimizer)
+            if any(m.leaves == "return" for m in self.methods):
+                self._go_back(params, base or {})
         return bool(asked)
+
+    def _go_back(self, params: Mapping[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> None:
+        """What is not chosen has the base's value: it never trained, or it left."""
+        for name, mask in self.masks.items():
+            p = params[name]
+            p.copy_(torch.where(mask, p.detach(), base[name].to(p.dtype)))
 
     def combine(self, params: Mapping[str, torch.Tensor]) -> None:
         """Intersect what each method drew last; after a restart too."""

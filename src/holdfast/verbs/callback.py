@@ -31,6 +31,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from holdfast.engine import processes
+from holdfast.engine.replaced import replaced_in, switched_off
 from holdfast.engine.ways import inner
 from holdfast.errors import HoldfastError, ModelError
 from holdfast.measure.compare import abilities, verdict
@@ -290,6 +291,8 @@ def _base(model: Any, step: int) -> Any:
     starts = [str(getattr(c, "init_lora_weights", "")).lower() for c in configs]
     if configs and not any(s.startswith(REWRITES) for s in starts):
         return model.disable_adapter()
+    if replaced_in(model):
+        return switched_off(model)
     if step:
         raise ModelError(
             f"The model resumed at step {step} is no base any more, and its checkpoint has no {FILE} of these suites.",

@@ -23,6 +23,7 @@ from holdfast.measure.stats.intervals import (
     measurable,
     normalise,
     paired,
+    pooled,
     seeds,
     share,
 )
@@ -51,6 +52,7 @@ __all__ = (
     "noninferiority_draws",
     "normalise",
     "paired",
+    "pooled",
     "power",
     "retention",
     "seeds",

@@ -173,6 +173,26 @@ def paired(base: ArrayLike, tuned: ArrayLike, clusters: ArrayLike | None = None,
     return t_interval(d, group, g, level) if d.any() else Estimate(0.0, 0.0, 0.0, d.size)
 
 
+def pooled(total: ArrayLike, size: ArrayLike, clusters: ArrayLike | None = None, level: float = 0.95) -> Estimate:
+    """Return sum(total) / sum(size) over items (N,), such as the loss per token of rows, with its t interval.
+
+    The ratio's error is that of the mean of total - ratio * size over mean(size) (linearised; Cochran 1977, ch. 6).
+    Totals that are differences of two models on the same items give the paired interval; [0, 0] if all are 0.
+
+    Raises:
+        HoldfastError: the lengths differ, or the sizes are not all positive.
+    """
+    t, s = pair_of(total, size)
+    if (s <= 0).any():
+        raise HoldfastError("An item has a size of 0 or less.", "Leave it out.")
+    if not t.any():
+        return Estimate(0.0, 0.0, 0.0, t.size)
+    ratio = float(t.sum() / s.sum())
+    group, g = groups_of(clusters, t.size)
+    spread = t_interval((t - ratio * s) / s.mean(), group, g, level)
+    return Estimate(ratio, ratio + spread.low - spread.value, ratio + spread.high - spread.value, t.size)
+
+
 def normalise(score: Any, chance: float) -> Any:
     """Return (score - chance) / (1 - chance): 0 for a guesser, 1 for a perfect score. Numbers or arrays."""
     return (score - chance_of(chance, "score")) / (1 - chance)

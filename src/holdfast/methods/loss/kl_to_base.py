@@ -45,7 +45,10 @@ class KLToBase(Method):
     def refuses(self):  # type: ignore[override]
         if self.on != "task":
             return {}
-        return {"ProMoT": "ProMoT reads the task with a soft prompt, which the base it would be compared with lacks."}
+        return {
+            "ProMoT": "ProMoT reads the task with a soft prompt, which the base it would be compared with lacks.",
+            "SDFT": "SDFT does not run the task's own answers, on which the base would hold the model.",
+        }
 
     def off(self) -> bool:
         return self.weight == 0

@@ -1,0 +1,117 @@
+"""What a recipe may say about a data set that nobody has described: templates or none, and a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from holdfast.data.metric import last_number
+from holdfast.data.notes import BOOKKEEPING
+from holdfast.data.readers import records_of
+from holdfast.data.rows import Row, labels_of
+from holdfast.data.schemas import SCHEMAS, schema_of
+from holdfast.errors import DataError
+from holdfast.recipe import Source, template_columns
+
+LOOKED_AT = 20_000  # rows; more would not change a proposal
+ANSWERS = ("completion", "answer", "output", "response", "target", "label", "labels", "category", "class", "queue",
+           "sentiment", "intent", "summary", "translation")  # fmt: skip # names that an answer's column often has
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What was found.
+
+    Attributes:
+        rows: rows looked at; whole: whether that is all of them.
+        columns: names in the first row.
+        schema: a schema that needs no templates, or None.
+        prompt, completion: templates, or None.
+        labels: number of distinct answers if they are a closed set.
+        metric: a name for `data.metric`.
+    """
+
+    rows: int
+    whole: bool
+    columns: tuple[str, ...]
+    schema: str | None
+    prompt: str | None
+    completion: str | None
+    labels: int | None
+    metric: str
+
+
+def propose(source: Source, base_dir: Path) -> Proposal:
+    """Look at a data set.
+
+    Raises:
+        DataError: it cannot be read, holds no rows, is not for supervised tuning, or has no column to learn.
+    """
+    found = list(islice(iter(records_of(source, base_dir)[0]), LOOKED_AT + 1))
+    records = [columns for _, columns in found[:LOOKED_AT]]
+    if not records:
+        raise DataError(f"{source.path}: holds no rows.", "Check the path and the split.")
+    columns = tuple(map(str, records[0]))
+    schema = schema_of(*found[0])
+    prompt = completion = None
+    if schema is None:
+        answer = _answer(records, source.path)
+        prompt, completion = _templates(records, answer)
+        answers = [_text(r.get(answer)) for r in records]
+    else:
+        answers = [
+            _text(r.get({"alpaca": "output", "prompt/completion": "completion"}.get(schema, ""))) for r in records
+        ]
+    labels = labels_of([Row("", a) for a in answers]) if all(answers) else None
+    metric = "accuracy" if labels else "number" if all(map(_is_number, answers)) else "loss"
+    sizes = (len(records), len(found) <= LOOKED_AT)
+    return Proposal(*sizes, columns, schema, prompt, completion, len(labels) if labels else None, metric)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None or isinstance(value, list | dict) else str(value).strip()
+
+
+def _is_number(answer: str) -> bool:
+    return last_number(answer) is not None and len(answer.split()) == 1
+
+
+def _plain(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Columns that a template can write, in every row looked at."""
+    return [str(c) for c in records[0] if _may_stand(str(c)) and all(_text(r.get(c)) for r in records)]
+
+
+def _may_stand(column: str) -> bool:
+    """Whether a template can name the column."""
+    try:
+        return template_columns(f"{{{column}}}") == (column,)
+    except DataError:
+        return False
+
+
+def _answer(records: Sequence[dict[str, Any]], path: str) -> str:
+    """The column to learn: one with an answer's name, else the one with the fewest values, the later of equals."""
+    columns = [c for c in _plain(records) if c not in BOOKKEEPING]
+    if len(columns) < 2:
+        what = f"{path}: of {', '.join(map(str, records[0]))} no two columns are text or numbers in every row."
+        known = "; ".join(f"{name} ({', '.join(sorted(need))})" for name, need in SCHEMAS.items())
+        raise DataError(what, f"Known without templates: {known}.")
+    named = [c for name in ANSWERS for c in columns if c.lower() == name]
+    values = {c: len({_text(r[c]) for r in records}) for c in columns}
+    return named[0] if named else min(reversed(columns), key=lambda c: values[c])
+
+
+def _templates(records: Sequence[dict[str, Any]], answer: str) -> tuple[str, str]:
+    """Every other text column in a line, and the answer behind its own name."""
+    rest = [c for c in _plain(records) if c != answer and c not in BOOKKEEPING]
+    texts = [c for c in rest if isinstance(records[0][c], str)] or rest
+    lines = [f"{{{c}}}" if len(texts) == 1 else f"{_title(c)}: {{{c}}}" for c in texts]
+    return "\n".join([*lines, f"{_title(answer)}:"]), f" {{{answer}}}"
+
+
+def _title(column: str) -> str:
+    words = column.replace("_", " ").strip().replace("{", "{{").replace("}", "}}")
+    return words[:1].upper() + words[1:]

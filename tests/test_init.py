@@ -1,0 +1,139 @@
+"""`holdfast init`: what it writes is a recipe that reads the data; and the schema that editors check recipes with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from holdfast.data.rows import read_rows
+from holdfast.errors import DataError, RecipeError
+from holdfast.recipe import RECIPE_DIR, SCHEMA_FILE, Recipe, json_schema, load_recipe
+from holdfast.verbs.init import init
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+FOUND = {  # the row (# becomes its number): (schema, prompt, completion, metric)
+    "labels": ({"text": "broken #", "queue": "billing"}, (None, "{text}\nQueue:", " {queue}", "accuracy")),
+    "two columns and an id": (
+        {"id": 7, "premise": "a #", "hypothesis": "b #", "label": 1},
+        (None, "Premise: {premise}\nHypothesis: {hypothesis}\nLabel:", " {label}", "accuracy"),
+    ),
+    "numbers": ({"question": "What is # + 1?", "answer": "#"}, (None, "{question}\nAnswer:", " {answer}", "number")),
+    "no name that tells": (
+        {"note": "a long note #", "kind": "x"},
+        (None, "{note}\nKind:", " {kind}", "accuracy"),
+    ),
+    "free text": ({"prompt": "Say #.", "completion": " It is # today."}, ("prompt/completion", None, None, "loss")),
+    "alpaca": ({"instruction": "Say #", "input": "", "output": "so # it is"}, ("alpaca", None, None, "loss")),
+    "messages": ({"messages": TURNS}, ("messages", None, None, "loss")),
+    "plain": ({"text": "Once # upon a time."}, ("text", None, None, "loss")),
+}
+
+
+def numbered(value, n: int):
+    return value.replace("#", str(n)) if isinstance(value, str) else value
+
+
+def write(path: Path, row: dict, count: int = 60) -> Path:
+    rows = [{k: numbered(v, n) for k, v in row.items()} for n in range(count)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_a_data_file_becomes_a_recipe(tmp_path, monkeypatch, tokenizer, name):
+    monkeypatch.chdir(tmp_path)
+    row, (schema, prompt, completion, metric) = FOUND[name]
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "deep" / "train.jsonl", row)
+    found = init("deep/train.jsonl", Path("my.yaml"), "some/model")
+    assert (found.schema, found.prompt, found.completion, found.metric) == (schema, prompt, completion, metric)
+    recipe = load_recipe("my.yaml")
+    assert recipe.data.name == "deep" and recipe.model.model_name_or_path == "some/model"
+    assert (recipe.data.prompt, recipe.data.completion, recipe.data.metric) == (prompt, completion, metric)
+    if name != "messages":  # those need a tokenizer with a template
+        rows = read_rows(recipe.data.train, prompt=prompt, completion=completion, base_dir=tmp_path, notes=[])
+        assert len(rows) == 60
+
+
+def test_a_recipe_elsewhere_finds_its_data(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "dev", "test"):
+        write(tmp_path / f"{name}.jsonl", FOUND["labels"][0])
+    (tmp_path / "recipes").mkdir()
+    init("train.jsonl", Path("recipes/r.yaml"), "m")
+    monkeypatch.chdir("/")
+    data = load_recipe(tmp_path / "recipes" / "r.yaml").data
+    assert data.validation and data.test
+    paths = [Path(s.path) for s in (data.train, data.validation, data.test)]
+    assert [p.name for p in paths] == ["train.jsonl", "dev.jsonl", "test.jsonl"] and all(p.is_file() for p in paths)
+
+
+def test_odd_names_stay_one_line_of_yaml(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "d.jsonl", {"a\n- b": "x #", "we#ird\u2028": "y #", "no: {way": "z", "label": "z"})
+    init("d.jsonl", Path("r.yaml"), "m: odd # model")
+    recipe = load_recipe("r.yaml")
+    assert recipe.model.model_name_or_path == "m: odd # model"
+    assert recipe.data.prompt == "A\n- b: {a\n- b}\nWe#ird: {we#ird\u2028}\nLabel:"
+
+
+def test_what_cannot_be_proposed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", {"chosen": "x", "rejected": "y", "prompt": "p"})
+    write(tmp_path / "b.jsonl", {"only": "x"})
+    with pytest.raises(DataError, match="preference data"):
+        init("a.jsonl", Path("r.yaml"), "m")
+    with pytest.raises(DataError, match="no two columns"):
+        init("b.jsonl", Path("r.yaml"), "m")
+    with pytest.raises(DataError, match="no such file"):
+        init("c.jsonl", Path("r.yaml"), "m")
+    assert not Path("r.yaml").exists()
+    Path("r.yaml").write_text("mine")
+    with pytest.raises(RecipeError, match="yaml exists"):
+        init("b.jsonl", Path("r.yaml"), "m")
+    assert Path("r.yaml").read_text() == "mine"
+
+
+# ---- the schema
+
+
+def test_the_shipped_schema_is_the_model():
+    assert SCHEMA_FILE.read_text(encoding="utf-8") == json_schema(), "run: python tools/make_docs.py"
+    schema = json.loads(json_schema())
+    assert schema["required"] == ["model", "data"] and set(schema["properties"]) == set(Recipe.model_fields)
+    for name, field in Recipe.model_fields.items():
+        keys = getattr(field.annotation, "model_fields", None)
+        if keys:
+            part = schema["$defs"][field.annotation.__name__]
+            assert set(part["properties"]) == set(keys) and part["additionalProperties"] is False, name
+            assert all(p.get("description") for p in part["properties"].values())
+
+
+def test_a_written_recipe_names_the_schema(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "d.jsonl", FOUND["labels"][0])
+    init("d.jsonl", Path("r.yaml"), "m")
+    first = Path("r.yaml").read_text(encoding="utf-8").splitlines()[0]
+    path = first.removeprefix("# yaml-language-server: $schema=")
+    assert json.loads(Path(path).read_text(encoding="utf-8"))["title"] == "A recipe of Holdfast"
+
+
+def test_an_editor_takes_what_we_take(tmp_path, monkeypatch):
+    jsonschema = pytest.importorskip("jsonschema")
+    check = jsonschema.Draft202012Validator(json.loads(json_schema())).is_valid
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "d.jsonl", FOUND["labels"][0])
+    init("d.jsonl", Path("r.yaml"), "m")
+    for path in (Path("r.yaml"), *RECIPE_DIR.glob("*.yaml")):
+        assert check(yaml.safe_load(path.read_text(encoding="utf-8"))), path
+    small = {"model": {"model_name_or_path": "m"}, "data": {"train": "x"}}
+    plan = ["LoRA", {"KL": None}, {"ICLAnchor": {"weight": 1}}]
+    good = ({"training": None}, {"plan": plan}, {"training": {"report_to": "none"}},
+            {"training": {"report_to": ["wandb"]}}, {"data": {"train": {"path": "x", "split": "train"}}})  # fmt: skip
+    for more in good:
+        assert check({**small, **more}), more
+    bad = ({"trainng": {}}, {"training": {"learning_rate": "fast"}}, {"training": {"report_to": "comet_ml"}},
+           {"data": {"train": ""}}, {"data": {}}, {"plan": "LoRA"}, {"measure": {"keep": {"a": 2}}})  # fmt: skip
+    for more in bad:
+        assert not check({**small, **more}), more

@@ -1,0 +1,157 @@
+"""Looks during training: they change nothing, the best one's weights are kept, and a killed run ends the same."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from holdfast.errors import PlanError, RecipeError
+from holdfast.hosts.watching import chosen
+from holdfast.recipe import load_recipe, recipe_from
+from holdfast.runs import looking
+from holdfast.runs.run import Run
+from holdfast.verbs.explain import planned
+from holdfast.verbs.tune import tune
+from test_run import stop_at
+from tiny_run import make_world, recipe_data, write_recipe
+
+PLAN = [{"LoRA": {"r": 2, "lora_dropout": 0.1}}]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_model, tokenizer, rows):
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOLDFAST_HOME", str(folder / "home"))
+        yield make_world(folder, tiny_model(), tokenizer, rows)
+
+
+def recipe(world, out: Path, plan=PLAN, data=None, **training):
+    mapping = recipe_data(world, out, plan=plan, training=training, data=data or {})
+    return load_recipe(write_recipe(out.parent / "recipe.yaml", mapping))
+
+
+def weights(run: Path):
+    return load_file(run / "model" / "adapter_model.safetensors")
+
+
+def training_of(run: Path):
+    return json.loads((run / "training.json").read_text(encoding="utf-8"))
+
+
+def same(one, two) -> bool:
+    return one.keys() == two.keys() and all(one[k].equal(two[k]) for k in one)
+
+
+@pytest.fixture
+def ranked(monkeypatch):
+    """ranked(ranks) makes the looks of a run come out so; gives the trainable weights at each."""
+
+    def use(ranks):
+        seen = []
+        plain = looking._look
+
+        def look(job, model, base):
+            _, finding = plain(job, model, base)
+            seen.append({n: p.detach().clone() for n, p in job.session.params.items()})
+            return ranks[len(seen) - 1], finding
+
+        monkeypatch.setattr(looking, "_look", look)
+        return seen
+
+    return use
+
+
+def test_looking_changes_nothing(world, tmp_path):
+    tune(recipe(world, tmp_path / "plain" / "run"))
+    tune(recipe(world, tmp_path / "watched" / "run", eval_steps=3))
+    one, two = tmp_path / "plain" / "run", tmp_path / "watched" / "run"
+    assert same(weights(one), weights(two)) and training_of(one)["loss"] == training_of(two)["loss"]
+    looks = training_of(two)["looks"]
+    assert [step for step, _ in looks["task"]] == [0, 3, 6] and training_of(two)["best_step"] is None
+    assert "Look: task" in (two / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_best_look_is_exported(world, tmp_path, ranked):
+    seen = ranked([0.1, 0.4, 0.9, 0.9, 0.2])
+    tune(recipe(world, tmp_path / "run", eval_steps=2, load_best_model_at_end=True))
+    assert len(seen) == 5 and training_of(tmp_path / "run")["best_step"] == 4
+    mine = sorted(weights(tmp_path / "run").values(), key=lambda t: (t.shape, t.flatten().tolist()))
+    best = sorted(seen[2].values(), key=lambda t: (t.shape, t.flatten().tolist()))
+    assert len(mine) == len(best) and all(a.equal(b) for a, b in zip(mine, best, strict=True))
+    report = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
+    assert "also chose the weights" in report["task"]["note"]
+    assert "The weights after step 4 were the best look" in (tmp_path / "run" / "report.html").read_text("utf-8")
+
+
+def test_a_run_that_ruins_the_task_gives_the_base_back(world, tmp_path):
+    ruin = {"learning_rate": 50.0, "lr_scheduler_type": "constant", "max_grad_norm": 0}
+    tune(recipe(world, tmp_path / "run", data={"metric": "loss"}, eval_steps=4, load_best_model_at_end=True, **ruin))
+    training = training_of(tmp_path / "run")
+    losses = [v for _, v in training["looks"]["task"]]
+    assert losses[0] == min(losses) < losses[-1] and training["best_step"] == 0
+    assert all(not w.any() for n, w in weights(tmp_path / "run").items() if "lora_B" in n)
+    task = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))["task"]
+    assert task["before"]["value"] == pytest.approx(task["after"]["value"], rel=1e-5)
+    assert "the untouched base above the floors" in (tmp_path / "run" / "report.html").read_text("utf-8")
+
+
+def test_a_lost_ability_is_out_of_the_question(world, tmp_path, monkeypatch):
+    job = planned(recipe(world, tmp_path / "run", eval_steps=4), world.folder)
+    kept = {"a": 0.96}
+    part = {"name": "in-context"}
+    monkeypatch.setattr(looking, "ability", lambda *_: {**part, "retention": {"value": kept["a"]}})
+    base = looking._probe(job, job.model)
+    rank, finding = looking._look(job, job.model, base)
+    assert rank == finding["task"] and finding["kept/in-context"] == 0.96
+    kept["a"] = 0.94
+    assert looking._look(job, job.model, base)[0] is None
+    assert chosen([(0, 0.2, {}), (2, None, {}), (4, 0.3, {}), (6, 0.3, {})]) == 4
+    assert chosen([(0, -2.0, {}), (2, None, {}), (4, -1.0, {})]) == 4  # of a loss, ranks are negative
+
+
+def test_a_run_that_gets_no_better_ends(world, tmp_path, ranked):
+    ranked([0.1, 0.4, 0.3, 0.4])
+    tune(recipe(world, tmp_path / "run", eval_steps=1, early_stopping_patience=2))
+    training = training_of(tmp_path / "run")
+    assert training["steps"] == len(training["loss"]) == 3
+    assert training["ended"] == "2 looks in a row were no better than that at step 1"
+    assert "It ended early: 2 looks" in (tmp_path / "run" / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("call", [1, 4, 7, 9])
+def test_a_killed_run_with_looks_ends_the_same(world, tmp_path, call):
+    settings = {"eval_steps": 2, "load_best_model_at_end": True, "early_stopping_patience": 3, "learning_rate": 0.05}
+    data = {"metric": "loss"}
+    for name in ("whole", "killed"):
+        one = recipe(world, tmp_path / name / "run", data=data, **settings)
+        if name == "killed":
+            stop_at(one, "tune", call)
+        tune(one)
+    one, two = (tmp_path / n / "run" for n in ("whole", "killed"))
+    assert same(weights(one), weights(two))
+    for key in ("loss", "looks", "best_step", "ended", "steps"):
+        assert training_of(one)[key] == training_of(two)[key]
+
+
+def test_an_epoch_decides_when_to_save(world, tmp_path):
+    rows = sum(1 for line in world.train.read_text(encoding="utf-8").splitlines() if line) - 6
+    job = planned(recipe(world, tmp_path / "run", save_strategy="epoch"), world.folder)
+    assert job.training.save_steps == -(-rows // 4)
+    assert planned(recipe(world, tmp_path / "run"), world.folder).training.save_steps == 2
+
+
+def test_looks_that_see_nothing_are_refused(world, tmp_path):
+    for key, value in (("load_best_model_at_end", True), ("early_stopping_patience", 2)):
+        with pytest.raises(RecipeError, match="eval_steps beside"):
+            recipe_from({"model": {"model_name_or_path": "m"}, "data": {"train": "x"}, "training": {key: value}})
+    data = {"test": str(world.train), "validation_size": 0}
+    with pytest.raises(RecipeError, match="there are none"):
+        planned(recipe(world, tmp_path / "run", data=data, eval_steps=2), world.folder)
+    with pytest.raises(PlanError, match="ProMoT splits it into stages"):
+        planned(recipe(world, tmp_path / "run", [{"ProMoT": {"num_virtual_tokens": 2}}], eval_steps=2), world.folder)
+
+
+def test_the_probe_is_work_of_its_recipe(world, tmp_path):
+    assert "probe.json" in Run(recipe(world, tmp_path / "run"), world.folder).folder.work
