@@ -143,8 +143,12 @@ CASES = {
     ),
     "empty cut": ({"data": {"validation_size": 24}}, ["Cannot cut 24 of 24 rows", "data.validation_size"]),
     "row too long": (
+        {"data": {"max_length": 20, "too_long": "refuse"}},
+        ["train.jsonl:1 has 22 tokens", "more than max_length 20", "Raise data.max_length"],
+    ),
+    "most rows too long": (
         {"data": {"max_length": 20}},
-        ["train.jsonl:2 has 22 tokens", "more than max_length 20", "Raise data.max_length"],
+        ["17 of 18 rows are longer than max_length 20", "data.too_long: truncate or split"],
     ),
     "suite misspelt": ({"measure": {"suites": ["in-contxt"]}}, ["'in-contxt'", "Did you mean 'in-context'?"]),
     "second suite misspelt": ({"measure": {"suites": ["in-context", "ancors"]}}, ["'ancors'", "'anchors'?"]),

@@ -53,11 +53,11 @@ def plain():
 def read(plain, tmp_path: Path):
     """read(template, row, ...): the rows and notes of a file of these rows under that template."""
 
-    def go(template: str, *rows: dict) -> tuple[list[Row], list[str]]:
+    def go(template: str, *rows: dict, last_only: bool = False) -> tuple[list[Row], list[str]]:
         plain.chat_template = template
         (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         notes: list[str] = []
-        return read_rows("t.jsonl", base_dir=tmp_path, tokenizer=plain, notes=notes), notes
+        return read_rows("t.jsonl", base_dir=tmp_path, tokenizer=plain, notes=notes, last_only=last_only), notes
 
     return go
 
@@ -276,7 +276,6 @@ KEPT = {
         None,
         "Yo man</s>\n",
         [
-            "only the last answer of 1 conversation with several answers is trained on (first t.jsonl:1)",
             "the chat template writes nothing of the key 'tool_call_id' (1 message, first t.jsonl:1)",
             "the chat template writes nothing of the key 'name' (1 message, first t.jsonl:1)",
         ],
@@ -379,7 +378,7 @@ KEPT = {
         talk(USER | {"weight": 0}, ANSWER | {"weight": 0}, USER, ANSWER | {"weight": 1, "train": True}),
         None,
         "Yo man</s>\n",
-        ["only the last answer of 1 conversation with several answers is trained on (first t.jsonl:1)"],
+        [],
     ),
     "an earlier answer to be trained on": (
         CHATML,
@@ -418,7 +417,7 @@ KEPT = {
 @pytest.mark.parametrize("name", KEPT)
 def test_what_stays_is_trained_and_what_changes_is_noted(name, read):
     template, row, prompt, completion, notes = KEPT[name]
-    (found,), told = read(template, row)
+    (found,), told = read(template, row, last_only=any("only the last answer" in note for note in notes))
     assert prompt is None or found.prompt == prompt
     assert found.completion == completion
     assert told == notes
@@ -426,7 +425,7 @@ def test_what_stays_is_trained_and_what_changes_is_noted(name, read):
 
 def test_notes_are_counted_over_the_rows(read):
     rows = [talk(USER, ANSWER)] * 3 + [talk(USER, ANSWER, USER, ANSWER)] * 5
-    _, told = read(CHATML, *rows)
+    _, told = read(CHATML, *rows, last_only=True)
     assert told == ["only the last answer of 5 conversations with several answers is trained on (first t.jsonl:4)"]
 
 
@@ -525,3 +524,24 @@ def test_templates_of_many_families(read):
         kept += 1
         assert "hi there" in row.prompt and "Yo man" in row.completion, path.name
     assert kept > 20
+
+
+def test_several_answers_under_templates_of_many_families(read):
+    """Each answer is trained where the template writes it, or the template is refused for changing what it wrote."""
+    trl = pytest.importorskip("trl")
+    kept, refused = [], []
+    for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja")):
+        if path.stem.startswith(("idefics", "llava", "smolvlm")):
+            continue
+        try:
+            messages = (USER, ANSWER, USER, ANSWER | {"content": "No sir"})
+            (row,), _ = read(path.read_text(encoding="utf-8"), talk(*messages))
+        except DataError as error:
+            assert "renders the prompt differently" in error.what or "does not only append at message 2" in error.what
+            refused.append(path.stem)
+            continue
+        whole = row.prompt + row.completion
+        said = "".join(whole[turn.start : turn.end] for turn in row.turns)
+        assert said.index("Yo man") < said.index("No sir") and "hi there" not in said, path.name
+        kept.append(path.stem)
+    assert {"qwen2_5", "llama3", "gemma3", "qwen3_training"} <= set(kept) and "qwen3" in refused

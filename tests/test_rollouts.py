@@ -16,8 +16,9 @@ from cases import run, same
 from holdfast import methods as hf
 from holdfast import models
 from holdfast.data.asked import Reader
+from holdfast.data.encoder import Encoder
 from holdfast.data.rows import Row
-from holdfast.data.tokens import Encoder, tokenize
+from holdfast.data.tokens import tokenize
 from holdfast.engine.counts import count_rows
 from holdfast.engine.processes import start, world
 from holdfast.errors import PlanError

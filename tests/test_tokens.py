@@ -7,10 +7,11 @@ import torch
 
 from cases import run
 from holdfast.data.chat import Chat
+from holdfast.data.encoder import Encoder, stops_of
 from holdfast.data.notes import Notes
 from holdfast.data.rendered import Rendered
 from holdfast.data.rows import Row
-from holdfast.data.tokens import Encoder, stops_of, tokenize, tokenize_all
+from holdfast.data.tokens import tokenize, tokenize_all
 from holdfast.errors import DataError
 from holdfast.measure.asking import any_of, score_suite, ways_of
 from holdfast.measure.generate import generate
@@ -260,7 +261,7 @@ def _one_word():
 
 def planted(tokenizer, pairs, **changes):
     """A tiny model tuned until it gives these answers, and the rows."""
-    rows = [Row(p, a, where=f"r:{n}") for n, (p, a) in enumerate(pairs)]
+    rows = [Row(p, a, where=f"r:{n}") for n, (p, a, *_) in enumerate(pairs)]
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model = build_model(vocab_size=len(tokenizer), hidden_size=48, **{**ids, **changes})
     tuned = run(
@@ -315,7 +316,7 @@ def test_chats_are_learnt_as_inference_sees_them(name, template, made):
         pairs.append(Chat(tokenizer, Notes()).pair(head, [{"role": "assistant", "content": answer}], {}, "r"))
         made_ids = tokenizer.apply_chat_template(head, add_generation_prompt=True, return_dict=False)
         seen.append(made_ids)
-    rows = [tokenize(Row(*p), tokenizer, None) for p in pairs]
+    rows = [tokenize(Row(*p[:2]), tokenizer, None) for p in pairs]
     assert [r.ids[~r.scored].tolist() for r in rows] == seen
     model, rows = planted(tokenizer, pairs)
     wanted = ["billing", "a b", "12", "1", "positive", "No.", "x y z", "10"]
@@ -373,12 +374,11 @@ def test_an_answer_may_end_with_its_line_or_with_the_text(made):
 
 
 def test_two_labels_of_the_same_tokens_are_refused(made):
-    from holdfast.data.task import _check_told_apart
+    from holdfast.data.prepare import check_told_apart
 
-    rows = [Row("Q:", " Yes"), Row("Q:", " yes")]
-    _check_told_apart(rows, (" Yes", " yes"), Encoder(made("bytes")))
+    check_told_apart("Q:", (" Yes", " yes"), Encoder(made("bytes")))
     with pytest.raises(DataError, match="' Yes' and ' yes' are the same tokens"):
-        _check_told_apart(rows, (" Yes", " yes"), Encoder(made("word pieces")))
+        check_told_apart("Q:", (" Yes", " yes"), Encoder(made("word pieces")))
 
 
 @pytest.mark.parametrize("name", ["bytes, bos", "bytes, bos and eos", "bytes, eos", "word pieces, no eos"])

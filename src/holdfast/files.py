@@ -75,6 +75,20 @@ def fresh_folder(final: Path, replace: bool) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def newest(folder: Path, most: int) -> None:
+    """Remove all but the `most` newest folders inside; what another process removes at the same time is gone too."""
+
+    def age(path: Path) -> float:
+        try:
+            return path.stat().st_mtime
+        except OSError:
+            return 0.0
+
+    inside = sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=age)
+    for old in inside[: max(0, len(inside) - most)]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
 def no_bars() -> Iterator[None]:
     """Silence the progress bars of transformers, which would break our own output."""

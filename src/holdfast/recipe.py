@@ -24,8 +24,9 @@ from holdfast.errors import DataError, RecipeError, suggest
 KEEP_FRAC = 0.95
 SHIPPED = "holdfast:"  # prefix of the data sets and recipes that come with the package
 RECIPE_DIR = Path(__file__).parent / "recipes"  # demo.yaml is holdfast:demo
+TEXT_KINDS = (".txt", ".md")  # one document each
+FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *TEXT_KINDS)
 SCHEMA_FILE = RECIPE_DIR / "recipe.schema.json"  # json_schema(), written by tools/make_docs.py
-FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 METRIC_NAMES = ("accuracy", "exact_match", "loss", "loss_per_byte", "chrf", "rouge_l", "number")
 OWN_METRIC = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # module:function
 KEY_KINDS = ("extra_forbidden", "invalid_key")  # pydantic's names for "no such key"
@@ -66,8 +67,8 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-def _whole_from_one(value: float) -> float:
-    if value >= 1 and value != int(value):
+def _whole_from_one(value: float | None) -> float | None:
+    if value is not None and value >= 1 and value != int(value):
         raise ValueError("a fraction below 1, or a whole count")
     return value
 
@@ -104,17 +105,34 @@ class Data(Section):
     train: Source = Field(description="File (beside the recipe, then here), hub id, or holdfast:<shipped>.")
     validation: Source | None = Field(default=None, description="null: validation_size rows are cut from train.")
     test: Source | None = Field(default=None, description="null: the report uses validation, and says so.")
-    validation_size: float = Field(default=0.1, ge=0, description="Rows cut from train: fraction (<1) or count.")
+    validation_size: float | None = Field(
+        default=None,
+        ge=0,
+        description="Rows cut from train: fraction (<1) or count; null: a tenth, at most test_size.",
+    )
     train_size: int | None = Field(default=None, ge=1, description="Use only so many training rows (seeded).")
-    test_size: int | None = Field(default=None, ge=1, description="Use only so many test rows (seeded).")
+    test_size: int | None = Field(
+        default=500, ge=1, description="Measure on only so many test or validation rows (seeded); null: on all."
+    )
     prompt: str | None = Field(
         default=None, description="Template over columns, e.g. '{text}\\nQueue:'; null: detect."
     )
     completion: str | None = Field(default=None, description="Template over columns, e.g. ' {queue}'; null: detect.")
     max_length: int = Field(default=1024, ge=2, description="Longest row in tokens.")
+    too_long: Literal["refuse", "drop", "truncate", "split"] | None = Field(
+        default=None,
+        description="Longer rows: refuse, drop, truncate or split; null: drop, and split for plain text.",
+    )
+    stride: int | None = Field(
+        default=None, ge=1, description="Tokens that neighbours of a split row share, as context; null: an eighth."
+    )
+    train_on: Literal["last", "assistant", "all"] = Field(
+        default="assistant", description="Of a conversation: its last answer, all its answers, or every token."
+    )
     metric: str | None = Field(
         default=None,
-        description=f"{', '.join(METRIC_NAMES)} or module:function; null: accuracy for a closed set, else loss.",
+        description=f"{', '.join(METRIC_NAMES)} or module:function; "
+        "null: accuracy for a closed set, else loss (by byte for plain text).",
     )
 
     _size = check("validation_size")(_whole_from_one)
@@ -139,7 +157,9 @@ class Data(Section):
             raise ValueError("prompt and completion together, or neither")
         if self.completion is not None and not template_columns(self.completion):
             raise ValueError("a completion with a {column}; this one would be the same for every row")
-        if not (self.validation or self.test or self.validation_size):
+        if self.stride and self.stride >= self.max_length:
+            raise ValueError(f"a stride ({self.stride}) below max_length ({self.max_length})")
+        if not (self.validation or self.test) and self.validation_size == 0:
             raise ValueError("a validation or test set, or validation_size above 0, to report on")
         return self
 

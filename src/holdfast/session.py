@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,7 +92,7 @@ class Session:
 
     # ---- before training
 
-    def prepare(self, teacher_rows: Sequence[TokenRow] = (), progress: Callable[[float], None] | None = None) -> None:
+    def prepare(self, teacher_rows: Iterable[TokenRow] = (), progress: Callable[[float], None] | None = None) -> None:
         """Run `prepare` and gather asides on the untouched base, then the teacher's answers."""
         for m in self.methods:
             if m.name not in self.state:

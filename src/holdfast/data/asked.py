@@ -13,8 +13,8 @@ from functools import cached_property
 
 import numpy as np
 
+from holdfast.data.encoder import Encoder, Tokens
 from holdfast.data.rendered import Rendered
-from holdfast.data.tokens import Encoder, Tokens
 from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import DataError
 

@@ -9,27 +9,28 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from holdfast.data.calls import MARK, arguments, check_link, functions, in_json, other_calls, respelled, told_by
 from holdfast.data.jsontext import parsed, sound
 from holdfast.data.messages import TEMPLATES_CURE, THINKING, Message, from_text, without_nulls
 from holdfast.data.notes import BOOKKEEPING, Notes
-from holdfast.data.rendered import Rendered
+from holdfast.data.rendered import Pair, Rendered, Turn
+from holdfast.data.talk import Talk, all_but, keys_of, kinds_of
+from holdfast.data.texts import find, find_answer, leaves, not_appending, short, stands
+from holdfast.data.turns import CUT, flag_of, marks, prefixes, trained
 from holdfast.errors import DataError
 
 OPTIONS = ("tools", "documents", "chat_template_kwargs")  # columns that go to the template
-FLAGS = ("weight", "train", "training", "trainable", "loss")  # whether to train on a message, in usual trainers
-SILENT = {"role", *FLAGS}  # what is not looked for in the text
 LINKS = {"tool_call_id"}  # says which call a tool answers; the order says it too
-THINK = re.compile(r"(</?think>)")
-MARK = "zqx"  # put into a text to see whether that changes what is rendered
 AS_TEXT = "Or give prompt and completion as text: that is trained as it stands."
 
 LAST_ONLY = "only the last answer of {n conversation} with several answers is trained on"
 FLAGGED = "{n message} before the last answer marked to be trained, and only the last answer is"
+OTHERS = "{n message} marked to be trained that the assistant did not say, and only what it says is"
 EMPTY = "{n message} without content in the prompts"
 THOUGHTS = "the chat template leaves out the thinking of {n answer} before the last one"
 REWRITTEN = "the chat template does not write {n message} of the prompts as they stand"
@@ -39,24 +40,6 @@ AS_JSON = "tool call arguments are passed on as JSON text, as the chat template 
 FILLING = "nulls inside tools and tool calls are taken for the filling of a table, and left out ({n row})"
 
 
-@dataclass(frozen=True)
-class Talk:
-    """One conversation. `cut` messages come before the answer; `options` go to the template."""
-
-    messages: list[Message]
-    cut: int
-    place: str
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def having(self, i: int, **keys: Any) -> Talk:
-        """The same with other keys in message i; None removes a key."""
-        changed = {key: value for key, value in {**self.messages[i], **keys}.items() if value is not None}
-        return replace(self, messages=[*self.messages[:i], changed, *self.messages[i + 1 :]])
-
-    def name(self, i: int) -> str:
-        return f"message {i + 1} ({self.messages[i]['role']})"
-
-
 class Chat:
     """Renders the conversations of one data set.
 
@@ -64,10 +47,11 @@ class Chat:
         tokenizer: has the chat template; None is refused at the first conversation.
         notes: what is no error and must be said is counted here.
         arrow: the rows come from a table (parquet, hub), which fills missing keys with null.
+        last_only: train on the last answer of a conversation, whatever the others are marked.
     """
 
-    def __init__(self, tokenizer: Any, notes: Notes, arrow: bool = False):
-        self.tokenizer, self.notes, self.arrow = tokenizer, notes, arrow
+    def __init__(self, tokenizer: Any, notes: Notes, arrow: bool = False, last_only: bool = False):
+        self.tokenizer, self.notes, self.arrow, self.last_only = tokenizer, notes, arrow, last_only
         name = str(getattr(tokenizer, "name_or_path", "") or "")
         name = Path(name).name if name.count("/") > 1 else name
         self.template = f"the chat template of {name}" if name else "the tokenizer's chat template"
@@ -78,13 +62,37 @@ class Chat:
     def has_template(self) -> bool:
         return bool(getattr(self.tokenizer, "chat_template", None))
 
-    def pair(self, head: list[Message], tail: list[Message], row: dict[str, Any], place: str) -> tuple[str, str]:
+    def conversation(self, messages: list[Message], row: dict[str, Any], place: str) -> Pair:
+        """A whole conversation: all its answers are trained on, but those that are marked not to be.
+
+        What stands behind the last trained answer is cut off: nothing of it is context of a target.
+        """
+        if self.last_only:
+            if sum(message["role"] == "assistant" for message in messages) > 1:
+                self.notes.add(LAST_ONLY, place)
+            return self.pair(messages[:-1], messages[-1:], row, place)
+        answers = trained(messages, place)
+        if answers[-1] < len(messages) - 1:
+            self.notes.add(CUT, place)
+        last = answers[-1]
+        return self.pair(messages[:last], messages[last : last + 1], row, place, answers[:-1])
+
+    def pair(
+        self,
+        head: list[Message],
+        tail: list[Message],
+        row: dict[str, Any],
+        place: str,
+        earlier: Sequence[int] | None = None,
+    ) -> Pair:
         """Render so that prompt + completion is exactly the whole conversation.
 
         Args:
             head: the messages before the answer.
             tail: the answer, one message of the assistant.
             row: the columns; tools, documents and chat_template_kwargs are passed on.
+            earlier: which of `head` are answers that are trained on too; None: the completion is, whatever the
+                template marks.
 
         Raises:
             DataError: the template refuses the conversation, loses a part of it or changes the answer.
@@ -95,16 +103,34 @@ class Chat:
         if [m["role"] for m in tail] != ["assistant"]:
             what = f"{place}: the completion is not one message of the assistant, and all of it would be trained on."
             raise DataError(what, "Put what comes before the answer into the prompt; make a row of each answer.")
-        talk = Talk([self._plain(m, place) for m in head + tail], len(head), place)
+        talk = Talk(
+            [self._plain(m, place) for m in head + tail],
+            (*(earlier or ()), len(head)),
+            place,
+            each=earlier is not None,
+        )
         talk = replace(talk, options=self._options(row, place))
         self._check_flags(talk)
         self._check_blank(talk)
         talk, prompt, whole = self._texts(talk)
         if not whole.startswith(prompt):
-            raise DataError(*_not_appending(place, prompt, whole))
+            raise DataError(*not_appending(place, prompt, whole))
+        turns = self._turns(talk, prompt, whole)
         self._check_options(talk, prompt, whole)
-        self._check_messages(talk, prompt, whole)
-        return Rendered(prompt), whole[len(prompt) :]
+        said = [whole[turn.start : turn.end] for turn in turns]
+        said = said if len(said) == len(talk.answers) else [whole] * len(talk.answers)
+        self._check_messages(talk, prompt, whole, said)
+        one = len(turns) == 1 and turns[0].start == len(prompt)
+        return Pair(Rendered(prompt), whole[len(prompt) :], () if one else tuple(turns))
+
+    def _turns(self, talk: Talk, prompt: str, whole: str) -> list[Turn]:
+        """Where each trained answer stands in the text: as the template marks it, else found by its prefixes."""
+        if not talk.each:
+            return [Turn(len(prompt), len(whole))]
+        marked = marks(talk, whole, self.tokenizer)
+        if marked is not None:
+            return marked
+        return prefixes(talk, whole, lambda count, next_: self._render(talk, count, next_), self.template)
 
     # What is passed on.
 
@@ -159,18 +185,12 @@ class Chat:
 
     def _check_flags(self, talk: Talk) -> None:
         for i, message in enumerate(talk.messages):
-            for key in FLAGS if len(message) > 2 else ():
-                value = message.get(key)
-                if value is None:
-                    continue
-                if not isinstance(value, int | float) or value not in (0, 1):
-                    what = f"{talk.place}: {talk.name(i)} has the {key} {value!r}; known are 0, 1, false and true."
-                    raise DataError(what, "Remove the key, or the row.")
-                if i < talk.cut and value:
-                    self.notes.add(FLAGGED, talk.place)
-                if i >= talk.cut and not value:
-                    what = f"{talk.place}: the answer is marked not to be trained on ({key} {value})."
-                    raise DataError(what, f"Remove the row, or the key {key!r} if the answer is to be trained on.")
+            flag = flag_of(message, i, talk.place)
+            if flag and flag[1] and i not in talk.answers:
+                self.notes.add(FLAGGED if message["role"] == "assistant" else OTHERS, talk.place)
+            if flag and not flag[1] and i in talk.answers:
+                what = f"{talk.place}: the answer is marked not to be trained on ({flag[0]} {flag[1]})."
+                raise DataError(what, f"Remove the row, or the key {flag[0]!r} if the answer is to be trained on.")
 
     def _check_blank(self, talk: Talk) -> None:
         """An empty answer trains the model to stop at once."""
@@ -178,7 +198,7 @@ class Chat:
         for i, message in enumerate(talk.messages):
             if message.get("content", "").replace(end, "").strip() or message.get("tool_calls"):
                 continue
-            if i >= talk.cut:
+            if i in talk.answers:
                 what = f"{talk.place}: the answer, {talk.name(i)}, is empty: the model would learn to say nothing."
                 raise DataError(what, "Remove the row or fill it in.")
             self.notes.add(EMPTY, talk.place)
@@ -199,7 +219,7 @@ class Chat:
             prompt, whole = self._both(talk)
         except Exception as error:  # a template is somebody's program and raises what it likes
             return self._otherwise(talk, error)
-        if texts := _arguments(talk, str):
+        if texts := arguments(talk, str):
             return self._as_objects(talk, prompt, whole, texts)
         return talk, prompt, whole
 
@@ -209,7 +229,7 @@ class Chat:
         Most templates turn arguments into JSON themselves, and text into JSON is quoted once more.
         """
         try:
-            objects = _spelled(talk, lambda text: parsed(text, talk.place), str)
+            objects = respelled(talk, lambda text: parsed(text, talk.place), str)
             other = self._both(objects)
         except Exception:  # no JSON, or a template that wants text
             return talk, prompt, whole
@@ -226,7 +246,7 @@ class Chat:
         filled = replace(talk, messages=[{"content": "", **m} for m in talk.messages])
         for kind, note in ((None, ""), (dict, AS_JSON), (str, AS_OBJECTS)):
             try:
-                other = _spelled(filled, _json(kind, talk.place), kind) if kind else filled
+                other = respelled(filled, in_json(kind, talk.place), kind) if kind else filled
                 texts = self._both(other)
             except Exception:  # the first error is about what the user wrote
                 continue
@@ -252,7 +272,7 @@ class Chat:
         errors = [self._error(replace(talk, messages=talk.messages[: n + 1])) for n in range(len(talk.messages))]
         if said in errors and not any(errors[: errors.index(said)]):
             return errors.index(said)
-        without = [self._error(replace(talk, messages=_without(talk.messages, n))) for n in range(len(talk.messages))]
+        without = [self._error(replace(talk, messages=all_but(talk.messages, n))) for n in range(len(talk.messages))]
         return without.index("") if without.count("") == 1 else None
 
     def _error(self, talk: Talk) -> str:
@@ -283,11 +303,11 @@ class Chat:
     def _option_shows(self, talk: Talk, name: str, prompt: str, whole: str) -> bool:
         value = talk.options[name]
         if name in OPTIONS:
-            texts = list(_leaves([item.get("function", item).get("name") if name == "tools" else item
+            texts = list(leaves([item.get("function", item).get("name") if name == "tools" else item
                                   for item in value if isinstance(item.get("function", item), dict)]))  # fmt: skip
-            if self._seen.get((name, "")) and texts and all(_stands(text, prompt) for text in texts):
+            if self._seen.get((name, "")) and texts and all(stands(text, prompt) for text in texts):
                 return True
-            rest: list[Any] = [_without(value, k) or None for k in range(len(value))]
+            rest: list[Any] = [all_but(value, k) or None for k in range(len(value))]
             shows = all(self._other(talk, name, fewer, prompt, whole) for fewer in rest)
             self._seen[name, ""] = shows
             return shows
@@ -305,10 +325,12 @@ class Chat:
         except Exception:
             return True
 
-    def _check_messages(self, talk: Talk, prompt: str, whole: str) -> None:
+    def _check_messages(self, talk: Talk, prompt: str, whole: str, said: list[str]) -> None:
+        """said: the text that is trained on, of each of the talk's answers."""
         at = 0  # contents stand in the order of the messages, so the search goes on behind the last one
-        told = [_keys(message) for message in talk.messages]
-        for i, (message, keys, kind) in enumerate(zip(talk.messages, told, _kinds(talk, told), strict=True)):
+        said_by = dict(zip(talk.answers, said, strict=True))
+        filled = [keys_of(message) for message in talk.messages]
+        for i, (message, keys, kind) in enumerate(zip(talk.messages, filled, kinds_of(talk, filled), strict=True)):
             if kind not in self._gone:
                 self._gone[kind] = {key for key in keys if self._vanishes(talk, i, key, whole)}
                 self._check_role(talk, i, whole)
@@ -317,17 +339,17 @@ class Chat:
                 if key != "content":
                     self._check_key(talk, i, key, whole, gone)
                     continue
-                how, end = (
-                    _find(message["content"], whole, at) if i < talk.cut else _answer(message, whole, at, prompt)
-                )
+                last = i == talk.cut
+                how, end = find_answer(message, whole, at, prompt) if last else find(message["content"], whole, at)
                 if gone or not how:
                     self._check_lost(talk, i, whole)
                 at = end
-                if i < talk.cut:
-                    self._note_change(talk, how)
+                if i in said_by:
+                    self._check_answer(talk, i, how, said_by[i])
                 else:
-                    self._check_answer(talk, how, whole[len(prompt) :])
-        self._note_thinking(talk, whole[len(prompt) :])
+                    self._note_change(talk, how)
+        for i, text in said_by.items():
+            self._note_thinking(talk, i, text)
 
     def _check_role(self, talk: Talk, i: int, whole: str) -> None:
         """A message of the system or a tool must not look like one of the assistant."""
@@ -338,7 +360,7 @@ class Chat:
 
     def _check_key(self, talk: Talk, i: int, key: str, whole: str, gone: bool) -> None:
         value, soft = talk.messages[i][key], self._is_soft(talk, i, key)
-        shown = all(_stands(text, whole) for text in _leaves(_told(key, value)))
+        shown = all(stands(text, whole) for text in leaves(told_by(key, value)))
         if gone and soft:
             lost = not shown or key not in THINKING
         else:
@@ -346,7 +368,7 @@ class Chat:
         if not lost:
             return
         if key in LINKS:
-            _check_link(talk, i)
+            check_link(talk, i)
         if not soft:
             what = f"{talk.place}: {self.template} writes nothing, or not all, of {key!r} of {talk.name(i)}."
             raise DataError(what, f"Use a model whose template writes it, or remove it from the data. {AS_TEXT}")
@@ -356,7 +378,7 @@ class Chat:
     def _is_soft(self, talk: Talk, i: int, key: str) -> bool:
         """What may leave no trace, with a note."""
         if key in THINKING:
-            return i < talk.cut  # most templates leave earlier thinking out on purpose
+            return i not in talk.answers  # most templates leave earlier thinking out on purpose
         return key in BOOKKEEPING | LINKS or (key == "name" and talk.messages[i]["role"] == "tool")
 
     def _vanishes(self, talk: Talk, i: int, key: str, whole: str) -> bool:
@@ -366,7 +388,7 @@ class Chat:
             ends = (value + MARK, *([] if "</think>" in value else [MARK + value]))  # earlier thinking may go
             return any(self._same(talk.having(i, content=other), whole) for other in ends)
         if key == "tool_calls":
-            return any(self._same(talk.having(i, tool_calls=calls), whole) for calls in _other_calls(value))
+            return any(self._same(talk.having(i, tool_calls=calls), whole) for calls in other_calls(value))
         without: dict[str, Any] = dict.fromkeys(THINKING if key in THINKING else (key,))
         others = [without, {key: value + MARK}] if isinstance(value, str) and key not in THINKING else [without]
         return all(self._same(talk.having(i, **other), whole) for other in others)
@@ -374,199 +396,35 @@ class Chat:
     def _check_lost(self, talk: Talk, i: int, whole: str) -> None:
         """Refuse a content that leaves no trace, or the end of which leaves none."""
         content = talk.messages[i]["content"]
-        if i < talk.cut and "</think>" in content and not content.split("</think>")[-1].strip():
+        if i not in talk.answers and "</think>" in content and not content.split("</think>")[-1].strip():
             return
         if self._vanishes(talk, i, "content", whole):
-            what = f"{talk.place}: {self.template} writes nothing, or not all, of {talk.name(i)}: {_short(content)}."
+            what = f"{talk.place}: {self.template} writes nothing, or not all, of {talk.name(i)}: {short(content)}."
             raise DataError(what, "Use a model whose template writes it, or move its text into another message.")
 
     def _note_change(self, talk: Talk, how: str) -> None:
         if how in ("rest", ""):
             self.notes.add(THOUGHTS if how else REWRITTEN, talk.place)
 
-    def _check_answer(self, talk: Talk, how: str, completion: str) -> None:
-        """The answer must be trained as the row has it; blanks around it and around thinking may change."""
-        message = talk.messages[-1]
-        content = message["content"]
+    def _check_answer(self, talk: Talk, i: int, how: str, completion: str) -> None:
+        """An answer must be trained as the row has it; blanks around it and around thinking may change."""
+        content = talk.messages[i]["content"]
         if how == "rest":
             what = f"{talk.place}: {self.template} leaves the thinking out of the answer that is trained on."
             raise DataError(what, f"Use a model whose template keeps it, or remove the thinking. {AS_TEXT}")
         if how not in ("whole", "parts"):
-            what = f"{talk.place}: {self.template} changes the answer: the row has {_short(content)}, "
-            raise DataError(what + f"and {_short(completion)} would be trained on.", f"Use another model. {AS_TEXT}")
+            what = f"{talk.place}: {self.template} changes the answer: the row has {short(content)}, "
+            raise DataError(what + f"and {short(completion)} would be trained on.", f"Use another model. {AS_TEXT}")
         if content not in completion and not (content.startswith("<think>") and how == "whole"):
             self.notes.add(TRIMMED, talk.place)
 
-    def _note_thinking(self, talk: Talk, completion: str) -> None:
+    def _note_thinking(self, talk: Talk, i: int, completion: str) -> None:
         """Some templates put empty thinking before an answer that has none, and so train not to think."""
-        message = talk.messages[-1]
+        message = talk.messages[i]
         content = message.get("content", "").strip()
-        names = [f.get("name") for f in _functions(message.get("tool_calls", ()))]
+        names = [f.get("name") for f in functions(message.get("tool_calls", ()))]
         before = completion.partition(content or str(names[0] if names else ""))[0]
         thought = re.search(r"(<think>\s*)?</think>", before)
         if thought and "</think>" not in content and not any(message.get(key) for key in THINKING):
             text = f"the chat template puts {thought[0]!r} before {{n answer}}, and it is trained on"
             self.notes.add(text, talk.place)
-
-
-# Kinds of messages and their parts.
-
-
-def _keys(message: Message) -> list[str]:
-    """The keys that say something: filled, no marks for training, one of those for thinking."""
-    keys = [key for key, value in message.items() if key not in SILENT and _filled(value)]
-    thoughts = [key for key in keys if key in THINKING] if len(keys) > 1 else []
-    return [key for key in keys if key not in thoughts[1:]] if thoughts else keys
-
-
-def _filled(value: Any) -> bool:
-    return bool(value.strip()) if isinstance(value, str) else bool(value)
-
-
-def _kinds(talk: Talk, told: list[list[str]]) -> Iterator[tuple]:
-    """What a template can tell messages apart by, beside their text: position, neighbours, keys, options."""
-    roles = ["", *(message["role"] for message in talk.messages), ""]
-    asked = max((i for i, role in enumerate(roles) if role == "user"), default=0) - 1  # the last question
-    options = tuple(sorted(talk.options))
-    for i, keys in enumerate(told):
-        yield (*roles[i : i + 3], i >= talk.cut, i > asked, tuple(keys), options)
-
-
-def _functions(calls: list[Any]) -> Iterator[dict[str, Any]]:
-    for call in calls:
-        function = call.get("function", call)
-        if isinstance(function, dict):
-            yield function
-
-
-def _without(items: list[Any], k: int) -> list[Any]:
-    return [*items[:k], *items[k + 1 :]]
-
-
-def _told(key: str, value: Any) -> Any:
-    """What of a key must stand in the text: of tool calls the names and arguments."""
-    return [[f.get("name"), f.get("arguments")] for f in _functions(value)] if key == "tool_calls" else value
-
-
-def _other_calls(calls: list[Any]) -> Iterator[list[Any]]:
-    """The calls without one of them, with another name, and with other arguments."""
-    for k, call in enumerate(calls):
-        yield _without(calls, k)
-        function = call.get("function", call)
-        if not isinstance(function, dict):
-            continue
-        for changed in ({"name": f"{function.get('name')}{MARK}"}, {"arguments": _marked(function.get("arguments"))}):
-            inner = {**function, **changed}
-            yield [*calls[:k], {**call, "function": inner} if "function" in call else inner, *calls[k + 1 :]]
-
-
-def _marked(value: Any) -> Any:
-    return {**value, MARK: MARK} if isinstance(value, dict) else f"{value or ''}{MARK}"
-
-
-def _arguments(talk: Talk, kind: type) -> list[Any]:
-    calls = [call for m in talk.messages for call in m.get("tool_calls", ())]
-    return [f["arguments"] for f in _functions(calls) if isinstance(f.get("arguments"), kind)]
-
-
-def _spelled(talk: Talk, spell: Any, kind: type) -> Talk:
-    """The same conversation with the arguments of that kind in another form."""
-
-    def other(call: dict[str, Any]) -> dict[str, Any]:
-        function = call.get("function", call)
-        if not isinstance(function, dict) or not isinstance(function.get("arguments"), kind):
-            return call
-        inner = {**function, "arguments": spell(function["arguments"])}
-        return {**call, "function": inner} if "function" in call else inner
-
-    messages = [
-        {**m, "tool_calls": [other(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m
-        for m in talk.messages
-    ]
-    return replace(talk, messages=messages)
-
-
-def _json(kind: type, place: str) -> Any:
-    """How arguments of that kind are written in the other form."""
-    return (lambda value: sound(value, place)) if kind is dict else (lambda text: parsed(text, place))
-
-
-def _check_link(talk: Talk, i: int) -> None:
-    """Where the ids of calls are not written, only the order says which call a tool answers."""
-    first = i
-    while first and talk.messages[first - 1]["role"] == "tool":
-        first -= 1
-    calls = talk.messages[first - 1].get("tool_calls", []) if first else []
-    ids = [call.get("id") for call in calls]
-    own = talk.messages[i].get("tool_call_id")
-    if own in ids and ids.index(own) != i - first:
-        what = f"{talk.place}: {talk.name(i)} answers call {own!r} out of turn, and the chat template writes no ids."
-        raise DataError(what, "Put the answers of the tools in the order of the calls.")
-
-
-# Texts in texts.
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(item)
-    elif isinstance(value, str):
-        if value.strip():
-            yield value.strip()
-    elif value is not None and not isinstance(value, bool):
-        yield str(value)
-
-
-def _stands(text: str, whole: str) -> bool:
-    return text in whole or sound(text, "")[1:-1] in whole
-
-
-def _find(content: str, whole: str, at: int) -> tuple[str, int]:
-    """How a content stands in the text behind `at`, and where it ends.
-
-    "whole": all of it, blanks around it aside; "parts": all, blanks around the thinking aside; "rest": all but the
-    thinking; "": not so.
-    """
-    text = content.strip()
-    for form in (text, sound(text, "")[1:-1]) if whole.find(text, at) < 0 else (text,):
-        if (start := whole.find(form, at)) >= 0:
-            return "whole", start + len(form)
-    if "</think>" not in text:
-        return "", at
-    parts = [part.strip() for part in THINK.split(text) if part.strip()]
-    end = at
-    for part in parts:
-        start = whole.find(part, end)
-        if start < 0:
-            break
-        end = start + len(part)
-    else:
-        return "parts", end
-    rest = text.split("</think>")[-1].strip()
-    start = whole.find(rest, at)
-    return ("rest", start + len(rest)) if start >= 0 else ("", at)
-
-
-def _answer(message: Message, whole: str, at: int, prompt: str) -> tuple[str, int]:
-    """The same for the answer, which stands behind the prompt; the prompt may have opened the thinking already."""
-    content = message["content"]
-    found = _find(content, whole, max(at, len(prompt)))
-    if found[0] not in ("whole", "parts") and content.lstrip().startswith("<think>"):
-        again = _find(content, whole, at)
-        return again if again[0] in ("whole", "parts") else found
-    return found
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
-
-
-def _not_appending(place: str, prompt: str, whole: str) -> tuple[str, str]:
-    same = next((n for n, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
-    start = max(0, same - 10)
-    what = (
-        f"{place}: the tokenizer's chat template renders the prompt differently with its answer: "
-        f"{_short(prompt[start:])} before the answer, {_short(whole[start:])} with it."
-    )
-    return what, f"{TEMPLATES_CURE} Message data needs a template that only appends."

@@ -224,7 +224,7 @@ def _turn(sources: Sequence[Source], used: Sequence[float], total: dict[str, flo
     return min(ready, key=lambda i: (1 - edge - behind[i]) / share[i])
 
 
-def _shuffled(rows: Sequence[TokenRow], key: str) -> list[TokenRow]:
-    out = list(rows)
-    random.Random(key).shuffle(out)  # a string seed is hashed by sha512: the same on every machine
-    return out
+def _shuffled(rows: Sequence[TokenRow], key: str) -> Iterator[TokenRow]:
+    order = list(range(len(rows)))
+    random.Random(key).shuffle(order)  # a string seed is hashed by sha512: the same on every machine
+    return (rows[n] for n in order)  # one at a time: they may lie on disk

@@ -10,13 +10,14 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from holdfast.data.jsontext import DECODER, SYNTAX, Bent
 from holdfast.data.messages import kind_of
 from holdfast.errors import DataError, pip_install, suggest
-from holdfast.recipe import FILE_KINDS, SHIPPED, Source, locate
+from holdfast.recipe import FILE_KINDS, SHIPPED, TEXT_KINDS, Source, locate
 
 DATA_DIR = Path(__file__).parent / "shipped"  # behind holdfast:<file>
 
@@ -25,10 +26,9 @@ Record = tuple[str, dict[str, Any]]  # place (file:line) and columns
 
 def records_of(source: Source, base_dir: Path) -> tuple[Iterable[Record], bool]:
     """The rows, and whether they come from a table, which fills missing keys with null."""
-    if source.path.startswith(SHIPPED):
-        path: Path | None = _shipped(source.path.removeprefix(SHIPPED))
-    else:
-        path = locate(source.path, base_dir)
+    path = source_file(source, base_dir)
+    if path and path.is_dir() and (documents := _documents(path)):
+        return documents, False
     if path is None or path.is_dir():
         return _from_hub(source, path, base_dir), True
     for key in ("name", "split", "revision"):
@@ -36,6 +36,13 @@ def records_of(source: Source, base_dir: Path) -> tuple[Iterable[Record], bool]:
             what = f"{source.path} is one file, and {key} {getattr(source, key)!r} has no meaning for it."
             raise DataError(what, f"Remove {key}.")
     return _from_file(path), path.suffix == ".parquet"
+
+
+def source_file(source: Source, base_dir: Path) -> Path | None:
+    """The local file or folder of a source; None for a name on the hub."""
+    if source.path.startswith(SHIPPED):
+        return _shipped(source.path.removeprefix(SHIPPED))
+    return locate(source.path, base_dir)
 
 
 def _shipped(name: str) -> Path:
@@ -51,13 +58,28 @@ def _from_file(path: Path) -> Iterator[Record]:
     if path.suffix in (".csv", ".tsv"):
         return _read_csv(read_text(path), path.name, "\t" if path.suffix == ".tsv" else ",")
     if path.suffix == ".jsonl":
-        return read_jsonl(read_text(path), path.name)
+        return _jsonl(_lines(path), path.name)
     if path.suffix == ".json":
         return _read_json(read_text(path), path.name)
     if path.suffix == ".parquet":
         return _read_parquet(path)
+    if path.suffix in TEXT_KINDS:
+        return _document(path, path.name)
     what = f"{path.name}: files of kind {path.suffix or '(no suffix)'} cannot be read."
     raise DataError(what, f"Use one of {', '.join(FILE_KINDS)}.")
+
+
+def _documents(folder: Path) -> Iterator[Record] | None:
+    """The documents of a folder that holds nothing else, by name; None for another folder."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    if not files or any(p.suffix not in TEXT_KINDS for p in files):
+        return None
+    return chain.from_iterable(_document(p, p.relative_to(folder).as_posix()) for p in files)
+
+
+def _document(path: Path, name: str) -> Iterator[Record]:
+    """A file that is one text."""
+    yield f"{name}:1", {"text": read_text(path)}
 
 
 def read_text(path: Path) -> str:
@@ -80,8 +102,31 @@ def _record(value: Any, place: str) -> Record:
     return place, value
 
 
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a file, one after the other: a large file is never in memory whole."""
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                yield _decoded(raw, path.name, number)
+    except OSError as error:
+        raise DataError(f"{path.name}: cannot be read ({error.strerror}).", "Check its permissions.") from None
+
+
+def _decoded(raw: bytes, name: str, line: int) -> str:
+    if line == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{name}:1: UTF-16 text, not UTF-8.", "Save the file as UTF-8.")
+    try:
+        return raw.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError:
+        raise DataError(f"{name}:{line}: not UTF-8 text.", "Save the file as UTF-8.") from None
+
+
 def read_jsonl(text: str, name: str) -> Iterator[Record]:
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut at U+2028 inside a string
+    return _jsonl(text.split("\n"), name)  # splitlines() would cut at U+2028 inside a string
+
+
+def _jsonl(lines: Iterable[str], name: str) -> Iterator[Record]:
+    for number, line in enumerate(lines, 1):
         if line.strip():
             place = f"{name}:{number}"
             try:

@@ -3,19 +3,24 @@
 Nothing is guessed in silence: a row that does not fit is refused by file and line.
 """
 
+import hashlib
 import random
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from holdfast.data.chat import Chat
 from holdfast.data.notes import Notes
 from holdfast.data.readers import records_of
+from holdfast.data.rendered import Turn
 from holdfast.data.schemas import detected, sound, templated
 from holdfast.errors import DataError, suggest
 from holdfast.recipe import Source
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -27,12 +32,14 @@ class Row:
         completion: what it must say. A chat turn keeps the template's own end token and newline.
         source: name of the data set in a mix.
         where: file:line, or data set[split]:number for what has no lines.
+        turns: which characters of prompt + completion are trained on; () is the completion.
     """
 
     prompt: str
     completion: str
     source: str = "task"
     where: str = ""
+    turns: tuple[Turn, ...] = ()
 
 
 def read_rows(
@@ -44,6 +51,7 @@ def read_rows(
     tokenizer: Any = None,
     source: str = "task",
     notes: list[str] | None = None,
+    last_only: bool = False,
 ) -> list[Row]:
     """Read one data set into rows, in file order.
 
@@ -55,22 +63,17 @@ def read_rows(
         tokenizer: renders chats with its chat template; needed for message data only.
         source: copied into every row.
         notes: what is no error and must be said is added here, one sentence each with its count; None warns.
+        last_only: train on the last answer of a conversation only.
 
     Raises:
         DataError: no such data, an empty set, or a row that does not fit; names file and line.
     """
-    where_from = spec if isinstance(spec, Source) else Source.model_validate(spec)
-    if (prompt is None) != (completion is None):
-        raise DataError("One of prompt and completion is a template and the other is not.", "Give both.")
-    found, arrow = records_of(where_from, Path(base_dir))
-    records, said = list(found), Notes()
-    if not records:
-        raise DataError(f"{where_from.path}: holds no rows.", "Check the path and the split.")
-    if prompt is None or completion is None:
-        build = detected(records[0], Chat(tokenizer, said, arrow), said)
-    else:
-        build = templated(prompt, completion, said)
-    rows = [Row(*sound(build(columns, place), place, said), source, place) for place, columns in records]
+    where_from, said = spec if isinstance(spec, Source) else Source.model_validate(spec), Notes()
+    read = each_row(
+        where_from, said, prompt=prompt, completion=completion, base_dir=Path(base_dir), tokenizer=tokenizer,
+        source=source, last_only=last_only,
+    )  # fmt: skip
+    rows = list(read)
     if notes is not None:
         notes += said.lines()
     elif lines := said.lines():
@@ -78,15 +81,44 @@ def read_rows(
     return rows
 
 
-def split(rows: Sequence[Row], size: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Cut `size` rows (fraction below 1, else count) off by seed; both parts keep the order of `rows`.
+def each_row(
+    spec: Source,
+    said: Notes,
+    *,
+    prompt: str | None,
+    completion: str | None,
+    base_dir: Path,
+    tokenizer: Any,
+    source: str = "task",
+    last_only: bool = False,
+) -> Iterator[Row]:
+    """`read_rows`, one row after the other; what must be said of them is counted in `said`."""
+    if (prompt is None) != (completion is None):
+        raise DataError("One of prompt and completion is a template and the other is not.", "Give both.")
+    found, arrow = records_of(spec, base_dir)
+    records = iter(found)
+    first = next(records, None)
+    if first is None:
+        raise DataError(f"{spec.path}: holds no rows.", "Check the path and the split.")
+    if prompt is None or completion is None:
+        build = detected(first, Chat(tokenizer, said, arrow, last_only), said)
+    else:
+        build = templated(prompt, completion, said)
+    for place, columns in chain([first], records):
+        pair = sound(build(columns, place), place, said)
+        yield Row(pair.prompt, pair.completion, source, place, pair.turns)
 
-    Rows with the same prompt and completion stay on one side, so the cut may be a little smaller than asked.
+
+def split(rows: Sequence[Row], size: float, seed: int) -> tuple[list[int], list[int]]:
+    """Cut `size` rows (fraction below 1, else count) off by seed: the numbers of those that stay and of those cut off.
+
+    Both parts keep the order of `rows`. Rows with the same prompt and completion stay on one side, so the cut may be a
+    little smaller than asked.
     """
     asked = int(size) if size >= 1 else max(1, round(size * len(rows))) if size > 0 else 0
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[bytes, list[int]] = {}
     for i, row in enumerate(rows):
-        groups.setdefault((row.prompt, row.completion), []).append(i)
+        groups.setdefault(identity(row), []).append(i)
     order = list(groups.values())
     random.Random(seed).shuffle(order)
     cut: set[int] = set()
@@ -96,25 +128,36 @@ def split(rows: Sequence[Row], size: float, seed: int) -> tuple[list[Row], list[
     if asked and not 0 < len(cut) < len(rows):
         what = f"Cannot cut {asked} of {len(rows)} rows ({len(groups)} distinct) and leave rows on both sides."
         raise DataError(what, "Change data.validation_size, or give a validation file.")
-    return [r for i, r in enumerate(rows) if i not in cut], [r for i, r in enumerate(rows) if i in cut]
+    return [i for i in range(len(rows)) if i not in cut], sorted(cut)
 
 
-def cap(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
-    """Draw `count` rows by seed (None: all, in order). A smaller draw is the start of a larger one."""
+def identity(row: Row) -> bytes:
+    """What a row says, in 16 bytes."""
+    return hashlib.blake2b(f"{len(row.prompt)} {row.prompt}{row.completion}".encode(), digest_size=16).digest()
+
+
+def cap(numbers: Sequence[Item], count: int | None, seed: int) -> list[Item]:
+    """Draw `count` of them by seed (None: all, in order). A smaller draw is the start of a larger one."""
+    order = list(numbers)
     if count is None:
-        return list(rows)
-    order = list(rows)
+        return order
     random.Random(seed).shuffle(order)
     return order[:count]
 
 
-def labels_of(rows: Sequence[Row], most: int = 50) -> tuple[str, ...] | None:
+def labels_of(rows: Iterable[Row], most: int = 50) -> tuple[str, ...] | None:
     """Return the distinct completions by first appearance, or None for a free-form task.
 
     A task has labels when there are at most `most` of them, each used three times on average (ours).
     """
-    labels = tuple(dict.fromkeys(row.completion for row in rows))
-    return labels if labels and len(labels) <= most and len(rows) >= 3 * len(labels) else None
+    labels: dict[str, None] = {}
+    count = 0
+    for row in rows:
+        count += 1
+        labels[row.completion] = None
+        if len(labels) > most:
+            return None
+    return tuple(labels) if labels and count >= 3 * len(labels) else None
 
 
 def check_labels(train_labels: Sequence[str] | None, rows: Iterable[Row]) -> None:
@@ -132,5 +175,7 @@ def check_labels(train_labels: Sequence[str] | None, rows: Iterable[Row]) -> Non
 
 def leaks(train: Iterable[Row], test: Iterable[Row]) -> int:
     """Count the test rows whose prompt (for plain text: whose text) is also a training row's."""
-    seen = {row.prompt or row.completion for row in train}
-    return sum((row.prompt or row.completion) in seen for row in test)
+    asked = [row.prompt or row.completion for row in test]
+    wanted = set(asked)
+    seen = wanted & {text for row in train if (text := row.prompt or row.completion) in wanted}
+    return sum(text in seen for text in asked)

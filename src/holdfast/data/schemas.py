@@ -9,12 +9,13 @@ from string import Formatter
 from typing import Any
 from unicodedata import category
 
-from holdfast.data.chat import LAST_ONLY, OPTIONS, Chat
+from holdfast.data.chat import OPTIONS, Chat
 from holdfast.data.jsontext import Written
 from holdfast.data.messages import TEMPLATES_CURE, Message, kind_of, messages_of
 from holdfast.data.notes import BOOKKEEPING as NOTES
 from holdfast.data.notes import Notes
 from holdfast.data.readers import ClassNumber, Record
+from holdfast.data.rendered import Pair
 from holdfast.errors import DataError, suggest
 from holdfast.recipe import template_columns
 
@@ -30,12 +31,12 @@ SHAREGPT |= {"system": "system", "tool": "tool"}
 CARRIERS = {*OPTIONS, "functions", "function_call", "system", "history", "images", "image", "videos", "video"}
 CARRIERS |= {"audios", "audio", "reasoning_content", "reasoning", "thinking", "weight", "train", "chosen", "rejected"}
 
-Build = Callable[[dict[str, Any], str], tuple[str, str]]
+Build = Callable[[dict[str, Any], str], Pair]
 
 
-def sound(pair: tuple[str, str], place: str, notes: Notes) -> tuple[str, str]:
+def sound(pair: Pair, place: str, notes: Notes) -> Pair:
     """Refuse what no tokenizer or no loss can use."""
-    for side in pair:
+    for side in pair[:2]:
         try:
             side.encode()
         except UnicodeEncodeError as error:
@@ -56,12 +57,11 @@ def sound(pair: tuple[str, str], place: str, notes: Notes) -> tuple[str, str]:
 
 
 def templated(prompt: str, completion: str, notes: Notes) -> Build:
-    def build(columns: dict[str, Any], place: str) -> tuple[str, str]:
-        said = (
+    def build(columns: dict[str, Any], place: str) -> Pair:
+        return Pair(
             _filled(prompt, columns, place, "prompt", notes),
             _filled(completion, columns, place, "completion", notes),
         )
-        return said
 
     for template in (prompt, completion):
         template_columns(template)  # a broken template is refused before any row
@@ -131,7 +131,7 @@ def detected(first: Record, chat: Chat, notes: Notes) -> Build:
     }[schema]
     optional = {"input"} if schema == "alpaca" else set()
 
-    def build(row: dict[str, Any], at: str) -> tuple[str, str]:
+    def build(row: dict[str, Any], at: str) -> Pair:
         if missing := sorted(need - set(row)):
             what = f"{at}: no column {missing[0]!r}, which the first row ({place}) has."
             raise DataError(what, _near(missing[0], row))
@@ -208,29 +208,29 @@ def _string(row: dict[str, Any], name: str, place: str) -> str:
     return value
 
 
-def _text(row: dict[str, Any], place: str, chat: Chat) -> tuple[str, str]:
-    return "", _string(row, "text", place)
+def _text(row: dict[str, Any], place: str, chat: Chat) -> Pair:
+    return Pair("", _string(row, "text", place))
 
 
-def _prompt_completion(row: dict[str, Any], place: str, chat: Chat) -> tuple[str, str]:
+def _prompt_completion(row: dict[str, Any], place: str, chat: Chat) -> Pair:
     if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
         head, tail = (messages_of(row[name], place, name) for name in ("prompt", "completion"))
-        return _rendered(_with_system(head, row, place), tail, row, place, chat)
-    return _string(row, "prompt", place), _string(row, "completion", place)
+        return chat.pair(_with_system(head, row, place), tail, row, place)
+    return Pair(_string(row, "prompt", place), _string(row, "completion", place))
 
 
-def _chat(row: dict[str, Any], place: str, chat: Chat) -> tuple[str, str]:
-    return _last_turn(messages_of(row["messages"], place, "messages"), row, place, chat)
+def _chat(row: dict[str, Any], place: str, chat: Chat) -> Pair:
+    return _conversation(messages_of(row["messages"], place, "messages"), row, place, chat)
 
 
-def _sharegpt(row: dict[str, Any], place: str, chat: Chat) -> tuple[str, str]:
+def _sharegpt(row: dict[str, Any], place: str, chat: Chat) -> Pair:
     turns = row["conversations"]
     if not isinstance(turns, list) or not all(isinstance(t, dict) and "from" in t for t in turns):
         raise DataError(f"{place}: conversations is not a list of {{from, value}}.", TEMPLATES_CURE)
     for turn in turns:
         if not isinstance(turn["from"], str) or turn["from"] not in SHAREGPT:
             raise DataError(f"{place}: unknown speaker {turn['from']!r}.", f"Known: {', '.join(SHAREGPT)}.")
-    return _last_turn(messages_of([_turn(t) for t in turns], place, "conversations"), row, place, chat)
+    return _conversation(messages_of([_turn(t) for t in turns], place, "conversations"), row, place, chat)
 
 
 def _turn(turn: dict[str, Any]) -> Message:
@@ -238,7 +238,7 @@ def _turn(turn: dict[str, Any]) -> Message:
     return {**others, "role": SHAREGPT[turn["from"]], "content": turn.get("value")}
 
 
-def _alpaca(row: dict[str, Any], place: str, chat: Chat) -> tuple[str, str]:
+def _alpaca(row: dict[str, Any], place: str, chat: Chat) -> Pair:
     """A chat turn where the tokenizer has a chat template, else the Alpaca headings (Taori et al. 2023)."""
     ask, answer, given = (
         _string(row, "instruction", place),
@@ -254,19 +254,16 @@ def _alpaca(row: dict[str, Any], place: str, chat: Chat) -> tuple[str, str]:
         raise DataError(what, "Turn the rows into messages with roles.")
     if chat.has_template:
         turn = {"role": "user", "content": f"{ask}\n{given}" if given else ask}
-        return _rendered([turn], [{"role": "assistant", "content": answer}], row, place, chat)
+        return chat.pair([turn], [{"role": "assistant", "content": answer}], row, place)
     middle = f"### Input:\n{given}\n\n" if given else ""
-    return f"### Instruction:\n{ask}\n\n{middle}### Response:\n", answer
+    return Pair(f"### Instruction:\n{ask}\n\n{middle}### Response:\n", answer)
 
 
-def _last_turn(messages: list[Message], row: dict[str, Any], place: str, chat: Chat) -> tuple[str, str]:
+def _conversation(messages: list[Message], row: dict[str, Any], place: str, chat: Chat) -> Pair:
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         what = f"{place}: the messages do not end with an answer of the assistant to someone."
         raise DataError(what, "Cut the row after the assistant's last message, or remove it.")
-    messages = _with_system(messages, row, place)
-    if sum(message["role"] == "assistant" for message in messages) > 1:
-        chat.notes.add(LAST_ONLY, place)
-    return _rendered(messages[:-1], messages[-1:], row, place, chat)
+    return chat.conversation(_with_system(messages, row, place), row, place)
 
 
 def _with_system(messages: list[Message], row: dict[str, Any], place: str) -> list[Message]:
@@ -279,10 +276,3 @@ def _with_system(messages: list[Message], row: dict[str, Any], place: str) -> li
     if messages[0]["role"] == "system":
         raise DataError(f"{place}: a column 'system' and a message of the system.", "Keep one of the two.")
     return [{"role": "system", "content": text}, *messages]
-
-
-def _rendered(
-    head: list[Message], tail: list[Message], row: dict[str, Any], place: str, chat: Chat
-) -> tuple[str, str]:
-    """Render with the chat template, so that prompt + completion is exactly the whole conversation."""
-    return chat.pair(head, tail, row, place)

@@ -1,36 +1,56 @@
-"""The user's task: rows read and checked before anything long."""
+"""The user's task: rows read, checked and tokenised before anything long; once for the same content.
+
+What a start needs of 100,000 rows takes seconds the first time and is on disk afterwards, under a name made of all
+that decides it. So a start that finds it reads and checks nothing again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.metric import check_rows, chosen
+import numpy as np
+
+from holdfast.data.content import content_of
+from holdfast.data.metric import chosen
 from holdfast.data.own_metric import load_function
-from holdfast.data.rows import Row, cap, check_labels, labels_of, leaks, read_rows, split
-from holdfast.data.tokens import Encoder, tokenize_all
+from holdfast.data.prepare import Prepared, prepare
+from holdfast.data.rendered import Rendered
+from holdfast.data.rows import Row
+from holdfast.data.store import Texts, Tokens, open_texts
 from holdfast.engine.pack import TokenRow
-from holdfast.errors import DataError
+from holdfast.files import cache_dir, fresh_folder, newest
 from holdfast.recipe import Recipe
+
+DONE, MOST_KEPT = "task.json", 16  # what tells a whole folder; prepared tasks in the cache
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """The rows of one task.
+    """The rows of one task; those of training lie on disk.
 
-    labels: the closed set of completions, or None for free text. metric: its name (`data.metric.metric_of`).
+    Attributes:
+        labels: the closed set of completions, or None for free text.
+        key: identity of the training and test rows, by content.
+        metric: its name (`data.metric.metric_of`).
+        note: what is no error and must be said.
     """
 
     name: str
-    train: tuple[Row, ...]
+    train: Sequence[Row]
     validation: tuple[Row, ...]
     test: tuple[Row, ...]
     labels: tuple[str, ...] | None
-    token_rows: tuple[TokenRow, ...]
+    token_rows: Tokens
+    key: str
     metric: str
     note: str = ""
+    _all: Texts | None = None
+    _keeps: Any = None  # a folder that goes when the task does
 
     @property
     def chance(self) -> float | None:
@@ -40,76 +60,78 @@ class TaskData:
         given = [r.completion for r in self.test]
         return max(given.count(y) for y in self.labels) / len(given)
 
+    def place(self, row: TokenRow) -> str:
+        """Where a training row stands in its file; "" for one that a method made or changed."""
+        number = self.token_rows.find(row)
+        return "" if number is None or self._all is None else self._all.only([number])[0].where
 
-def read_task(recipe: Recipe, tokenizer: Any, base_dir: Path, longest: int, stops: Sequence[int] = ()) -> TaskData:
+
+def read_task(
+    recipe: Recipe,
+    tokenizer: Any,
+    base_dir: Path,
+    longest: int,
+    stops: Sequence[int] = (),
+    tell: Callable[[str], None] | None = None,
+) -> TaskData:
     """Read, cut, check and tokenise the task's data; every fault is found here, before any long work.
 
-    longest: positions the model reads; stops: tokens that end its generation, beside the tokenizer's own.
+    longest: positions the model reads; stops: tokens that end its generation, beside the tokenizer's own; tell: hears
+    how far it is.
     """
-    spec, seed = recipe.data, recipe.training.data_seed
-    seed = recipe.training.seed if seed is None else seed
 
-    notes: list[str] = []
+    if ":" in (recipe.data.metric or ""):
+        load_function(str(recipe.data.metric), base_dir)  # what is wrong with it shows now
 
-    def read(source: Any) -> list[Row]:
-        return read_rows(
-            source,
-            prompt=spec.prompt,
-            completion=spec.completion,
-            base_dir=base_dir,
-            tokenizer=tokenizer,
-            notes=notes,
-        )
+    def go(folder: Path) -> None:
+        found = prepare(folder, recipe, tokenizer, base_dir, longest, stops, tell)
+        _write(folder, found)
 
-    train = read(spec.train)
-    labels = labels_of(train)
-    validation = read(spec.validation) if spec.validation else None
-    test = read(spec.test) if spec.test else None
-    if validation is None and spec.validation_size:
-        train, validation = split(train, spec.validation_size, seed)
-    if test is None:
-        test = validation or []
-        notes.append("no test set was given: the validation rows are reported")
-    metric = chosen(spec.metric, labels)
-    if ":" in metric:
-        load_function(metric, base_dir)  # what is wrong with it shows now
-    closed = labels if metric == "accuracy" else None
-    for rows in (validation or [], test):
-        check_labels(closed, rows)
-        check_rows(metric, rows)
-    train, test = cap(train, spec.train_size, seed), cap(test, spec.test_size, seed)
-    if not test:
-        raise DataError(f"The test split of {spec.name} is empty.", "Give data.test or data.validation_size.")
-    shared = leaks(train, test)
-    if shared:
-        notes.append(f"{shared} test prompts also stand in train")
-    most = min(spec.max_length, longest)
-    tokens = tuple(tokenize_all(train, tokenizer, most, stops=stops, notes=notes))
-    tokenize_all([*(validation or ()), *test], tokenizer, most, stops=stops)
-    encoder = Encoder(tokenizer, stops)
-    _check_told_apart(train, closed, encoder)
-    if encoder.ends_texts:
-        notes.append("the tokenizer ends every text, prompts too; here it ends answers only, as in the exported one")
+    key = content_of(recipe, tokenizer, base_dir, [longest, *stops])
+    if key is None:
+        kept = tempfile.TemporaryDirectory(dir=cache_dir(), prefix="rows-")
+        go(Path(kept.name))
+        return _opened(Path(kept.name), recipe.data.name, kept)
+    folder = cache_dir() / "rows" / key
+    if not (folder / DONE).is_file():
+        with fresh_folder(folder, replace=False) as part:
+            go(part)
+        newest(folder.parent, MOST_KEPT)
+    return _opened(folder, recipe.data.name, None)
+
+
+def _write(folder: Path, found: Prepared) -> None:
+    np.save(folder / "train.npy", np.asarray(found.train, dtype=np.int64))
+    said = {name: [_plain(row) for row in getattr(found, name)] for name in ("validation", "test")}
+    said |= {"labels": found.labels, "note": "; ".join(dict.fromkeys(found.notes)), "key": found.key}
+    said["metric"] = found.metric
+    (folder / DONE).write_text(json.dumps(said), encoding="utf-8")
+
+
+def _plain(row: Row) -> list[Any]:
+    return [row.prompt, row.completion, row.where, isinstance(row.prompt, Rendered)]
+
+
+def _row(prompt: str, completion: str, where: str, rendered: bool) -> Row:
+    return Row(Rendered(prompt) if rendered else prompt, completion, where=where)
+
+
+def _opened(folder: Path, name: str, keeps: Any) -> TaskData:
+    """The task that a folder holds."""
+    said, train = json.loads((folder / DONE).read_text(encoding="utf-8")), np.load(folder / "train.npy")
+    texts, tokens = open_texts(folder), Tokens(folder)
+    ours = np.flatnonzero(np.isin(tokens.of, train))
+    labels = None if said["labels"] is None else tuple(said["labels"])
     return TaskData(
-        spec.name,
-        tuple(train),
-        tuple(validation or ()),
-        tuple(test),
+        name,
+        texts.only(train),
+        tuple(_row(*row) for row in said["validation"]),
+        tuple(_row(*row) for row in said["test"]),
         labels,
-        tokens,
-        metric,
-        "; ".join(dict.fromkeys(notes)),
+        Tokens(folder, chosen=ours),
+        said["key"],
+        chosen(said["metric"], labels),  # its package may be gone
+        said["note"],
+        texts,
+        keeps,
     )
-
-
-def _check_told_apart(rows: Sequence[Row], labels: Sequence[str] | None, encoder: Encoder) -> None:
-    """Raise DataError for two labels that are the same tokens (a lower-casing tokenizer, characters it lacks)."""
-    written = encoder.join([(rows[0].prompt, label) for label in labels or ()], end=True)
-    seen: dict[tuple[int, ...], str] = {}
-    for label, tokens in zip(labels or (), written, strict=True):
-        twin = seen.setdefault(tuple(tokens.answer), label)
-        if twin != label:
-            what = (
-                f"The labels {twin!r} and {label!r} are the same tokens for this tokenizer, so no model can tell them."
-            )
-            raise DataError(what, "Rename one of them, or use a model whose tokenizer writes both.")

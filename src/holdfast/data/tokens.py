@@ -1,258 +1,22 @@
-"""From text to tokens: the one place that decides how a text begins, where its answer begins, and how it ends.
-
-Training, scoring and generation all ask the same `Encoder`, so what is trained is what is scored and what inference
-sees. Three questions, asked apart:
-
-    begin     a text gets what the tokenizer puts before every text (BOS), unless its tokens begin with it already; one
-              that a chat template wrote (`Rendered`) holds its own special tokens and gets nothing.
-    boundary  the prompt's tokens are those of the prompt alone, as inference will see them. The answer's are what
-              prompt + answer adds to them. Where a token would span both, the answer is tokenised apart, so that
-              prompt and answer still read as the whole text.
-    end       an answer ends with the end-of-text token, unless it ends with a token that stops generation already. A
-              prompt never does, whatever the tokenizer appends to texts by itself.
-"""
+"""Rows of text into rows of tokens, as `encoder` cuts them, with what is a target of each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import chain, islice, pairwise
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from holdfast.data.encoder import Encoder, Split
+from holdfast.data.lengths import Limit
 from holdfast.data.notes import Notes
-from holdfast.data.rendered import Rendered
 from holdfast.data.rows import Row
+from holdfast.data.targets import conversation
 from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import DataError
 
-Tokens = list[int]
-SAMPLES, MOST_SAMPLES = ("a", "0", "A", "."), 64
-SHOWN = 12  # tokens of a prompt's end that a message shows
 MENDED = "{n prompt} ending inside a token of the answer; each was cut there, as inference sees it"
 UNWRITTEN = "{n completion} that the tokenizer cannot write as it stands"
+APART = "{n conversation} of which tokens span two messages; each answer was made a row of its own"
 STOPPED = "{n completion} with a token in the middle that ends generation"
-
-
-@dataclass(frozen=True)
-class Split:
-    """Prompt and answer in one token sequence.
-
-    ids: all tokens; start: how many of them are the prompt's; mended: the answer was tokenised apart from the prompt.
-    """
-
-    ids: Tokens
-    start: int
-    mended: bool = False
-
-    @property
-    def answer(self) -> Tokens:
-        return self.ids[self.start :]
-
-
-class Encoder:
-    """One tokenizer's rules.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        stops: further tokens that end a generation (`stops_of` a model's generation config).
-
-    Attributes:
-        begin: tokens put before a text.
-        end: the token that ends an answer, or None where the tokenizer has none.
-        stops: every token that ends a generation.
-        ends_texts: the tokenizer by itself ends every text, prompts too.
-    """
-
-    def __init__(self, tokenizer: Any, stops: Iterable[int] = ()):
-        self.tokenizer = tokenizer
-        full, bare = self._sample()
-        at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), len(full))
-        after = full[at + len(bare) :]
-        self.begin: Tokens = full[:at] if at < len(full) else []
-        self.ends_texts = bool(after)
-        eos = tokenizer.eos_token_id
-        self.end: int | None = eos if eos is not None else (after[-1] if after else None)
-        self.stops = frozenset({*stops, self.end} - {None})
-
-    def _sample(self) -> tuple[Tokens, Tokens]:
-        """Tokens of a short text, with all that the tokenizer adds and without; a text that it can write at all."""
-        for text in chain(SAMPLES, self._own_words()):
-            if bare := self.bare([text])[0]:  # a vocabulary of other letters may write nothing of an "a"
-                return self.tokenizer(text)["input_ids"], bare
-        return [], []
-
-    def _own_words(self) -> Iterator[str]:
-        """The first words of the vocabulary; looked up only when asked for, since sorting it takes long."""
-        special = set(self.tokenizer.all_special_tokens)
-        yield from islice((w for w in sorted(self.tokenizer.get_vocab()) if w not in special), MOST_SAMPLES)
-
-    # ---- whole texts
-
-    def bare(self, texts: Sequence[str]) -> list[Tokens]:
-        """Tokens of each text, without any that the tokenizer adds."""
-        if not texts:
-            return []
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-
-    def prompts(self, texts: Sequence[str]) -> list[Tokens]:
-        """Tokens of each text as a model sees it that is to go on with it."""
-        return [[*self._lead(text, ids), *ids] for text, ids in zip(texts, self._each(texts), strict=True)]
-
-    def marked(self, text: str, cuts: Iterable[int] = ()) -> tuple[Tokens, list[tuple[int, int]]]:
-        """As `prompts`, with the characters (start, end) of each token; (0, 0) for what was put before.
-
-        A tokenizer written in Python tells no places: of its tokens only those between two `cuts` are told apart.
-        """
-        if not self.tokenizer.is_fast:
-            ids = self.bare([text])[0]
-            places = self._between(text, ids, sorted({0, *cuts, len(text)}))
-        else:
-            got = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=False, verbose=False)
-            ids, places = got["input_ids"], list(map(tuple, got["offset_mapping"]))
-        lead = self._lead(text, ids)
-        return [*lead, *ids], [*[(0, 0)] * len(lead), *places]
-
-    def _between(self, text: str, ids: Tokens, cuts: Sequence[int]) -> list[tuple[int, int]]:
-        """The stretch between two cuts in which each token stands: a text up to a cut begins with the same tokens."""
-        places: list[tuple[int, int]] = []
-        for (start, end), head in zip(pairwise(cuts), self.bare([text[:cut] for cut in cuts[1:]]), strict=True):
-            same = next(
-                (n for n, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), min(len(head), len(ids))
-            )
-            places += [(start, end)] * ((same if end < len(text) else len(ids)) - len(places))
-        return places
-
-    def _each(self, texts: Sequence[str]) -> list[Tokens]:
-        """`bare`, every distinct text once."""
-        some = list(dict.fromkeys(map(str, texts)))
-        found = dict(zip(some, self.bare(some), strict=True))
-        return [found[str(text)] for text in texts]
-
-    def _lead(self, text: str, ids: Tokens) -> Tokens:
-        """What stands before the tokens of a text: nothing where they begin with it."""
-        bos = self.tokenizer.bos_token_id
-        written = bool(ids) and (ids[0] == bos or ids[: len(self.begin)] == self.begin)
-        return [] if isinstance(text, Rendered) or written else self.begin
-
-    @property
-    def first(self) -> Tokens:
-        """What a text without a prompt is read after: BOS, else end-of-text (lm-evaluation-harness's rule)."""
-        bos = self.tokenizer.bos_token_id
-        return self.begin or ([bos] if bos is not None else [self.end] if self.end is not None else [])
-
-    # ---- prompt and answer
-
-    def join(self, pairs: Sequence[tuple[str, str]], *, end: bool, wheres: Sequence[str] = ()) -> list[Split]:
-        """Tokens of each (prompt, answer); every distinct text is tokenised once, and all of them in one batch.
-
-        Args:
-            pairs: a prompt may be empty.
-            end: end every answer as training does. Blanks after a token that stops generation are then left out: it
-                is never asked to write them.
-            wheres: file:line of each pair, for messages.
-
-        Raises:
-            DataError: an answer adds no token, or cannot be told from its prompt in tokens.
-        """
-        prompts = self._each([p for p, _ in pairs])
-        wholes = self._each([p + a for p, a in pairs])
-        out = []
-        for n, ((prompt, answer), head, whole) in enumerate(zip(pairs, prompts, wholes, strict=True)):
-            where = wheres[n] if wheres else ""
-            mended = whole[: len(head)] != head or (len(whole) == len(head) and bool(answer.strip()))
-            tail = self._apart(prompt, answer, head, whole, where) if mended else whole[len(head) :]
-            if not tail:
-                what = f"{where + ': ' if where else ''}The answer {answer!r} adds no token to its prompt."
-                raise DataError(what, "Fill it in, or remove the row.")
-            lead = self._lead(prompt, whole)
-            out.append(Split([*lead, *head, *(self._ended(tail) if end else tail)], len(lead) + len(head), mended))
-        return out
-
-    def _apart(self, prompt: str, answer: str, head: Tokens, whole: Tokens, where: str) -> Tokens:
-        """The answer's tokens behind those of the prompt, so that both read as the whole text.
-
-        Many tokenizers put a blank before a text, or write a word's beginning otherwise than its middle; behind some
-        other character, which is cut off again, the answer stands as inside a text. Nothing where it writes nothing.
-        """
-        if whole == head and not self.bare([answer])[0]:
-            return []
-        text = self._text(whole)
-        for before in ("", prompt[-1:], "\n", "a", "."):
-            lead, both = self.bare([before, before + answer]) if before else ([], self.bare([answer])[0])
-            tail = both[len(lead) :]
-            if tail and both[: len(lead)] == lead and self._text([*head, *tail]) == text:
-                return tail
-        what = (
-            f"{where + ': ' if where else ''}The tokenizer cannot cut between the prompt and its answer {answer!r}. "
-            f"The prompt ends in the tokens {self._names(head)}, prompt and answer in {self._names(whole)}."
-        )
-        raise DataError(
-            what, "End the prompt before the blank or word in which they meet; let the answer begin there."
-        )
-
-    def _ended(self, tail: Tokens) -> Tokens:
-        last = len(tail)
-        while last and self._is_blank(tail[last - 1]):
-            last -= 1
-        if last and tail[last - 1] in self.stops:
-            return tail[:last]
-        return tail if self.end is None else [*tail, self.end]
-
-    def is_ended(self, answer: str, split: Split) -> bool:
-        """Whether an answer brings its own end: a newline, or a token such as those that end a turn."""
-        return answer.endswith("\n") or split.ids[-1] in self.stops or split.ids[-1] in self._special
-
-    @cached_property
-    def _special(self) -> frozenset[int]:
-        return frozenset(self.tokenizer.all_special_ids)
-
-    def _is_blank(self, token: int) -> bool:
-        if token not in self._blanks:
-            self._blanks[token] = token not in self.stops and not self._text([token]).strip()
-        return self._blanks[token]
-
-    @cached_property
-    def _blanks(self) -> dict[int, bool]:
-        return {}
-
-    def _text(self, ids: Tokens) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    def _names(self, ids: Tokens) -> str:
-        return "[" + ", ".join(map(repr, map(str, self.tokenizer.convert_ids_to_tokens(ids[-SHOWN:])))) + "]"
-
-    def lacks(self, answer: Sequence[int]) -> bool:
-        """Whether some part of an answer was lost: its tokens hold the one for what the vocabulary lacks."""
-        unknown = self.tokenizer.unk_token_id
-        return unknown is not None and unknown not in self.stops and unknown in answer  # GPT-2's is its end
-
-    def says(self, answer: Sequence[int]) -> bool:
-        """Whether an answer holds more than blanks and its end."""
-        return bool(self._text([token for token in answer if token not in self.stops]).strip())
-
-    def writes(self, answer: str, split: Split) -> bool:
-        """Whether the tokens of an answer read as the answer, blanks and end apart."""
-        end = len(split.ids) - (split.ids[-1] in self.stops)
-        wanted = _squeezed(answer)
-        return (
-            _squeezed(self._text(split.ids[split.start : end])) == wanted
-            or _squeezed(self._text(split.answer)) == wanted  # a chat template wrote the end too
-            or _squeezed(self._text(split.ids[:end])).endswith(wanted)  # "##er" alone does not read as "er"
-        )
-
-
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
-
-
-def stops_of(config: Any) -> tuple[int, ...]:
-    """The tokens that end a generation, of a model's generation config (or any object or dict with eos_token_id)."""
-    ends = config.get("eos_token_id") if isinstance(config, dict) else getattr(config, "eos_token_id", None)
-    return tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
-
-
-# ---- rows
 
 
 def tokenize(row: Row, tokenizer: Any, max_length: int | None, **settings: Any) -> TokenRow:
@@ -271,10 +35,11 @@ def tokenize_all(
     stops: Iterable[int] = (),
     notes: list[str] | None = None,
 ) -> list[TokenRow]:
-    """Tokenise prompt + completion of each row and end it. Targets are the tokens after the prompt's, all tokens for
-    plain text or when `all_tokens`.
+    """Tokenise prompt + completion of each row and end it. Targets are the tokens after the prompt's, those of a
+    conversation's turns, all tokens for plain text or when `all_tokens`.
 
     Args:
+        max_length: a longer row is refused.
         stops: further tokens that end a generation (`stops_of`).
         notes: gets a sentence for everything that was not plain: how many rows, and which is the first.
 
@@ -282,22 +47,48 @@ def tokenize_all(
         DataError: a row is longer than max_length (nothing is cut silently), or its answer cannot be told from its
             prompt.
     """
-    encoder, out, odd = Encoder(tokenizer, stops), [], Notes()
+    encoder, odd = Encoder(tokenizer, stops), Notes()
+    kind = {"owner": owner, "source": source, "all_tokens": all_tokens}
+    out = [t for made in tokenize_each(rows, encoder, Limit(max_length), odd, **kind) for t in made]
+    if notes is not None:
+        notes += odd.lines()
+    return out
+
+
+def tokenize_each(
+    rows: Sequence[Row],
+    encoder: Encoder,
+    limit: Limit,
+    notes: Notes,
+    *,
+    owner: str = "task",
+    source: str | None = None,
+    all_tokens: bool = False,
+    documents: bool = False,
+) -> list[list[TokenRow]]:
+    """`tokenize_all`, with what becomes of each row: none, one or several token rows.
+
+    documents: plain text stands behind a token (`Encoder.first`) where the tokenizer puts none before texts, as where
+    it is scored; so its first token is a target too.
+    """
     splits = encoder.join([(r.prompt, r.completion) for r in rows], end=True, wheres=[r.where for r in rows])
+    out = []
     for row, split in zip(rows, splits, strict=True):
-        if max_length and len(split.ids) > max_length:
-            raise DataError(
-                f"{row.where or 'A row'} has {len(split.ids)} tokens, more than max_length {max_length}.",
-                "Raise data.max_length (up to the model's own limit), or shorten or drop the row.",
-            )
+        if row.turns and not all_tokens:
+            made = conversation(row, split, encoder, owner, source or row.source)
+        else:
+            start = 1 if all_tokens or not row.prompt else split.start
+            front = encoder.first if documents and not row.prompt and not split.start else []
+            made = [token_row([*front, *split.ids], start, owner, source or row.source)]
+        if len(made) > 1:
+            notes.add(APART, row.where)
+        begin = encoder.begin
+        lead = len(begin) if begin and split.ids[: len(begin)] == begin else 0
+        out.append([cut for one in made for cut in limit.fit(one, row.where, notes, lead, text=not row.prompt)])
         if not encoder.says(split.answer):
             what = f"{row.where or 'A row'}: the completion {row.completion!r} says nothing before its end."
             raise DataError(what, "Remove the row or fill it in: the model would learn to stop at once.")
-        _note(odd, encoder, row, split)
-        start = 1 if all_tokens or not row.prompt else split.start
-        out.append(token_row(split.ids, start, owner, source or row.source))
-    if notes is not None:
-        notes += odd.lines()
+        _note(notes, encoder, row, split)
     return out
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from holdfast.data.tokens import Encoder, stops_of
+from holdfast.data.encoder import Encoder, stops_of
 from holdfast.engine import processes
 from holdfast.files import cache_dir, content_key, read_json, write_json
 from holdfast.measure.generate import BATCH, GREEDY, new_tokens

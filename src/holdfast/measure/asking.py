@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from holdfast.data.tokens import Encoder, Split
+from holdfast.data.encoder import Encoder, Split
 from holdfast.engine import BATCH_TOKENS
 from holdfast.errors import HoldfastError
 from holdfast.measure import shard

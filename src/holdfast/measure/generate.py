@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from holdfast.data.tokens import Encoder, stops_of
+from holdfast.data.encoder import Encoder, stops_of
 from holdfast.engine import BATCH_TOKENS, processes, trial
 from holdfast.measure.probe import Probe
 

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from holdfast.data.encoder import Encoder
 from holdfast.data.notes import BOOKKEEPING as NOTES
 from holdfast.data.readers import read_jsonl, read_text
-from holdfast.data.tokens import Encoder
 from holdfast.errors import DataError, suggest
 from holdfast.measure.probe import Ask, Group, Kind, Probe, Suite
 from holdfast.measure.suites.in_context import shuffled

@@ -8,7 +8,7 @@ A CPU computes several parts of the tree at once, each with its share of the thr
 beside each other take less time than two of two threads in turn.
 
 Truncation and the greedy flag follow lm-evaluation-harness 0.4.13 (`HFLM.loglikelihood`); so do the tokens of
-`score`, which takes text. Our own suites and tasks give tokens (`holdfast.data.tokens`).
+`score`, which takes text. Our own suites and tasks give tokens (`holdfast.data.encoder`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from holdfast.data.tokens import Encoder, Split, stops_of
+from holdfast.data.encoder import Encoder, Split, stops_of
 from holdfast.engine import BATCH_TOKENS, trial
 from holdfast.engine.forward import attention, can_pack
 from holdfast.engine.threads import may_share, side_by_side

@@ -87,7 +87,7 @@ def prompting(tokenizer: Any) -> Any:
     """
     from tokenizers import processors
 
-    from holdfast.data.tokens import Encoder
+    from holdfast.data.encoder import Encoder
 
     encoder = Encoder(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -109,7 +109,7 @@ def prompting(tokenizer: Any) -> Any:
 def _mend_generation(model: Any, tokenizer: Any) -> None:
     """Generation must stop where answers were trained to end. Some hub models carry sampling values with sampling off
     too; transformers then refuses to save them."""
-    from holdfast.data.tokens import Encoder, stops_of
+    from holdfast.data.encoder import Encoder, stops_of
 
     generation = getattr(model, "generation_config", None)
     if generation is None:

@@ -253,7 +253,7 @@ def fingerprint(model_or_source: Any) -> str:
 
 def stop_tokens(source: ModelSource) -> tuple[int, ...]:
     """The tokens that end a generation of the model (of an adapter's base), from its files alone."""
-    from holdfast.data.tokens import stops_of
+    from holdfast.data.encoder import stops_of
 
     while source.base is not None and source.kind != "replaced":  # such a folder has a file of its own
         source = source.base

@@ -22,10 +22,9 @@ def seen_rows(job: Any, count: int) -> list[dict[str, Any]]:
 
     Returns: {"where", "source", "num_tokens", "num_targets", "tokens": [[text, id, target, special]]}.
     """
-    places = {id(t): row.where for t, row in zip(job.task.token_rows, job.task.train, strict=True)}
     drawn = list(islice(job.mix.draw(job.training.seed), count))
     asides = [a for m in job.session.methods for a in m.asides(job.session.ctx)[:1]]
-    return [seen_row(r, job.tokenizer, places.get(id(r), "")) for r in (*drawn, *asides)]
+    return [seen_row(r, job.tokenizer, job.task.place(r)) for r in (*drawn, *asides)]
 
 
 def seen_row(row: Any, tokenizer: Any, where: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from holdfast import models
-from holdfast.data.tokens import Encoder
+from holdfast.data.encoder import Encoder
 from holdfast.engine.replaced import replaced_in
 from holdfast.hosts.checkpoint import Checkpoint, writing
 from holdfast.measure.soft_prompt import save as save_prompt

@@ -1,4 +1,7 @@
-"""A recipe checked on its real model and data, the cheap before the dear; nothing is written, measured or trained."""
+"""A recipe checked on its real model and data, the cheap before the dear.
+
+Nothing is written but the rows in the cache, and nothing is measured or trained.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ from holdfast import models
 from holdfast.data.own_metric import identity
 from holdfast.data.task import TaskData, read_task
 from holdfast.errors import PlanError
-from holdfast.files import content_key
 from holdfast.hosts.plain import Training
 from holdfast.measure.probe import Ask
 from holdfast.measure.soft_prompt import check_export
@@ -62,8 +64,7 @@ class Job:
 
     def inputs(self) -> dict[str, Any]:
         """Identity of the model, of the rows and of the models to merge with, by content."""
-        rows = [[r.prompt, r.completion] for r in (*self.task.train, *self.task.test)]
-        found = {"model": self.source.sha, "data": content_key(rows)}
+        found = {"model": self.source.sha, "data": self.task.key}
         own = identity(self.task.metric, self.run.base_dir) if ":" in self.task.metric else None
         found |= {"metric": own} if own else {}
         for m in self.session.merging.methods:
@@ -94,7 +95,8 @@ def checked(run: Run) -> Job:
         check_source(source)
         tokenizer = models.load_tokenizer(source, spec.trust_remote_code)
         longest = models.context_length(source, spec.trust_remote_code)
-        task = read_task(run.recipe, tokenizer, run.base_dir, longest, models.stop_tokens(source))
+        stops, tell = models.stop_tokens(source), lambda words: run.tell("load", 0.0, words)
+        task = read_task(run.recipe, tokenizer, run.base_dir, longest, stops, tell)
         _check_suites(run.recipe, tokenizer, task, longest)
         model, tokenizer = load(run.recipe, source, merge_adapter=True)
         check_model(run, source, model, tokenizer, plan)

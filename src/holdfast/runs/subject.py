@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from holdfast import models
-from holdfast.data.tokens import Encoder
+from holdfast.data.encoder import Encoder
 from holdfast.engine import BATCH_TOKENS, processes
 from holdfast.files import content_key
 from holdfast.runs.measuring import measure_suites

@@ -71,10 +71,10 @@ def _prepare(job: Job) -> None:
     with run.timed("prepare"):
         run.tell("prepare", 0.0, "")
         session.ctx.tell = lambda share, words: run.tell("prepare", share, words)
-        drawn = list(islice(plain.rows_of_run(session, job.mix, training), MOST_DRAWN))
+        drawn = islice(plain.rows_of_run(session, job.mix, training), MOST_DRAWN)
         session.prepare(drawn, lambda x: run.tell("prepare", x, "base answers"))
         session.enter(session.stages[-1])
-        session.probe(drawn[:2], training.autocast)
+        session.probe(list(islice(plain.rows_of_run(session, job.mix, training), 2)), training.autocast)
         if job.recipe.training.gradient_checkpointing:
             inner(session.model).gradient_checkpointing_enable({"use_reentrant": False})
 

@@ -24,7 +24,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from holdfast.data.tokens import Encoder
+from holdfast.data.encoder import Encoder
 from holdfast.measure.probe import Ask, Group, Probe, Suite
 from holdfast.measure.suites.reasoning import spread
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from holdfast.data.encoder import Encoder
 from holdfast.data.fewshot import Prompt
-from holdfast.data.tokens import Encoder
 from holdfast.engine.pack import TokenRow, token_row
 
 

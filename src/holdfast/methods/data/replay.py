@@ -67,8 +67,9 @@ def read_sources(
     sources: Sequence[str], ctx: Context, *, owner: str, source: str | None = None, all_tokens: bool = False
 ) -> list[TokenRow]:
     """Tokenised rows of general data files, in one shuffled order that depends on the run's seed alone."""
+    from holdfast.data.encoder import stops_of
     from holdfast.data.rows import read_rows
-    from holdfast.data.tokens import stops_of, tokenize_all
+    from holdfast.data.tokens import tokenize_all
 
     rows = [r for s in sources for r in read_rows(s, base_dir=ctx.base_dir or Path.cwd(), tokenizer=ctx.tokenizer)]
     random.Random(f"replay/{ctx.seed}").shuffle(rows)

@@ -22,10 +22,10 @@ from functools import cached_property
 from typing import ClassVar
 
 from holdfast.data.asked import Asked, Reader, fits_chats
+from holdfast.data.encoder import Encoder, stops_of
 from holdfast.data.mix import Mix
 from holdfast.data.rendered import Rendered
 from holdfast.data.rows import Row
-from holdfast.data.tokens import Encoder, stops_of
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import NoEffect, PlanError
 from holdfast.measure.answers import room_of

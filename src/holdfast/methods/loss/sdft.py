@@ -27,8 +27,8 @@ import numpy as np
 import torch
 
 from holdfast.data.asked import Asked, Reader, fits_chats
+from holdfast.data.encoder import Encoder, stops_of
 from holdfast.data.rendered import Rendered
-from holdfast.data.tokens import Encoder, stops_of
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Rollouts, State, Term

@@ -54,7 +54,7 @@ class ClassSeparability(Method):
 
     def prepare(self, ctx: Context) -> State:
         """The fixed texts as tokens: joined, with their lengths."""
-        from holdfast.data.tokens import Encoder
+        from holdfast.data.encoder import Encoder
 
         if 0 < ctx.total_steps <= self.every:
             raise PlanError(

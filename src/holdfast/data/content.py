@@ -1,0 +1,60 @@
+"""A name for all that decides what a recipe's rows become: files, settings, tokenizer, versions and our own code."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from holdfast.data.readers import source_file
+from holdfast.files import content_key
+from holdfast.recipe import Recipe, Source
+from holdfast.versions import versions
+
+
+def content_of(recipe: Recipe, tokenizer: Any, base_dir: Path, more: Sequence[Any]) -> str | None:
+    """The name; None where the content of a source is not known without reading it (the hub)."""
+    spec = recipe.data
+    sources = [_source(one, base_dir) for one in (spec.train, spec.validation, spec.test) if one]
+    if None in sources:
+        return None
+    seed = recipe.training.seed if recipe.training.data_seed is None else recipe.training.data_seed
+    told = spec.model_dump(exclude={"name", "train", "validation", "test"})
+    roles = [bool(spec.validation), bool(spec.test)]
+    return content_key(sources, roles, told, seed, list(more), _tokenizer(tokenizer), versions(), _ours())
+
+
+def _source(source: Source, base_dir: Path) -> list[str] | None:
+    """A file's name, which messages and rows carry, and its content; of a folder, all files'."""
+    path = source_file(source, base_dir)
+    if path is None:
+        return None
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return [source.path, source.model_dump_json(), *(f"{p.name} {_digest(p)}" for p in files)]
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def _tokenizer(tokenizer: Any) -> list[Any]:
+    """What a tokenizer makes of a text, by content."""
+    inside = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    settings = sorted((key, str(value)) for key, value in tokenizer.init_kwargs.items())
+    names = sorted((key, str(value)) for key, value in tokenizer.special_tokens_map.items())
+    kind = [type(tokenizer).__module__, type(tokenizer).__qualname__, metadata.version("tokenizers")]
+    return [inside, settings, names, str(tokenizer.chat_template), *kind]
+
+
+def _ours() -> list[str]:
+    """The code that reads and tokenises, by content: what an older version wrote is not taken for ours."""
+    here = Path(__file__).parent
+    return [_digest(path) for path in [*sorted(here.glob("*.py")), here.parent / "recipe.py"]]

@@ -1,0 +1,101 @@
+"""Rows that are longer than data.max_length: refused, dropped, truncated or split, and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from holdfast.data.notes import Notes
+from holdfast.engine.pack import TokenRow
+from holdfast.errors import DataError
+
+DROPPED = "{n row} longer than data.max_length, left out"
+CUT_HEAD = "{n row} longer than data.max_length, cut at the beginning; answer and end are whole"
+CUT_TAIL = "{n row} longer than data.max_length, cut so that the end of the answer is lost"
+CUT_UP = "{n row} longer than data.max_length, split"
+MOST_DROPPED = 0.5  # of the rows; more is a wrong max_length (ours)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How long a row may be (None: as long as it likes), and what becomes of a longer one.
+
+    how: refuse, drop, truncate or split; None: split for plain text, drop for other rows. stride: tokens that the
+    parts of a split row have in common.
+    """
+
+    most: int | None = None
+    how: str | None = "refuse"
+    stride: int = 0
+
+    def fit(self, row: TokenRow, where: str, notes: Notes, lead: int = 0, text: bool = False) -> list[TokenRow]:
+        """What becomes of one row. lead: its first tokens that stand before every text; text: it is plain text.
+
+        Raises:
+            DataError: the row is too long and that is refused.
+        """
+        if not self.most or len(row.ids) <= self.most:
+            return [row]
+        how = self.how or ("split" if text else "drop")
+        if how == "drop":
+            notes.add(DROPPED, where)
+            return []
+        if how == "truncate":
+            cut, whole = truncated(row, self.most, lead)
+            notes.add(CUT_HEAD if whole else CUT_TAIL, where)
+            return [cut]
+        if how == "split":
+            notes.add(CUT_UP, where)
+            return list(parts(row, self.most, self.stride))
+        what = f"{where or 'A row'} has {len(row.ids)} tokens, more than max_length {self.most}."
+        cure = "Raise data.max_length (up to the model's own limit), or set data.too_long: drop, truncate or split."
+        raise DataError(what, cure)
+
+    def check_left(self, left: int, of: int) -> None:
+        """Raise DataError where dropping took most of the rows."""
+        if of and left < of * MOST_DROPPED:
+            what = f"{of - left} of {of} rows are longer than max_length {self.most} and would be left out."
+            raise DataError(what, "Raise data.max_length, or set data.too_long: truncate or split.")
+
+
+def truncated(row: TokenRow, most: int, lead: int) -> tuple[TokenRow, bool]:
+    """At most `most` tokens, and whether the last answer is whole.
+
+    The beginning goes, as where a prompt is too long for a model; `lead` stays. An answer that is too long with one
+    token before it keeps its beginning, behind half a row of its prompt.
+    """
+    answer = _last_answer(row)
+    if len(row.ids) - answer + lead < most:
+        index = np.r_[0:lead, len(row.ids) - most + lead : len(row.ids)]
+        return _taken(row, index, 0), True
+    start = max(lead, answer - most // 2)
+    return _taken(row, np.r_[0:lead, start : start + most - lead], 0), False
+
+
+def parts(row: TokenRow, most: int, stride: int) -> Iterator[TokenRow]:
+    """The row as rows of at most `most` tokens, neighbours sharing `stride` tokens (at least one) as context.
+
+    Every target is a target of exactly one part. Parts without a target are left out.
+    """
+    start, done = 0, 0
+    while done < len(row.ids):
+        end = min(start + most, len(row.ids))
+        part = _taken(row, np.arange(start, end), done - start)
+        if part.scored.any():
+            yield part
+        start, done = max(start + 1, end - max(1, stride)), end
+
+
+def _last_answer(row: TokenRow) -> int:
+    """Where the last unbroken stretch of targets begins."""
+    gaps = np.flatnonzero(~row.scored)
+    return int(gaps[-1]) + 1 if len(gaps) else 0
+
+
+def _taken(row: TokenRow, index: np.ndarray, fresh: int) -> TokenRow:
+    """The tokens at `index`; targets only from the `fresh`-th on."""
+    scored = row.scored[index].copy()
+    scored[: max(1, fresh)] = False
+    return replace(row, ids=row.ids[index], scored=scored)

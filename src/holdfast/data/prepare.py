@@ -1,0 +1,249 @@
+"""A task's rows from its files to its tokens, written as they come: a large file is never in memory whole.
+
+While some rows are read and rendered, those before them are tokenised: a tokenizer in Rust needs no turn of Python's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from holdfast.data.documents import text_parts
+from holdfast.data.encoder import Encoder
+from holdfast.data.lengths import Limit
+from holdfast.data.metric import check_rows, chosen
+from holdfast.data.notes import Notes
+from holdfast.data.rows import Row, cap, check_labels, each_row, labels_of, leaks, split
+from holdfast.data.store import Texts, Writer
+from holdfast.data.tokens import tokenize_each
+from holdfast.engine.pack import TokenRow
+from holdfast.errors import DataError
+from holdfast.recipe import Recipe, Source
+
+BATCH, AHEAD = 500, 3  # rows tokenised together; batches that wait
+Numbered = tuple[int, Row]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was written, by the numbers of its rows, and what is small enough for memory."""
+
+    train: list[int]
+    validation: list[Row]
+    test: list[Row]
+    labels: tuple[str, ...] | None
+    notes: list[str]
+    key: str
+    metric: str
+
+
+class _Log(Notes):
+    """Notes of tokenised rows, kept by place: whether a row is trained on shows only when all are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[tuple[str, str, str]] = []
+
+    def add(self, text: str, place: str, example: str = "") -> None:
+        self.said.append((place, text, example))
+
+
+@dataclass
+class _Reader:
+    """One recipe's reading."""
+
+    recipe: Recipe
+    tokenizer: Any
+    base_dir: Path
+    encoder: Encoder
+    limit: Limit
+    tell: Callable[[str], None]
+    notes: list[str] = field(default_factory=list)
+    events: dict[int, list[tuple[str, str, str]]] = field(default_factory=dict)
+
+    def rows(self, source: Source, which: str) -> Iterator[Row]:
+        spec, said = self.recipe.data, Notes()
+        kind = {"prompt": spec.prompt, "completion": spec.completion, "last_only": spec.train_on == "last"}
+        read = each_row(source, said, base_dir=self.base_dir, tokenizer=self.tokenizer, **kind)
+        for count, row in enumerate(read, 1):
+            yield row
+            if count % 1000 == 0:
+                self.tell(f"{which}: {count:,} rows")
+        self.notes += said.lines()
+
+    def tokens(self, rows: Iterable[Numbered], writer: Writer) -> set[int]:
+        """Tokenise and write rows; returns the numbers of those that are left."""
+        kept: set[int] = set()
+        for batch, (made, said) in _ahead(self._tokenized, _batches(rows, BATCH)):
+            numbers = {row.where: number for number, row in batch}
+            for (number, _), some in zip(batch, made, strict=True):
+                writer.add_tokens(number, some)
+                if some:
+                    kept.add(number)
+            for event in said:
+                self.events.setdefault(numbers[event[0]], []).append(event)
+        return kept
+
+    def _tokenized(self, batch: Sequence[Numbered]) -> tuple[list[list[TokenRow]], list[tuple[str, str, str]]]:
+        log = _Log()
+        whole = self.recipe.data.train_on == "all"
+        rows = [row for _, row in batch]
+        made = tokenize_each(rows, self.encoder, self.limit, log, all_tokens=whole, documents=True)
+        return made, log.said
+
+    def say_of(self, train: Sequence[int]) -> None:
+        """Add the notes of the rows that are trained on."""
+        said = Notes()
+        for number in sorted(self.events.keys() & set(train)):
+            for place, text, example in self.events[number]:
+                said.add(text, place, example)
+        self.notes += said.lines()
+
+    def asked(self, rows: Sequence[Row], which: str, longest: int) -> list[Row]:
+        """The rows that are drawn to be measured: never a part of one, and what is left out is said."""
+        spec, seed = self.recipe.data, _seed(self.recipe)
+        drawn = cap(rows, spec.test_size, seed)
+        if len(drawn) < len(rows):
+            self.notes.append(f"{len(drawn)} of {len(rows):,} {which} rows are drawn (data.test_size)")
+        plain = bool(drawn) and not drawn[0].prompt
+        drop = spec.too_long in ("refuse", "drop") or (spec.too_long is None and not plain)
+        limit = self.limit if drop else Limit(longest, "drop")
+        if plain and spec.too_long in (None, "split"):
+            drawn = [part for row in drawn for part in text_parts(row, self.encoder, longest)]
+        made = tokenize_each(drawn, self.encoder, limit, _Log())
+        kept = [row for row, some in zip(drawn, made, strict=True) if some]
+        limit.check_left(len(kept), len(drawn))
+        if len(kept) < len(drawn):
+            lost = f"{len(drawn) - len(kept)} of {len(drawn)} {which} rows"
+            self.notes.append(f"{lost} are longer than {limit.most} tokens, left out")
+        return kept
+
+
+def prepare(
+    folder: Path,
+    recipe: Recipe,
+    tokenizer: Any,
+    base_dir: Path,
+    longest: int,
+    stops: Sequence[int] = (),
+    tell: Callable[[str], None] | None = None,
+) -> Prepared:
+    """Read, cut, check and tokenise a recipe's rows; text and tokens of the training file are written to `folder`.
+
+    Raises:
+        DataError: a row or a set that cannot be used; names file and line.
+    """
+    spec, seed = recipe.data, _seed(recipe)
+    most = min(spec.max_length, longest)
+    limit = Limit(most, spec.too_long, spec.stride or most // 8)
+    reader = _Reader(recipe, tokenizer, base_dir, Encoder(tokenizer, stops), limit, tell or (lambda words: None))
+    writer, at_once = Writer(folder), spec.train_size is None
+    numbered = ((writer.add(row), row) for row in reader.rows(spec.train, "train"))
+    left = reader.tokens(numbered, writer) if at_once else {number for number, _ in numbered}
+    texts = writer.texts()
+    labels = labels_of(texts)
+    metric = chosen(spec.metric or (None if labels or texts[0].prompt else "loss_per_byte"), labels)
+    closed = labels if metric == "accuracy" else None
+    train, validation, test = _parts(reader, texts, seed)
+    for rows in (validation or [], test or []):
+        check_labels(closed, rows)
+        check_rows(metric, rows)
+    train = cap(train, spec.train_size, seed)
+    if not at_once:
+        left = reader.tokens(((n, row) for n, row in zip(train, texts.only(train), strict=True)), writer)
+    kept = [number for number in train if number in left]
+    limit.check_left(len(kept), len(train))
+    reader.say_of(train)
+    writer.close()
+    held, asked = _checked(reader, texts.only(kept), validation, test, closed, longest)
+    return Prepared(kept, held, asked, labels, reader.notes, _key(texts.only(kept), asked), metric)
+
+
+def _parts(reader: _Reader, texts: Texts, seed: int) -> tuple[list[int], list[Row] | None, list[Row] | None]:
+    """(numbers of the training rows, validation, test); None for a set that is not there."""
+    spec = reader.recipe.data
+    train = list(range(len(texts)))
+    validation = list(reader.rows(spec.validation, "validation")) if spec.validation else None
+    test = list(reader.rows(spec.test, "test")) if spec.test else None
+    if validation is None and spec.validation_size != 0:
+        size = spec.validation_size or min(0.1, (spec.test_size or len(texts)) / len(texts))
+        train, cut = split(texts, size, seed)
+        validation = list(texts.only(cut))
+    if test is None:
+        reader.notes.append("no test set was given: the validation rows are reported")
+    return train, validation, test
+
+
+def _checked(
+    reader: _Reader,
+    train: Texts,
+    validation: list[Row] | None,
+    test: list[Row] | None,
+    labels: tuple[str, ...] | None,
+    longest: int,
+) -> tuple[list[Row], list[Row]]:
+    """The last look at all sets together; returns the rows of validation and test that are measured."""
+    held = reader.asked(validation or [], "validation", longest)
+    asked = held if test is None else reader.asked(test, "test", longest)
+    if not asked:
+        name = reader.recipe.data.name
+        raise DataError(f"The test split of {name} is empty.", "Give data.test or data.validation_size.")
+    if shared := leaks(train, asked):
+        reader.notes.append(f"{shared} test prompts also stand in train")
+    check_told_apart(train[0].prompt, labels, reader.encoder)
+    if reader.encoder.ends_texts:
+        said = "the tokenizer ends every text, prompts too; here it ends answers only, as in the exported one"
+        reader.notes.append(said)
+    return held, asked
+
+
+def check_told_apart(prompt: str, labels: Sequence[str] | None, encoder: Encoder) -> None:
+    """Raise DataError for two labels that are the same tokens (a lower-casing tokenizer, characters it lacks)."""
+    written = encoder.join([(prompt, label) for label in labels or ()], end=True)
+    seen: dict[tuple[int, ...], str] = {}
+    for label, tokens in zip(labels or (), written, strict=True):
+        twin = seen.setdefault(tuple(tokens.answer), label)
+        if twin != label:
+            what = (
+                f"The labels {twin!r} and {label!r} are the same tokens for this tokenizer, so no model can tell them."
+            )
+            raise DataError(what, "Rename one of them, or use a model whose tokenizer writes both.")
+
+
+def _seed(recipe: Recipe) -> int:
+    seed = recipe.training.data_seed
+    return recipe.training.seed if seed is None else seed
+
+
+def _key(*sets: Iterable[Row]) -> str:
+    sha = hashlib.sha256()
+    for rows in sets:
+        for row in rows:
+            sha.update(f"{len(row.prompt)} {len(row.completion)} {row.prompt}{row.completion}".encode())
+        sha.update(b"\0")
+    return sha.hexdigest()[:24]
+
+
+def _batches(rows: Iterable[Numbered], size: int) -> Iterator[list[Numbered]]:
+    source = iter(rows)
+    while batch := list(islice(source, size)):
+        yield batch
+
+
+def _ahead(work: Callable[[Any], Any], batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """(batch, work(batch)) in order; batches are drawn while earlier ones are worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[tuple[Any, Any]] = deque()
+        for batch in batches:
+            waiting.append((batch, pool.submit(work, batch)))
+            if len(waiting) > AHEAD:
+                done, result = waiting.popleft()
+                yield done, result.result()
+        for done, result in waiting:
+            yield done, result.result()

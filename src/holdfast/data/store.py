@@ -1,0 +1,149 @@
+"""Rows on disk: text and tokens in flat files that are mapped into memory and read where they are asked for.
+
+A folder holds, beside `texts` and `tokens`, where each row ends in them. It is written once and never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from holdfast.data.rendered import Rendered
+from holdfast.data.rows import Row
+from holdfast.engine.pack import TokenRow
+
+KINDS = {"ends": np.int64, "rendered": np.bool_, "token_ends": np.int64, "of": np.int64}
+FLAT = {"texts": np.uint8, "tokens": np.int32, "scored": np.bool_}
+
+
+class Writer:
+    """Fills a folder row by row. Nothing but the numbers of where rows end is kept in memory."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files = {name: (folder / f"{name}.bin").open("wb", buffering=1 << 20) for name in FLAT}
+        self._lists: dict[str, list[int]] = {name: [] for name in KINDS}
+        self._at, self._tokens_at = 0, 0
+
+    def add(self, row: Row) -> int:
+        """Add the text of a row; returns its number."""
+        for text in (row.prompt, row.completion, row.where):
+            raw = text.encode()
+            self._files["texts"].write(raw)
+            self._at += len(raw)
+            self._lists["ends"].append(self._at)
+        self._lists["rendered"].append(isinstance(row.prompt, Rendered))
+        return len(self._lists["rendered"]) - 1
+
+    def add_tokens(self, number: int, made: Iterable[TokenRow]) -> None:
+        """Add the token rows of the row with that number."""
+        for one in made:
+            self._files["tokens"].write(one.ids.astype(np.int32).tobytes())
+            self._files["scored"].write(one.scored.tobytes())
+            self._tokens_at += len(one.ids)
+            self._lists["token_ends"].append(self._tokens_at)
+            self._lists["of"].append(number)
+
+    def texts(self) -> Texts:
+        """The texts so far."""
+        self._files["texts"].flush()
+        ends = np.asarray(self._lists["ends"], dtype=np.int64).reshape(-1, 3)
+        rendered = np.asarray(self._lists["rendered"], dtype=bool)
+        return Texts(_mapped(self.folder / "texts.bin", np.uint8), ends, rendered)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        for name, kind in KINDS.items():
+            np.save(self.folder / f"{name}.npy", np.asarray(self._lists[name], dtype=kind))
+
+
+class Texts(Sequence[Row]):
+    """The rows of a folder, or those of them that `chosen` numbers, as `Row`s made when asked for.
+
+    Their turns are not kept: they are in the tokens.
+    """
+
+    def __init__(
+        self,
+        raw: np.ndarray,
+        ends: np.ndarray,
+        rendered: np.ndarray,
+        source: str = "task",
+        chosen: np.ndarray | None = None,
+    ):
+        self._raw, self._ends, self._rendered, self._source = raw, ends, rendered, source
+        self.chosen = np.arange(len(ends)) if chosen is None else chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @overload
+    def __getitem__(self, at: int) -> Row: ...
+    @overload
+    def __getitem__(self, at: slice) -> Texts: ...
+    def __getitem__(self, at: int | slice) -> Row | Texts:
+        if isinstance(at, slice):
+            return self.only(self.chosen[at])
+        n = int(self.chosen[at])
+        start = int(self._ends[n - 1, 2]) if n else 0
+        prompt, completion, where = (
+            self._raw[a:b].tobytes().decode() for a, b in zip([start, *self._ends[n, :2]], self._ends[n], strict=True)
+        )
+        return Row(Rendered(prompt) if self._rendered[n] else prompt, completion, self._source, where)
+
+    def only(self, chosen: Sequence[int] | np.ndarray) -> Texts:
+        """The rows with these numbers, in this order."""
+        numbers = np.asarray(chosen, dtype=np.int64)
+        return Texts(self._raw, self._ends, self._rendered, self._source, numbers)
+
+
+class Tokens(Sequence[TokenRow]):
+    """The token rows of a folder, or those that `chosen` numbers; each is made when asked for."""
+
+    def __init__(self, folder: Path, source: str = "task", chosen: np.ndarray | None = None):
+        self._folder, self._source = folder, source
+        self._ids, self._scored = (_mapped(folder / f"{name}.bin", FLAT[name]) for name in ("tokens", "scored"))
+        self._ends = np.load(folder / "token_ends.npy", mmap_mode="r")
+        self.of = np.load(folder / "of.npy", mmap_mode="r")
+        self.chosen = np.arange(len(self._ends)) if chosen is None else chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    @overload
+    def __getitem__(self, at: int) -> TokenRow: ...
+    @overload
+    def __getitem__(self, at: slice) -> Tokens: ...
+    def __getitem__(self, at: int | slice) -> TokenRow | Tokens:
+        if isinstance(at, slice):
+            return Tokens(self._folder, self._source, self.chosen[at])
+        n = int(self.chosen[at])
+        part = slice(int(self._ends[n - 1]) if n else 0, int(self._ends[n]))
+        return TokenRow(self._ids[part].astype(np.int64), self._scored[part].copy(), "task", self._source)
+
+    def __iter__(self) -> Iterator[TokenRow]:
+        return (self[n] for n in range(len(self)))
+
+    def find(self, row: TokenRow) -> int | None:
+        """The number of the text that a token row comes from; None for one that is not of these."""
+        lengths = np.diff(self._ends, prepend=0)[self.chosen]
+        for at in np.flatnonzero(lengths == len(row.ids)):
+            if self[int(at)].key == row.key:
+                return int(self.of[self.chosen[at]])
+        return None
+
+
+def open_texts(folder: Path, source: str = "task", chosen: np.ndarray | None = None) -> Texts:
+    """The texts of a written folder."""
+    ends = np.load(folder / "ends.npy", mmap_mode="r").reshape(-1, 3)
+    rendered = np.load(folder / "rendered.npy", mmap_mode="r")
+    return Texts(_mapped(folder / "texts.bin", np.uint8), ends, rendered, source, chosen)
+
+
+def _mapped(path: Path, kind: type) -> np.ndarray:
+    """The file as a plain array, of which slices are cheap; an empty file cannot be mapped."""
+    return np.asarray(np.memmap(path, dtype=kind, mode="r")) if path.stat().st_size else np.zeros(0, dtype=kind)

@@ -1,0 +1,81 @@
+"""Every shape of data is a recipe under recipes/, and runs to its report on a tiny model."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from holdfast.recipe import load_recipe
+from holdfast.runs.run import Run
+from holdfast.verbs.tune import go
+from tiny import TICKETS
+from tiny_run import make_world
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+TICKET = [(queue, text) for queue, texts in TICKETS.items() for text in texts]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_model, tokenizer, rows):
+    folder = tmp_path_factory.mktemp("shapes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOLDFAST_HOME", str(folder / "home"))
+        yield make_world(folder, tiny_model(), tokenizer, rows)
+
+
+@pytest.fixture
+def shape(world, tmp_path):
+    """shape(recipe, *overrides): the finished run of a recipe under recipes/, on the tiny model; its report."""
+
+    def finished(name: str, *overrides: str) -> dict:
+        small = ["training.max_steps=3", "training.per_device_train_batch_size=2", "measure.limit=2",
+                 "measure.num_fewshot=1", "plan=[{LoRA: {r: 2}}]"]  # fmt: skip
+        base = [f"model.model_name_or_path={world.base}", f"training.output_dir={tmp_path / 'run'}"]
+        go(Run(load_recipe(RECIPES / f"{name}.yaml", [*base, *small, *overrides]), tmp_path))
+        return json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
+
+    return finished
+
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def conversations(count: int, seed: int = 0) -> list[dict]:
+    rng, made = random.Random(seed), []
+    for _ in range(count):
+        turns = []
+        for queue, text in rng.sample(TICKET, rng.randint(2, 4)):
+            turns += [{"role": "user", "content": text}, {"role": "assistant", "content": queue}]
+        made.append({"messages": turns})
+    return made
+
+
+def test_conversations(shape, tmp_path):
+    rows = conversations(24)
+    rows[3]["messages"] = rows[3]["messages"] * 12  # far beyond max_length
+    rows[5]["messages"][1]["train"] = False
+    train = write(tmp_path / "talks.jsonl", rows)
+    report = shape("conversations", f"data.train={train}", "data.max_length=160", "data.validation_size=6")
+    assert "longer than data.max_length, cut at the beginning; answer and end are whole" in report["task"]["note"]
+    assert "only the last answer" not in report["task"]["note"]
+    for row in report["rows"][:3]:
+        ends = [target for text, _, target, _ in row["tokens"] if text == "<|im_end|>"]
+        marked = row["where"] == "talks.jsonl:6"
+        assert ends == [n % 2 and not (marked and n == 1) for n in range(len(ends))]
+
+
+def test_documents(shape, tmp_path):
+    """A folder of texts, split with nothing lost; documents that are held out are measured."""
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for n in range(12):
+        words = " ".join(text for _, text in random.Random(n).choices(TICKET, k=30 + n))
+        (folder / f"{n:02}.{'md' if n % 2 else 'txt'}").write_text(words, encoding="utf-8")
+    sizes = ["data.max_length=64", "data.stride=16", "data.validation_size=3"]
+    report = shape("documents", f"data.train={folder}", *sizes)
+    assert "9 rows longer than data.max_length, split (first 00.txt:1)" in report["task"]["note"]
+    assert report["task"]["metric"] == "loss per byte" and report["task"]["before"]["n"] == 3
+    assert report["data"]["rows"] == 9 and report["rows"][0]["num_tokens"] == 64

@@ -1,0 +1,190 @@
+"""Conversations of several answers: the targets are what the assistant said, behind what inference shows before."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from holdfast.data.rows import read_rows
+from holdfast.data.tokens import tokenize_all
+from holdfast.errors import DataError
+from tokenizers_made import MADE
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}\n"
+    "{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NO_ENDS = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+LAST_THINKS = CHATML.replace(
+    "\n{{ m['content'] }}",
+    "\n{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ m['content'] }}",
+)
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def said(text: str, **keys) -> dict:
+    return {"role": "assistant", "content": text, **keys}
+
+
+TALK = [user("Where is 1"), said("billing"), user("and 2"), said("a b"), user("and 3"), said("No.")]
+
+
+@pytest.fixture
+def read(tmp_path: Path):
+    def go(tokenizer, *talks: list, **settings):
+        (tmp_path / "t.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in talks))
+        notes: list[str] = []
+        return read_rows("t.jsonl", base_dir=tmp_path, tokenizer=tokenizer, notes=notes, **settings), notes
+
+    return go
+
+
+def tokenizer_of(name: str, template: str):
+    tokenizer = MADE[name]()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def targets(tokenizer, row) -> list[str]:
+    """The text of each unbroken stretch of targets."""
+    out, ids = [], []
+    for token, scored in [*zip(row.ids.tolist(), row.scored.tolist(), strict=True), (0, False)]:
+        if scored:
+            ids.append(token)
+        elif ids:
+            out.append(tokenizer.decode(ids))
+            ids = []
+    return out
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+@pytest.mark.parametrize("name", [n for n in MADE if "word" not in n and n != "bytes, no eos"])
+def test_every_answer_is_trained_as_one_row_of_its_own_would_be(name, template, read):
+    """In one row; its targets are those of the prefixes, each read as a conversation that ends there."""
+    tokenizer = tokenizer_of(name, template)
+    (row,), notes = read(tokenizer, TALK)
+    (packed,) = tokenize_all([row], tokenizer, None)
+    assert notes == []
+    alone = [tokenize_all(read(tokenizer, TALK[:n], last_only=True)[0], tokenizer, None)[0] for n in (2, 4, 6)]
+    found, end = packed.scored.copy(), tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for one in alone:
+        start = int(one.scored.argmax())
+        assert packed.ids[:start].tolist() == one.ids[:start].tolist()
+        answer = one.ids[start:].tolist()
+        if one is not alone[-1] and end in answer:
+            answer = answer[: answer.index(end) + 1]
+        assert packed.ids[start : start + len(answer)].tolist() == answer
+        assert found[start : start + len(answer)].all()
+        found[start : start + len(answer)] = False
+    assert template == MARKED or not found.any()
+
+
+def test_targets_are_the_answers_and_the_tokens_that_end_them(read):
+    tokenizer = tokenizer_of("bytes", CHATML)
+    (row,), _ = read(tokenizer, TALK)
+    (packed,) = tokenize_all([row], tokenizer, None, stops=[tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    assert targets(tokenizer, packed) == ["billing<|im_end|>", "a b<|im_end|>", "No.<|im_end|>"]
+    assert (row.prompt, row.completion) == (row.prompt, "No.<|im_end|>\n") and row.prompt.endswith("assistant\n")
+
+
+@pytest.mark.parametrize("key", ["train", "weight", "training", "trainable", "loss"])
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_a_key_leaves_answers_out(key, template, read):
+    tokenizer = tokenizer_of("bytes", template)
+    talk = [TALK[0], said("billing", **{key: False}), *TALK[2:5], said("No.", **{key: 0}), user("so?")]
+    (row,), notes = read(tokenizer, [*talk, said("!", **{key: 0})])
+    (packed,) = tokenize_all([row], tokenizer, None, stops=[tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    assert targets(tokenizer, packed) == ["a b<|im_end|>"]
+    assert notes == ["1 conversation cut off behind the last answer that is trained on (first t.jsonl:1)"]
+
+
+def test_all_answers_left_out_are_refused(read):
+    with pytest.raises(DataError, match=r"t.jsonl:2: all answers are marked not to be trained on \(train False\)"):
+        none = [*TALK[:1], said("a", train=False), user("b"), said("c", train=False)]
+        read(tokenizer_of("bytes", CHATML), TALK, none)
+
+
+def test_a_mark_on_a_question_is_said(read):
+    _, notes = read(tokenizer_of("bytes", CHATML), [user("hi") | {"train": True}, said("yo")])
+    assert notes == [
+        "1 message marked to be trained that the assistant did not say, and only what it says is (first t.jsonl:1)"
+    ]
+
+
+def test_the_last_answer_alone(read):
+    tokenizer = tokenizer_of("bytes", CHATML)
+    (row,), notes = read(tokenizer, TALK, last_only=True)
+    (packed,) = tokenize_all([row], tokenizer, None)
+    assert [t.split("<|im_end|>")[0] for t in targets(tokenizer, packed)] == ["No."]
+    assert notes == ["only the last answer of 1 conversation with several answers is trained on (first t.jsonl:1)"]
+
+
+def test_a_template_that_does_not_only_append_is_refused_with_the_turn(read):
+    tokenizer = tokenizer_of("bytes", LAST_THINKS)
+    with pytest.raises(DataError) as caught:
+        read(tokenizer, TALK[:2], TALK)
+    told = str(caught.value)
+    assert told.startswith("t.jsonl:2: ") and "does not only append at message 2 (assistant)" in told
+    assert "<think></think>billing" in told and "train_on: last" in caught.value.cure
+    (row,), _ = read(tokenizer, TALK, last_only=True)
+    assert row.completion.startswith("<think></think>No.")
+
+
+def test_marks_of_the_template_need_no_prefixes(read):
+    """With {% generation %} the same template is read: the answers are where it says."""
+    thinks = MARKED.replace("{% generation %}", "{% if loop.last %}<think></think>{% endif %}{% generation %}")
+    tokenizer = tokenizer_of("bytes", thinks)
+    (row,), _ = read(tokenizer, TALK)
+    (packed,) = tokenize_all([row], tokenizer, None, stops=[tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    assert targets(tokenizer, packed) == ["billing<|im_end|>", "a b<|im_end|>", "No.<|im_end|>"]
+
+
+def test_marks_that_cannot_be_told_apart_are_refused(read):
+    twice = MARKED.replace("{% endgeneration %}", "{% endgeneration %}{% generation %}!{% endgeneration %}")
+    talk = [TALK[0], said("billing", train=False), *TALK[2:4]]
+    with pytest.raises(DataError, match=r"t.jsonl:1: the chat template marks 4 stretches .* there are 2 answers"):
+        read(tokenizer_of("bytes", twice), talk)
+
+
+def test_an_empty_or_changed_earlier_answer_is_refused_like_the_last(read):
+    with pytest.raises(DataError, match=r"the answer, message 2 \(assistant\), is empty"):
+        read(tokenizer_of("bytes", CHATML), [user("a"), said(" "), user("b"), said("c")])
+    upper = CHATML.replace("m['content'] }}<", "m['content'] | replace('billing', 'BILLING') }}<")
+    with pytest.raises(DataError, match="changes the answer: the row has 'billing'"):
+        read(tokenizer_of("bytes", upper), TALK)
+
+
+def test_answers_that_share_a_token_with_a_question_get_rows_of_their_own(read):
+    """Nothing ends a message but a line break, which some tokenizers join with the blank lines that follow."""
+    tokenizer = tokenizer_of("llama 3", NO_ENDS)
+    talk = [user("Q:"), said("a"), user("\n\nuser"), said("b")]
+    (row,), _ = read(tokenizer, talk)
+    notes: list[str] = []
+    made = tokenize_all([row], tokenizer, None, notes=notes)
+    alone = [read(tokenizer, talk[:n], last_only=True)[0][0] for n in (2, 4)]
+    assert [r.key for r in made] == [r.key for r in tokenize_all(alone, tokenizer, None)] and len(made) == 2
+    assert notes[0].startswith("1 conversation of which tokens span two messages")
+
+
+def test_tool_calls_and_tools_of_several_answers(read):
+    template = (
+        "{% if tools %}<tools>{{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "<call>{{ c.function.name }} {{ c.function.arguments | tojson }}"
+        "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"function": {"name": "weather", "arguments": {"city": "x"}}}
+    talk = [user("hi"), {"role": "assistant", "tool_calls": [call], "content": ""}, {"role": "tool", "content": "18"}]
+    tokenizer = tokenizer_of("bytes", template)
+    (row,), _ = read(tokenizer, [*talk, said("18 C")])
+    (packed,) = tokenize_all([row], tokenizer, None, stops=[tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    assert targets(tokenizer, packed) == ['<call>weather {"city": "x"}<|im_end|>', "18 C<|im_end|>"]
