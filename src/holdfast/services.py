@@ -13,6 +13,7 @@ from holdfast.engine.base import as_base, has_adapter
 from holdfast.engine.base import batches as _batches
 from holdfast.engine.counts import Counts, count_of, sources_of, sum_of
 from holdfast.engine.forward import forward_states
+from holdfast.engine.layout import upload
 from holdfast.engine.pack import Packed, TokenRow
 from holdfast.engine.processes import gather_rows, shares, world
 from holdfast.engine.replaced import Handed, replaced_in
@@ -140,7 +141,7 @@ class View:
     def positions(self, owner: str, source: str | None = None) -> torch.Tensor:
         """(M,) indices of the positions of one owner (and one source)."""
         rows = [r.owner == owner and source in (None, r.source) for r in self.packed.rows]
-        return torch.as_tensor(np.flatnonzero(np.asarray(rows)[self.packed.row]), device=self.logits.device)
+        return upload(np.flatnonzero(np.asarray(rows)[self.packed.row]), self.logits.device)
 
     def rows(self, owner: str) -> torch.Tensor:
         """(M,) of each position of `owner`, which of its scored rows here it stands in, counted from 0."""
