@@ -181,8 +181,8 @@ def sides(model: Any, tokenizer: Any, job: C.Job, default: Sequence[Any]) -> dic
     }
 
 
-def measure(size: str, layers: int | None, tokens: int, steps: int) -> C.Data:
-    """All sides of LoRA and full tuning."""
+def measure(size: str, layers: int | None, tokens: int, steps: int, without: Sequence[str]) -> C.Data:
+    """All sides of LoRA and full tuning, but those whose names hold one of `without`."""
     from holdfast.methods import ICLAnchor
 
     tokenizer = C.build_tokenizer(2048)
@@ -194,6 +194,8 @@ def measure(size: str, layers: int | None, tokens: int, steps: int) -> C.Data:
     for kind in ("lora", "full"):
         out[kind] = {}
         for name, run in sides(model, tokenizer, C.Job(rows, steps, batch, kind), [ICLAnchor()]).items():
+            if any(w in name for w in without):
+                continue
             out[kind][name] = run()
             print(f"{kind:5} {name:28} {line(out[kind][name])}", flush=True)
     return {**out, "facts": C.facts()}
@@ -237,9 +239,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--tokens", type=int, default=512, help="of a step")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--without", nargs="*", default=[], help="parts of names of sides to leave out")
     parser.add_argument("--out", type=Path, default=C.RESULTS / "ops.json")
     args = parser.parse_args(argv)
-    found = measure(args.size, args.layers, args.tokens, args.steps)
+    found = measure(args.size, args.layers, args.tokens, args.steps, args.without)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, found)
     print("\n".join(table(args.out)))

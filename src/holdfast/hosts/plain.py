@@ -11,6 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -179,8 +180,9 @@ def _step(
         micros, share = processes.deal(batch, asides, settings.gradient_accumulation_steps)
         for rows in micros:
             device = next(session.model.parameters()).device.type
-            with through_backward(session.model, rows, session.packing):
+            with ExitStack() as kept:
                 with torch.autocast(device, settings.autocast or torch.bfloat16, enabled=autocast):
+                    kept.enter_context(through_backward(session.model, rows, session.packing))
                     loss, here = session.loss(session.model, rows, counts, step, share)
                 loss.backward()
             found.append(here)
