@@ -84,7 +84,7 @@ def build_tokenizer(vocab: int = 2048) -> Any:
     )
 
 
-def random_llama(size: str, tokenizer: Any) -> Any:
+def random_llama(size: str, tokenizer: Any, layers: int | None = None) -> Any:
     """A Llama of random weights where, and in the precision in which, `models.load` would put it."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -92,7 +92,7 @@ def random_llama(size: str, tokenizer: Any) -> Any:
 
     place, dtype = auto_place()
     ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
-    config = LlamaConfig(**SIZES[size], **ids)
+    config = LlamaConfig(**{**SIZES[size], **({"num_hidden_layers": layers} if layers else {})}, **ids)
     with torch.random.fork_rng(), place:
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -247,6 +247,7 @@ def ours(
     *,
     text: Sequence[Any] = (),
     run_steps: int | None = None,
+    logging_steps: int = 1,
 ) -> Block:
     """Train `model` (it is used up) by the loop of `holdfast tune`; `methods` come beside what job.kind needs.
 
@@ -272,7 +273,7 @@ def ours(
     block = Block(prepare_seconds=time.perf_counter() - start)
     settings = Training(
         job.steps, job.batch, learning_rate=LEARNING_RATE[job.kind], warmup_steps=0, seed=job.seed,
-        autocast=half(compute), save_steps=0,
+        autocast=half(compute), save_steps=0, logging_steps=logging_steps,
     )  # fmt: skip
     log = train(session, mix, settings, on_step=clock.stamp)
     block.loss = [parts["task"] for _, parts in log.loss]
@@ -302,7 +303,7 @@ def trl(model: Any, tokenizer: Any, job: Job, options: Mapping[str, Any] | None 
     if job.kind == "lora":
         model = M.LoRA().adapt(model, Context(model, tokenizer, job.seed), {})
     # no column for the attention mask: TRL builds it
-    data = Dataset.from_list([_columns(r) for r in job.drawn()])
+    data = Dataset.from_list([columns(r) for r in job.drawn()])
 
     class Stamp(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -333,7 +334,7 @@ def trl(model: Any, tokenizer: Any, job: Job, options: Mapping[str, Any] | None 
     return clock.close(trainer.block())
 
 
-def _columns(row: Any) -> Data:
+def columns(row: Any) -> Data:
     labels = [int(i) if s else -100 for i, s in zip(row.ids, row.scored, strict=True)]
     return {"input_ids": row.ids.tolist(), "labels": labels}
 

@@ -2,11 +2,14 @@
 
     python benchmarks/gpu.py              # writes benchmarks/results/gpu.json
     python benchmarks/gpu.py --dry-run    # the same on a CPU with tiny models: seconds
+    python benchmarks/gpu.py --minutes 9 --try cudnn-on,varlen,fixed,pageable   # what matters, suspects one by one
 
 Random weights in real shapes: Llama 3.2 1B and SmolLM2-135M; a byte-level tokenizer trained on the shipped texts. For
 each: LoRA and full tuning by the loop of `holdfast tune` against TRL's SFTTrainer (its defaults; no checkpointing; and
 padding-free, with FlashAttention where that is installed), retention overhead, memory, share of the card's rate, and
-scoring against lm-evaluation-harness's HF backend on identical items. Sides alternate; ratios of medians.
+scoring against lm-evaluation-harness's HF backend on identical items. Sides are warmed up and alternate; ratios of
+medians. First comes one profiled step: the ten longest operators, and how long the card was idle. All is written after
+each row.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +28,7 @@ from typing import Any
 import torch
 
 import _common as C
+import gpu_tries
 
 # dense bf16 FLOP/s in the makers' data sheets, by a part of the card's name
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "A10G": 70e12}
@@ -42,9 +47,10 @@ class Plan:
     batches: tuple[int, ...] = (16, 64, 256)  # of the harness
     rate_rows: int = 8192
     rate_seconds: float = 1.0
+    warm: bool = True  # a block of each side that does not count
 
 
-DRY = Plan(("tiny",), 400, (100,), 2, 1, 1, (2,), 8, 0.01)
+DRY = Plan(("tiny",), 400, (100,), 2, 1, 1, (2,), 8, 0.01, warm=False)
 
 
 def training(model: Any, tokenizer: Any, kind: str, tokens: int, plan: Plan) -> C.Data:
@@ -63,6 +69,8 @@ def training(model: Any, tokenizer: Any, kind: str, tokens: int, plan: Plan) -> 
         "TRL no checkpointing": lambda: C.trl(C.fresh(model), tokenizer, job, plain),
         "TRL padding-free": lambda: C.trl(_flash(C.fresh(model)), tokenizer, job, flat),
     }
+    for name in C.alternate(sides, 1) if plan.warm else ():
+        print(f"  {name} is warm", flush=True)
     blocks = C.alternate(sides, plan.cycles)
     small = [n for n in sides if n not in blocks]
     return {"kind": kind, "batch": batch, "out_of_memory": small, **figures(blocks), "blocks": C.as_json(blocks)}
@@ -138,25 +146,45 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, out
 
 
-def measure(plan: Plan) -> C.Data:
-    """All models, tunings and step sizes."""
-    tokenizer = C.build_tokenizer(plan.vocab)
-    out: C.Data = {"models": []}
-    for name in plan.models:
+def measure(plan: Plan, minutes: float, keep: Callable[[C.Data], None]) -> C.Data:
+    """Small steps first, then large ones, then scoring; `keep` gets all there is after each.
+
+    minutes: nothing is begun after them; what was left out is named.
+    """
+    tokenizer, start = C.build_tokenizer(plan.vocab), time.perf_counter()
+    models: dict[str, C.Data] = {}
+    out: C.Data = {"models": [], "left_out": [], "facts": C.facts()}
+    wanted = [(n, k, t) for t in plan.tokens for n in plan.models for k in ("lora", "full")]
+    for name, kind, tokens in (*wanted, *((n, "scoring", 0) for n in plan.models)):
+        if time.perf_counter() - start > 60 * minutes:
+            out["left_out"].append([name, kind, tokens])
+            continue
         model = C.random_llama(name, tokenizer)
-        print(f"{name}: {C.parameters(model) / 1e6:.0f} M parameters on {model.device}", flush=True)
-        flops = C.matmul_rate(model, plan.rate_rows, plan.rate_seconds)
-        runs = [training(model, tokenizer, k, t, plan) for t in plan.tokens for k in ("lora", "full")]
-        with torch.inference_mode():
-            scores = scoring(model, tokenizer, plan)
-        flops = (flops + C.matmul_rate(model, plan.rate_rows, plan.rate_seconds)) / 2
-        for r in runs:
-            r["share"] = {n: C.share(v, C.parameters(model), flops) for n, v in r["rate"].items()}
-        facts = {"name": name, "parameters": C.parameters(model), "dtype": str(model.dtype), "matmul_flops": flops}
-        out["models"].append({**facts, "training": runs, "scoring": scores})
+        print(f"{name}, {kind}, {tokens} tokens: {C.parameters(model) / 1e6:.0f} M on {model.device}", flush=True)
+        entry = models.setdefault(name, _entry(name, model))
+        if kind == "scoring":
+            with torch.inference_mode():
+                entry["scoring"] = scoring(model, tokenizer, plan)
+        else:
+            _train_row(entry, model, tokenizer, kind, tokens, plan)
+        out["models"] = list(models.values())
+        keep(out)
         del model
         C.tidy()
-    return {**out, "facts": C.facts()}
+    return out
+
+
+def _entry(name: str, model: Any) -> C.Data:
+    size = C.parameters(model)
+    return {"name": name, "parameters": size, "dtype": str(model.dtype), "training": [], "scoring": None}
+
+
+def _train_row(entry: C.Data, model: Any, tokenizer: Any, kind: str, tokens: int, plan: Plan) -> None:
+    before = C.matmul_rate(model, plan.rate_rows, plan.rate_seconds)
+    row = training(model, tokenizer, kind, tokens, plan)
+    entry["matmul_flops"] = (before + C.matmul_rate(model, plan.rate_rows, plan.rate_seconds)) / 2
+    row["share"] = {n: C.share(v, entry["parameters"], entry["matmul_flops"]) for n, v in row["rate"].items()}
+    entry["training"].append(row)
 
 
 def table(path: Path) -> list[str]:
@@ -214,6 +242,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", nargs="*", choices=list(C.SIZES), help="shapes to build instead of both")
     parser.add_argument("--steps", type=int, help="of a block; the first warms up")
     parser.add_argument("--cycles", type=int)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after them")
+    known = f"ours alone, as it is and with one thing changed: {', '.join(gpu_tries.TRIES)}"
+    parser.add_argument("--try", dest="tries", type=lambda s: s.split(","), default=[], metavar="NAME,...", help=known)
     parser.add_argument("--out", type=Path, help="default: results/gpu.json; a dry run writes only where told")
     args = parser.parse_args(argv)
     if not args.dry_run and not torch.cuda.is_available():
@@ -221,10 +252,18 @@ def main(argv: list[str] | None = None) -> None:
     given = {k: v for k in ("models", "steps", "cycles") if (v := getattr(args, k))}
     plan = Plan(**{**vars(DRY if args.dry_run else Plan()), **given})
     out = args.out or (None if args.dry_run else C.RESULTS / "gpu.json")
-    found = {**measure(plan), "dry_run": args.dry_run}
+    begun = time.perf_counter()
+    extra: C.Data = {"dry_run": args.dry_run}
+
+    def keep(found: C.Data) -> None:
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(out, {**found, **extra})
+
+    extra["tries"] = gpu_tries.tries(plan, args.tries)
+    extra["profile"] = gpu_tries.profiled(plan)
+    keep(measure(plan, args.minutes - (time.perf_counter() - begun) / 60, keep))
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, found)
         print("\n".join(table(out)))
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from holdfast.engine.attention import ATTENTION
 from holdfast.engine.forward import attention, can_pack, forward
-from holdfast.engine.pack import ATTENTION, _Gather, _Spread, pack, token_row
+from holdfast.engine.pack import pack, token_row
 from holdfast.engine.ways import SOFT_PROMPT, run_padded
 
 LENGTHS = (17, 3, 40, 2, 16, 5, 41)
@@ -127,9 +128,9 @@ def test_other_plain_families_pack_too(family, extra):
 
 
 @pytest.mark.parametrize(("family", "extra"), WINDOWED)
-def test_sliding_windows_fall_back_and_are_right(family, extra):
+def test_sliding_windows_pack_too(family, extra):
     model, rows = build(family, **extra), make_rows()
-    assert not can_pack(model)
+    assert can_pack(model)
     got, expected = forward(model, rows)[1], one_by_one(model, rows)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     wide = build(family, **extra | {"sliding_window": 128})
@@ -142,35 +143,6 @@ def test_a_row_cannot_see_another(tiny_model):
     keep = [n for n, owner in enumerate(pack(rows).row) if owner != 1]
     one, two = forward(model, rows)[1][keep], forward(model, changed)[1][keep]
     assert torch.equal(one, two)
-
-
-def test_very_different_lengths_are_grouped():
-    rows = make_rows((100, 3, 90, 2, 60, 1, 70))
-    layout = pack(rows).layout
-    assert [(b, width) for _, _, b, width in layout.blocks] == [(3, 100), (1, 60), (2, 3), (1, 1)]
-    real = torch.cat([b[1] for b in layout.blocks])[:, 0]
-    index = torch.cat([b[0] for b in layout.blocks])
-    assert sorted(index[real].tolist()) == list(range(326))  # each token stands in one place
-    assert index[layout.back].tolist() == list(range(326))
-    assert real[layout.back].all()
-    for _, mask, b, width in layout.blocks:
-        assert mask.sum() * 3 >= 2 * b * width  # at most a third is padding
-
-
-def test_padding_gets_no_gradient():
-    """Spread x, weigh every cell (padding too), gather: the gradient is the weight of the real cell alone."""
-    layout = pack(make_rows((5, 4))).layout
-    ((_index, real, b, width),) = layout.blocks
-    assert (b, width, int((~real).sum())) == (2, 5, 1)
-    x = torch.randn(9, 2, requires_grad=True)
-    spread = _Spread.apply(x, layout)
-    spread.retain_grad()
-    weight = torch.arange(1.0, 11.0)[:, None]
-    out = _Gather.apply(spread * weight, layout)
-    assert torch.equal(out, x * weight[layout.back])
-    out.sum().backward()
-    assert spread.grad[~real[:, 0]].eq(0).all()
-    assert torch.equal(x.grad, weight[layout.back].expand(9, 2))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-NAMES = ("_common", "gpu", "growth", "memory", "speed", "startup", "performance_page")
+NAMES = ("_common", "stand_in", "gpu_tries", "gpu", "growth", "memory", "speed", "startup", "performance_page")
 pytestmark = pytest.mark.filterwarnings("default")  # what other libraries warn of is not ours
 
 
@@ -25,7 +25,7 @@ def bench():
 @pytest.fixture(scope="module")
 def dry(bench, tmp_path_factory):
     path = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    bench["gpu"].main(["--dry-run", "--out", str(path)])
+    bench["gpu"].main(["--dry-run", "--out", str(path), "--try", "cudnn-off,varlen,fixed,pageable"])
     return path
 
 
@@ -46,6 +46,22 @@ def test_both_scorers_agree(dry):
     scores = model["scoring"]
     assert scores["items"] == 20 and scores["equal"] >= 18
     assert scores["ratio"] == pytest.approx(scores["seconds"]["harness"][0] / scores["seconds"]["ours"][0])
+
+
+def test_suspects_are_tried_one_by_one_and_a_step_is_profiled(dry, bench):
+    found = json.loads(dry.read_text())
+    assert set(found["tries"]) == {"as it is", "cudnn-off", "varlen", "fixed", "pageable"}
+    assert all(t["rate"] > 0 for t in found["tries"].values())
+    assert len(found["profile"]["longest"]) == 10 and found["profile"]["busy_seconds"] > 0
+    with pytest.raises(SystemExit, match="knows no luck"):
+        bench["gpu"].main(["--dry-run", "--try", "luck"])
+
+
+def test_what_does_not_fit_the_time_is_named(bench, tmp_path):
+    bench["gpu"].main(["--dry-run", "--minutes", "0", "--out", str(tmp_path / "gpu.json")])
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["models"] == []
+    assert found["left_out"] == [["tiny", "lora", 100], ["tiny", "full", 100], ["tiny", "scoring", 0]]
 
 
 def test_the_page_says_what_is_not_measured(dry, bench, tmp_path):

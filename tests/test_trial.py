@@ -15,8 +15,10 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM, Trainer, TrainingArg
 import zoo
 from holdfast import Plan, models, with_plan
 from holdfast.engine import trial
+from holdfast.engine.attention import ATTENTION, packed_attention
 from holdfast.engine.forward import attention, can_pack, forward
-from holdfast.engine.pack import ATTENTION, layout, packed_attention, token_row
+from holdfast.engine.layout import Layout
+from holdfast.engine.pack import token_row
 from holdfast.engine.tree import TREE_ATTENTION
 from holdfast.errors import ModelError, PlanError
 from holdfast.measure.generate import GREEDY, go_on
@@ -268,7 +270,7 @@ def test_batches_of_prompts_say_what_each_says_alone(kind, tokenizer):
 
 def test_attention_that_asks_for_more_than_ours_is_not_taken_for_it():
     x = torch.randn(1, 2, 6, 4)
-    settings = {"attention_mask": None, "packed_layout": layout(np.array([0, 4]), [4, 2], "cpu")}
+    settings = {"attention_mask": None, "packed_layout": Layout([4, 2])}
     expected = packed_attention(None, x, x, x, **settings)[0]
     harmless = {
         "position_ids": x,
@@ -278,7 +280,7 @@ def test_attention_that_asks_for_more_than_ours_is_not_taken_for_it():
         "output_router_logits": False,
     }
     assert torch.equal(packed_attention(None, x, x, x, **settings, **harmless)[0], expected)
-    for more in ({"softcap": 50.0}, {"s_aux": x}, {"sliding_window": 4}, {"is_causal": False}, {"anything": 1}):
+    for more in ({"is_causal": False}, {"position_bias": x}, {"anything": 1}):
         with pytest.raises(RuntimeError, match=f"knows no {next(iter(more))}"):
             packed_attention(None, x, x, x, **settings, **more)
     with pytest.raises(RuntimeError, match="knows no mask"):

@@ -13,6 +13,7 @@ from holdfast.engine.base import as_base, has_adapter
 from holdfast.engine.base import batches as _batches
 from holdfast.engine.counts import Counts, count_of, sources_of, sum_of
 from holdfast.engine.forward import forward_states
+from holdfast.engine.layout import upload
 from holdfast.engine.pack import Packed, TokenRow
 from holdfast.engine.processes import gather_rows, shares, world
 from holdfast.engine.replaced import Handed, replaced_in
@@ -139,13 +140,16 @@ class View:
 
     def positions(self, owner: str, source: str | None = None) -> torch.Tensor:
         """(M,) indices of the positions of one owner (and one source)."""
+        return upload(self._at(owner, source), self.logits.device)
+
+    def _at(self, owner: str, source: str | None = None) -> np.ndarray:
         rows = [r.owner == owner and source in (None, r.source) for r in self.packed.rows]
-        return torch.as_tensor(np.flatnonzero(np.asarray(rows)[self.packed.row]), device=self.logits.device)
+        return np.flatnonzero(np.asarray(rows)[self.packed.row])
 
     def rows(self, owner: str) -> torch.Tensor:
         """(M,) of each position of `owner`, which of its scored rows here it stands in, counted from 0."""
-        own = self.packed.row[self.positions(owner).cpu().numpy()]
-        return torch.as_tensor(np.unique(own, return_inverse=True)[1], device=self.logits.device)
+        own = self.packed.row[self._at(owner)]
+        return upload(np.unique(own, return_inverse=True)[1], self.logits.device)
 
     def number(self, name: str, owner: str = "task", missing: float = 1.0) -> torch.Tensor:
         """(N,) an array of the rows at scored positions, fp32; `missing` in rows without it and of other owners."""
@@ -153,7 +157,7 @@ class View:
             r.numbers[name][r.scored] if r.owner == owner and name in r.numbers else np.full(r.num_scored, missing)
             for r in self.packed.rows
         ]
-        return torch.as_tensor(np.concatenate(parts), dtype=torch.float32, device=self.logits.device)
+        return upload(np.concatenate(parts).astype(np.float32), self.logits.device)
 
     def count(self, owner: str = "task", source: str | None = None, per: str = "position") -> float:
         """Scored positions (or rows, for `per` "row") of an owner, or of one of its sources, in the whole optimizer

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from holdfast.data.mix import Mix
 from holdfast.engine.base import as_base, has_adapter
 from holdfast.engine.counts import Counts, count_of, count_rows
 from holdfast.engine.forward import forward, forward_states
+from holdfast.engine.layout import upload
 from holdfast.engine.pack import Packed, TokenRow
 from holdfast.engine.replaced import Handed, replaced_in
 from holdfast.engine.shards import cut_like, whole
@@ -302,7 +304,7 @@ class Session:
 
     def loss(
         self, model: Any, rows: Sequence[TokenRow], counts: Counts, step: int, share: float = 1.0
-    ) -> tuple[torch.Tensor, dict[str, float]]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of one micro-batch.
 
         Args:
@@ -310,7 +312,7 @@ class Session:
             counts: `count_rows` of the whole optimizer step (all micro-batches and processes).
             share: this micro-batch's part of a scalar penalty (1 / accumulation steps).
 
-        Returns: (loss, its parts as plain numbers).
+        Returns: (loss, its parts without gradient). Nobody waits for them here; see `hosts.losses`.
         """
         packed, logits, states, handed = forward_states(model, rows, self.layers, packing=self.packing)
         self.effects.update(self._source_of[r.source] for r in rows if r.source in self._source_of)
@@ -330,7 +332,7 @@ class Session:
         count = max(1, count_of(counts, "task"))
         total = token_loss.sum() / count
         self._note_sources(packed, at, token_loss / count)
-        parts = {"task": total.item()}
+        parts = {"task": total.detach()}
         for m in self.methods:
             term = m.loss(views[m.name])
             if term is None:
@@ -346,7 +348,7 @@ class Session:
                 )
             self.effects[m.name] += 1
             total = total + value
-            parts[m.name] = value.item()
+            parts[m.name] = value.detach()
         return total, parts
 
     def _note_sources(self, packed: Any, at: torch.Tensor, loss: torch.Tensor) -> None:
@@ -356,8 +358,8 @@ class Session:
 
     def _source_weights(self, packed: Any, at: torch.Tensor) -> torch.Tensor:
         """(M,) weights that steering gives the sources of the task's positions."""
-        of = [self.steering.source_weight.get(r.source, 1.0) for r in packed.rows]
-        return torch.as_tensor([of[i] for i in packed.row[at.cpu().numpy()]], device=at.device)
+        of = np.asarray([self.steering.source_weight.get(r.source, 1.0) for r in packed.rows], dtype=np.float32)
+        return upload(of[packed.row], at.device)[at]
 
     def _view(
         self, m: Method | None, packed: Any, logits: Any, model: Any, step: int, shared: dict, states: States,
@@ -515,9 +517,10 @@ class Session:
             loss, parts = self.loss(self.model, rows, count_rows(rows), step=0)
         self.steering.losses()
         self.effects = effects
+        found = {name: value.item() for name, value in parts.items()}
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"The probe step gave a loss of {loss.item()} ({_words(parts)}).",
+                f"The probe step gave a loss of {loss.item()} ({_words(found)}).",
                 "Check the data for empty targets and the model's dtype; nothing was trained yet.",
             )
         loss.backward()
@@ -526,7 +529,7 @@ class Session:
             p.grad = None
         if not reached:
             raise NoEffect("No gradient reaches any trainable weight.", "Check what the plan freezes and wraps.")
-        return parts
+        return found
 
 
 def is_plain(p: torch.Tensor) -> bool:

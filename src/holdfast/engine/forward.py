@@ -8,40 +8,56 @@ matter); each with a soft prompt before the task's rows, perhaps (ProMoT). They 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from holdfast.engine.pack import ATTENTION, Packed, TokenRow, pack
+from holdfast.engine.attention import ATTENTION, PACKS
+from holdfast.engine.pack import Packed, TokenRow, pack
 from holdfast.engine.replaced import Handed
-from holdfast.engine.trial import is_cut, packs, pads_right, together
-from holdfast.engine.ways import LAST, SOFT_PROMPT, States, inner, run_one_by_one, run_packed, run_padded, switched
+from holdfast.engine.trial import asked, is_cut, packs, pads_right, together
+from holdfast.engine.ways import (
+    LAST,
+    SOFT_PROMPT,
+    States,
+    asked_for,
+    inner,
+    run_one_by_one,
+    run_packed,
+    run_padded,
+    switched,
+)
 from holdfast.errors import ModelError
 
 
 def can_pack(model: Any) -> bool:
-    """True when every layer is plain full attention that takes a custom attention function, and it works (`trial`).
+    """True when every layer is attention that `engine.attention` knows and takes it, and it works (`trial`).
+
+    Whoever asked for another attention by name (`ask`) gets that, and rows are padded.
 
     Raises:
         ModelError: the model is not causal.
     """
-    return packs(model) and _may_pack(inner(model))
+    return packs(model) and asked_for(model) in PACKS and _may_pack(model)
 
 
-def _may_pack(core: Any) -> bool:
-    """What the configuration says: short rows show no window."""
+def _may_pack(model: Any) -> bool:
+    """What the configuration says: short rows show no window. Each layer must hand on its own, and its soft cap."""
+    core = inner(model)
     config = getattr(core.config, "text_config", None) or core.config
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     kinds = getattr(config, "layer_types", None) or ()
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    return bool(
-        getattr(core, "_supports_attention_backend", False)
-        and not window
-        and not softcap
-        and all(k == "full_attention" for k in kinds)
-    )
+    cap = getattr(config, "attn_logit_softcapping", None) or None
+    known = {"full_attention", "sliding_attention"} if window else {"full_attention"}
+    if not getattr(core, "_supports_attention_backend", False) or not set(kinds) <= known:
+        return False
+    if not window and not cap:
+        return True
+    windows = [window if k == "sliding_attention" else None for k in kinds] or [window] * config.num_hidden_layers
+    return Counter((w, c) for w, c, _ in asked(model)) == Counter((w, cap) for w in windows)
 
 
 def _recomputes(model: Any) -> bool:
@@ -59,6 +75,18 @@ def attention(model: Any, name: str) -> Iterator[None]:
     """Switch the attention function for the duration (read by the model at every call); the model is tried before."""
     packs(model)
     with switched(model, name):
+        yield
+
+
+@contextmanager
+def through_backward(model: Any, rows: Sequence[TokenRow], packing: bool = True) -> Iterator[None]:
+    """Around the forward and the backward of rows: gradient checkpointing runs layers again in the backward, where
+    they must find the attention of the forward. Rows that will not be packed keep the model's own."""
+    lengths = [len(r.ids) + n for r, n in zip(rows, _prompts(model, rows)[1], strict=True)]
+    if packing and can_pack(model) and _may_share(model, lengths):
+        with attention(model, ATTENTION):
+            yield
+    else:
         yield
 
 
@@ -85,18 +113,27 @@ def forward_states(
 
     Returns: the packing, (N, V) logits, {layer: (N, D)}, all at the scored positions; {key: [(T, ...)]} at all tokens.
     """
-    soft = getattr(inner(model), SOFT_PROMPT, None)
-    prompts = [len(soft) if soft is not None and r.owner == r.source == "task" else 0 for r in rows]
+    soft, prompts = _prompts(model, rows)
     device = next(model.parameters()).device
     packed = pack(rows, device, prompts)
-    way = _way(model, [len(r.ids) + n for r, n in zip(rows, prompts, strict=True)], packing)
+    way = _way(model, packed.layout.lengths, packing)
     return packed, *way(model, packed, prompts, soft, layers)
+
+
+def _prompts(model: Any, rows: Sequence[TokenRow]) -> tuple[Any, list[int]]:
+    """The soft prompt or None, and how much of it stands before each row."""
+    soft = getattr(inner(model), SOFT_PROMPT, None)
+    return soft, [len(soft) if soft is not None and r.owner == r.source == "task" else 0 for r in rows]
+
+
+def _may_share(model: Any, lengths: Sequence[int]) -> bool:
+    return len(lengths) == 1 or max(lengths) <= together(model)
 
 
 def _way(model: Any, lengths: Sequence[int], packing: bool) -> Any:
     """The function that runs rows of these lengths."""
     may, alone = can_pack(model), len(lengths) == 1
-    if alone or max(lengths) <= together(model):
+    if _may_share(model, lengths):
         if packing and may and not _recomputes(model):
             return run_packed
         if alone or pads_right(model):

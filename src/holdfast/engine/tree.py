@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from holdfast.engine.pack import only_plain, register
+from holdfast.engine.attention import only_plain, register
 
 TREE_ATTENTION = "holdfast_tree"
 TILE = 64  # queries of a tile: fewer see fewer keys in vain, more make larger matrix products

@@ -45,6 +45,11 @@ def packs(model: Any) -> bool:
     return kept(model, "packs", _packs)
 
 
+def asked(model: Any) -> list[tuple[int | None, float | None, bool]]:
+    """What each layer asks of the attention of packed rows: (window, soft cap, whether it has sinks)."""
+    return kept(model, "asked", lambda m: Trial(m).asked())
+
+
 def pads_right(model: Any) -> bool:
     """Whether rows may go side by side, padded on the right."""
     return packs(model) is not None and kept(model, "right", lambda m: _all(m, Trial.pads_right))
@@ -255,6 +260,11 @@ class Trial:
 
     def packs(self) -> bool:
         return self._same(lambda: self._engine(run_packed), [a[:-1] for a in self.alone])
+
+    def asked(self) -> list[tuple[int | None, float | None, bool]]:
+        rows = pack([token_row(self.long, 1)], self.device)
+        run_packed(self.model, rows, [0], None, ())
+        return rows.layout.said
 
     def pads_right(self) -> bool:
         """With a mask, as in training, and without one, as in scoring: causality hides what follows a row."""

@@ -13,7 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from holdfast.engine.pack import ATTENTION, Packed, pack
+from holdfast.engine.attention import ATTENTION
+from holdfast.engine.layout import upload
+from holdfast.engine.pack import Packed, pack
 from holdfast.engine.replaced import Handed, collecting
 from holdfast.errors import ModelError
 
@@ -21,6 +23,7 @@ LAST = -1  # the layer whose states enter the output head
 States = dict[int, torch.Tensor]  # layer -> (N, D)
 # (N, V) logits, the states of the layers asked for, and what replaced modules handed out, (T, ...) in packed order
 Outcome = tuple[torch.Tensor, States, Handed]
+ASKED = "_holdfast_attention"  # attribute of the model: the attention that its user named
 SOFT_PROMPT = "holdfast_prompt"  # name of the (p, D) parameter ProMoT hangs on the model
 
 
@@ -34,6 +37,7 @@ def run_packed(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Seq
     inputs: dict[str, Any] = {"input_ids": p.ids}
     if any(prompts):
         inputs = {"inputs_embeds": _embed(model, p, prompts, soft)[None]}
+    p.layout.asked = asked_for(model)
     with switched(model, ATTENTION), _capture(model, layers) as seen, collecting() as handed:
         out = model(
             **inputs,
@@ -61,20 +65,15 @@ def _embed(model: Any, p: Packed, prompts: list[int], soft: torch.Tensor) -> tor
 def run_padded(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Sequence[int]) -> Outcome:
     lengths = [len(r.ids) + n for r, n in zip(p.rows, prompts, strict=True)]
     width, starts = max(lengths), np.concatenate([[0], np.cumsum(lengths)])
-    grid = torch.zeros((len(p.rows), width), dtype=torch.long, device=p.ids.device)
-    mask = torch.zeros_like(grid)
-    for i, n in enumerate(lengths):
-        grid[i, :n] = p.ids[0, starts[i] : starts[i + 1]]
-        mask[i, :n] = 1
+    real = np.arange(width) < np.asarray(lengths)[:, None]
+    cells = np.where(real, starts[:-1, None] + np.arange(width), 0)
+    at, mask, shift = (upload(a, p.ids.device) for a in (cells, real.astype(np.int64), starts[p.row]))
+    grid = p.ids[0][at] * mask
     inputs: dict[str, Any] = {"input_ids": grid}
     if any(prompts):
         flat = _embed(model, p, prompts, soft)
-        embedded = flat.new_zeros((len(p.rows), width, flat.shape[-1]))
-        for i, n in enumerate(lengths):
-            embedded[i, :n] = flat[starts[i] : starts[i + 1]]
-        inputs = {"inputs_embeds": embedded}
-    at = torch.as_tensor(starts[p.row], device=p.where.device)
-    where = torch.as_tensor(p.row, device=p.where.device), p.where - at
+        inputs = {"inputs_embeds": flat[at] * mask[..., None]}
+    where = upload(p.row, p.where.device), p.where - shift
     if len(p.rows) > 1:
         inputs["attention_mask"] = mask
     with _capture(model, layers) as seen, collecting() as handed:
@@ -121,6 +120,15 @@ def blocks(model: Any) -> torch.nn.ModuleList:
         what = f"{type(inner(model)).__name__} has no list of blocks, so the states of a layer cannot be seen."
         raise ModelError(what, "Leave out of the plan what looks at layers.")
     return max(lists, key=len)
+
+
+def ask(model: Any, name: str) -> None:
+    """Note the attention that a user asked for by name; it is in no config, which `switched` changes."""
+    inner(model).__dict__[ASKED] = name
+
+
+def asked_for(model: Any) -> str | None:
+    return inner(model).__dict__.get(ASKED)
 
 
 @contextmanager

@@ -32,7 +32,6 @@ last weights, not its best.
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -46,13 +45,13 @@ import numpy as np
 import torch
 
 from holdfast.engine.counts import Counts, add_counts, count_rows, scaled
-from holdfast.engine.forward import attention, can_pack, forward
-from holdfast.engine.pack import ATTENTION, TokenRow
+from holdfast.engine.forward import can_pack, forward, through_backward
+from holdfast.engine.pack import TokenRow
 from holdfast.engine.processes import gather
 from holdfast.engine.replaced import replaced_in
 from holdfast.engine.trial import pads_right
 from holdfast.engine.ways import SOFT_PROMPT, inner
-from holdfast.errors import NoEffect, PlanError, TrainingError
+from holdfast.errors import NoEffect, PlanError
 from holdfast.hosts import hf_checkpoint
 from holdfast.hosts.hf_agree import (
     Answer,
@@ -82,6 +81,7 @@ from holdfast.hosts.hf_setup import (
     stage_folder,
     steps_of,
 )
+from holdfast.hosts.losses import Losses, numbers
 from holdfast.hosts.plain import split_steps
 from holdfast.hosts.processes import dealt
 from holdfast.method import Stage
@@ -166,7 +166,7 @@ class PlannedTrainer(_Base):
         self._base = fingerprint(model)
         self._frozen = [p for p in model.parameters() if not p.requires_grad]
         self._own_optimizer = (given.get("optimizers") or (None,))[0] is not None
-        self._parts: Counter[str] = Counter()
+        self._losses, self._parts = Losses(), Counter[str]()  # not read yet; read since the last line of the log
         self._step, self._of_step = 0, Counter[str]()  # the step at hand and the parts of its loss
         self._known: dict[bytes, TokenRow] = {}
         self._steps_in_parts = self._done = self._rows_an_epoch = 0
@@ -331,11 +331,11 @@ class PlannedTrainer(_Base):
             self.session.realised[f"{row.source}/examples"] += 1
             self.session.realised[f"{row.source}/tokens"] += len(row.ids)
 
-    def training_step(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Gradient checkpointing runs layers again in the backward, which must find the attention of the forward."""
-        packs = self._loss_is_ours and can_pack(model)
-        with attention(model, ATTENTION) if packs else nullcontext():
-            return super().training_step(model, *args, **kwargs)
+        micro = inputs.get(CARRIED) if self._loss_is_ours else None
+        with through_backward(model, micro.rows) if micro else nullcontext():
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The plan's loss in training; in evaluation the trainer's own."""
@@ -349,15 +349,9 @@ class PlannedTrainer(_Base):
             self._noise.expect(micro.places)
         with self.accelerator.autocast():  # the terms and the teacher too, as in the plain host
             loss, parts = self.session.loss(model, micro.rows, micro.counts, micro.step, micro.share)
-        self._parts.update(parts)
-        self._of_step.update(parts)
-        if not self.args.fp16 and not math.isfinite(sum(parts.values())):
-            raise TrainingError(
-                f"The loss is {sum(parts.values())} at step {micro.step + 1} ("
-                + ", ".join(f"{k} {v:.4g}" for k, v in parts.items())
-                + ").",
-                "Lower learning_rate, or look at the rows of this step; the last checkpoint is kept.",
-            )
+        self._losses.add(micro.step, [parts])
+        if self.session.steering.methods:
+            self._of_step.update(numbers([parts]))
         return loss * self.accelerator.num_processes  # DDP averages gradients, the loss is a sum over processes
 
     def _note_tokens(self, inputs: Mapping[str, Any]) -> None:
@@ -434,6 +428,7 @@ class PlannedTrainer(_Base):
                 out = self._train_from(folder, *args, **kwargs)
             else:
                 out = self._train_stages(stages, at, folder)
+        self._read_losses()
         self._trained = True
         self._reshard()
         self.session.merge()
@@ -499,6 +494,7 @@ class PlannedTrainer(_Base):
             self.model = self.model_wrapped = self._enter(stage)
             self._draw_from(stage)
             self.optimizer = self.lr_scheduler = None
+            self._read_losses()
             self._parts.clear()
             self._steps_in_parts = 0
 
@@ -518,6 +514,7 @@ class PlannedTrainer(_Base):
             self.session.effects = Counter(dict(zip(names, self._summed(own).tolist(), strict=True)))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        self._read_losses()
         if "loss" in logs and self._parts:
             names, steps = sorted(self._parts), max(1, self._steps_in_parts)
             names = names if self.accelerator.num_processes == 1 else ["task", *(m.name for m in self.session.methods)]
@@ -530,7 +527,13 @@ class PlannedTrainer(_Base):
 
     # ---- checkpoints
 
+    def _read_losses(self) -> None:
+        """Look at the losses since the last time: at every line of the log, and before anything is kept."""
+        for _, parts in self._losses.read(finite=not self.args.fp16):
+            self._parts.update(parts)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._read_losses()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             hf_checkpoint.write(folder, self.session, self._base)

@@ -11,6 +11,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -20,10 +21,11 @@ import torch
 from peft.helpers import disable_input_dtype_casting
 
 from holdfast.engine.counts import count_rows
+from holdfast.engine.forward import through_backward
 from holdfast.engine.pack import TokenRow
-from holdfast.errors import TrainingError
 from holdfast.hosts import processes
 from holdfast.hosts.checkpoint import Checkpoint
+from holdfast.hosts.losses import Losses, Parts, numbers
 from holdfast.hosts.master import MasterAdamW, linear_weights, may_hold
 from holdfast.hosts.watching import Watch
 from holdfast.method import Stage
@@ -49,6 +51,7 @@ class Training:
     seed: int = 0
     autocast: torch.dtype | None = None
     save_steps: int = 50
+    logging_steps: int = 1  # losses are read, and looked at, every so many steps: to read is to wait for the device
     folder: Path | None = None
     watch: Watch | None = None
 
@@ -83,10 +86,11 @@ def train(
 ) -> Log:
     """Train `session.model` on `mix`, stage after stage; resumes from `settings.folder` when it holds a checkpoint.
 
-    on_step is called with (step, steps of the run, loss parts); evaluate with the model, higher is better, for stages
-    that keep their best checkpoint. `log` is filled as the run goes, for who looks on.
+    on_step is called with (step, steps of the run, loss parts) of every step, when its loss is read; evaluate with the
+    model, higher is better, for stages that keep their best checkpoint. `log` is filled as the run goes, for who looks
+    on.
     """
-    log, done = log or Log(), 0
+    log, losses, done = log or Log(), Losses(), 0
     torch.manual_seed(settings.seed)  # dropout: the same whatever ran before
     checkpoint = Checkpoint(settings.folder)
     for stage, steps in split_steps(session.stages, settings.num_steps):
@@ -111,20 +115,27 @@ def train(
         for step in range(first, steps):
             session.begin_step(done + step, optimizer)
             batch = session.pick(list(islice(stream, size)), done + step)
-            parts = _step(session, optimizer, batch, done + step, settings, log)
+            losses.add(done + step, _step(session, optimizer, batch, done + step, settings, log))
             schedule.step()
-            log.loss.append((done + step, parts))
-            if on_step:
-                on_step(done + step + 1, settings.num_steps, parts)
+            now = done + step + 1
+            looks = settings.watch is not None and now % settings.watch.every == 0
+            rates = stage.keep_best and evaluate and (step + 1) % max(1, steps // 4) == 0
+            saves = settings.save_steps and (step + 1) % settings.save_steps == 0 and step + 1 < steps
+            ends = step + 1 == steps or session.steering.ended
+            if looks or rates or saves or ends or now % settings.logging_steps == 0:
+                for at, parts in losses.read():
+                    log.loss.append((at, parts))
+                    if on_step:
+                        on_step(at + 1, settings.num_steps, parts)
             if settings.watch:
-                settings.watch.after(done + step + 1, session, checkpoint, log)
+                settings.watch.after(now, session, checkpoint, log)
             log.ended = session.steering.ended or log.ended
             if log.ended:
                 break
-            if stage.keep_best and evaluate and (step + 1) % max(1, steps // 4) == 0:
+            if rates and evaluate:
                 checkpoint.consider(session, evaluate(model))
                 model.train()
-            if settings.save_steps and (step + 1) % settings.save_steps == 0 and step + 1 < steps:
+            if saves:
                 log.seconds, start = log.seconds + time.perf_counter() - start, time.perf_counter()
                 checkpoint.save(session, optimizer, schedule, log, done, step + 1)
         if isinstance(optimizer, MasterAdamW):
@@ -152,8 +163,8 @@ def _optimizer(session: Session, settings: Training, stage: Stage) -> torch.opti
 
 def _step(
     session: Session, optimizer: Any, batch: Sequence[TokenRow], step: int, settings: Training, log: Log
-) -> dict[str, float]:
-    """One optimizer step: micro-batches, gradients, clipping, update."""
+) -> Sequence[Parts]:
+    """One optimizer step: micro-batches, gradients, clipping, update. Returns the parts of each micro-batch's loss."""
     batch, answered = session.roll(batch, step)
     asides, params = [*session.rows_of(step), *answered], list(session.params.values())
     counts = count_rows((*batch, *asides))
@@ -161,7 +172,7 @@ def _step(
         log.realised[f"{row.source}/examples"] += 1
         log.realised[f"{row.source}/tokens"] += len(row.ids)
         log.tokens += len(row.ids)
-    parts: Counter[str] = Counter()
+    found: list[Parts] = []
     processes.seed(settings.seed, step)
     autocast = settings.autocast is not None
     # PEFT would widen every input to the adapter's fp32, and autocast narrow it again: same numbers, two copies less
@@ -169,20 +180,16 @@ def _step(
         micros, share = processes.deal(batch, asides, settings.gradient_accumulation_steps)
         for rows in micros:
             device = next(session.model.parameters()).device.type
-            with torch.autocast(device, settings.autocast or torch.bfloat16, enabled=autocast):
-                loss, here = session.loss(session.model, rows, counts, step, share)
-            loss.backward()
-            parts.update(here)
-    parts = processes.add_up(params, parts)
-    if not math.isfinite(sum(parts.values())):
-        raise TrainingError(
-            f"The loss is {sum(parts.values())} at step {step + 1} ("
-            + ", ".join(f"{k} {v:.4g}" for k, v in parts.items())
-            + "); the last good checkpoint is kept.",
-            "Lower training.learning_rate (in a new output_dir), or look at the rows of this step.",
-        )
+            with ExitStack() as kept:
+                with torch.autocast(device, settings.autocast or torch.bfloat16, enabled=autocast):
+                    kept.enter_context(through_backward(session.model, rows, session.packing))
+                    loss, here = session.loss(session.model, rows, counts, step, share)
+                loss.backward()
+            found.append(here)
+    parts = processes.add_up(params, found)
     log.rate = optimizer.param_groups[0]["lr"]
-    session.steer(step, parts, log.rate)
+    if session.steering.methods:
+        session.steer(step, numbers(parts), log.rate)
     session.change_gradients()
     if settings.max_grad_norm and isinstance(optimizer, MasterAdamW):
         log.norm = optimizer.clip(params, settings.max_grad_norm)
@@ -190,7 +197,7 @@ def _step(
         log.norm = torch.nn.utils.clip_grad_norm_(params, settings.max_grad_norm, foreach=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return dict(parts)
+    return parts
 
 
 def rows_of_run(session: Session, mix: Any, settings: Training) -> Iterator[TokenRow]:

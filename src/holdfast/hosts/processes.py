@@ -19,6 +19,7 @@ import torch.distributed as dist
 from holdfast import errors
 from holdfast.engine.pack import TokenRow
 from holdfast.engine.processes import gather, shares, told, world
+from holdfast.hosts.losses import Parts, numbers
 
 T = TypeVar("T")
 BUCKET = 1 << 24  # numbers sent at once
@@ -56,14 +57,14 @@ def _by_length(
 
 
 @torch.no_grad()
-def add_up(params: Sequence[torch.nn.Parameter], parts: Counter[str]) -> Counter[str]:
+def add_up(params: Sequence[torch.nn.Parameter], parts: Sequence[Parts]) -> Sequence[Parts]:
     """Sum the gradients of a step over processes, in place, and its loss parts, which are returned.
 
     A weight that no process reached keeps no gradient, as in one process: the optimizer leaves it alone.
     """
     if world()[1] == 1:
         return parts
-    said = gather([dict(parts), "".join("1" if p.grad is not None else "0" for p in params)])
+    said = gather([dict(numbers(parts)), "".join("1" if p.grad is not None else "0" for p in params)])
     reached = [p for p, *had in zip(params, *(mask for _, mask in said), strict=True) if "1" in had]
     for p in reached:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -75,7 +76,7 @@ def add_up(params: Sequence[torch.nn.Parameter], parts: Counter[str]) -> Counter
     whole: Counter[str] = Counter()
     for theirs, _ in said:
         whole.update(theirs)
-    return whole
+    return [{name: torch.tensor(value, dtype=torch.float64) for name, value in whole.items()}]
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

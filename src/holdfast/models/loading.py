@@ -49,6 +49,7 @@ def load(
             adapter that does not belong to its base, or whose base would compute something else with it merged.
     """
     from holdfast.engine.trial import packs
+    from holdfast.engine.ways import ask
 
     if isinstance(source, str):
         source = resolve(source, revision)
@@ -81,6 +82,8 @@ def load(
     generation = getattr(model, "generation_config", None)
     if generation is not None and generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
+    if attn_implementation is not None:
+        ask(model, attn_implementation)
     packs(model.eval())  # tries the model, and refuses one that is not causal
     return model, tokenizer
 

@@ -105,7 +105,7 @@ def checked(run: Run) -> Job:
     session.ctx.total_steps = steps = _steps(run.recipe, session, mix)
     check_looks(run.recipe, task, session)
     epoch = math.ceil(mix.num_rows(1.0) / _size(run.recipe))
-    return Job(run, source, model, tokenizer, task, session, _training(run, model.dtype, steps, epoch), mix)
+    return Job(run, source, model, tokenizer, task, session, _training(run, model, steps, epoch), mix)
 
 
 def load(recipe: Recipe, source: models.ModelSource, *, merge_adapter: bool) -> tuple[Any, Any]:
@@ -175,9 +175,9 @@ def _size(recipe: Recipe) -> int:
     return recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
 
 
-def _training(run: Run, dtype: torch.dtype, steps: int, epoch: int) -> Training:
+def _training(run: Run, model: Any, steps: int, epoch: int) -> Training:
     t = run.recipe.training
-    half = dtype if dtype in (torch.bfloat16, torch.float16) else None
+    half = model.dtype if model.dtype in (torch.bfloat16, torch.float16) else None
     return Training(
         num_steps=steps,
         batch_size=t.per_device_train_batch_size,
@@ -194,5 +194,6 @@ def _training(run: Run, dtype: torch.dtype, steps: int, epoch: int) -> Training:
         seed=t.seed if t.data_seed is None else t.data_seed,  # of the order of rows (and of dropout)
         autocast=torch.bfloat16 if t.bf16 else half,
         save_steps=t.save_steps if t.save_strategy == "steps" else epoch,
+        logging_steps=t.logging_steps if model.device.type == "cuda" else 1,  # to read a loss on a CPU costs nothing
         folder=run.path,
     )

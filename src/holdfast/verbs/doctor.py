@@ -20,6 +20,9 @@ def command() -> None:
         facts["threads"] = torch.get_num_threads()
         facts["cpu"] = torch.backends.cpu.get_cpu_capability()
         facts["cuda"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+        from holdfast.engine.attention import said
+
+        facts["attention"] = said(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as e:  # a broken installation is what a bug report is about
         facts["torch"] = f"{facts.get('torch', 'missing')}, does not work: {type(e).__name__}: {e}"
     facts["cache"] = str(cache_dir())
