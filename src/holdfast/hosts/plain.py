@@ -90,51 +90,56 @@ def train(
     model, higher is better, for stages that keep their best checkpoint. `log` is filled as the run goes, for who looks
     on.
     """
-    log, losses, done = log or Log(), Losses(), 0
+    loop = _Loop(session, mix, settings, log or Log(), Checkpoint(settings.folder), on_step, evaluate)
     torch.manual_seed(settings.seed)  # dropout: the same whatever ran before
-    checkpoint = Checkpoint(settings.folder)
     for stage, steps in split_steps(session.stages, settings.num_steps):
-        model = session.enter(stage)
-        session.first, session.total = done, settings.num_steps
-        checkpoint.follow(session)
-        optimizer = _optimizer(session, settings, stage)
-        session.hook(optimizer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda s, n=steps: lr_at(s, n, settings.warmup_steps, settings.lr_scheduler_type)
-        )
-        first = checkpoint.restore(session, optimizer, schedule, log, done, steps)
-        processes.agree(done + first, settings.folder)
-        processes.same_start(session.tensors())
-        session.chosen.combine(session.params)
+        loop.stage(stage, steps)
+        if loop.log.ended:
+            break
+    session.effects = processes.union(session.effects)
+    session.model.eval()
+    return loop.log
+
+
+@dataclass
+class _Loop:
+    """The parts of one run, and how many steps the stages so far had."""
+
+    session: Session
+    mix: Any
+    settings: Training
+    log: Log
+    checkpoint: Checkpoint
+    on_step: Callable[[int, int, dict[str, float]], None] | None
+    evaluate: Callable[[Any], float] | None
+    losses: Losses = field(default_factory=Losses)
+    done: int = 0
+
+    def stage(self, stage: Stage, steps: int) -> None:
+        """Train one stage, from its beginning or from where the checkpoint stands in it."""
+        session, settings, log, checkpoint, done = self.session, self.settings, self.log, self.checkpoint, self.done
+        optimizer, schedule, first = self._begin(stage, steps)
         size = settings.batch_size * settings.gradient_accumulation_steps
-        stream = islice(mix.only(stage.sources).draw(settings.seed), (done + first) * size, None)
-        model.train()
+        stream = islice(self.mix.only(stage.sources).draw(settings.seed), (done + first) * size, None)
         if settings.watch:
             settings.watch.begin(session, checkpoint, log)
         start = time.perf_counter()
         for step in range(first, steps):
             session.begin_step(done + step, optimizer)
             batch = session.pick(list(islice(stream, size)), done + step)
-            losses.add(done + step, _step(session, optimizer, batch, done + step, settings, log))
+            self.losses.add(done + step, _step(session, optimizer, batch, done + step, settings, log))
             schedule.step()
-            now = done + step + 1
-            looks = settings.watch is not None and now % settings.watch.every == 0
-            rates = stage.keep_best and evaluate and (step + 1) % max(1, steps // 4) == 0
-            saves = settings.save_steps and (step + 1) % settings.save_steps == 0 and step + 1 < steps
-            ends = step + 1 == steps or session.steering.ended
-            if looks or rates or saves or ends or now % settings.logging_steps == 0:
-                for at, parts in losses.read():
-                    log.loss.append((at, parts))
-                    if on_step:
-                        on_step(at + 1, settings.num_steps, parts)
+            rates = bool(stage.keep_best and self.evaluate) and (step + 1) % max(1, steps // 4) == 0
+            saves = settings.save_steps > 0 and (step + 1) % settings.save_steps == 0 and step + 1 < steps
+            self._read(done + step + 1, rates or saves or step + 1 == steps)
             if settings.watch:
-                settings.watch.after(now, session, checkpoint, log)
+                settings.watch.after(done + step + 1, session, checkpoint, log)
             log.ended = session.steering.ended or log.ended
             if log.ended:
                 break
-            if rates and evaluate:
-                checkpoint.consider(session, evaluate(model))
-                model.train()
+            if rates and self.evaluate:
+                checkpoint.consider(session, self.evaluate(session.model))
+                session.model.train()
             if saves:
                 log.seconds, start = log.seconds + time.perf_counter() - start, time.perf_counter()
                 checkpoint.save(session, optimizer, schedule, log, done, step + 1)
@@ -142,15 +147,39 @@ def train(
             optimizer.release()
         checkpoint.take_best(session)
         log.seconds += time.perf_counter() - start
-        done += steps
-        if log.ended:
-            break
-        if done < settings.num_steps and first < steps:
+        self.done += steps
+        if not log.ended and self.done < settings.num_steps and first < steps:
             session.end_stage()
-            checkpoint.save(session, None, None, log, done, 0)
-    session.effects = processes.union(session.effects)
-    session.model.eval()
-    return log
+            checkpoint.save(session, None, None, log, self.done, 0)
+
+    def _begin(self, stage: Stage, steps: int) -> tuple[torch.optim.Optimizer, Any, int]:
+        """Optimizer, schedule and the stage's first step that is still to do."""
+        session, settings = self.session, self.settings
+        model = session.enter(stage)
+        session.first, session.total = self.done, settings.num_steps
+        self.checkpoint.follow(session)
+        optimizer = _optimizer(session, settings, stage)
+        session.hook(optimizer)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda s: lr_at(s, steps, settings.warmup_steps, settings.lr_scheduler_type)
+        )
+        first = self.checkpoint.restore(session, optimizer, schedule, self.log, self.done, steps)
+        processes.agree(self.done + first, settings.folder)
+        processes.same_start(session.tensors())
+        session.chosen.combine(session.params)
+        model.train()
+        return optimizer, schedule, first
+
+    def _read(self, now: int, must: bool) -> None:
+        """Read and tell the losses up to step `now` of the run, when it is time to or somebody needs them."""
+        settings = self.settings
+        looks = settings.watch is not None and now % settings.watch.every == 0
+        if not (must or looks or self.session.steering.ended or now % settings.logging_steps == 0):
+            return
+        for at, parts in self.losses.read():
+            self.log.loss.append((at, parts))
+            if self.on_step:
+                self.on_step(at + 1, settings.num_steps, parts)
 
 
 def _optimizer(session: Session, settings: Training, stage: Stage) -> torch.optim.Optimizer:
