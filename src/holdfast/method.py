@@ -163,6 +163,7 @@ class Method:
     refuses: ClassVar[Mapping[str, str]] = {}  # method name -> why the two mean different things
     phase: ClassVar[str] = "rescale"  # of `grad`: mask, rescale, project
     writes: ClassVar[frozenset[str]] = frozenset()  # what of rows: "ids", "targets", "order", names of numbers
+    whole_rows: ClassVar[bool] = False  # `loss` or `token_weight` reads rows as wholes: a long one is not cut for it
     leaves: ClassVar[str] = "stay"  # what `entries` does not choose any more: "stay" or "return" (to the base)
     scales_update: ClassVar[bool] = False  # `merge` only scales tuned - base, so it is exact on a LoRA adapter too
 

@@ -13,9 +13,10 @@ from holdfast.engine.base import as_base, has_adapter
 from holdfast.engine.base import batches as _batches
 from holdfast.engine.counts import Counts, count_of, sources_of, sum_of
 from holdfast.engine.forward import forward_states
+from holdfast.engine.head import comes_apart, forward_bare, head_is_plain, head_of
 from holdfast.engine.layout import upload
 from holdfast.engine.pack import Packed, TokenRow
-from holdfast.engine.processes import gather_rows, shares, world
+from holdfast.engine.processes import gather_rows, is_whole, shares, world
 from holdfast.engine.replaced import Handed, replaced_in
 from holdfast.engine.ways import LAST, inner
 from holdfast.measure import answers
@@ -123,6 +124,7 @@ class View:
     counts: Counts = field(default_factory=dict)  # of the whole optimizer step; asked by `count` and its fellows
     handed: Handed = field(default_factory=dict)  # by the replaced modules of the plan
     paired: Callable[[Sequence[TokenRow]], torch.Tensor] | None = None  # `sites.rollouts.Rolling.teacher_logp`
+    asked: dict[Any, torch.Tensor] = field(default_factory=dict)  # what the base said about new rows of this forward
 
     @property
     def logp(self) -> torch.Tensor:
@@ -201,7 +203,7 @@ class View:
         key = f"base/{owner}"
         if key not in self._shared:
             wanted = [r for r in self.packed.rows if r.owner == owner]
-            self._shared[key] = self.teacher.logp(self.model, wanted)
+            self._shared[key] = self.teacher.logp(self.model, wanted, self.asked)
         return self._shared[key]
 
     def teacher_logp(self, owner: str) -> torch.Tensor:
@@ -255,7 +257,7 @@ class Teacher:
         model.eval()
         hidden: dict[int, list[torch.Tensor]] = {n: [] for n in self.layers}
         for done, batch in _batches(dealt[rank], batch_tokens):
-            states = forward_states(model, batch, self.layers)[2]
+            states = self._states(model, batch, self.layers)
             for n in self.layers:
                 hidden[n].append(states[n].detach().clone())
             self.num_forwards += 1
@@ -286,54 +288,61 @@ class Teacher:
             self._head = lambda h: torch.nn.functional.linear(h, weight, bias)
 
     @torch.no_grad()
-    def logp(self, model: Any, rows: Sequence[TokenRow]) -> torch.Tensor:
-        """(M, V) fp32 log-probabilities of the base at the scored positions of `rows`."""
-        if self.exact_head and self._knows(rows):
-            head = self._head or inner(model).get_output_embeddings()
-            head = getattr(head, "base_layer", head)  # an adapter on the head is not the base's
-            return head(self._kept(rows, LAST)).float().log_softmax(-1)
-        return self._ask(model, rows, ())[0].float().log_softmax(-1)
+    def logp(self, model: Any, rows: Sequence[TokenRow], asked: dict[Any, torch.Tensor] | None = None) -> torch.Tensor:
+        """(M, V) fp32 log-probabilities of the base at the scored positions of `rows`.
+
+        asked: where its states on new rows are kept, for whoever asks about the same rows again.
+        """
+        if not self.exact_head:
+            return self._ask(model, lambda m: forward_states(m, rows, ())[1]).float().log_softmax(-1)
+        if self.knows(rows):
+            states, head = self._kept(rows, LAST), self._head or head_of(model)
+        else:
+            key, asked = tuple(r.key for r in rows), {} if asked is None else asked
+            if key not in asked:
+                asked[key] = self._ask(model, lambda m: self._states(m, rows, (LAST,))[LAST])
+            states, head = asked[key], head_of(model if self._copy is None else self._copy)
+        head = getattr(head, "base_layer", head)  # an adapter on the head is not the base's
+        return head(states).float().log_softmax(-1)
 
     @torch.no_grad()
     def states(self, model: Any, rows: Sequence[TokenRow], layer: int = LAST) -> torch.Tensor:
         """(M, D) hidden states of the base at the scored positions of `rows`."""
-        return self._kept(rows, layer) if self._knows(rows) else self._ask(model, rows, (layer,))[1][layer]
+        if self.knows(rows):
+            return self._kept(rows, layer)
+        return self._ask(model, lambda m: self._states(m, rows, (layer,))[layer])
 
-    def _knows(self, rows: Sequence[TokenRow]) -> bool:
-        return bool(self._store) and all(r.key in self._store for r in rows)
+    def knows(self, rows: Sequence[TokenRow]) -> bool:
+        """Whether all of them were seen before training."""
+        return bool(self._store) and all((r.whole or r).key in self._store for r in rows)
 
     def _kept(self, rows: Sequence[TokenRow], layer: int) -> torch.Tensor:
         if len(self._hidden[layer]) > 1:
             self._hidden[layer] = [torch.cat(self._hidden[layer])]
         (joined,) = self._hidden[layer]
-        return torch.cat([joined[a : a + n] for a, n in (self._store[r.key] for r in rows)])
+        return torch.cat([joined[a : a + n] for a, n in map(self._place, rows)])
 
-    def _ask(self, model: Any, rows: Sequence[TokenRow], layers: Sequence[int]) -> tuple[torch.Tensor, Any]:
-        """Logits and states of the base on rows it has not seen before."""
+    def _place(self, row: TokenRow) -> tuple[int, int]:
+        """Where the states of a row, or of a part of one, are kept: (first, number)."""
+        if row.whole is None:
+            return self._store[row.key]
+        before = int(row.whole.scored[: int(row.scored.argmax())].sum())
+        return self._store[row.whole.key][0] + before, row.num_scored
+
+    def _states(self, model: Any, rows: Sequence[TokenRow], layers: Sequence[int]) -> Mapping[int, torch.Tensor]:
+        """States of a model, without its logits where the head can be left out."""
+        if is_whole(model) and comes_apart(model):
+            return forward_bare(model, rows, layers)[1]
+        return forward_states(model, rows, layers)[2]
+
+    def _ask(self, model: Any, how: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        """What the base says to rows it has not seen before."""
         self.num_forwards += 1
         if self._copy is not None:
-            return forward_states(self._copy, rows, layers)[1:3]
+            return how(self._copy)
         assert has_adapter(model) or replaced_in(model), "where the base trains, freeze_base kept a copy"
         with as_base(model):
-            return forward_states(model, rows, layers)[1:3]
-
-
-@torch.no_grad()
-def head_is_plain(model: Any) -> bool:
-    """True when logits are just head(last hidden): no soft-capping or scaling afterwards (checked, not assumed)."""
-    device = next(model.parameters()).device
-    ids = torch.arange(4, device=device)[None]
-    seen: list[torch.Tensor] = []
-    head = inner(model).get_output_embeddings()
-    handle = head.register_forward_hook(lambda _m, _a, out: seen.append(out))
-    was_training = model.training
-    model.eval()
-    try:
-        logits = model(input_ids=ids, use_cache=False).logits
-    finally:
-        handle.remove()
-        model.train(was_training)
-    return bool(torch.equal(logits.float(), seen[0].float()))
+            return how(model)
 
 
 class BaseWeights(Mapping[str, torch.Tensor]):

@@ -12,18 +12,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
 from holdfast.data.mix import Mix
 from holdfast.engine.base import as_base, has_adapter
-from holdfast.engine.counts import Counts, count_of, count_rows
-from holdfast.engine.forward import forward, forward_states
-from holdfast.engine.layout import upload
+from holdfast.engine.counts import Counts, count_rows
+from holdfast.engine.forward import forward
 from holdfast.engine.pack import Packed, TokenRow
-from holdfast.engine.replaced import Handed, replaced_in
+from holdfast.engine.replaced import replaced_in
 from holdfast.engine.shards import cut_like, whole
-from holdfast.engine.ways import SOFT_PROMPT, States, inner
+from holdfast.engine.ways import SOFT_PROMPT, inner
 from holdfast.errors import NoEffect, TrainingError
 from holdfast.method import Method, Past, Stage, State, canonical
 from holdfast.plan import PHASES, Plan
@@ -33,8 +31,8 @@ from holdfast.sites.entries import Entries
 from holdfast.sites.held_out import HeldOut
 from holdfast.sites.merging import Merging
 from holdfast.sites.rollouts import Rolling
-from holdfast.sites.scale import divided
 from holdfast.sites.steering import Steering, Wholes
+from holdfast.sites.total import Seen, Step, Total
 
 LORA_B = re.compile(r"\.lora_(?:embedding_)?B\.")
 
@@ -83,7 +81,7 @@ class Session:
         self.merging = Merging(self.methods, self.state, ctx.base_dir, self.num_layers)
         self.held_out = HeldOut(self.methods)
         self.first, self.total = 0, 0  # the stage's first step, and how many the run has; hosts set both
-        self.rolling = Rolling(self)
+        self.rolling, self.total_loss = Rolling(self), Total(self)
         self._source_of: dict[str, str] = {}  # label of a row -> the method whose source it came from
         self.params: dict[str, torch.nn.Parameter] = {}
         self._wrapped: frozenset[str] | None = None  # what an adapter trains, once it is on the model
@@ -314,62 +312,16 @@ class Session:
 
         Returns: (loss, its parts without gradient). Nobody waits for them here; see `hosts.losses`.
         """
-        packed, logits, states, handed = forward_states(model, rows, self.layers, packing=self.packing)
         self.effects.update(self._source_of[r.source] for r in rows if r.source in self._source_of)
-        shared: dict[str, Any] = {}
-        seen = (packed, logits, model, step, shared, states, counts, handed)
-        views = {m.name: self._view(m, *seen) for m in self.methods}
-        view = next(iter(views.values()), None) or self._view(None, *seen)
-        at = view.positions("task")
-        token_loss = -view.token_logp[at]
-        for m in self.methods:
-            weight = m.token_weight(views[m.name])
-            if weight is not None:
-                self.effects[m.name] += 1
-                token_loss = token_loss * weight.detach()[at]
-        if self.steering.source_weight:
-            token_loss = token_loss * self._source_weights(packed, at)
-        count = max(1, count_of(counts, "task"))
-        total = token_loss.sum() / count
-        self._note_sources(packed, at, token_loss / count)
-        parts = {"task": total.detach()}
-        for m in self.methods:
-            term = m.loss(views[m.name])
-            if term is None:
-                continue
-            if term.owner is None:
-                value = whole(term.value) * share
-            else:
-                value = divided(term, packed, counts)
-            if not value.requires_grad and torch.is_grad_enabled() and not self.steering.held:
-                raise NoEffect(
-                    f"{m.name} adds a term to the loss that carries no gradient, so it cannot change anything.",
-                    "This is a fault of the method: compute the term from view.logits or view.params.",
-                )
-            self.effects[m.name] += 1
-            total = total + value
-            parts[m.name] = value.detach()
-        return total, parts
+        return self.total_loss.loss(Step(model, counts, step, share), rows)
 
-    def _note_sources(self, packed: Any, at: torch.Tensor, loss: torch.Tensor) -> None:
-        """For methods that steer: the loss of the task's positions, (M,), by source."""
-        if self.steering.methods:
-            self.steering.note([packed.rows[i].source for i in packed.row[at.cpu().numpy()]], loss)
-
-    def _source_weights(self, packed: Any, at: torch.Tensor) -> torch.Tensor:
-        """(M,) weights that steering gives the sources of the task's positions."""
-        of = np.asarray([self.steering.source_weight.get(r.source, 1.0) for r in packed.rows], dtype=np.float32)
-        return upload(of[packed.row], at.device)[at]
-
-    def _view(
-        self, m: Method | None, packed: Any, logits: Any, model: Any, step: int, shared: dict, states: States,
-        counts: Counts, handed: Handed,
-    ) -> View:  # fmt: skip
+    def view(self, m: Method | None, step: Step, seen: Seen) -> View:
+        """What method `m` may see of a forward or a piece of it; None: what nobody in particular may."""
         name = m.name if m else "task"
         return View(
-            packed, logits, step, model, self.state.get(name, {}), self.teacher, name, self.params,
-            self.base_weights, shared, states, counts, handed,
-            self.rolling.teacher_logp,
+            seen.packed, seen.logits, step.number, step.model, self.state.get(name, {}), self.teacher, name,
+            self.params, self.base_weights, seen.shared, seen.states, step.counts, seen.handed,
+            self.rolling.teacher_logp, seen.asked,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ class Given:
     def __init__(self, answers: torch.Tensor):
         self.answers = answers
 
-    def logp(self, model, rows):
+    def logp(self, model, rows, asked=None):
         return self.answers if rows else self.answers[:0]
 
 

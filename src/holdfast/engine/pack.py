@@ -27,6 +27,7 @@ class TokenRow:
         gold: (T,) bool, True where the target is part of a right answer; for methods that tell these apart.
         targets: (T,) ids to be predicted where `scored`; None: `ids`, what is read is what is predicted.
         numbers: named (T,) float arrays along its tokens; `View.number` gives them at the scored positions.
+        whole: the row that this is a part of: the same tokens, fewer of them scored.
         group: rows of one owner and group (a pair) stand in one micro-batch when they are of one step.
         key: identity of what is read and where it is scored; a stored teacher finds its answers by it.
     """
@@ -39,6 +40,7 @@ class TokenRow:
     targets: np.ndarray | None = None
     numbers: Mapping[str, np.ndarray] = field(default_factory=dict)
     group: str | None = None
+    whole: TokenRow | None = None
 
     @property
     def key(self) -> bytes:

@@ -45,6 +45,7 @@ class GeRe(Method):
     paper: ClassVar = Paper("GeRe: Towards Efficient Anti-Forgetting in Continual Learning of LLM via General Samples "
                             "Replay", "2508.04676")  # fmt: skip
     does: ClassVar = "replays general text and holds its hidden states inside the base's bands"
+    whole_rows: ClassVar = True
 
     def off(self) -> bool:
         return (self.weight == 0 and self.replay == 0) or self.rows_per_step == 0

@@ -118,6 +118,7 @@ def _answers(view: View, owner: str) -> torch.Tensor:
     weights = []
     for r in view.packed.rows:
         if r.owner == owner:
-            gold = np.zeros(r.num_scored) if r.gold is None else r.gold[r.scored]
-            weights.append(gold * (r.num_scored / max(1, gold.sum())))
+            whole, none = r.whole or r, np.zeros(len(r.ids))
+            gold = none if whole.gold is None else whole.gold
+            weights.append(gold[r.scored] * (whole.num_scored / max(1, gold[whole.scored].sum())))
     return torch.as_tensor(np.concatenate(weights), device=view.logits.device, dtype=view.token_logp.dtype)

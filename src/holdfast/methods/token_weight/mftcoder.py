@@ -37,6 +37,7 @@ class MFTCoder(Method):
     paper: ClassVar = Paper("MFTCoder: Boosting Code LLMs with Multitask Fine-Tuning", "2311.02303",
                             "the modes read in summaries and in the released code")  # fmt: skip
     does: ClassVar = "balances the loss by source, or by row, whatever their number of tokens"
+    whole_rows: ClassVar = True
 
     def off(self) -> bool:
         return not self.across and self.inside == "tokens"
