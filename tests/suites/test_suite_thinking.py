@@ -1,8 +1,10 @@
 """The thinking suite: finding thoughts and switches, and what planted models score."""
 
 import copy
+import io
 
 import pytest
+from rich.console import Console
 
 from holdfast.measure import compare
 from holdfast.measure.asking import score_suite
@@ -12,6 +14,7 @@ from holdfast.measure.suites import check_suite
 from holdfast.measure.suites.instructions import read_data
 from holdfast.measure.suites.thinking import LIMIT, NO_SWITCH, build_suite
 from holdfast.measure.thoughts import PAIRS, heard, switch_of
+from holdfast.report.terminal import show, show_measured
 from planted import plant
 
 QUESTIONS = read_data("thinking")["questions"]
@@ -64,6 +67,10 @@ def test_no_switch_is_no_suite_and_is_said(tokenizer, tiny_model):
     out = score_suite(tiny_model(), tokenizer, build_suite(Ask(tokenizer)))
     part = compare.ability(out, out, 0.95)
     assert (part["status"], part["note"]) == ("not measurable", NO_SWITCH)
+    for tell in (lambda c: show_measured([out], c), lambda c: show({"abilities": [part]}, c)):
+        console = Console(file=io.StringIO(), width=400)
+        tell(console)
+        assert console.file.getvalue().count(f"thinking: {NO_SWITCH}") == 1
 
 
 def test_sizes_and_settings(tokenizer):

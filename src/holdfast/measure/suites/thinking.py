@@ -13,7 +13,9 @@ enter, since a model that answers well without obeying the switch would hide it:
 without thinking, is a figure beside the score. Thoughts that fill 768 tokens without an end count as not closed, and
 thoughts without marks are not seen.
 
-80 items (40 questions): ABILITY_POWER_THINKING
+80 items of 40 questions. Simulated (benchmarks/suite_power.py, 200 checks each, base right in 0.9, a tenth of the
+marks change): a true loss of 10 points of the score is called "lost" with probability 0.91, one of 8 points with 0.66,
+one of 5 with 0.23, none with 0.04. No public model that thinks has been measured yet: the tests plant the answers.
 """
 
 from __future__ import annotations

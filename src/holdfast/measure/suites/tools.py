@@ -14,7 +14,10 @@ it, and a model that always calls and wrongly, are "not measurable". The shares 
 functions), right functions, right arguments and abstentions are figures beside the score. Thinking that a template
 cannot turn off must end within the 160 tokens of an answer.
 
-120 items (80 with a call): ABILITY_POWER_TOOLS
+120 items, 80 of them with a call. Simulated (benchmarks/suite_power.py, 200 checks each, base right in 0.9, a tenth of
+the marks change): a true loss of 8 points of the score is called "lost" with probability 0.80, one of 5 points with
+0.47, none with 0.02. No public model that calls functions has been measured yet: the tests plant the answers.
+SmolLM2-135M-Instruct called nothing (8 items).
 """
 
 from __future__ import annotations
