@@ -49,7 +49,8 @@ def score_suite(
     outputs = generate(model, tokenizer, spoken, batch_size=batch, progress=lambda x: tell(share + x * (1 - share)))
     for p, output in zip(spoken, outputs, strict=True):
         assert p.judge is not None, "a generate probe has a judge"
-        results[p.id] = {"correct": p.judge(output), "output": output}
+        further = {"marks": p.marks(output)} if p.marks else {}
+        results[p.id] = {"correct": p.judge(output), "output": output, **further}
     items: dict[str, list[dict[str, Any]]] = {g.name: [] for g in suite.groups}
     for p in suite.probes:
         extra = {} if p.shots is None else {"shots": p.shots}
@@ -57,6 +58,7 @@ def score_suite(
     return {
         "suite": suite.name,
         **suite.settings,
+        **({"note": suite.note} if suite.note else {}),
         "num_unique_tokens": scorer.num_unique_tokens,
         "tasks": [
             {

@@ -75,7 +75,8 @@ def ability(before: Part, after: Part | None, keep: float, required: bool = True
         }
         for name, items in rows.items()
     ]
-    part: Part = {"name": before["suite"], "margin": 1 - keep, "tasks": tasks, "retention": None, "note": None}
+    part: Part = {"name": before["suite"], "margin": 1 - keep, "tasks": tasks, "retention": None}
+    part["note"] = before.get("note")
     part |= {"curve": _curve(before, after), "facts": _facts(before, after), "sight": _sight(before, keep)}
     left_out = len(rows) - len(measurable)
     if left_out:

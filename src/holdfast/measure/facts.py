@@ -70,6 +70,15 @@ def _format(measured: Mapping[str, Any]) -> dict[str, float]:
     return {"answers that are a tuned label": label_share(said, measured["labels"])} if said else {}
 
 
+def _marks(measured: Mapping[str, Any]) -> dict[str, float]:
+    """The mean of each mark over the items that have it."""
+    found: dict[str, list[float]] = {}
+    for item in _items(measured):
+        for name, value in item["marks"].items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
 _FACTS: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {
     "language": _language,
     "knowledge": _knowledge,
@@ -78,4 +87,6 @@ _FACTS: dict[str, Callable[[Mapping[str, Any]], dict[str, float]]] = {
     "recognition": _recognition,
     "copying": _copying,
     "format": _format,
+    "tools": _marks,
+    "thinking": _marks,
 }

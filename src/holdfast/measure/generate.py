@@ -45,8 +45,15 @@ def generate(
     seen = encoder.prompts([p.context for p in probes])
     prompts = [(ids or encoder.first, p.max_tokens) for ids, p in zip(seen, probes, strict=True)]
     ends = {"eos_token_id": sorted(encoder.stops)} if encoder.stops else {}
-    texts = go_on(model, tokenizer, prompts, batch_size=batch_size, progress=progress, **ends, **GREEDY)
-    return [text.strip() for text in texts]
+    new = new_tokens(model, tokenizer, prompts, batch_size=batch_size, progress=progress, **ends, **GREEDY)
+    over = encoder.stops | {_pad(tokenizer)}
+    return [_text(tokenizer, ids, over, p.with_special).strip() for ids, p in zip(new, probes, strict=True)]
+
+
+def _text(tokenizer: Any, ids: list[int], over: frozenset[int], special: bool) -> str:
+    """Tokens as text, without special tokens or with those that come before the end."""
+    end = next((n for n, i in enumerate(ids) if i in over), len(ids)) if special else len(ids)
+    return tokenizer.decode(ids[:end], skip_special_tokens=not special)
 
 
 def go_on(

@@ -22,6 +22,8 @@ SUITES = {
     "shots": "shots:build_suite",
     "recognition": "recognition:build_suite",
     "copying": "copying:build_suite",
+    "tools": "tools:build_suite",
+    "thinking": "thinking:build_suite",
     "anchors": "in_context:build_anchors",
 }
 DEFAULT = ("in-context", "format", "language", "knowledge", "instructions", "reasoning", "safety")

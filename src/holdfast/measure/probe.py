@@ -45,8 +45,10 @@ class Probe:
         cluster: what it shares with other probes (demonstrations, a fact asked in several ways).
         shots: number of demonstrations in the context, where a curve over them is wanted.
         judge: for "generate": output -> score in [0, 1].
+        marks: for "generate": output -> further figures in [0, 1] by name, which enter no verdict.
         expected: for "generate": in words, what a good answer is.
         max_tokens: for "generate": longest answer.
+        with_special: for "generate": special tokens stay in the output, except those that end it.
         answer_lengths: for "choice": divide each log-likelihood by this many units (bytes, tokens); None sums.
         open_ended: the answers are openings or cannot be mistaken, so that what ends them does not count.
     """
@@ -60,8 +62,10 @@ class Probe:
     cluster: str = ""
     shots: int | None = None
     judge: Callable[[str], float] | None = None
+    marks: Callable[[str], dict[str, float]] | None = None
     expected: str = ""
     max_tokens: int = 48
+    with_special: bool = False
     answer_lengths: tuple[int, ...] | None = None
     open_ended: bool = False
 
@@ -84,12 +88,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Suite:
-    """Named probes. `settings` is whatever else decided them; two measurements pair only if it is equal."""
+    """Named probes. `settings` is whatever else decided them; two measurements pair only if it is equal.
+
+    note: in words, why there is nothing to ask of this model.
+    """
 
     name: str
     groups: tuple[Group, ...]
     probes: tuple[Probe, ...]
     settings: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,10 @@ def show(report: dict[str, Any], console: Console, page: str | Path | None = Non
         console.print(_table(r))
     if (r.get("task") or {}).get("note"):
         console.print(Text(f"Note: {schema.one_line(r['task']['note'])}", style="dim"), overflow="fold")
+    for ability in r.get("abilities") or []:
+        if ability.get("note") and not ability.get("tasks"):  # why nothing of it could be asked
+            said = f"Note: {schema.one_line(ability.get('name') or '?')}: {schema.one_line(ability['note'])}"
+            console.print(Text(said, style="dim"), overflow="fold")
     line = Text(look.word.upper(), style=TONES[look.tone])
     sentence = schema.one_line((r.get("verdict") or {}).get("sentence") or "")
     console.print()
@@ -107,7 +111,7 @@ def show_measured(suites: Sequence[Any], console: Console) -> None:
             table.add_row(Text(task["name"]), schema.estimate(task["before"]) + note, f"{task['chance']:.2f}")
         if part["before"]:
             table.add_row("mean of measurable tasks", schema.estimate(part["before"]), "", style="bold")
-        console.print(table)
+        console.print(table if part["tasks"] else Text(f"{part['name']}: {part['note'] or 'nothing to ask'}"))
         if words := schema.sight_words(part):
             console.print(Text(f"  a check with these items {words}", style="dim"))
         for name, (value, _) in part["facts"].items():

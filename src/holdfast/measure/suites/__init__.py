@@ -123,6 +123,8 @@ def check_suite(name: str, ask: Ask, longest: int) -> None:
     if name.startswith("lm_eval:"):
         return
     probes = build(name, ask).probes
+    if not probes:  # nothing to ask of this model, and its note says why
+        return
     texts = [p.context + max(p.answers, key=len, default="") for p in probes]
     spoken = [p.max_tokens if p.kind == "generate" else 0 for p in probes]
     lengths = [len(ids) for ids in ask.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
