@@ -270,7 +270,7 @@ def test_a_chat_is_asked_in_its_own_template(tokenizer):
 
     turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Yes. "}]
     turns += [{"role": "user", "content": "Really?"}]
-    prompt, completion = Chat(tokenizer, Notes()).pair(turns, [{"role": "assistant", "content": "No."}], {}, "a:1")
+    prompt, completion, _ = Chat(tokenizer, Notes()).pair(turns, [{"role": "assistant", "content": "No."}], {}, "a:1")
     encoder = Encoder(tokenizer, [tokenizer.convert_tokens_to_ids("<|im_end|>")])
     row, reader = tokenize(Row(prompt, completion), tokenizer, 512, stops=encoder.stops), Reader(encoder)
     asked = reader.read(row)

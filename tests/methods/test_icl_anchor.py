@@ -56,7 +56,8 @@ def test_every_second_step_with_twice_the_weight(tiny_model, start, token_rows, 
         for step in (0, 1):
             rows = [*token_rows, *session.rows_of(step)]
             owners = {o: sum(r.num_scored for r in rows if r.owner == o) for o in ("task", "ICLAnchor")}
-            parts[every, step] = session.loss(session.model, rows, owners, step)[1]
+            found = session.loss(session.model, rows, owners, step)[1]
+            parts[every, step] = {name: value.item() for name, value in found.items()}
     assert parts[2, 0]["ICLAnchor"] == pytest.approx(2 * parts[1, 0]["ICLAnchor"], rel=1e-5)
     assert parts[1, 0]["ICLAnchor"] > 1e-3
     assert "ICLAnchor" in parts[1, 1]
