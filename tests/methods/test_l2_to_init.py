@@ -80,7 +80,7 @@ def test_shares_of_micro_batches_add_up_to_one_penalty(tiny_model, start, token_
     session = shifted(start([L2ToInit(alpha=2.0)], tiny_model()))
     counts = {"task": sum(r.num_scored for r in token_rows)}
     halves = [session.loss(session.model, token_rows[i::2], counts, 0, share=0.5)[1]["L2ToInit"] for i in (0, 1)]
-    assert sum(halves).item() == pytest.approx(penalty(session, token_rows), rel=1e-6)
+    assert sum(halves).item() == pytest.approx(float(penalty(session, token_rows)), rel=1e-6)
 
 
 def test_negative_pull_is_refused(tiny_model, tokenizer):
