@@ -21,6 +21,8 @@ OPTIONS = {  # frozen: settings of a method belong in a recipe, never here
                 "--out", "--trust-remote-code", "--debug"],
     "check": ["base", "tuned", "--keep", "--suite", "--num-fewshot", "--limit", "--labels", "--batch-tokens",
               "--why", "--base-revision", "--tuned-revision", "--out", "--trust-remote-code", "--debug"],
+    "repair": ["base", "tuned", "--out", "--data", "--prompt", "--completion", "--metric", "--prompts", "--keep",
+               "--suite", "--method", "--num-fewshot", "--limit", "--labels", "--batch-tokens", "--debug"],
     "suites": ["name", "--export", "--model", "--num-fewshot", "--limit", "--debug"],
     "methods": ["name"],
     "init": ["data", "--out", "--model", "--debug"],

@@ -1,6 +1,7 @@
 """The command line: what can be typed. What a command does is told in `verbs`, one file each, and loaded on use.
 
-Exit codes: 0 done (check: kept), 1 check: lost, 2 a mistake to mend, 3 check: not enough evidence, 70 a fault of ours;
+Exit codes: 0 done (check, repair: kept), 1 check: lost, repair: bound not met, 2 a mistake to mend, 3 not enough
+evidence, 70 a fault of ours;
 `ending` says how errors get theirs.
 """
 
@@ -179,6 +180,53 @@ def check(
         batch_tokens=batch_tokens,
         why=why,
         trust_remote_code=trust_remote_code,
+    )
+
+
+@_command
+def repair(
+    base: str,
+    tuned: str,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model, the curve and the page.")],
+    data: Annotated[str | None, typer.Option("--data", help="Rows of the task that the tuning has not seen.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Template over the columns of --data.")] = None,
+    completion: Annotated[str | None, typer.Option("--completion", help="The same of the answer.")] = None,
+    metric: Annotated[str | None, typer.Option("--metric", help="How the task is scored (data.metric).")] = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="Without --data: prompts whose answers should stay.")
+    ] = None,
+    keep: Annotated[list[str] | None, typer.Option("--keep", help="Share to keep, such as in-context=0.97.")] = None,
+    suite: Suites = ["in-context"],  # noqa: B006
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="Which merges are tried; may be repeated.")
+    ] = None,
+    num_fewshot: Shots = 8,
+    limit: Limit = None,
+    labels: Labels = "",
+    batch_tokens: BatchTokens = BATCH_TOKENS,
+    debug: Debug = False,
+) -> int:
+    """Give TUNED abilities of BASE back by merging. Exit 0 kept, 1 bound not met, 3 not enough evidence, 2 usage."""
+    _start(debug)
+    from holdfast.verbs import repair as verb
+
+    chosen = {"methods": tuple(method)} if method else {}
+    return verb.command(
+        base,
+        tuned,
+        keep=keep or (),
+        out=out,
+        data=data,
+        prompt=prompt,
+        completion=completion,
+        metric=metric,
+        prompts=prompts,
+        suites=tuple(suite),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        labels=_labels(labels),
+        batch_tokens=batch_tokens,
+        **chosen,
     )
 
 

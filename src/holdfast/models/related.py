@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,12 @@ from holdfast.models.tensors import SAME_BASE, tensors_of
 if TYPE_CHECKING:
     import torch
 
+    Weights = Mapping[str, torch.Tensor]
+
 LEAST_CORRELATION = 0.1  # ours: unrelated models of 10,000 weights or more lie below 0.05, tuned ones near 1
 
 
-def check_related(source: ModelSource, base: Any, tokenizer: Any = None) -> None:
+def check_related(source: ModelSource, base: Any, tokenizer: Any = None, weights: Weights | None = None) -> None:
     """Raise ModelError unless the tensors of `source` can be merged with those of `base`.
 
     The cheap is looked at first: packing, architecture, tied embeddings, shapes, tokens. Then every tensor is read
@@ -31,24 +34,25 @@ def check_related(source: ModelSource, base: Any, tokenizer: Any = None) -> None
     Args:
         base: the untouched base in memory, plain weights.
         tokenizer: of the base; None where nobody knows it.
+        weights: of the base by name, where `base` itself holds none (the meta device); may read them one by one.
     """
-    _may_read(source)
+    may_read(source)
     _same_kind(source, inner(base).config)
     _same_tokens(source, tokenizer)
-    found = _correlation(source, base)
+    found = _correlation(source, base, weights or {n: p.detach() for n, p in inner(base).named_parameters()})
     if not found >= LEAST_CORRELATION:
         what = f"{source.label} does not descend from the base: its weights correlate with the base's by {found:.2f}."
         raise ModelError(what, SAME_BASE)
 
 
-def _correlation(source: ModelSource, base: Any) -> float:
+def _correlation(source: ModelSource, base: Any, weights: Weights) -> float:
     """The cosine of all matrices of `source` and of the base; checks the base of an adapter on the way."""
     other, below = tensors_of(source, base), tensors_of(source.base, base) if source.base else None
     both = one = two = 0.0
-    for name, p in inner(base).named_parameters():
-        own = p.detach().float()
+    for name, p in weights.items():
+        own = p.float()
         if below is not None:
-            _same_weights(source, name, p.detach(), below.read(name, own))
+            _same_weights(source, name, p, below.read(name, own))
         if p.ndim >= 2:
             new = other.read(name, own)
             both += float((own * new).sum())
@@ -56,7 +60,11 @@ def _correlation(source: ModelSource, base: Any) -> float:
     return both / math.sqrt(one * two) if one * two > 0 else math.nan
 
 
-def _may_read(source: ModelSource) -> None:
+def may_read(source: ModelSource) -> None:
+    """Raise ModelError for a model whose files do not hold plain weights."""
+    if source.kind == "replaced":
+        what = f"{source.label} holds replaced modules, which are no change of its base's weights."
+        raise ModelError(what, "Tune with export.merge, where the method can fold its modules in.")
     packed = loadable.quantisation(source)
     if packed is not None:
         what = f"{source.label} is quantised with {loadable.method_of(packed)}, and packed weights cannot be merged."

@@ -36,11 +36,11 @@ class Saved:
     """
 
     def __init__(self, source: ModelSource, like: Any):
-        files = _files(Path(source.path))
+        files = files_of(Path(source.path))
         header = {name: (file, shape) for file in files for name, shape in loadable.shapes(file).items()}
         self._at: dict[str, tuple[Path, str]] = {}
         for name, shape in shapes_of(like).items():
-            key = next((k for k in _names_on_disk(name, like) if k in header), None)
+            key = next((k for k in names_on_disk(name, like) if k in header), None)
             if key is None:
                 raise ModelError(f"{source.label} has no tensor {name}, which the base has.", SAME_BASE)
             file, found = header[key]
@@ -51,11 +51,11 @@ class Saved:
 
     def read(self, name: str, base: torch.Tensor) -> torch.Tensor:
         """One tensor in fp32, on the device of `base`."""
-        from safetensors import safe_open
+        return self.stored(name).to(base.device).float()
 
-        file, key = self._at[name]
-        with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(key).to(base.device).float()
+    def stored(self, name: str) -> torch.Tensor:
+        """One tensor as it lies in its file, on the CPU."""
+        return stored(*self._at[name])
 
 
 class Adapted:
@@ -121,18 +121,26 @@ def tensors_of(source: ModelSource, like: Any) -> Saved | Adapted:
     return Saved(source, like) if source.base is None else Adapted(source, like)
 
 
+def stored(file: Path, key: str) -> torch.Tensor:
+    """One tensor of a file, on the CPU."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(key)
+
+
 def shapes_of(model: Any) -> dict[str, tuple[int, ...]]:
     """Shapes of a plain model's parameters by name."""
     return {n: tuple(p.shape) for n, p in inner(model).named_parameters()}
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files transformers would read: those of the index, else the one."""
+def files_of(folder: Path) -> list[Path]:
+    """The files of weights that transformers would read: those of the index, else the one."""
     shards = read_json(folder / "model.safetensors.index.json").get("weight_map", {}).values()
     return [folder / name for name in sorted(set(shards)) or ["model.safetensors"]]
 
 
-def _names_on_disk(name: str, like: Any) -> Iterable[str]:
+def names_on_disk(name: str, like: Any) -> Iterable[str]:
     """Under which names a parameter may be saved: its own, a tied one's, or without the head's prefix."""
     model = inner(like)
     ties = getattr(model, "all_tied_weights_keys", None) or {}

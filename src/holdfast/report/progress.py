@@ -15,6 +15,9 @@ NAMES = {
     "tune": "Tuning",
     "measure after": "Measuring after",
     "measure": "Measuring",
+    "search": "Searching",
+    "second look": "Looking again",
+    "export": "Writing the model",
     "diagnose": "Looking for the cause",
 }
 

@@ -11,16 +11,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from holdfast.errors import RecipeError, TrainingError
 from holdfast.files import write_json
-from holdfast.recipe import Recipe, load_recipe
+from holdfast.recipe import load_recipe
 from holdfast.runs.several import by_first
 
 RECIPE, INPUTS, LAST, LOG = "recipe.yaml", "inputs.json", "report.json", "log.jsonl"
+
+
+class Order(Protocol):
+    """What a folder belongs to: a recipe, or whatever else can be written down and compared."""
+
+    def save(self, path: Path) -> None:
+        """Write it down, to be read again and found equal."""
+        ...
 
 
 class RunFolder:
@@ -28,19 +36,29 @@ class RunFolder:
 
     Args:
         path: where it lies or will lie.
-        recipe: whose folder it is.
+        recipe: whose folder it is; what else than `tune` works in one has an order of its own kind.
         work: names of files and folders that a changed recipe would spoil.
+        read: how a recipe of this kind is read again.
+        last: the file that is written last.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, work: Collection[str]):
+    def __init__(
+        self,
+        path: Path,
+        recipe: Order,
+        work: Collection[str],
+        read: Callable[[Path], Any] = load_recipe,
+        last: str = LAST,
+    ):
         self.path, self.recipe, self.work = path, recipe, frozenset(work)
+        self._load, self._last = read, last
 
     # ---- whose it is
 
     @property
     def finished(self) -> bool:
         """Whether this recipe has its report, which is written last."""
-        return by_first(lambda: (self.path / LAST).is_file() and self._same_recipe())
+        return by_first(lambda: (self.path / self._last).is_file() and self._same_recipe())
 
     @property
     def has_work(self) -> bool:
@@ -75,7 +93,7 @@ class RunFolder:
 
     def _same_recipe(self) -> bool:
         path = self.path / RECIPE
-        return path.is_file() and load_recipe(path) == self.recipe
+        return path.is_file() and self._load(path) == self.recipe
 
     def _claim(self) -> None:
         try:

@@ -39,11 +39,14 @@ def sources_of(method: Method, base_dir: Any) -> dict[str, ModelSource]:
     return found
 
 
-def check_others(method: Method, ctx: Any) -> None:
-    """Raise HoldfastError for another model of `method` that cannot be merged with the base of `ctx`."""
+def check_others(method: Method, ctx: Any, weights: Weights | None = None) -> None:
+    """Raise HoldfastError for another model of `method` that cannot be merged with the base of `ctx`.
+
+    weights: of the base, where `ctx.model` holds none.
+    """
     for source in sources_of(method, ctx.base_dir).values():
         try:
-            check_related(source, ctx.model, ctx.tokenizer)
+            check_related(source, ctx.model, ctx.tokenizer, weights)
         except HoldfastError as e:
             raise type(e)(f"{method.name} cannot merge another model: {e.what}", e.cure) from e
 
@@ -75,13 +78,22 @@ class Merging:
         Under FSDP2 every tensor is gathered in every process, and all of them compute the same.
         """
         params = {c: p for n, p in model.named_parameters() if (c := canonical(n)) in base_weights}
+        self.survey(params, base_weights)
+        for name, p in params.items():
+            p.copy_(cut_like(self.merged(name, base_weights[name], p), p))
+
+    @torch.no_grad()
+    def survey(self, params: Weights, base_weights: Weights) -> None:
+        """Begin a pass over weights: show them to the methods that must rank over all; then comes `merged`."""
         self._learnt = {}
         for n, m in enumerate(self.methods):
             if type(m).survey is not Method.survey:
                 self._survey(m, self.methods[:n], params, base_weights)
-        for name, p in params.items():
-            base = whole(base_weights[name]).float()
-            p.copy_(cut_like(self._chain(self.methods, name, base, p), p))
+
+    @torch.no_grad()
+    def merged(self, name: str, base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
+        """One tensor after all methods, whole and in fp32."""
+        return self._chain(self.methods, name, whole(base).float(), tuned)
 
     def _survey(self, method: Method, before: Sequence[Method], params: Weights, base_weights: Weights) -> None:
         """Show a method all tensors, as those before it in the plan will have made them."""

@@ -99,7 +99,7 @@ def _diagnosis(first: Subject, second: Subject, before: Any, after: Any, tell: T
 def command(base: str, tuned: str, *, keep: Sequence[str], out: Sequence[Path], **settings: Any) -> int:
     """`holdfast check`: the verdict on the terminal, in the files `out` and as exit code; `settings` go to `check`."""
     writes = join()
-    floors = dict(_floor(item) for item in keep)
+    floors = dict(floor_of(item) for item in keep)
     for path in out:
         may_write(path)
     console = Console()
@@ -113,7 +113,7 @@ def command(base: str, tuned: str, *, keep: Sequence[str], out: Sequence[Path], 
     return EXIT[report["verdict"]["status"]]
 
 
-def _floor(item: str) -> tuple[str, float]:
+def floor_of(item: str) -> tuple[str, float]:
     """An ability and the share of it to keep, from "ability=share"."""
     name, _, value = item.partition("=")
     try:

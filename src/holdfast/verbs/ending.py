@@ -1,8 +1,8 @@
 """How a command ends: one message and an exit code that means one thing.
 
-    0    done (check: kept)              2    a mistake that can be mended
-    1    check: lost, and nothing else   70   a fault of Holdfast: one sentence, the traceback in a file
-    3    check: not enough evidence      130  Ctrl-C;  141: nobody reads the output any more;  128 + n: signal n
+    0    done (check, repair: kept)      2    a mistake that can be mended
+    1    check: lost; repair: not met    70   a fault of Holdfast: one sentence, the traceback in a file
+    3    not enough evidence             130  Ctrl-C;  141: nobody reads the output any more;  128 + n: signal n
 
 Python itself, typer and rich end with 1 on errors of their own, and a library may call sys.exit: a pipeline would read
 all of that as "lost". So whatever a command raises comes here. Importing this module is cheap.
@@ -31,6 +31,7 @@ MEMORY_CURES = {
     "measure": "Lower --batch-tokens (2048 if not given) or --limit, or stop other programs that hold memory.",
     "check": "Lower --batch-tokens (2048 if not given) or --limit, leave out --why (it holds both models), or stop "
     "other programs that hold memory.",
+    "repair": "Lower --batch-tokens (2048 if not given), or stop other programs that hold memory.",
 }
 
 
@@ -39,7 +40,7 @@ def end(error: BaseException, command: str, debug: bool) -> int:
     if _unread(error):
         return UNREAD
     if isinstance(error, KeyboardInterrupt):
-        say("Stopped. The same command goes on from where it was." if command == "tune" else "Stopped.")
+        say("Stopped. The same command goes on from where it was." if command in ("tune", "repair") else "Stopped.")
         return STOPPED
     if os.environ.get("RANK", "0") != "0":  # the first process mostly says the same, and torchrun then ends this one
         time.sleep(3)

@@ -1,0 +1,248 @@
+"""repair, piece by piece: look at the two ends, search, write the chosen merge, measure it on items not yet used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from holdfast import models
+from holdfast.engine import BATCH_TOKENS
+from holdfast.errors import HoldfastError, RecipeError
+from holdfast.files import content_key
+from holdfast.measure.compare import abilities
+from holdfast.measure.names import names_of
+from holdfast.measure.parts import COARSE, REPORT
+from holdfast.recipe import KEEP_FRAC
+from holdfast.runs import repair_goal
+from holdfast.runs.folder import RunFolder
+from holdfast.runs.repair_judge import BASE, CHOOSING, Judge
+from holdfast.runs.repair_search import DEFAULT, TUNED, Candidate, Point, candidates, search
+from holdfast.runs.run import Tell, silent
+from holdfast.sites.merge_files import Pair
+from holdfast.versions import versions
+
+MODEL, LAST = "model", "repair.json"
+WORK = {MODEL, LAST}
+ENDS = (BASE, TUNED)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a repair is asked for; a folder belongs to one. Paths as they were typed."""
+
+    base: str
+    tuned: str
+    data: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    metric: str | None = None
+    prompts: str | None = None
+    keep: Mapping[str, float] = field(default_factory=lambda: {"in-context": KEEP_FRAC})
+    suites: Sequence[str] = ("in-context",)
+    methods: Sequence[str] = DEFAULT
+    num_fewshot: int = 8
+    limit: int | None = None
+    labels: Sequence[str] = ()
+    batch_tokens: int = BATCH_TOKENS
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, which is YAML too."""
+        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+    @staticmethod
+    def read(path: Path) -> Wish | None:
+        """A saved one; None where the file is of another kind (a recipe of `tune`)."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            lists = {k: tuple(v) for k, v in found.items() if isinstance(v, list)}
+            return Wish(**{**found, **lists})
+        except (ValueError, TypeError, AttributeError):
+            return None
+
+    def check(self) -> None:
+        """Raise HoldfastError for what is wrong without looking at a model."""
+        names = names_of(self.suites)
+        unknown = next((k for k in self.keep if k not in names), None)
+        if unknown:
+            what = f"--keep names {unknown!r}, but only {', '.join(names)} is measured."
+            raise HoldfastError(what, "Add it with --suite.")
+        if not self.keep:
+            raise HoldfastError("Nothing is to be kept, so there is no bound.", "Write --keep in-context=0.97.")
+        if self.data and self.prompts:
+            raise HoldfastError("--data and --prompts both say what the task is.", "Give one of the two.")
+        candidates(self.methods)
+
+
+def repaired(wish: Wish, out: Path, tell: Tell = silent) -> dict[str, Any]:
+    """Repair into the folder `out`, from wherever it stands; returns what stands in its repair.json.
+
+    Raises:
+        HoldfastError: one clear message for anything a user can mend.
+    """
+    wish.check()
+    folder = RunFolder(out, wish, WORK, Wish.read, LAST)
+    if folder.finished:
+        return folder.read(LAST)
+    tell("load", 0.0, wish.tuned)
+    try:
+        folder.claim()
+        work = _Work(wish, folder, tell)
+    except RecipeError as e:
+        raise RecipeError(e.what, "Choose another folder with -o.") from e
+    folder.check_room(work.pair.size, "the files of the repaired model")
+    points, chosen = work.search()
+    report = work.finish(points, chosen)
+    folder.write(LAST, report)
+    return folder.read(LAST)
+
+
+class _Work:
+    """One repair at work."""
+
+    def __init__(self, wish: Wish, folder: RunFolder, tell: Tell):
+        self.wish, self.folder, self.tell = wish, folder, tell
+        self.pair = Pair(wish.base, wish.tuned)
+        self.judge = Judge(
+            self.pair,
+            names_of(wish.suites),
+            wish.keep,
+            num_fewshot=wish.num_fewshot,
+            limit=wish.limit,
+            labels=wish.labels,
+            batch_tokens=wish.batch_tokens,
+        )
+        self.goal = self.judge.goal = self._goal()
+        inputs = {"base": self.pair.base.sha, "tuned model": self.pair.tuned.sha}
+        folder.keep_inputs({**inputs, "task": content_key(dict(self.goal.asked))})
+
+    def _goal(self) -> repair_goal.Goal:
+        w, tokens = self.wish, self.judge.tokenizer
+        if w.data:
+            return repair_goal.from_data(
+                w.data,
+                prompt=w.prompt,
+                completion=w.completion,
+                metric=w.metric,
+                tokenizer=tokens,
+                batch_tokens=w.batch_tokens,
+            )
+        sha = content_key(self.pair.tuned.sha, str(self.judge.dtype), self.judge.device.type)
+        return repair_goal.from_answers(lambda: self.judge.model(TUNED), tokens, sha, w.prompts, w.batch_tokens)
+
+    # ---- the search
+
+    def search(self) -> tuple[list[Point], Point]:
+        """All points and the chosen one."""
+        asked = candidates(self.wish.methods)
+        self._may_search()
+        first = (COARSE,) if self.judge.measurable((COARSE,), self._told("measure before")) else CHOOSING
+        seen = 0
+
+        def coarse(who: Candidate) -> Point:
+            nonlocal seen
+            seen += 1
+            return self.judge.point(who, first, self._told("search", (seen - 1) / len(asked), 1 / len(asked)))
+
+        return search(asked, coarse, lambda who: self.judge.point(who, CHOOSING, self._told("second look")))
+
+    def _may_search(self) -> None:
+        if not self.judge.measurable(CHOOSING, self._told("measure before")):
+            what = f"{self.pair.base.label} does not show every ability to keep ({', '.join(self.wish.keep)}) clearly."
+            raise HoldfastError(what, "Raise --limit, or keep an ability that it has.")
+
+    def _told(self, phase: str, start: float = 0.0, size: float = 1.0) -> Any:
+        return lambda share, words: self.tell(phase, start + size * share, words)
+
+    # ---- its outcome
+
+    def finish(self, points: Sequence[Point], chosen: Point) -> dict[str, Any]:
+        """Write the model and measure it; everything for repair.json."""
+        who, told = chosen.candidate, self._told("measure after")
+        ends = {w.method: (self.judge.abilities(w, (REPORT,), told), self.judge.task(w, (REPORT,))) for w in ENDS}
+        base = self.judge.point(BASE, CHOOSING, told)
+        self.judge.forget()
+        written = self._told("export")
+        target = self.pair.write(
+            who.methods, self.folder.path / MODEL, card=_card(self.pair, chosen), tell=lambda x: written(x, "")
+        )
+        after, task = self.judge.measured(models.load(str(target))[0], told)
+        outcome = self._outcome(ends, after, task)
+        return {
+            **_stamp(),
+            "base": _named(self.pair.base),
+            "tuned": _named(self.pair.tuned),
+            "model": str(target),
+            "keep": dict(self.wish.keep),
+            "chosen": _shown(chosen),
+            "met": chosen.meets,
+            **_verdict(chosen, outcome, self.wish.keep),
+            "points": [_shown(p) for p in [base, *points]],
+            "report": outcome,
+            "settings": asdict(self.wish),
+        }
+
+    def _outcome(self, ends: Mapping[str, Any], after: Sequence[Any], task: Any) -> dict[str, Any]:
+        """On the items of the report: the task of all three, and what the tuned and the repaired model kept."""
+        base, tuned = ends[BASE.method], ends[TUNED.method]
+        sides = self.goal.estimates(tuned[1], task)
+        return {
+            "task": {
+                "name": self.goal.name,
+                "source": self.goal.source,
+                "metric": self.goal.metric.words,
+                "unit": self.goal.metric.unit,
+                "lower": self.goal.metric.lower,
+                "base": self.goal.estimates(base[1], base[1])["after"],
+                "tuned": sides["before"],
+                "repaired": sides["after"],
+                "difference": sides["difference"],
+            },
+            "tuned": abilities(base[0], tuned[0], self.wish.keep, KEEP_FRAC),
+            "repaired": abilities(base[0], after, self.wish.keep, KEEP_FRAC),
+        }
+
+
+def _stamp() -> dict[str, Any]:
+    used = versions()
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"holdfast_version": used["holdfast"], "created": now, "kind": "repair", "versions": used}
+
+
+def _named(source: Any) -> dict[str, Any]:
+    return {"name": source.name, "revision": source.revision, "sha": source.sha}
+
+
+def _shown(p: Point) -> dict[str, Any]:
+    c = p.candidate
+    plain = {"label": c.label, "method": c.method, "settings": dict(c.settings), "parts": list(p.parts)}
+    return {**plain, "meets": p.meets, "margin": p.margin, **p.shown}
+
+
+def _verdict(chosen: Point, outcome: Mapping[str, Any], floors: Mapping[str, float]) -> dict[str, str]:
+    """status: "not met" while choosing, else the worst of the report's: lost, unclear or kept."""
+    found = {a["name"]: a["status"] for a in outcome["repaired"] if a["name"] in floors}
+    worst = next((s for s in ("lost", "unclear", "kept") if s in found.values()), "unclear")
+    if any(s not in ("lost", "kept") for s in found.values()) and worst == "kept":
+        worst = "unclear"
+    bound = ", ".join(f"{name} {floor:g}" for name, floor in floors.items())
+    label = chosen.candidate.label
+    if not chosen.meets:
+        return {"status": "not met", "sentence": f"No candidate meets the bound ({bound}). The nearest is {label}."}
+    words = {
+        "kept": "and the report's own items prove it",
+        "unclear": "and the report's own items are too few to prove it",
+        "lost": "but on the report's own items it does not",
+    }
+    meets = f"{label} meets the bound ({bound}) on the items it was chosen on"
+    return {"status": worst, "sentence": f"{meets}, {words[worst]}."}
+
+
+def _card(pair: Pair, chosen: Point) -> str:
+    return (
+        f"# A repaired model\n\nMade by `holdfast repair` from {pair.base.label} and {pair.tuned.label}: "
+        f"{chosen.candidate.label}. `repair.json` one folder up has the whole curve.\n"
+    )

@@ -1,0 +1,123 @@
+"""The search of a repair: a grid of merges, looked at coarsely, the best again with more items, and one chosen.
+
+Two numbers decide: the task's score, and how far above its floor the ability lies that is nearest to its own (the
+margin). A candidate that another one beats at both is off the frontier. The second look takes the frontier of the
+first one, then the next one behind it, until there are enough. Chosen is the best task score with a margin of 0 or
+more; where there is none, the largest margin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from holdfast.errors import PlanError, suggest
+from holdfast.method import Method
+from holdfast.methods import all_methods
+
+SECOND_LOOK = 8  # ours
+GRID: dict[str, list[dict[str, Any]]] = {  # ours; the papers search the same settings
+    "WiSEFT": [{"alpha": n / 10} for n in range(1, 10)],
+    "LiNeS": [
+        *({"alpha": a} for a in (0.0, 0.2, 0.4, 0.6, 0.8)),
+        *({"alpha": a, "beta": b} for a, b in ((0.0, 0.5), (0.0, 0.75), (0.2, 0.4))),
+    ],
+    "TIES": [{"density": d} for d in (0.05, 0.1, 0.2, 0.4, 0.7)],
+    "Breadcrumbs": [{"density": 1.0, "outliers": o} for o in (0.001, 0.01, 0.05, 0.2)],
+    "DARE": [{"density": d} for d in (0.1, 0.3, 0.6)],
+    "SLERP": [{"t": n / 5} for n in range(1, 5)],
+}
+DEFAULT = ("WiSEFT", "LiNeS", "TIES")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One merge: a method of the grid and its settings; no method is the tuned model itself."""
+
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def methods(self) -> list[Method]:
+        return [all_methods()[self.method](**self.settings)] if self.settings else []
+
+    @property
+    def label(self) -> str:
+        return " ".join([self.method, *(f"{k} {v:g}" for k, v in self.settings.items())])
+
+
+TUNED = Candidate("tuned model")
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a candidate scored on some items.
+
+    Attributes:
+        value: of the task, higher is better.
+        margin: least of (share kept - floor) over the abilities with a floor.
+        parts: the parts of the items.
+        shown: for the report, plain data.
+    """
+
+    candidate: Candidate
+    value: float
+    margin: float
+    parts: tuple[str, ...]
+    shown: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def meets(self) -> bool:
+        return self.margin >= 0
+
+
+def candidates(methods: Sequence[str]) -> list[Candidate]:
+    """The grid of these methods.
+
+    Raises:
+        PlanError: a method has no grid.
+    """
+    for name in methods:
+        if name not in GRID:
+            raise PlanError(f"repair has no grid for the method {name!r}.", suggest(name, list(GRID)))
+    return [Candidate(name, settings) for name in dict.fromkeys(methods) for settings in GRID[name]]
+
+
+def search(
+    asked: Sequence[Candidate], coarse: Callable[[Candidate], Point], fine: Callable[[Candidate], Point]
+) -> tuple[list[Point], Point]:
+    """(all points, the coarse ones first; the chosen one, which has had the second look).
+
+    The tuned model gets the second look in any case: where nothing is lost, nothing is repaired.
+    """
+    first = [coarse(c) for c in asked]
+    second = [fine(TUNED), *(fine(p.candidate) for p in best(first, SECOND_LOOK))]
+    return [*first, *second], choose(second)
+
+
+def choose(points: Sequence[Point]) -> Point:
+    """The best task score that meets the bound, else the nearest to it."""
+    meeting = [p for p in points if p.meets]
+    if meeting:
+        return max(meeting, key=lambda p: (p.value, p.margin))
+    return max(points, key=lambda p: (p.margin, p.value))
+
+
+def best(points: Sequence[Point], most: int) -> list[Point]:
+    """The frontier, then the frontier of the rest, and so on, at most so many; of each the nearest to the bound."""
+    left, out = list(points), []
+    while left and len(out) < most:
+        layer = frontier(left)
+        out += sorted(layer, key=lambda p: abs(p.margin))
+        left = [p for p in left if p not in layer]
+    return out[:most]
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """The points that no other one beats: at least as good at both, and better at one."""
+
+    def beats(a: Point, b: Point) -> bool:
+        return a.value >= b.value and a.margin >= b.margin and (a.value, a.margin) != (b.value, b.margin)
+
+    return [p for p in points if not any(beats(q, p) for q in points)]

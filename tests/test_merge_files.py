@@ -1,0 +1,231 @@
+"""Merging on the disk: what it writes is what merging in memory makes, and a killed one leaves nothing."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from holdfast import methods as hf
+from holdfast import models
+from holdfast.errors import ModelError, PlanError
+from holdfast.models.tensors import Saved
+from holdfast.sites.merge_files import Pair, merge_files
+from holdfast.sites.merging import Merging
+from tiny import build_model
+
+CHAINS = {
+    "WiSEFT": [hf.WiSEFT(alpha=0.3)],
+    "LiNeS": [hf.LiNeS(alpha=0.2)],
+    "TIES": [hf.TIES(density=0.2)],
+    "DARE": [hf.DARE(density=0.4)],
+    "SLERP": [hf.SLERP(t=0.6)],
+    "a chain with a survey": [hf.LiNeS(alpha=0.1), hf.TIES(density=0.3), hf.Breadcrumbs(density=0.5)],
+}
+
+
+def moved(model, by=0.02):
+    """The same model with every weight a little elsewhere."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * by)
+    return model
+
+
+@pytest.fixture(scope="module", params=[(True, torch.float32), (False, torch.bfloat16)], ids=["tied", "bf16"])
+def pair(request, tmp_path_factory, tokenizer):
+    """Folders of a base and of a tuned model in several files."""
+    tied, dtype = request.param
+    folder = tmp_path_factory.mktemp("pair")
+    models.save_model(build_model(tied).to(dtype), tokenizer, folder / "base", card=None)
+    tuned = moved(build_model(tied)).to(dtype)
+    tuned.save_pretrained(folder / "tuned", max_shard_size="40KB")
+    tokenizer.save_pretrained(folder / "tuned")
+    return SimpleNamespace(base=folder / "base", tuned=folder / "tuned", dtype=dtype)
+
+
+def in_memory(pair, methods, seed=0):
+    """The merge of `sites.merging` on whole models."""
+    base, tuned = (AutoModelForCausalLM.from_pretrained(p, dtype=pair.dtype) for p in (pair.base, pair.tuned))
+    state = {m.name: {"seed": torch.tensor(seed)} if m.name == "DARE" else {} for m in methods}
+    Merging(methods, state, None, 2).merge(tuned, {n: p.detach().clone() for n, p in base.named_parameters()})
+    return dict(tuned.named_parameters())
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_bit_for_bit_the_merge_in_memory(name, pair, tmp_path):
+    out = merge_files(str(pair.base), str(pair.tuned), CHAINS[name], tmp_path / "out", seed=3)
+    wanted = in_memory(pair, CHAINS[name], seed=3)
+    got, before = (dict(AutoModelForCausalLM.from_pretrained(p, dtype="auto").named_parameters())
+                   for p in (out, pair.tuned))  # fmt: skip
+    assert all(torch.equal(got[n], p) and p.dtype == got[n].dtype for n, p in wanted.items())
+    assert not all(torch.equal(got[n], p) for n, p in before.items())
+
+
+def test_the_files_are_those_of_the_tuned_model(pair, tmp_path):
+    out = merge_files(str(pair.base), str(pair.tuned), CHAINS["WiSEFT"], tmp_path / "out", card="what it is")
+    files = sorted(p.name for p in pair.tuned.glob("*.safetensors*"))
+    assert len(files) > 3 and sorted(p.name for p in out.glob("*.safetensors*")) == files
+    index = "model.safetensors.index.json"
+    assert json.loads((out / index).read_text()) == json.loads((pair.tuned / index).read_text())
+    assert (out / "README.md").read_text() == "what it is"
+    text = "Ticket: my card"
+    assert AutoTokenizer.from_pretrained(out)(text) == AutoTokenizer.from_pretrained(pair.tuned)(text)
+    assert (out / files[0]).stat().st_mode == (out / "config.json").stat().st_mode
+
+
+def test_what_is_no_parameter_is_copied(pair, tmp_path):
+    shutil.copytree(pair.tuned, tmp_path / "tuned")
+    file = sorted((tmp_path / "tuned").glob("*.safetensors"))[0]
+    state = load_file(file) | {"model.rotary.inv_freq": torch.arange(4)}
+    save_file(state, file, metadata={"format": "pt"})
+    out = merge_files(str(pair.base), str(tmp_path / "tuned"), CHAINS["WiSEFT"], tmp_path / "out")
+    assert torch.equal(load_file(out / file.name)["model.rotary.inv_freq"], torch.arange(4))
+
+
+def test_an_adapter_is_merged_into_files_like_its_bases(pair, tmp_path):
+    if pair.dtype is not torch.float32:
+        pytest.skip("PEFT merges in the precision of the base, the stream in fp32")
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    with models.peft_quiet():
+        get_peft_model(AutoModelForCausalLM.from_pretrained(pair.base), config).save_pretrained(tmp_path / "adapter")
+    out = merge_files(str(pair.base), str(tmp_path / "adapter"), CHAINS["WiSEFT"], tmp_path / "out")
+    base, tuned = (
+        models.load(str(p), dtype="float32", merge_adapter=True)[0] for p in (pair.base, tmp_path / "adapter")
+    )
+    got = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    for name, p in base.named_parameters():
+        assert torch.equal(got.get_parameter(name), torch.lerp(p, tuned.get_parameter(name), 0.3)), name
+
+
+def test_no_method_gives_the_tuned_model(pair, tmp_path):
+    out = merge_files(str(pair.base), str(pair.tuned), [], tmp_path / "out")
+    for file in pair.tuned.glob("*.safetensors"):
+        assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+def test_few_tensors_are_alive_at_a_time(pair, tmp_path, monkeypatch):
+    """Bytes of tensors that were read and are still held stay below two copies of the largest."""
+    seen, most = [], [0]
+    plain = Saved.stored
+
+    def stored(self, name):
+        found = plain(self, name)
+        seen.append(weakref.ref(found))
+        most[0] = max(most[0], sum(t.nbytes for r in seen if (t := r()) is not None))
+        return found
+
+    both = Pair(str(pair.base), str(pair.tuned))
+    monkeypatch.setattr(Saved, "stored", stored)
+    both.write(CHAINS["TIES"], tmp_path / "out")
+    largest = max(both.base_weights[n].nbytes for n in both.base_weights)
+    assert len(seen) > 2 * len(both.base_weights) and most[0] <= 2 * largest
+
+
+# ---- killed
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from holdfast import methods as hf
+from holdfast.sites.merge_files import merge_files
+def tell(share):
+    if share > 0.5:
+        os.kill(os.getpid(), signal.SIGKILL)
+merge_files(sys.argv[1], sys.argv[2], [hf.WiSEFT(alpha=0.5)], Path(sys.argv[3]), tell=tell)
+"""
+
+
+def test_a_killed_merge_leaves_no_model_and_the_next_one_is_whole(pair, tmp_path):
+    out = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", KILLED, pair.base, pair.tuned, out], check=False)
+    assert done.returncode == -signal.SIGKILL and not out.exists()
+    merge_files(str(pair.base), str(pair.tuned), CHAINS["WiSEFT"], out)
+    assert AutoModelForCausalLM.from_pretrained(out)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_merge_that_fails_leaves_the_older_model(pair, tmp_path):
+    out = merge_files(str(pair.base), str(pair.tuned), CHAINS["WiSEFT"], tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def tell(share):
+        if share > 0.5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge_files(str(pair.base), str(pair.tuned), CHAINS["LiNeS"], out, tell=tell)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+# ---- refusals
+
+
+def saved(folder: Path, tokenizer, **changes) -> str:
+    models.save_model(build_model(**changes), tokenizer, folder, card=None)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"seed": 1}, "does not descend from the base"),
+        ({"tied": False}, "does not tie its embeddings, and the base does"),
+        ({"intermediate_size": 48}, "of shape"),
+        ({"vocab_size": 408}, "of shape"),
+    ],
+    ids=["unrelated", "tied", "shapes", "vocabulary"],
+)
+def test_other_models_are_refused(changes, match, tmp_path, tokenizer):
+    base = saved(tmp_path / "base", tokenizer)
+    with pytest.raises(ModelError, match=match):
+        merge_files(base, saved(tmp_path / "other", tokenizer, **changes), [], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapters_on_other_bases_and_adapters_as_base_are_refused(tmp_path, tokenizer):
+    base, other = saved(tmp_path / "base", tokenizer), saved(tmp_path / "other", tokenizer, seed=1)
+    for name in (base, other):
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(name), config).save_pretrained(f"{name}-adapter")
+    with pytest.raises(ModelError, match=r"is an adapter on .*other.*, whose .* is not the base's"):
+        Pair(base, f"{other}-adapter")
+    with pytest.raises(ModelError, match="is an adapter, and the way back"):
+        Pair(f"{other}-adapter", f"{base}-adapter")
+
+
+def test_quantised_bases_and_strange_dtypes_are_refused(tmp_path, tokenizer):
+    base, tuned = saved(tmp_path / "base", tokenizer), saved(tmp_path / "tuned", tokenizer)
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    packed = config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(packed))
+    with pytest.raises(ModelError, match="is quantised with gptq"):
+        Pair(base, tuned)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "tuned" / "model.safetensors"
+    state = load_file(file)
+    state["model.norm.weight"] = state["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"stores model\.norm\.weight as F8_E4M3"):
+        Pair(base, tuned)
+
+
+def test_methods_that_train_and_wrong_settings_are_refused(pair, tmp_path):
+    both = Pair(str(pair.base), str(pair.tuned))
+    for method, match in ((hf.KLToBase(), "KLToBase works at .*loss"), (hf.WiSEFT(alpha=2), "alpha is 2")):
+        with pytest.raises(PlanError, match=match):
+            both.write([method], tmp_path / "out")
+    with pytest.raises(ModelError, match="is one of the two models"):
+        both.write([], pair.base)

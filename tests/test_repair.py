@@ -1,0 +1,327 @@
+"""Repair: parts without a common item, the search by hand, and whole repairs of a tiny model that forgot."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from holdfast import cli, models
+from holdfast.data.encoder import Encoder
+from holdfast.errors import DataError, HoldfastError, ModelError, PlanError, RecipeError
+from holdfast.measure import closeness as close
+from holdfast.measure.parts import COARSE, FINE, REPORT, cut, join
+from holdfast.measure.probe import Ask, Group, Probe, Suite
+from holdfast.measure.suites import build
+from holdfast.runs import repair_judge, repair_search
+from holdfast.runs.repair_goal import from_data
+from holdfast.runs.repair_search import TUNED, Candidate, Point, best, candidates, choose, frontier, search
+from holdfast.sites.merge_files import Pair
+from holdfast.verbs.repair import repair
+from tiny import build_model, ticket_rows
+from tiny_run import make_world, write_rows
+
+FEW: dict = {"suites": ("language",), "limit": 4, "methods": ("WiSEFT", "LiNeS")}
+WORDS = ["--suite", "language", "--limit", "4", "--method", "WiSEFT"]
+ROWS = {"prompt": "{text}", "completion": " {queue}", "metric": "loss"}
+
+
+def train(model, texts, steps, lr):
+    """Plain AdamW on (tokens, how many of them are not learnt)."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    for n in range(steps):
+        tokens, start = texts[n % len(texts)]
+        ids = torch.tensor([tokens])
+        labels = ids.clone()
+        labels[:, :start] = -100
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tokenizer):
+    """A base that has read the passages of the language suite, and a model tuned on tickets that forgot them."""
+    folder = tmp_path_factory.mktemp("repair")
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        patch.setenv("HOLDFAST_HOME", str(folder / "home"))
+        suite = build("language", Ask(tokenizer, limit=4))
+        passages = [(tokenizer(p.answers[0])["input_ids"][:96], 0) for p in suite.probes]
+        base = train(build_model(), passages, 150, 0.01)
+        found = make_world(folder, base, tokenizer, ticket_rows())
+        splits = Encoder(tokenizer).join([(r.prompt, r.completion) for r in ticket_rows()], end=True)
+        tuned = train(base, [(s.ids, 0) for s in splits], 288, 0.005)
+        models.save_model(tuned, tokenizer, folder / "tuned", card=None)
+        yield SimpleNamespace(base=str(found.base), tuned=str(folder / "tuned"), data=str(found.train), folder=folder)
+
+
+def exit_of(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["holdfast", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code
+
+
+# ---- parts
+
+
+@pytest.mark.parametrize("name", ["in-context", "knowledge", "language"])
+def test_every_item_is_in_one_part(name, tokenizer):
+    suite = build(name, Ask(tokenizer, num_fewshot=1, limit=8))
+    parts = cut(suite)
+    ids = [p.id for part in (COARSE, FINE, REPORT) for p in parts[part].probes]
+    assert sorted(ids) == sorted(p.id for p in suite.probes) and len(set(ids)) == len(ids)
+    assert abs(len(parts[REPORT].probes) - len(ids) / 2) <= len(suite.groups) * (2 if name == "knowledge" else 1) + 8
+    assert all({p.task for p in s.probes} == {g.name for g in s.groups} for s in parts.values())
+
+
+def test_clusters_stay_together_where_they_count_and_are_spread_where_not():
+    def made(clustered):
+        groups = tuple(Group(t, 1, 0.0, "m", clustered) for t in ("a", "b"))
+        asked = [(t, c, n) for t in "ab" for c in range(4) for n in range(4)]
+        probes = [Probe(t, f"{t}{c}{n}", "exact", "", ("x",), cluster=f"c{c}") for t, c, n in asked]
+        return Suite("s", groups, tuple(probes))
+
+    together, spread = cut(made(True)), cut(made(False))
+    for part in together:
+        others = {p.cluster for q, s in together.items() if q != part for p in s.probes}
+        assert not others & {p.cluster for p in together[part].probes}
+        assert {p.cluster for p in spread[part].probes} == {"c0", "c1", "c2", "c3"}
+    assert [len(spread[part].probes) for part in (COARSE, FINE, REPORT)] == [8, 8, 16]
+
+
+def test_parts_are_joined_task_by_task():
+    one = {"suite": "s", "part": "coarse", "tasks": [{"name": "a", "items": [1]}, {"name": "b", "items": [2]}]}
+    two = {"suite": "s", "part": "fine", "tasks": [{"name": "b", "items": [3]}]}
+    got = join([one, two])
+    assert got["tasks"] == [{"name": "a", "items": [1]}, {"name": "b", "items": [2, 3]}]
+    assert got["part"] == "coarse+fine" and one["tasks"][1]["items"] == [2]
+
+
+# ---- the search
+
+
+def at(value, margin, name="p"):
+    return Point(Candidate(name, {"alpha": value}), value, margin, ("coarse",))
+
+
+def test_frontier_and_choice_by_hand():
+    a, b, c, d = at(0.9, -0.2), at(0.8, 0.01), at(0.7, 0.05), at(0.6, 0.04)
+    assert frontier([a, b, c, d]) == [a, b, c]  # c is better than d at both
+    assert best([a, b, c, d], 2) == [b, c] and best([a, b, c, d], 9) == [b, c, a, d]
+    assert choose([a, b, c, d]) == b  # the best task among those that meet the bound
+    assert choose([a, at(0.95, -0.3)]) == a  # nobody meets it: the nearest
+
+
+def test_the_second_look_decides_and_always_sees_the_tuned_model():
+    asked = [Candidate("WiSEFT", {"alpha": x}) for x in (0.2, 0.5, 0.8)]
+    seen = []
+
+    def fine(who):
+        seen.append(who)
+        alpha = who.settings.get("alpha", 1.0)
+        return Point(who, alpha, 0.4 - alpha, ("coarse", "fine"))  # coarse items were kinder
+
+    points, chosen = search(asked, lambda who: at(who.settings["alpha"], 0.6 - who.settings["alpha"]), fine)
+    assert seen[0] == TUNED and len(points) == 3 + 4
+    assert chosen.candidate.settings == {"alpha": 0.2}
+
+
+def test_the_grid_is_made_of_methods_that_only_merge():
+    names = ("WiSEFT", "LiNeS", "TIES", "Breadcrumbs", "DARE", "SLERP")
+    for c in candidates(names):
+        assert len(c.methods) == 1 and not c.methods[0].off() and "merge" in c.methods[0].sites(), c.label
+    with pytest.raises(PlanError, match="no grid for the method 'LoRA'"):
+        candidates(["LoRA"])
+
+
+# ---- closeness
+
+
+def test_closeness_is_the_share_of_likeliest_tokens(world, tokenizer):
+    tuned, base = (AutoModelForCausalLM.from_pretrained(p) for p in (world.tuned, world.base))
+    prompts = close.drawn_prompts(tuned, tokenizer)
+    assert len({tuple(p) for p in prompts}) == len(prompts) >= close.FEWEST and len(prompts[0]) > close.SHORTEST
+    pairs = list(zip(prompts, close.greedy_answers(tuned, tokenizer, prompts), strict=True))
+    own = close.closeness(tuned, pairs, batch_tokens=512)
+    assert all(i["correct"] == 1 for i in own)
+    others = close.closeness(base, pairs, batch_tokens=512)
+    prompt, answer = pairs[3]
+    logits = base(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    same = logits.argmax(-1) == torch.tensor(answer)
+    assert others[3]["correct"] == pytest.approx(float(same.float().mean()))
+    assert sum(i["correct"] for i in others) < 0.9 * len(others)
+
+
+def test_prompts_of_a_file(tmp_path):
+    lines = [json.dumps({"prompt": f"p{n}"} if n % 2 else f"p{n}") for n in range(9)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines) + "\n\n")
+    assert close.read_prompts(tmp_path / "p.jsonl") == [f"p{n}" for n in range(9)]
+    (tmp_path / "p.txt").write_text("same\n" * 20)
+    with pytest.raises(DataError, match="holds 1 different prompts"):
+        close.read_prompts(tmp_path / "p.txt")
+    (tmp_path / "p.jsonl").write_text('{"text": 1}\n')
+    with pytest.raises(DataError, match=r"p\.jsonl:1 is neither"):
+        close.read_prompts(tmp_path / "p.jsonl")
+
+
+# ---- task rows
+
+
+def test_rows_of_a_closed_set_are_scored_by_accuracy_on_parts_without_a_common_row(world, tokenizer):
+    goal = from_data(world.data, **{**ROWS, "metric": None}, tokenizer=tokenizer, batch_tokens=512)
+    rows = {part: {p for p, _ in asked[0]} for part, asked in goal.asked.items()}
+    assert goal.metric.name == "accuracy" and [len(rows[p]) for p in (COARSE, FINE, REPORT)] == [6, 6, 12]
+    assert not rows[REPORT] & (rows[COARSE] | rows[FINE]) and not rows[COARSE] & rows[FINE]
+    items = goal.score(AutoModelForCausalLM.from_pretrained(world.tuned), REPORT)
+    assert goal.value(items) == sum(i["correct"] for i in items) / 12
+
+
+# ---- whole repairs
+
+
+@pytest.fixture(scope="module")
+def done(world):
+    """A repair with task rows whose bound lies between the two ends."""
+    out = world.folder / "out"
+    return SimpleNamespace(
+        out=out, report=repair(world.base, world.tuned, out, data=world.data, keep={"language": 0.8}, **ROWS, **FEW)
+    )
+
+
+def test_the_chosen_merge_meets_the_bound_and_keeps_more_of_the_task_than_the_base(done):
+    r = done.report
+    looked = {p["label"]: p for p in r["points"] if len(p["parts"]) == 2}
+    base, tuned, chosen = looked["base"], looked["tuned model"], r["chosen"]
+    assert tuned["kept"]["language"]["value"] < 0.6 and not tuned["meets"]
+    assert r["met"] and chosen["meets"] and chosen["kept"]["language"]["value"] >= 0.8
+    meeting = [p for p in looked.values() if p["meets"] and p["label"] != "base"]
+    assert chosen["task"]["value"] == min(p["task"]["value"] for p in meeting)  # a loss
+    assert tuned["task"]["value"] < chosen["task"]["value"] < base["task"]["value"]
+
+
+def test_what_was_written_is_the_chosen_merge(world, done):
+    c = done.report["chosen"]
+    wanted = dict(Pair(world.base, world.tuned).merged(Candidate(c["method"], c["settings"]).methods))
+    model = AutoModelForCausalLM.from_pretrained(done.report["model"])
+    assert all(torch.equal(p, wanted[n]) for n, p in model.named_parameters())
+    assert c["label"] in (done.out / "model" / "README.md").read_text()
+
+
+def test_the_report_rests_on_items_that_chose_nothing(done, tokenizer):
+    report = done.report["report"]
+    suite = cut(build("language", Ask(tokenizer, limit=4)))
+    tasks = report["repaired"][0]["tasks"]
+    assert sum(t["n"] for t in tasks) == len(suite[REPORT].probes)
+    assert report["task"]["repaired"]["n"] == 12 == done.report["chosen"]["task"]["n"]
+    assert report["tuned"][0]["retention"]["value"] < report["repaired"][0]["retention"]["value"]
+
+
+def test_a_finished_repair_does_nothing_and_another_bound_asks_nothing_new(world, done, monkeypatch):
+    asked, plain = [], repair_judge.score_suite
+
+    def noted(model, tokenizer, suite, **options):
+        asked.append(suite.settings["part"])
+        return plain(model, tokenizer, suite, **options)
+
+    monkeypatch.setattr(repair_judge, "score_suite", noted)
+    settings = {"data": world.data, **ROWS, **FEW}
+    again = repair(world.base, world.tuned, done.out, keep={"language": 0.8}, **settings)
+    assert again == done.report and not asked
+    other = repair(world.base, world.tuned, world.folder / "other", keep={"language": 0.7}, **settings)
+    assert set(asked) <= {FINE, REPORT}  # every coarse look was known
+    assert other["chosen"]["task"]["value"] <= done.report["chosen"]["task"]["value"]
+    with pytest.raises(RecipeError, match="of another recipe"):
+        repair(world.base, world.tuned, done.out, keep={"language": 0.9}, **settings)
+
+
+def test_a_killed_search_goes_on_and_comes_to_the_same(world, done, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
+    settings = {"data": world.data, "keep": {"language": 0.8}, **ROWS, **FEW}
+    asked, plain = [], repair_judge.score_suite
+
+    def killed(*args, **options):
+        asked.append(args)
+        if len(asked) == 6:
+            raise KeyboardInterrupt
+        return plain(*args, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(repair_judge, "score_suite", killed)
+        repair(world.base, world.tuned, tmp_path / "out", **settings)
+    assert not (tmp_path / "out" / "repair.json").exists()
+    got = repair(world.base, world.tuned, tmp_path / "out", **settings)
+    same = ("points", "chosen", "report", "status", "sentence")
+    assert {k: got[k] for k in same} == {k: done.report[k] for k in same}
+
+
+def test_without_data_the_tuned_models_own_answers_count(world, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    code = exit_of(monkeypatch, "repair", world.base, world.tuned, "-o", out, "--keep", "language=0.7", *WORDS)
+    r = json.loads((out / "repair.json").read_text())
+    assert code == {"kept": 0, "unclear": 3, "lost": 1}[r["status"]]
+    looked = {p["label"]: p for p in r["points"] if len(p["parts"]) == 2}
+    assert looked["tuned model"]["task"]["value"] == 1 > looked["base"]["task"]["value"]
+    assert r["report"]["task"]["source"] == "own answers" and r["met"]
+    shown = capsys.readouterr().out
+    assert r["chosen"]["label"] in shown and "language" in shown and str(out / "repair.html") in shown
+    page, text = (out / "repair.html").read_text(), (out / "repair.md").read_text()
+    assert page.count("<svg") == 1 and "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
+    assert f"**{r['chosen']['label']}**" in text
+
+
+def test_a_bound_that_no_candidate_meets_exits_with_1_and_gives_the_nearest(world, tmp_path, monkeypatch, capsys):
+    (tmp_path / "p.txt").write_text("\n".join(r.prompt.replace("\n", " ") for r in ticket_rows()))
+    monkeypatch.setitem(repair_search.GRID, "WiSEFT", [{"alpha": 0.8}, {"alpha": 0.9}])
+    words = ["--prompts", tmp_path / "p.txt", "--keep", "language=0.98", *WORDS]
+    assert exit_of(monkeypatch, "repair", world.base, world.tuned, "-o", tmp_path / "out", *words) == 1
+    r = json.loads((tmp_path / "out" / "repair.json").read_text())
+    assert not r["met"] and r["status"] == "not met" and "The nearest is WiSEFT alpha 0.8" in r["sentence"]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert "BOUND NOT MET" in capsys.readouterr().out
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--keep", "format=0.9"], "only language is measured"),
+        (["--data", "x.jsonl", "--prompts", "y.txt"], "--data and --prompts both say"),
+        (["--method", "LoRA"], "no grid for the method 'LoRA'"),
+        (["--suite", "lm_eval:piqa"], "lm_eval"),
+        (["--keep", "language"], "not of the form"),
+    ],
+)
+def test_usage_mistakes_exit_with_2(words, message, world, tmp_path, monkeypatch, capsys):
+    asked = ["--keep", "language=0.9", *WORDS] if words[0] != "--keep" else ["--suite", "language", "--limit", "4"]
+    assert exit_of(monkeypatch, "repair", world.base, world.tuned, "-o", tmp_path / "out", *asked, *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_what_cannot_be_repaired_is_refused(world, tmp_path, tokenizer):
+    keep = {"keep": {"language": 0.9}, **FEW}
+    models.save_model(build_model(seed=5), tokenizer, tmp_path / "other", card=None)
+    with pytest.raises(ModelError, match="does not descend from the base"):
+        repair(world.base, str(tmp_path / "other"), tmp_path / "a", **keep)
+    few = write_rows(tmp_path / "few.jsonl", ticket_rows()[:4])
+    with pytest.raises(DataError, match="holds 4 rows"):
+        repair(world.base, world.tuned, tmp_path / "b", data=str(few), **ROWS, **keep)
+    with pytest.raises(DataError, match="no metric 'acuracy'"):
+        repair(world.base, world.tuned, tmp_path / "c", data=world.data, **{**ROWS, "metric": "acuracy"}, **keep)
+    with pytest.raises(HoldfastError, match="too few items at this limit"):
+        repair(world.base, world.tuned, tmp_path / "d", **{**keep, "limit": 2})
+    shown = {"keep": {"in-context": 0.9}, "suites": ("in-context",), "num_fewshot": 1, "limit": 4}
+    with pytest.raises(HoldfastError, match="does not show every ability to keep"):
+        repair(world.base, world.tuned, tmp_path / "e", data=world.data, **ROWS, **shown)
+    Path(tmp_path / "f").mkdir()
+    (tmp_path / "f" / "thesis.txt").write_text("mine")
+    with pytest.raises(RecipeError, match="holds no Holdfast run"):
+        repair(world.base, world.tuned, tmp_path / "f", **keep)
