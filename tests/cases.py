@@ -600,7 +600,7 @@ CASES = (
         no_zero=NO_TERM,
     ),
     Case(
-        hf.GeRe(weight=50.0, replay=0.0, pool=4, max_tokens=32),
+        hf.GeRe(weight=30.0, replay=0.0, pool=4, max_tokens=32),
         bands_hold,
         off=(hf.GeRe(weight=0.0, replay=0.0), hf.GeRe(rows_per_step=0)),
         zero_at_base="GeRe",
