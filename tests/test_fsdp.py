@@ -64,7 +64,11 @@ PLANS: dict[str, Sequence[Method]] = {
     "by source": [Averaged(per="source")],
     "feedback": [Watcher()],
 }
-REFUSED = [n for n, plan in PLANS.items() if any(m.holds_out or m.stages() or "rollouts" in m.sites() for m in plan)]
+REFUSED = [
+    n
+    for n, plan in PLANS.items()
+    if any(m.holds_out or m.stages() or {"rollouts", "replace"} & {*m.sites()} for m in plan)
+]
 CUT = {n: m for n, m in PLANS.items() if n not in REFUSED}
 SAVED = {"dense": PLANS["matrices"], "adapter": PLANS["LoRA in part"]}
 FORMATS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
