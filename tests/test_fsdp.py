@@ -300,7 +300,7 @@ def built_with(methods: Sequence[Method], folder: Path, kind: type = Trainer, **
 
 
 def test_refused_under_fsdp(tmp_path, monkeypatch):
-    assert {"ProMoT", "LTSFT", "CoBa", "feedback"} == set(REFUSED)
+    assert {"ProMoT", "LTSFT", "CoBa", "feedback", "SDFT", "ControlLLM"} == set(REFUSED)
     refused(lambda: built_with([hf.ProMoT()], tmp_path), "Trainer", "FSDP", "ProMoT", "DDP")
     refused(lambda: built_with([hf.LTSFT()], tmp_path), "Trainer", "FSDP", "LTSFT", "stages", "DDP")
     refused(lambda: built_with([hf.CoBa()], tmp_path), "Trainer", "FSDP", "CoBa", "DDP")
