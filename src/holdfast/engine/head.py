@@ -43,7 +43,7 @@ def _is_plain(model: Any) -> bool:
     finally:
         handle.remove()
         model.train(was_training)
-    return bool(torch.equal(logits.float(), seen[0][0, : len(logits)].float()))
+    return bool(torch.equal(logits.float(), seen[-1][0, : len(logits)].float()))  # a first forward tries the model too
 
 
 def comes_apart(model: Any) -> bool:
