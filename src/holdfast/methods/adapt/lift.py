@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 import torch
 
 from holdfast.errors import PlanError
-from holdfast.method import Method, Paper, State, canonical, layer_of
+from holdfast.method import Method, Paper, State
+from holdfast.methods.adapt._matrices import is_matrix, only_matrices
 from holdfast.services import Context
 
 
@@ -45,16 +46,13 @@ class LIFT(Method):
             raise PlanError(what, "Mend them.")
 
     def adapt(self, model: Any, ctx: Context, state: State) -> Any:
-        for name, p in model.named_parameters():
-            if not _is_matrix(canonical(name), p):
-                p.requires_grad_(False)
-        return model
+        return only_matrices(model)
 
     def redraws(self, step: int) -> bool:
         return step == 0 or (self.interval > 0 and step % self.interval == 0)
 
     def entries(self, name: str, param: torch.Tensor, state: State, step: int) -> torch.Tensor | None:
-        if not _is_matrix(name, param):
+        if not is_matrix(name, param):
             return None
         return principal(param, self.filter_rank, self.lora_rank)
 
@@ -67,7 +65,3 @@ def principal(weight: torch.Tensor, rank: int, lora_rank: int) -> torch.Tensor:
     chosen = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
     chosen[low.abs().flatten().argsort(descending=True, stable=True)[:count]] = True
     return chosen.view_as(weight)
-
-
-def _is_matrix(name: str, p: torch.Tensor) -> bool:
-    return p.ndim == 2 and layer_of(name) is not None

@@ -23,7 +23,8 @@ from typing import Any, ClassVar
 import torch
 
 from holdfast.errors import PlanError
-from holdfast.method import Method, Paper, Past, State, Steer, canonical, layer_of
+from holdfast.method import Method, Paper, Past, State, Steer
+from holdfast.methods.adapt._matrices import is_matrix, only_matrices
 from holdfast.services import Context
 
 
@@ -54,16 +55,13 @@ class SpIEL(Method):
             raise PlanError(what, "Use accumulate of at least 1 and at most every.")
 
     def adapt(self, model: Any, ctx: Context, state: State) -> Any:
-        for name, p in model.named_parameters():
-            if not _is_matrix(canonical(name), p):
-                p.requires_grad_(False)
-        return model
+        return only_matrices(model)
 
     def redraws(self, step: int) -> bool:
         return step == 0 or step % self.every == self.accumulate % self.every
 
     def entries(self, name: str, param: torch.Tensor, state: State, step: int) -> torch.Tensor | None:
-        if not _is_matrix(name, param):
+        if not is_matrix(name, param):
             return None
         mask = torch.zeros(param.numel(), dtype=torch.bool, device=param.device)
         mask[self.chosen(name, param, state)] = True
@@ -85,7 +83,7 @@ class SpIEL(Method):
         if at >= self.accumulate:
             return None
         kept: State = {}
-        for name in (n for n in past.grads if _is_matrix(n, past.params[n])):
+        for name in (n for n in past.grads if is_matrix(n, past.params[n])):
             grad = past.grads[name].flatten().float()
             if at == 0 or f"sums/{name}" not in state:
                 where = grad.abs().argsort(descending=True, stable=True)[: self.count(grad)]
@@ -122,7 +120,3 @@ def reselected(
     new = joining[~torch.isin(joining, going)]
     leaving = going[~torch.isin(going, joining)][: len(new)]
     return torch.cat([active[~torch.isin(active, leaving)], new]).sort().values
-
-
-def _is_matrix(name: str, p: torch.Tensor) -> bool:
-    return p.ndim == 2 and layer_of(name) is not None
