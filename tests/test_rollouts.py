@@ -19,11 +19,12 @@ from holdfast.data.asked import Reader
 from holdfast.data.encoder import Encoder
 from holdfast.data.rows import Row
 from holdfast.data.tokens import tokenize
+from holdfast.engine.base import adapters_off
 from holdfast.engine.counts import count_rows
 from holdfast.engine.processes import start, world
 from holdfast.errors import PlanError
 from holdfast.measure import answers
-from holdfast.measure.answers import Dice, Sampling, adapters_off, identity_of, respond, seed_of
+from holdfast.measure.answers import Dice, Sampling, identity_of, respond, seed_of
 from holdfast.measure.verifiers import verifier
 from holdfast.method import Method, Rollouts, Term
 from holdfast.plan import Plan

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from holdfast.engine.base import as_base, has_adapter
+from holdfast.engine.base import adapters_off, as_base, has_adapter
 from holdfast.engine.base import batches as _batches
 from holdfast.engine.counts import Counts, count_of, sources_of, sum_of
 from holdfast.engine.forward import forward_states
@@ -68,7 +68,7 @@ class Context:
         sampling = answers.Sampling(max_new_tokens, temperature, top_p, tuple(stop))
         tell = self.tell
         self._identity = self._identity or answers.identity_of(self.model)
-        with answers.adapters_off(self.model):
+        with adapters_off(self.model):
             return answers.kept(
                 self.model,
                 self.tokenizer,

@@ -21,15 +21,30 @@ def as_base(model: Any) -> Iterator[None]:
     """No dropout (a teacher that rolls dice is no teacher), and an adapter or replaced modules switched off."""
     was_training = model.training
     model.eval()
-    wrapped = getattr(model, "module", model)
-    frozen = [p for p in model.parameters() if not p.requires_grad]
     try:
-        with wrapped.disable_adapter() if has_adapter(model) else switched_off(wrapped):
+        with adapters_off(model), switched_off(model):
             yield
     finally:
-        for p in frozen:  # switching the adapter on again makes all of it trainable
-            p.requires_grad_(False)
         model.train(was_training)
+
+
+@contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """The base inside of a model, whether PEFT wraps it or has put its layers into it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    trains = [(p, p.requires_grad) for p in model.parameters()]  # switching on again makes the adapter trainable
+    for m in layers:
+        m.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.enable_adapters(True)
+        for p, wanted in trains:
+            p.requires_grad_(wanted)
 
 
 def has_adapter(model: Any) -> bool:

@@ -10,8 +10,7 @@ Legend: B prompts, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,25 +104,6 @@ def room_of(model: Any) -> int:
 
 
 # ---- kept by content
-
-
-@contextmanager
-def adapters_off(model: Any) -> Iterator[None]:
-    """The base inside of a model, whether PEFT wraps it or has put its layers into it."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    trains = [(p, p.requires_grad) for p in model.parameters()]  # switching on again makes the adapter trainable
-    for m in layers:
-        m.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for m in layers:
-            m.enable_adapters(True)
-        for p, wanted in trains:
-            p.requires_grad_(wanted)
 
 
 def identity_of(model: Any) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper
+from holdfast.methods.merge._changes import by_place, changes
 from holdfast.services import Context, State
 
 
@@ -43,13 +44,12 @@ class Breadcrumbs(Method):
             raise PlanError(f"Breadcrumbs.outliers is {self.outliers}.", "Use a share from 0, below 1.")
 
     def others(self) -> Mapping[str, str]:
-        return {f"other {n}": name for n, name in enumerate(self.models)}
+        return by_place(self.models)
 
     def merge(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> torch.Tensor:
         base, total = weights["base"], torch.zeros_like(weights["base"])
-        for role, w in weights.items():
-            if role != "base":
-                total += self._masked(w - base)
+        for _, tau in changes(weights):
+            total += self._masked(tau)
         return base + self.scale * total
 
     def _masked(self, tau: torch.Tensor) -> torch.Tensor:

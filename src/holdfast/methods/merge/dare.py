@@ -18,6 +18,7 @@ import torch
 
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper
+from holdfast.methods.merge._changes import by_place, changes
 from holdfast.services import Context, State
 
 
@@ -45,13 +46,12 @@ class DARE(Method):
         return {"seed": torch.tensor(ctx.seed)}
 
     def others(self) -> Mapping[str, str]:
-        return {f"other {n}": name for n, name in enumerate(self.models)}
+        return by_place(self.models)
 
     def merge(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> torch.Tensor:
         base, total = weights["base"], torch.zeros_like(weights["base"])
-        for role, w in weights.items():
-            if role != "base":
-                total += self._dropped(w - base, f"{int(state['seed'])}/{role}/{name}")
+        for role, tau in changes(weights):
+            total += self._dropped(tau, f"{int(state['seed'])}/{role}/{name}")
         return base + self.scale * total
 
     def _dropped(self, tau: torch.Tensor, key: str) -> torch.Tensor:

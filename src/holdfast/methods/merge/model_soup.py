@@ -15,6 +15,7 @@ import torch
 
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper
+from holdfast.methods.merge._changes import by_place, changes
 from holdfast.services import Context, State
 
 
@@ -37,9 +38,8 @@ class ModelSoup(Method):
             raise PlanError("ModelSoup has one model alone to average.", "Name others in models, or set base to 1.")
 
     def others(self) -> Mapping[str, str]:
-        return {f"other {n}": name for n, name in enumerate(self.models)}
+        return by_place(self.models)
 
     def merge(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> torch.Tensor:
-        base = weights["base"]
-        taus = [w - base for role, w in weights.items() if role != "base"]
-        return base + sum(taus) / (self.base + len(taus))
+        taus = [tau for _, tau in changes(weights)]
+        return weights["base"] + sum(taus) / (self.base + len(taus))

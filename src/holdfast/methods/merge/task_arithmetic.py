@@ -16,6 +16,7 @@ import torch
 
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper
+from holdfast.methods.merge._changes import by_place, changes
 from holdfast.services import Context, State
 
 
@@ -44,11 +45,10 @@ class TaskArithmetic(Method):
             )
 
     def others(self) -> Mapping[str, str]:
-        return {f"other {n}": name for n, name in enumerate(self.models)}
+        return by_place(self.models)
 
     def merge(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> torch.Tensor:
-        base = weights["base"]
-        taus = [w - base for role, w in weights.items() if role != "base"]
-        return base + self.scale * sum(
+        taus = [tau for _, tau in changes(weights)]
+        return weights["base"] + self.scale * sum(
             w * tau for w, tau in zip(self.weights or (1.0,) * len(taus), taus, strict=True)
         )

@@ -20,6 +20,7 @@ import torch
 
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper
+from holdfast.methods.merge._changes import by_place, changes
 from holdfast.methods.merge._ranks import counted, threshold
 from holdfast.services import Context, State
 
@@ -50,17 +51,17 @@ class TIES(Method):
             raise PlanError(f"TIES.trim is {self.trim!r}.", "Use model or tensor.")
 
     def others(self) -> Mapping[str, str]:
-        return {f"other {n}": name for n, name in enumerate(self.models)}
+        return by_place(self.models)
 
     def survey(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> State | None:
         if self.trim == "tensor" or self.density == 1:
             return None
-        return {role: state.get(role, 0) + counted(tau) for role, tau in _changes(weights).items()}
+        return {role: state.get(role, 0) + counted(tau) for role, tau in changes(weights)}
 
     def merge(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> torch.Tensor:
         from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
 
-        taus = torch.stack([self._trimmed(role, tau, state) for role, tau in _changes(weights).items()])
+        taus = torch.stack([self._trimmed(role, tau, state) for role, tau in changes(weights)])
         merged = disjoint_merge(taus, calculate_majority_sign_mask(taus))
         return weights["base"] + self.scale * merged
 
@@ -72,7 +73,3 @@ class TIES(Method):
         if self.trim == "tensor":
             return prune(tau, self.density, method="magnitude")
         return tau * (tau.abs() >= threshold(state[role], self.density))
-
-
-def _changes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {role: w - weights["base"] for role, w in weights.items() if role != "base"}
