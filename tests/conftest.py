@@ -31,6 +31,17 @@ def rows():
     return ticket_rows()
 
 
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_model, tokenizer, rows):
+    """The tiny model and tickets on disk, and a home of Holdfast of the file's own."""
+    from tiny_run import make_world
+
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOLDFAST_HOME", str(folder / "home"))
+        yield make_world(folder, tiny_model(), tokenizer, rows)
+
+
 @pytest.fixture(scope="session")
 def wanted():
     """wanted(request, argument) -> {(test, value of that argument or None)} of the selected tests of this file that

@@ -14,17 +14,9 @@ from holdfast.runs.run import Run
 from holdfast.verbs.explain import planned
 from holdfast.verbs.tune import tune
 from test_run import stop_at
-from tiny_run import make_world, recipe_data, write_recipe
+from tiny_run import recipe_data, write_recipe
 
 PLAN = [{"LoRA": {"r": 2, "lora_dropout": 0.1}}]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, tiny_model, tokenizer, rows):
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOLDFAST_HOME", str(folder / "home"))
-        yield make_world(folder, tiny_model(), tokenizer, rows)
 
 
 def recipe(world, out: Path, plan=PLAN, data=None, **training):

@@ -20,7 +20,7 @@ from holdfast.models.card import model_card
 from holdfast.recipe import METRIC_NAMES, Source, load_recipe
 from holdfast.report import markdown, page, schema, terminal
 from holdfast.verbs.tune import tune
-from tiny_run import make_world, recipe_data, write_recipe, write_rows
+from tiny_run import recipe_data, write_recipe, write_rows
 
 RULES = """\
 def begins(prompt, answer, row):
@@ -32,14 +32,6 @@ def broken(prompt, answer, row):
 def large(prompt, answer, row):
     return 7
 """
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, tiny_model, tokenizer, rows):
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOLDFAST_HOME", str(folder / "home"))
-        yield make_world(folder, tiny_model(), tokenizer, rows)
 
 
 def recipe(world, out: Path, metric: str | None, **changes):

@@ -38,7 +38,7 @@ from holdfast.session import Session
 from holdfast.sites import replace
 from holdfast.verbs.check import check
 from holdfast.verbs.tune import go, tune
-from tiny_run import make_world, recipe_data, write_recipe
+from tiny_run import recipe_data, write_recipe
 
 PAIRS = hf.ControlLLM(every=2, weight=5.0)
 
@@ -356,14 +356,6 @@ def test_what_can_be_folded_in_becomes_a_plain_model(tiny_model, tokenizer, rows
 
 
 # ---- folders
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, tiny_model, tokenizer, rows):
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOLDFAST_HOME", str(folder / "home"))
-        yield make_world(folder, tiny_model(), tokenizer, rows)
 
 
 @pytest.fixture(scope="module")

@@ -43,14 +43,6 @@ class Kept(Run):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, tiny_model, tokenizer, rows):
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOLDFAST_HOME", str(folder / "home"))
-        yield make_world(folder, tiny_model(), tokenizer, rows)
-
-
-@pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
     """whole(plan) is the finished run of that plan, made once: (run, folder)."""
     done = {}

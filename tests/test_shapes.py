@@ -10,18 +10,9 @@ from holdfast.recipe import load_recipe
 from holdfast.runs.run import Run
 from holdfast.verbs.tune import go
 from tiny import TICKETS
-from tiny_run import make_world
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 TICKET = [(queue, text) for queue, texts in TICKETS.items() for text in texts]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, tiny_model, tokenizer, rows):
-    folder = tmp_path_factory.mktemp("shapes")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOLDFAST_HOME", str(folder / "home"))
-        yield make_world(folder, tiny_model(), tokenizer, rows)
 
 
 @pytest.fixture

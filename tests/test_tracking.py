@@ -15,18 +15,10 @@ from holdfast.recipe import load_recipe
 from holdfast.runs import checks, tracking
 from holdfast.runs.tracking import Trackers, at_home
 from holdfast.verbs.tune import tune
-from tiny_run import make_world, recipe_data, write_recipe
+from tiny_run import recipe_data, write_recipe
 
 PLAN = [{"LoRA": {"r": 2}}, {"ICLAnchor": {"pool": 4, "every": 1}}]
 needs = {name: pytest.mark.skipif(not find_spec(name), reason=name) for name in ("tensorboard", "wandb", "mlflow")}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory, tiny_model, tokenizer, rows):
-    folder = tmp_path_factory.mktemp("world")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOLDFAST_HOME", str(folder / "home"))
-        yield make_world(folder, tiny_model(), tokenizer, rows)
 
 
 @pytest.fixture
