@@ -25,7 +25,7 @@ demo: setup  ## the main job on a real model, under 5 minutes on 2 cores
 test: setup  ## lint, types and all quick tests
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 test-long: setup  ## the slow tests too
 	$(BIN)/python -m pytest -m ""

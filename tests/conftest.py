@@ -7,6 +7,24 @@ import torch
 
 from tiny import build_model, build_tokenizer, ticket_rows
 
+APART = ("test_contract.py", "test_pairs.py", "test_tokens.py", "test_recipe.py", "test_floors.py")
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """A file stays in one worker, so that what it starts once (processes, a small world) is started once. The files
+    of APART start nothing dear and are many tests: they fill up what is left.
+
+    Our own rule, since pytest 9.2 no longer lets xdist 3.8 see the groups of `--dist loadgroup`.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return nodeid if file.endswith(APART) else file
+
+    return ByFile(config, log)
+
 
 @pytest.fixture(scope="session")
 def tiny_model():

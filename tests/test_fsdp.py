@@ -30,10 +30,7 @@ from test_law_rows import Averaged, Unlikely
 from test_shard import close, together
 from tiny import build_model, build_tokenizer, ticket_rows
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
-    pytest.mark.xdist_group("fsdp"),  # one start of processes for all tests, not one in each worker
-]
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 LORA = hf.LoRA(r=4, lora_alpha=8)
 HALF = {"share": 0.5, "max_tokens": 32, "sources": (GENERAL,)}  # 48 rows an epoch: no short last step, which
 # accelerate fills up with the first rows when there are several processes

@@ -26,7 +26,6 @@ from test_shard import close, two
 from tiny import build_model, build_tokenizer, ticket_rows
 from tiny_run import make_world, recipe_data, write_recipe
 
-pytestmark = pytest.mark.xdist_group("processes")  # one start of processes for all tests, not one in each worker
 LORA = hf.LoRA(r=4, lora_alpha=8, lora_dropout=0.0)  # dropout draws for the rows of a forward: other numbers, one law
 SETTINGS = {"batch_size": 4, "gradient_accumulation_steps": 2, "weight_decay": 0.1, "learning_rate": 2e-3}
 PLANS: dict[str, Sequence[Method]] = {
