@@ -23,6 +23,7 @@ OPTIONS = {  # frozen: settings of a method belong in a recipe, never here
               "--why", "--base-revision", "--tuned-revision", "--out", "--trust-remote-code", "--debug"],
     "repair": ["base", "tuned", "--out", "--data", "--prompt", "--completion", "--metric", "--prompts", "--keep",
                "--suite", "--method", "--num-fewshot", "--limit", "--labels", "--batch-tokens", "--debug"],
+    "compare": ["recipe", "--methods", "--factor", "--seeds", "--out", "--set", "--debug"],
     "suites": ["name", "--export", "--model", "--num-fewshot", "--limit", "--debug"],
     "methods": ["name"],
     "init": ["data", "--out", "--model", "--debug"],

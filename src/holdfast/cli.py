@@ -1,7 +1,7 @@
 """The command line: what can be typed. What a command does is told in `verbs`, one file each, and loaded on use.
 
-Exit codes: 0 done (check, repair: kept), 1 check: lost, repair: bound not met, 2 a mistake to mend, 3 not enough
-evidence, 70 a fault of ours;
+Exit codes: 0 done (check, repair: kept), 1 check: lost, repair: bound not met, compare: a run failed, 2 a mistake to
+mend, 3 not enough evidence, 70 a fault of ours;
 `ending` says how errors get theirs.
 """
 
@@ -228,6 +228,30 @@ def repair(
         batch_tokens=batch_tokens,
         **chosen,
     )
+
+
+@_command
+def compare(
+    recipe: Path,
+    methods: Annotated[
+        str, typer.Option("--methods", help="Plans with commas: default, plain, recipe, or methods with + between.")
+    ] = "default,plain,LoRA",
+    factor: Annotated[
+        list[float] | None,
+        typer.Option("--factor", help="What the learning rate is multiplied by; repeated (default: 1/3, 1 and 3)."),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Runs of each plan at its best rate.")] = 1,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs, the table and the page.")] = Path(
+        "runs/compared"
+    ),
+    set: Set = None,
+    debug: Debug = False,
+) -> int:
+    """Compare plans on one recipe: each at its best learning rate, told apart on items that chose nothing."""
+    _start(debug)
+    from holdfast.verbs import compare as verb
+
+    return verb.command(recipe, set or (), methods=methods.split(","), factors=factor, seeds=seeds, out=out)
 
 
 @_command

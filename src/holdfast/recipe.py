@@ -114,6 +114,9 @@ class Data(Section):
     test_size: int | None = Field(
         default=500, ge=1, description="Measure on only so many test or validation rows (seeded); null: on all."
     )
+    seed: int | None = Field(
+        default=None, ge=0, lt=2**32, description="Seed of the rows that are cut and drawn; null: that of their order."
+    )
     prompt: str | None = Field(
         default=None, description="Template over columns, e.g. '{text}\\nQueue:'; null: detect."
     )
@@ -311,6 +314,12 @@ class Recipe(Section):
         if not isinstance(value, Mapping):
             return value
         return {k: {} if v is None and k in cls.model_fields and k != "plan" else v for k, v in value.items()}
+
+    @property
+    def seed_of_rows(self) -> int:
+        """Of what is cut and drawn from the files, however the rows are ordered afterwards."""
+        first = (self.data.seed, self.training.data_seed, self.training.seed)
+        return next(seed for seed in first if seed is not None)
 
     def save(self, path: str | Path) -> None:
         """Write the resolved recipe as YAML; load_recipe of it gives an equal recipe."""

@@ -20,10 +20,11 @@ def content_of(recipe: Recipe, tokenizer: Any, base_dir: Path, more: Sequence[An
     sources = [_source(one, base_dir) for one in (spec.train, spec.validation, spec.test) if one]
     if None in sources:
         return None
-    seed = recipe.training.seed if recipe.training.data_seed is None else recipe.training.data_seed
     told = spec.model_dump(exclude={"name", "train", "validation", "test"})
     roles = [bool(spec.validation), bool(spec.test)]
-    return content_key(sources, roles, told, seed, list(more), _tokenizer(tokenizer), versions(), _ours())
+    return content_key(
+        sources, roles, told, recipe.seed_of_rows, list(more), _tokenizer(tokenizer), versions(), _ours()
+    )
 
 
 def _source(source: Source, base_dir: Path) -> list[str] | None:

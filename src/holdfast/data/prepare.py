@@ -107,7 +107,7 @@ class _Reader:
 
     def asked(self, rows: Sequence[Row], which: str, longest: int) -> list[Row]:
         """The rows that are drawn to be measured: never a part of one, and what is left out is said."""
-        spec, seed = self.recipe.data, _seed(self.recipe)
+        spec, seed = self.recipe.data, self.recipe.seed_of_rows
         drawn = cap(rows, spec.test_size, seed)
         if len(drawn) < len(rows):
             self.notes.append(f"{len(drawn)} of {len(rows):,} {which} rows are drawn (data.test_size)")
@@ -139,7 +139,7 @@ def prepare(
     Raises:
         DataError: a row or a set that cannot be used; names file and line.
     """
-    spec, seed = recipe.data, _seed(recipe)
+    spec, seed = recipe.data, recipe.seed_of_rows
     most = min(spec.max_length, longest)
     limit = Limit(most, spec.too_long, spec.stride or most // 8)
     reader = _Reader(recipe, tokenizer, base_dir, Encoder(tokenizer, stops), limit, tell or (lambda words: None))
@@ -214,11 +214,6 @@ def check_told_apart(prompt: str, labels: Sequence[str] | None, encoder: Encoder
                 f"The labels {twin!r} and {label!r} are the same tokens for this tokenizer, so no model can tell them."
             )
             raise DataError(what, "Rename one of them, or use a model whose tokenizer writes both.")
-
-
-def _seed(recipe: Recipe) -> int:
-    seed = recipe.training.data_seed
-    return recipe.training.seed if seed is None else seed
 
 
 def _key(*sets: Iterable[Row]) -> str:

@@ -18,6 +18,8 @@ NAMES = {
     "search": "Searching",
     "second look": "Looking again",
     "export": "Writing the model",
+    "check": "Checking the plans",
+    "compare": "Comparing",
     "diagnose": "Looking for the cause",
 }
 

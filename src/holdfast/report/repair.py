@@ -47,9 +47,9 @@ def markdown(report: Part) -> str:
     r = schema.clean(dict(report))
     names = list(r["keep"])
     lines = [f"### {WORDS[r['status']].capitalize()}", "", escape(r["sentence"]), ""]
-    lines += _md(["on other items", "base", "tuned", "repaired", "kept"], _outcome(r))
+    lines += md_table(["on other items", "base", "tuned", "repaired", "kept"], _outcome(r))
     rows = [[f"**{c}**" if chosen else c for c in map(escape, cells)] for cells, chosen in _curve(r, names)]
-    lines += [*_md(["candidate", "items", "task", *map(escape, names)], rows)]
+    lines += [*md_table(["candidate", "items", "task", *map(escape, names)], rows)]
     lines.append(f"<sub>Holdfast {escape(r['holdfast_version'])}; in brackets: 95 % intervals.</sub>")
     return "\n".join(lines) + "\n"
 
@@ -69,9 +69,9 @@ def page(report: Part) -> str:
         *pictures,
         "<p>Every dot is a candidate on the items for choosing; the named one is the chosen one.</p>",
         "<h2>On items that chose nothing</h2>",
-        _html_table(["", "base", "tuned", "repaired", "kept"], [(cells, False) for cells in _outcome(r)]),
+        html_table(["", "base", "tuned", "repaired", "kept"], [(cells, False) for cells in _outcome(r)]),
         "<h2>All candidates</h2>",
-        _html_table(["candidate", "items", "task", *names], list(_curve(r, names))),
+        html_table(["candidate", "items", "task", *names], list(_curve(r, names))),
         f"<p>Holdfast {html(r['holdfast_version'])}; in brackets: 95 % intervals.</p>",
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
@@ -82,7 +82,7 @@ def page(report: Part) -> str:
 def _curve(r: Part, names: Sequence[str]) -> Iterator[tuple[list[str], bool]]:
     """(cells, is it the chosen one) of every point, the second look first."""
     for p in sorted(r["points"], key=lambda p: -len(p["parts"])):
-        kept = [_share(p["kept"].get(name)) for name in names]
+        kept = [share(p["kept"].get(name)) for name in names]
         chosen = p["label"] == r["chosen"]["label"] and p["parts"] == r["chosen"]["parts"]
         yield [p["label"], " + ".join(p["parts"]), schema.estimate(p["task"]), *kept], chosen
 
@@ -95,10 +95,10 @@ def _outcome(r: Part) -> Iterator[list[str]]:
     for before, after in zip(r["report"]["tuned"], r["report"]["repaired"], strict=True):
         scores = [schema.estimate(e) for e in (after["before"], before["after"], after["after"])]
         words = schema.ability_status(after).word.lower()
-        yield [after["name"], *scores, f"{_share(after['retention'])}, {words}"]
+        yield [after["name"], *scores, f"{share(after['retention'])}, {words}"]
 
 
-def _share(ratio: Any) -> str:
+def share(ratio: Any) -> str:
     if not schema.has(ratio):
         return "-"
     span = schema.percent_interval(ratio)
@@ -119,12 +119,12 @@ def _dots(r: Part, name: str) -> list[dict[str, Any]]:
     ]
 
 
-def _md(head: Sequence[str], rows: Any) -> list[str]:
+def md_table(head: Sequence[str], rows: Any) -> list[str]:
     line = [f"| {' | '.join(head)} |", "|:--|" + "--:|" * (len(head) - 1)]
     return [*line, *(f"| {' | '.join(map(str, row))} |" for row in rows), ""]
 
 
-def _html_table(head: Sequence[str], rows: Sequence[tuple[Sequence[str], bool]]) -> str:
+def html_table(head: Sequence[str], rows: Sequence[tuple[Sequence[str], bool]]) -> str:
     def cells(tag: str, values: Sequence[str]) -> str:
         return "".join(f"<{tag}>{html(v)}</{tag}>" for v in values)
 

@@ -49,7 +49,7 @@ def measured(job: Job, when: str, model: Any, soft_prompt: Any = None) -> dict[s
     found = run.folder.read(name)
     if found:
         return found
-    key = _key(job, model) if when == "before" else None
+    key = base_key(job, model) if when == "before" else None
 
     def tell(share: float, words: str) -> None:
         run.tell(f"measure {when}", share, words)
@@ -62,7 +62,7 @@ def measured(job: Job, when: str, model: Any, soft_prompt: Any = None) -> dict[s
     return out
 
 
-def _key(job: Job, model: Any) -> str | None:
+def base_key(job: Job, model: Any) -> str | None:
     """Under what the cache keeps answers of this base; None where its content has no name."""
     if not job.source.sha:
         return None

@@ -55,13 +55,14 @@ class Point:
     """What a candidate scored on some items.
 
     Attributes:
+        candidate: a `Candidate` of a repair, a `Cell` of a comparison.
         value: of the task, higher is better.
         margin: least of (share kept - floor) over the abilities with a floor.
         parts: the parts of the items.
         shown: for the report, plain data.
     """
 
-    candidate: Candidate
+    candidate: Any
     value: float
     margin: float
     parts: tuple[str, ...]

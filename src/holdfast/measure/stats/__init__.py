@@ -28,6 +28,7 @@ from holdfast.measure.stats.intervals import (
     share,
 )
 from holdfast.measure.stats.records import Estimate, Ratio, Verdict
+from holdfast.measure.stats.runs import mean_of_runs, retention_of_runs
 from holdfast.measure.stats.verdict import holm, mcnemar, noninferiority, noninferiority_draws, verdicts
 
 __all__ = (
@@ -47,6 +48,7 @@ __all__ = (
     "macro_draws",
     "mcnemar",
     "mean",
+    "mean_of_runs",
     "measurable",
     "noninferiority",
     "noninferiority_draws",
@@ -55,6 +57,7 @@ __all__ = (
     "pooled",
     "power",
     "retention",
+    "retention_of_runs",
     "seeds",
     "share",
     "verdicts",

@@ -16,7 +16,7 @@ from holdfast.measure.stats.records import Estimate, Ratio
 _FEW_VALUES = 32  # up to here multinomial counts of distinct rows are faster than drawing indices
 
 
-def _resample(rows: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+def resample(rows: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
     """Return column sums (draws, C) of rows (G, C) drawn with replacement G at a time."""
     distinct, counts = np.unique(rows, axis=0, return_counts=True)  # sorted: the order of items cannot matter
     if len(distinct) <= _FEW_VALUES:
@@ -45,7 +45,7 @@ def _task_draws(task: Task, draws: int, rng: np.random.Generator) -> tuple[float
         sign = rng.choice((-1.0, 1.0), draws)
         return *at, at[0] + sign / 2, at[1] - sign * bool(d.any()), b.size
     rows = np.stack([np.bincount(group, weights=w, minlength=g) for w in (b, d, np.ones_like(b))], axis=1)
-    sums, widen = _resample(rows, draws, rng), math.sqrt(g / (g - 1))
+    sums, widen = resample(rows, draws, rng), math.sqrt(g / (g - 1))
     drawn = [m + (sums[:, i] / sums[:, 2] - m) * widen for i, m in enumerate(at)]
     return *at, drawn[0], drawn[1], b.size
 

@@ -1,0 +1,117 @@
+"""The outcome of a comparison: a table for the terminal, Markdown, and a page with the frontier."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from markupsafe import escape as html
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from . import schema
+from .markdown import escape
+from .plots import tradeoff_svg
+from .repair import STYLE, html_table, md_table, share
+from .terminal import TONES
+
+Part = Mapping[str, Any]
+FAILED = "These runs failed; the same command tries them again:"
+
+
+def show(report: Part, console: Console) -> None:
+    """Print the ranked table, the advice, and what failed."""
+    r = schema.clean(dict(report))
+    table = Table(*_head(r), box=box.SIMPLE_HEAD, header_style="dim")
+    for row, cells in zip([None, *r["rows"]], _cells(r), strict=True):
+        table.add_row(*map(Text, cells), style=TONES.get(row["status"], "") if row else "dim")
+    console.print(table)
+    console.print(schema.one_line(r["advice"]), markup=False, highlight=False)
+    if r["failed"]:
+        console.print(FAILED, style="bold")
+    for label, words in r["failed"].items():
+        console.print(f"  {label}: {schema.one_line(words)}", markup=False, highlight=False)
+
+
+def markdown(report: Part) -> str:
+    """The same as Markdown. Intervals are of 95 %."""
+    r = schema.clean(dict(report))
+    lines = [f"### {escape(r['task']['name'])}", "", escape(r["advice"]), ""]
+    lines += md_table(list(map(escape, _head(r))), [list(map(escape, cells)) for cells in _cells(r)])
+    if r["failed"]:
+        lines += [FAILED, "", *(f"- {escape(k)}: {escape(v)}" for k, v in r["failed"].items()), ""]
+    lines.append(f"<sub>{escape(_foot(r))}</sub>")
+    return "\n".join(lines) + "\n"
+
+
+def page(report: Part) -> str:
+    """The same as one HTML file without scripts, with a picture of the frontier for each ability with a floor."""
+    r = schema.clean(dict(report))
+    metric = html(r["task"]["metric"])
+    pictures = [
+        f"<h2>{html(name)}</h2>" + tradeoff_svg(_dots(r, name), metric, f"{html(name)} kept") for name in r["keep"]
+    ]
+    failed = "".join(f"<li>{html(k)}: {html(v)}</li>" for k, v in r["failed"].items())
+    body = [
+        f"<h1>{html(r['task']['name'])}</h1><p>{html(r['advice'])}</p>",
+        html_table(_head(r), [(cells, False) for cells in _cells(r)]),
+        *pictures,
+        "<p>A dot is a plan at its chosen learning rate, on items that chose nothing; the table's first is bold.</p>",
+        "<h2>What chose the learning rates</h2>",
+        html_table(["plan", "learning rate", "task", *r["keep"]], [(cells, False) for cells in _trials(r)]),
+        f"<p>{html(FAILED)}</p><ul>{failed}</ul>" if failed else "",
+        f"<p>{html(_foot(r))}</p>",
+    ]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
+    start = f'<!doctype html><html lang="en"><head>{head}<title>Comparison</title></head>'
+    return f"{start}<body>{''.join(body)}</body></html>\n"
+
+
+def _head(r: Part) -> list[str]:
+    return ["plan", r["task"]["metric"], *(f"{n} kept" for n in _abilities(r)), "verdict", "rate", "seconds", "area"]
+
+
+def _abilities(r: Part) -> list[str]:
+    return list(dict.fromkeys(a["name"] for row in r["rows"] for a in row["abilities"])) or list(r["keep"])
+
+
+def _cells(r: Part) -> Iterator[list[str]]:
+    """The base, then every plan, the best first."""
+    names = _abilities(r)
+    yield ["base", schema.estimate(r["task"]["base"]), *("" for _ in names), "", "", "", ""]
+    for row in r["rows"]:
+        kept = {a["name"]: share(a["retention"]) for a in row["abilities"]}
+        cost = [f"{row['learning_rate']:.2g}", f"{row['seconds']:.0f}", f"{row['hypervolume']:.2f}"]
+        words = schema.ability_status({"status": row["status"]}).word.lower()
+        yield [row["name"], schema.estimate(row["task"]), *(kept.get(n, "-") for n in names), words, *cost]
+
+
+def _trials(r: Part) -> Iterator[list[str]]:
+    for row in r["rows"]:
+        for trial in row["trials"]:
+            kept = [share(trial["kept"].get(name)) for name in r["keep"]]
+            yield [row["name"], f"{trial['learning_rate']:.2g}", schema.estimate(trial["task"]), *kept]
+
+
+def _dots(r: Part, name: str) -> list[dict[str, Any]]:
+    return [
+        {"name": row["name"], "task": row["task"], "kept": a["retention"], "highlight": row is r["rows"][0]}
+        for row in r["rows"]
+        for a in row["abilities"]
+        if a["name"] == name
+    ]
+
+
+def _foot(r: Part) -> str:
+    seeds = r["seeds"]
+    runs = (
+        f"{seeds} seeds each: a verdict about the plan"
+        if seeds > 1
+        else "one seed each: a verdict about these weights"
+    )
+    return (
+        f"Holdfast {r['holdfast_version']}; {r['task']['split']} rows, {runs}; in brackets: 95 % intervals. "
+        "area: what the plan's trials dominate of task gain times ability kept."
+    )

@@ -1,0 +1,89 @@
+"""What is asked of a model in two halves that share no item: one to choose settings with, the other to report on.
+
+Suites are cut as for `repair` (`measure.parts`). Of the task, validation rows choose and test rows are reported; where
+a recipe has no test set, the validation rows are cut in two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from holdfast.data.rows import Row, split
+from holdfast.errors import HoldfastError
+from holdfast.files import content_key
+from holdfast.measure.asking import score_suite
+from holdfast.measure.parts import COARSE, FINE, REPORT, cut, join
+from holdfast.measure.probe import Ask, Suite
+from holdfast.measure.suites import build, names_of, remembered
+from holdfast.runs.job import Job
+from holdfast.runs.measuring import score_rows
+
+CHOOSE = "choose"
+PARTS = {CHOOSE: (COARSE, FINE), REPORT: (REPORT,)}
+SEED = 0
+FEWEST_ROWS = 8  # ours
+Measured = dict[str, Any]  # {"abilities": [a measurement of each suite], "task": items}
+
+
+class Halves:
+    """The two halves of one job.
+
+    Raises:
+        HoldfastError: a suite or the task's rows cannot be cut in two.
+    """
+
+    def __init__(self, job: Job):
+        self.job = job
+        m = job.recipe.measure
+        ask = Ask(job.tokenizer, m.num_fewshot, m.limit, labels=job.task.labels or ())
+        self.suites = {name: _cut(name, ask) for name in names_of(m.suites)}
+
+    @cached_property
+    def rows(self) -> dict[str, list[Row]]:
+        """half -> rows of the task; equal rows stand in one half."""
+        task = self.job.task
+        if self.job.recipe.data.test:
+            return {CHOOSE: list(task.validation or task.test), REPORT: list(task.test)}
+        given = list(task.validation or task.test)
+        if len(given) < FEWEST_ROWS:
+            what = f"{task.name} has {len(given)} validation rows, too few to choose with some and report on others."
+            raise HoldfastError(what, "Raise data.validation_size, or give data.test.")
+        choose, report = split(given, 0.5, SEED)
+        return {CHOOSE: [given[n] for n in choose], REPORT: [given[n] for n in report]}
+
+    def measured(
+        self,
+        half: str,
+        model: Any,
+        soft_prompt: Any = None,
+        *,
+        key: str | None = None,
+        tell: Callable[[float, str], None] = lambda share, words: None,
+    ) -> Measured:
+        """Abilities and task of a model on one half. key: of the model's content, for what is kept of a base."""
+        out, batch = [], self.job.recipe.measure.batch_tokens
+        for n, (name, own) in enumerate(self.suites.items()):
+            tell(n / (len(self.suites) + 1), name)
+            parts = [self._suite(model, own[part], key, batch) for part in PARTS[half]]
+            out.append(join(parts))
+        tell(len(self.suites) / (len(self.suites) + 1), "task")
+        return {"abilities": out, "task": score_rows(self.job, model, self.rows[half], soft_prompt, key=key)}
+
+    def _suite(self, model: Any, suite: Suite, key: str | None, batch_tokens: int) -> Measured:
+        asked = [[p.id, p.kind, p.context, p.answers, p.right, p.max_tokens, p.open_ended] for p in suite.probes]
+        name = key and content_key(key, suite.name, suite.settings, asked, batch_tokens)
+        return remembered(name, lambda: score_suite(model, self.job.tokenizer, suite, batch_tokens=batch_tokens))
+
+
+def _cut(name: str, ask: Ask) -> dict[str, Suite]:
+    if name.startswith("lm_eval:"):
+        what = f"{name} is to choose with and to report on, and it cannot be cut into two halves."
+        raise HoldfastError(what, "Use suites of Holdfast or jsonl:<path>.")
+    parts = cut(build(name, ask))
+    few = next((part for part in parts if not parts[part].probes), None)
+    if few:
+        what = f"The suite {name!r} has too few items at this limit: none is left for the part {few!r}."
+        raise HoldfastError(what, "Raise the limit to 3 or more.")
+    return parts

@@ -1,0 +1,78 @@
+"""compare: several plans on one recipe, each at its best learning rate, told apart on items that chose nothing.
+
+The folder OUT is a run folder: the same command goes on where it was, and a finished one does nothing. Runs that
+failed are tried again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from holdfast.errors import HoldfastError
+from holdfast.files import write_text
+from holdfast.recipe import Recipe, _resolved, load_recipe
+from holdfast.report.progress import progress_on
+from holdfast.runs.run import Tell, silent
+
+FACTORS = (1 / 3, 1.0, 3.0)  # ours: of the recipe's learning rate
+
+
+def compare(
+    recipe: str | Path | Recipe,
+    methods: Sequence[str],
+    out: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    factors: Sequence[float] = FACTORS,
+    seeds: int = 1,
+    tell: Tell = silent,
+) -> dict[str, Any]:
+    """Compare `methods` (plans by name: `runs.contestants`) on a recipe; returns what stands in `out`/compare.json.
+
+    factors: what the recipe's learning rate is multiplied by. seeds: runs of each plan at the rate that was chosen.
+
+    Raises:
+        HoldfastError: one clear message for what a user can mend, before any training.
+    """
+    from holdfast.report import compared as shown
+    from holdfast.runs.compare import Wish
+    from holdfast.runs.compare import compare as run
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise HoldfastError(
+            "compare works in one process, and torchrun started several.", "Start it without torchrun."
+        )
+    here = Path.cwd() if isinstance(recipe, Recipe) else Path(recipe).absolute().parent
+    loaded = _resolved(recipe, here) if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    wish = Wish(loaded.model_dump(mode="json"), tuple(methods), tuple(factors), seeds)
+    report = run(wish, here, Path(out), tell)
+    for name, text in (("compare.md", shown.markdown), ("compare.html", shown.page)):
+        write_text(Path(out) / name, text(report))
+    return report
+
+
+def command(
+    recipe: Path, overrides: Sequence[str], *, methods: Sequence[str], factors: Any, seeds: int, out: Path
+) -> int:
+    """`holdfast compare`: the table and the advice on the terminal and in files, and an exit code."""
+    from holdfast.report import compared as shown
+
+    console = Console()
+    with progress_on(console) as progress:
+        report = compare(
+            recipe,
+            methods,
+            out,
+            overrides=overrides,
+            factors=FACTORS if factors is None else factors,
+            seeds=seeds,
+            tell=progress.tell,
+        )
+    shown.show(report, console)
+    print(f"Page: {out / 'compare.html'}")
+    return 1 if report["failed"] else 0
