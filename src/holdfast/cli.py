@@ -74,12 +74,19 @@ def _labels(text: str) -> tuple[str, ...]:
 
 
 @_command
-def tune(recipe: Path, set: Set = None, debug: Debug = False) -> None:
+def tune(
+    recipe: Path,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", help="Run it so many times; the verdict is then about the recipe.")
+    ] = None,
+    set: Set = None,
+    debug: Debug = False,
+) -> None:
     """Measure, tune under a plan, measure again, report and export."""
     _start(debug)
     from holdfast.verbs import tune as verb
 
-    verb.command(recipe, set or ())
+    verb.command(recipe, set or (), seeds)
 
 
 @_command

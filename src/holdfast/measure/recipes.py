@@ -13,29 +13,42 @@ Part = dict[str, Any]
 
 
 def kept(before: Part, afters: Sequence[Part], keep: float) -> Part:
-    """One ability of a recipe from the base's measurement and those of its runs.
+    """One ability of a recipe from the base's measurement and those of its runs, as `compare.ability` gives it.
 
     Several runs: kept if the one-sided 95 % bound of the mean share lies above `keep`, lost if the mean lies below it
-    and the bound of the loss excludes 0, else unclear (`stats.retention_of_runs`). One run: as `compare.ability`.
+    and the bound of the loss excludes 0, else unclear (`stats.retention_of_runs`). One run is judged as ever.
 
-    Returns {"name", "status", "retention": {"value", "low", "high"} or None, "runs": share of each run}.
+    "runs" has the share that each run kept.
     """
     single = [ability(before, after, keep) for after in afters]
     first = single[0]
-    part = {"name": first["name"], "status": first["status"], "retention": first["retention"], "runs": []}
     if first["retention"] is None:
-        return part
-    part["runs"] = [p["retention"]["value"] for p in single]
-    if len(afters) == 1:
-        return part
+        return {**first, "runs": []}
+    if len(single) == 1:
+        return {**first, "runs": [first["retention"]["value"]]}
+    ratio, drawn, each = stats.retention_of_runs(*_pooled(first, before, afters))
+    judged = stats.noninferiority_draws(drawn - 1, 1 - keep, ratio.value - 1)
+    mean = {k: _mean([p[k] for p in single]) for k in ("after", "difference")}
+    tasks = [
+        {**t, **{k: _mean([p["tasks"][n][k] for p in single]) for k in ("after", "difference")}}
+        for n, t in enumerate(first["tasks"])
+    ]
+    shown = {"value": ratio.value, "low": ratio.low, "high": ratio.high}
+    rest = {"curve": None, "facts": {}, "p_loss": judged.p_loss, "runs": each}  # of single runs only
+    return {**first, **mean, **rest, "tasks": tasks, "retention": shown, "status": judged.status}
+
+
+def _pooled(first: Part, before: Part, afters: Sequence[Part]) -> tuple[dict[str, Any], dict[str, float]]:
+    """What `stats.retention_of_runs` takes, of the tasks that are measurable."""
     tasks = {t["name"]: t for t in before["tasks"]}
     names = [t["name"] for t in first["tasks"] if t["status"] is None]
     sides = [{t["name"]: _scores(t) for t in after["tasks"]} for after in afters]
     pooled = {n: (_scores(tasks[n]), [side[n] for side in sides], clusters_of(tasks[n])) for n in names}
-    ratio, drawn, part["runs"] = stats.retention_of_runs(pooled, {n: tasks[n]["chance"] for n in names})
-    judged = stats.noninferiority_draws(drawn - 1, 1 - keep, ratio.value - 1)
-    shown = {"value": ratio.value, "low": ratio.low, "high": ratio.high}
-    return {**part, "retention": shown, "status": judged.status}
+    return pooled, {n: tasks[n]["chance"] for n in names}
+
+
+def _mean(each: Sequence[Any]) -> Part:
+    return stats.mean_of_runs([stats.Estimate.from_dict(e) for e in each]).to_dict()
 
 
 def _scores(task: Mapping[str, Any]) -> list[float]:

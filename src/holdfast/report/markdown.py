@@ -51,6 +51,8 @@ def summary(report: dict[str, Any]) -> str:
     lines = [f"### {look.icon} {escape(look.word)}" + (f": {subject}" if subject else ""), ""]
     lines += [sentence, ""] if sentence else []
     lines += _table(r)
+    note = (r.get("task") or {}).get("note")
+    lines += [f"Note: {escape(note)}.", ""] if note else []
     lines.append(f"<sub>Holdfast {escape(r.get('holdfast_version') or '')}; in brackets: 95 % intervals.</sub>")
     return "\n".join(lines) + "\n"
 

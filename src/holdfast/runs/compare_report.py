@@ -19,6 +19,7 @@ from holdfast.runs.repair_search import Point
 from holdfast.versions import versions
 
 Measured = Mapping[str, Any]
+SHOWN = ("name", "status", "before", "after", "retention", "runs")
 ORDER = ("kept", "no loss shown", "unclear", "lost")  # the best first
 
 
@@ -44,7 +45,8 @@ class Ends:
         out = []
         for n, before in enumerate(self.base["abilities"]):
             afters = [unpack_suite(run["abilities"][n], before) for run in runs]
-            out.append(kept(before, afters, self.floors.get(before["suite"], KEEP_FRAC)))
+            part = kept(before, afters, self.floors.get(before["suite"], KEEP_FRAC))
+            out.append({k: part[k] for k in SHOWN})
         return out
 
     def value(self, estimate: Mapping[str, Any]) -> float:

@@ -7,11 +7,14 @@ nothing. Several processes (torchrun) all go through the same flow and share the
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from holdfast.errors import HoldfastError
 from holdfast.recipe import Recipe, _resolved, load_recipe
 from holdfast.report import terminal
 from holdfast.report.progress import progress_on
@@ -25,12 +28,16 @@ def tune(recipe: str | Path | Recipe, overrides: list[str] | None = None, *, tel
     Raises:
         HoldfastError: one clear message for anything a user can mend, before long work where possible.
     """
-    if isinstance(recipe, Recipe):
-        run = Run(_resolved(recipe, Path.cwd()), Path.cwd(), tell or silent)
-    else:
-        run = Run(load_recipe(recipe, overrides or ()), Path(recipe).absolute().parent, tell or silent)
+    run = Run(*_loaded(recipe, overrides or ()), tell or silent)
     go(run)
     return run.path
+
+
+def _loaded(recipe: str | Path | Recipe, overrides: Sequence[str]) -> tuple[Recipe, Path]:
+    """A recipe with absolute paths, and the folder that its methods' paths start from."""
+    if isinstance(recipe, Recipe):
+        return _resolved(recipe, Path.cwd()), Path.cwd()
+    return load_recipe(recipe, overrides), Path(recipe).absolute().parent
 
 
 def go(run: Run) -> None:
@@ -57,8 +64,31 @@ def go(run: Run) -> None:
     run.tell("done", 1.0, str(run.path))
 
 
-def command(recipe: Path, overrides: Sequence[str]) -> None:
+def tune_seeds(
+    recipe: str | Path | Recipe, seeds: int, overrides: Sequence[str] = (), *, tell: Tell = silent
+) -> dict[str, Any]:
+    """Run a recipe with several seeds, each in a folder of its own; returns what stands in seeds.json beside them.
+
+    The verdict is about the recipe, where that of one run is about its weights.
+
+    Raises:
+        HoldfastError: as `tune`, or for a recipe that cannot have several seeds.
+    """
+    from holdfast.runs.seeds import check_seeds, runs_of, summarised
+
+    loaded, base_dir = _loaded(recipe, overrides)
+    check_seeds(loaded, seeds)
+    runs = []
+    for run in runs_of(loaded, base_dir, seeds, tell):
+        go(run)
+        runs.append(run)
+    return summarised(runs, Path(loaded.training.output_dir))
+
+
+def command(recipe: Path, overrides: Sequence[str], seeds: int | None = None) -> None:
     """`holdfast tune`: with a bar, and the verdict at the end."""
+    if seeds is not None:
+        return _command_seeds(recipe, overrides, seeds)
     loaded = load_recipe(recipe, overrides)
     writes = join()
     console = Console()
@@ -73,3 +103,16 @@ def command(recipe: Path, overrides: Sequence[str]) -> None:
         print(f"This run was finished before; nothing was done. Its folder: {run.path}")
     terminal.show(report, console, run.path / "report.html")
     print(f"Tuned model: {report['tuned']['path']}")
+
+
+def _command_seeds(recipe: Path, overrides: Sequence[str], seeds: int) -> None:
+    if not join() or os.environ.get("WORLD_SIZE", "1") != "1":
+        raise HoldfastError(
+            "--seeds works in one process, and torchrun started several.", "Start it without torchrun."
+        )
+    console = Console()
+    with progress_on(console) as progress:
+        report = tune_seeds(recipe, seeds, overrides, tell=progress.tell)
+    terminal.show(report, console, Path(report["seeds"][0]["path"]).parents[1] / "seeds.html")
+    for one in report["seeds"]:
+        print(f"Seed {one['seed']}: {one['status']}. Tuned model: {one['path']}")

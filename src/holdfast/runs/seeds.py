@@ -1,0 +1,104 @@
+"""One recipe with several seeds: a run for each, in a folder of its own, and a verdict about the recipe.
+
+The seeds change everything that is drawn in training (order of the rows, an adapter's start, anchors); the rows
+that are trained on and measured are the same. The base is measured once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import RecipeError
+from holdfast.files import write_json, write_text
+from holdfast.measure import stats
+from holdfast.measure.compare import verdict
+from holdfast.measure.recipes import kept
+from holdfast.measure.stats import Estimate
+from holdfast.recipe import KEEP_FRAC, Recipe
+from holdfast.report import markdown, page
+from holdfast.runs.folder import LAST
+from holdfast.runs.run import Run, Tell
+
+SUMMARY = "seeds.json"
+
+
+def check_seeds(recipe: Recipe, seeds: int) -> None:
+    """Raise RecipeError for what several seeds cannot be."""
+    if seeds < 2:
+        raise RecipeError(
+            f"--seeds {seeds} is no statement about a recipe.", "Give 2 or more (3 prove much), or none."
+        )
+    if recipe.measure.skip_before:
+        raise RecipeError("measure.skip_before leaves nothing that could be kept over seeds.", "Remove it.")
+    if recipe.export.folder:
+        what = f"export.folder {recipe.export.folder} can hold one model, and {seeds} seeds make {seeds}."
+        raise RecipeError(what, "Remove it: each run exports into its own folder.")
+
+
+def runs_of(recipe: Recipe, base_dir: Path, seeds: int, tell: Tell) -> Iterator[Run]:
+    """The runs, one after the other; they share their rows."""
+    for n in range(seeds):
+        seed = recipe.training.seed + n
+        place = str(Path(recipe.training.output_dir) / f"seed-{seed}")
+        training = recipe.training.model_copy(update={"seed": seed, "output_dir": place})
+        data = recipe.data.model_copy(update={"seed": recipe.seed_of_rows})
+        mine = recipe.model_copy(update={"training": training, "data": data})
+        yield Run(mine, base_dir, _named(tell, f"seed {seed} ({n + 1} of {seeds})"))
+
+
+def _named(tell: Tell, label: str) -> Tell:
+    return lambda phase, share, words: tell(phase, share, f"{label}  {words}")
+
+
+def summarised(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
+    """Judge the recipe from its finished runs; writes seeds.json, seeds.html and seeds.md.
+
+    The report is that of the first run, with the abilities, the task and the verdict of all.
+    """
+    reports = [json.loads((run.path / LAST).read_text(encoding="utf-8")) for run in runs]
+    abilities, task = _abilities(runs), _task([r["task"] for r in reports])
+    seeds = ", ".join(str(run.recipe.training.seed) for run in runs)
+    said = f"Over seeds {seeds}: a verdict about the recipe; what is shown of the training is of the first"
+    task["note"] = "; ".join(filter(None, [said, task.get("note")]))
+    report = {
+        **reports[0],
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "verdict": verdict(abilities, task),
+        "abilities": abilities,
+        "task": task,
+        "seeds": [_of_one(run, r) for run, r in zip(runs, reports, strict=True)],
+    }
+    page.write(report, folder / "seeds.html")
+    write_text(folder / "seeds.md", markdown.summary(report))
+    write_json(folder / SUMMARY, report)
+    return report
+
+
+def _abilities(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    before = runs[0].folder.read("before.json")
+    afters = [run.folder.read("after.json") for run in runs]
+    floors = runs[0].recipe.measure.keep
+    return [
+        kept(b, [a["abilities"][n] for a in afters], floors.get(b["suite"], KEEP_FRAC))
+        for n, b in enumerate(before["abilities"])
+    ]
+
+
+def _task(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def over(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        sides = {k: [Estimate.from_dict(p[k]) for p in parts] for k in ("after", "difference")}
+        return {**parts[0], **{k: stats.mean_of_runs(each).to_dict() for k, each in sides.items()}}
+
+    others = zip(*[t["others"] for t in tasks], strict=True)
+    return {**over(tasks), "others": [over(parts) for parts in others]}
+
+
+def _of_one(run: Run, report: dict[str, Any]) -> dict[str, Any]:
+    """One run in a line: seed, its own verdict, and where its model lies."""
+    kept = {a["name"]: a["retention"] and a["retention"]["value"] for a in report["abilities"]}
+    own = {"seed": run.recipe.training.seed, "status": report["verdict"]["status"], "path": report["tuned"]["path"]}
+    return {**own, "task": report["task"]["after"]["value"], "kept": kept}

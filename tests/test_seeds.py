@@ -1,0 +1,79 @@
+"""tune --seeds: one run a seed on the same rows, and a verdict about the recipe."""
+
+import json
+import sys
+
+import pytest
+
+from holdfast import cli
+from holdfast.errors import RecipeError
+from holdfast.recipe import recipe_from
+from holdfast.verbs import tune as verb
+from tiny_run import recipe_data, write_recipe
+
+SEEDS = 3
+
+
+def asked(world, out, **changes):
+    measure = {"suites": ["language"], "limit": 6, "num_fewshot": 0, "keep": {"language": 0.9}}
+    training = {"max_steps": 4, "learning_rate": 0.003}
+    return recipe_from(recipe_data(world, out, measure={**measure, **changes}, training=training))
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seeds")
+    return folder, verb.tune_seeds(asked(world, folder / "out"), SEEDS)
+
+
+def test_each_seed_is_a_run_with_its_report(whole):
+    folder, report = whole
+    assert [s["seed"] for s in report["seeds"]] == [0, 1, 2]
+    reports = [json.loads((folder / "out" / f"seed-{n}" / "report.json").read_text()) for n in range(SEEDS)]
+    assert len({r["task"]["after"]["value"] for r in reports} | {str(r["training"]["loss"]) for r in reports}) > 1
+    assert [s["task"] for s in report["seeds"]] == [r["task"]["after"]["value"] for r in reports]
+    for name in ("seeds.html", "seeds.md"):
+        assert "Over seeds 0, 1, 2" in (folder / "out" / name).read_text()
+
+
+def test_all_seeds_are_measured_on_the_same_rows(whole):
+    folder, _ = whole
+    afters = [json.loads((folder / "out" / f"seed-{n}" / "after.json").read_text()) for n in range(SEEDS)]
+    assert len({str([i["id"] for i in a["task"]]) for a in afters}) == 1
+
+
+def test_the_verdict_is_of_all(whole):
+    _, report = whole
+    (ability,) = report["abilities"]
+    assert len(ability["runs"]) == SEEDS
+    assert ability["retention"]["value"] == pytest.approx(sum(ability["runs"]) / SEEDS)
+    shares = [s["kept"]["language"] for s in report["seeds"]]
+    assert ability["runs"] == pytest.approx(shares)
+    assert report["task"]["after"]["value"] == pytest.approx(sum(s["task"] for s in report["seeds"]) / SEEDS)
+
+
+def test_it_goes_on_where_it_was(whole, world, monkeypatch):
+    folder, report = whole
+    monkeypatch.setattr("holdfast.runs.job.checked", None)
+    again = verb.tune_seeds(asked(world, folder / "out"), SEEDS)
+    assert {**again, "created": 0} == {**json.loads(json.dumps(report)), "created": 0}
+
+
+@pytest.mark.parametrize(
+    ("seeds", "changes", "words"),
+    [(1, {}, "--seeds 1"), (0, {}, "--seeds 0"), (2, {"skip_before": True}, "skip_before")],
+)
+def test_what_cannot_have_seeds(world, tmp_path, seeds, changes, words):
+    with pytest.raises(RecipeError, match=words):
+        verb.tune_seeds(asked(world, tmp_path / "out", **changes), seeds)
+
+
+def test_the_command(whole, world, monkeypatch, capsys):
+    folder, _ = whole
+    recipe = asked(world, folder / "out").model_dump(mode="json")
+    path = write_recipe(folder / "recipe.yaml", recipe)
+    monkeypatch.setattr(sys, "argv", ["holdfast", "tune", str(path), "--seeds", str(SEEDS)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "Seed 2" in out and "seeds.html" in out
