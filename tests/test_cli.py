@@ -15,7 +15,7 @@ from holdfast.report.progress import Bars, Lines, progress_on
 from tiny_run import make_world, recipe_data, write_recipe
 
 OPTIONS = {  # frozen: settings of a method belong in a recipe, never here
-    "tune": ["recipe", "--seeds", "--set", "--debug"],
+    "tune": ["recipe", "--seeds", "--keep", "--set", "--debug"],
     "explain": ["recipe", "--set", "--rows", "--debug"],
     "measure": ["model", "--revision", "--suite", "--num-fewshot", "--limit", "--labels", "--batch-tokens",
                 "--out", "--trust-remote-code", "--debug"],

@@ -79,14 +79,18 @@ def tune(
     seeds: Annotated[
         int | None, typer.Option("--seeds", help="Run it so many times; the verdict is then about the recipe.")
     ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option("--keep", help="Share to keep, such as in-context=0.97; what breaks it is taken back."),
+    ] = None,
     set: Set = None,
     debug: Debug = False,
-) -> None:
-    """Measure, tune under a plan, measure again, report and export."""
+) -> int:
+    """Measure, tune under a plan, measure again, report and export. Exit 1: a budget (--keep) could not be met."""
     _start(debug)
     from holdfast.verbs import tune as verb
 
-    verb.command(recipe, set or (), seeds)
+    return verb.command(recipe, set or (), seeds, keep or ())
 
 
 @_command

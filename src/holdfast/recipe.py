@@ -252,6 +252,9 @@ class Measure(Section):
         default={"in-context": KEEP_FRAC},
         description=f"Share of the base score to keep; default {KEEP_FRAC} each.",
     )
+    budget: bool = Field(
+        default=False, description="Take back as much of the change as keep asks for; reported on other items."
+    )
     skip_before: bool = Field(default=False, description="Do not measure the base model first.")
 
     @check_all(mode="before")
@@ -262,6 +265,12 @@ class Measure(Section):
         if isinstance(suites, list) and "keep" not in value:
             return {**value, "keep": {"in-context": KEEP_FRAC} if "in-context" in suites else {}}
         return value
+
+    @check_all(mode="after")
+    def _budget_of_something(self) -> "Measure":
+        if self.budget and (self.skip_before or not self.keep):
+            raise ValueError("keep and no skip_before beside budget: it is a share of what the base can do")
+        return self
 
     @check_all(mode="after")
     def _known_floors(self) -> "Measure":

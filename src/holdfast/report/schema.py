@@ -159,6 +159,7 @@ class MixPart(TypedDict):
 class TrainingPart(TypedDict, total=False):
     """The run itself; `loss` and each of `terms` and `looks` are lists of [step, value]; `left_out`: shares of rows.
 
+    budget: the share of the change that was kept, whether the bounds are met where it was chosen, and what was tried.
     ended: why it ended early. looks: what was seen during training. best_step: the look whose weights were kept.
     """
 
@@ -174,6 +175,7 @@ class TrainingPart(TypedDict, total=False):
     realised_mix: dict[str, MixPart] | None
     left_out: dict[str, float]
     notes: list[str]
+    budget: dict[str, Any] | None
 
 
 class ExamplePart(TypedDict, total=False):

@@ -81,6 +81,14 @@ def check_metric(task: TaskData, owner: str) -> None:
         raise PlanError(what, f"Write data.metric: loss, or remove {owner}.")
 
 
+def check_budget(recipe: Recipe, session: Session) -> None:
+    """Raise PlanError for a change that cannot be taken back in part."""
+    owner = next((m.name for m in session.methods if "replace" in m.sites()), None)
+    if recipe.measure.budget and owner:
+        what = f"measure.budget takes back a part of the change, and {owner} puts new modules in the model's place."
+        raise PlanError(what, f"Remove measure.budget (--keep), or {owner}.")
+
+
 def check_looks(recipe: Recipe, task: TaskData, session: Session) -> None:
     """Refuse looks during training that see nothing, or that would mix up the stages of a plan.
 

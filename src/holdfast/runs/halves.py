@@ -18,7 +18,7 @@ from holdfast.measure.parts import COARSE, FINE, REPORT, cut, join
 from holdfast.measure.probe import Ask, Suite
 from holdfast.measure.suites import build, names_of, remembered
 from holdfast.runs.job import Job
-from holdfast.runs.measuring import score_rows
+from holdfast.runs.measuring import SUITES_SHARE, score_rows
 
 CHOOSE = "choose"
 PARTS = {CHOOSE: (COARSE, FINE), REPORT: (REPORT,)}
@@ -63,13 +63,19 @@ class Halves:
         tell: Callable[[float, str], None] = lambda share, words: None,
     ) -> Measured:
         """Abilities and task of a model on one half. key: of the model's content, for what is kept of a base."""
+        found = self.abilities(half, model, key=key, tell=lambda share, words: tell(SUITES_SHARE * share, words))
+        tell(SUITES_SHARE, "task")
+        return {"abilities": found, "task": score_rows(self.job, model, self.rows[half], soft_prompt, key=key)}
+
+    def abilities(
+        self, half: str, model: Any, *, key: str | None = None, tell: Callable[[float, str], None]
+    ) -> list[dict[str, Any]]:
+        """A measurement of each suite on one half."""
         out, batch = [], self.job.recipe.measure.batch_tokens
         for n, (name, own) in enumerate(self.suites.items()):
-            tell(n / (len(self.suites) + 1), name)
-            parts = [self._suite(model, own[part], key, batch) for part in PARTS[half]]
-            out.append(join(parts))
-        tell(len(self.suites) / (len(self.suites) + 1), "task")
-        return {"abilities": out, "task": score_rows(self.job, model, self.rows[half], soft_prompt, key=key)}
+            tell(n / len(self.suites), name)
+            out.append(join([self._suite(model, own[part], key, batch) for part in PARTS[half]]))
+        return out
 
     def _suite(self, model: Any, suite: Suite, key: str | None, batch_tokens: int) -> Measured:
         asked = [[p.id, p.kind, p.context, p.answers, p.right, p.max_tokens, p.open_ended] for p in suite.probes]

@@ -21,7 +21,15 @@ from holdfast.measure.soft_prompt import check_export
 from holdfast.measure.suites import check_suite, names_of
 from holdfast.plan import Host, Plan
 from holdfast.recipe import Recipe
-from holdfast.runs.checks import check_looks, check_merge, check_metric, check_model, check_settings, check_source
+from holdfast.runs.checks import (
+    check_budget,
+    check_looks,
+    check_merge,
+    check_metric,
+    check_model,
+    check_settings,
+    check_source,
+)
 from holdfast.runs.run import Run
 from holdfast.services import Context
 from holdfast.session import Session
@@ -104,6 +112,7 @@ def checked(run: Run) -> Job:
     mix = session.mix(task.token_rows)
     session.ctx.total_steps = steps = _steps(run.recipe, session, mix)
     check_looks(run.recipe, task, session)
+    check_budget(run.recipe, session)
     epoch = math.ceil(mix.num_rows(1.0) / _size(run.recipe))
     return Job(run, source, model, tokenizer, task, session, _training(run, model, steps, epoch), mix)
 

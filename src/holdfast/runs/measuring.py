@@ -9,6 +9,7 @@ from holdfast.data import own_metric
 from holdfast.data.metric import judge_of, metric_of
 from holdfast.data.rows import Row
 from holdfast.files import content_key
+from holdfast.measure.parts import REPORT
 from holdfast.measure.suites import measure_suite, names_of, remembered
 from holdfast.measure.tuned_task import judged, score_task, written
 from holdfast.runs.job import Job
@@ -62,6 +63,17 @@ def measured(job: Job, when: str, model: Any, soft_prompt: Any = None) -> dict[s
     return out
 
 
+def reported_rows(job: Job) -> Sequence[Row]:
+    """The rows of the task that the report is about: those that chose nothing."""
+    return _halves(job).rows[REPORT] if job.recipe.measure.budget else job.task.test
+
+
+def _halves(job: Job) -> Any:
+    from holdfast.runs.halves import Halves  # which scores rows by this file
+
+    return Halves(job)
+
+
 def base_key(job: Job, model: Any) -> str | None:
     """Under what the cache keeps answers of this base; None where its content has no name."""
     if not job.source.sha:
@@ -72,11 +84,17 @@ def base_key(job: Job, model: Any) -> str | None:
 
 def _abilities(job: Job, model: Any, key: str | None, tell: Callable[[float, str], None]) -> list[dict[str, Any]]:
     m = job.recipe.measure
+
+    def told(share: float, suite: str) -> None:
+        tell(SUITES_SHARE * share, suite)
+
+    if m.budget:  # the others chose how much of the change stays
+        return _halves(job).abilities(REPORT, model, key=key, tell=told)
     return measure_suites(
         names_of(m.suites),
         lambda: model,
         job.tokenizer,
-        lambda share, suite: tell(SUITES_SHARE * share, suite),
+        told,
         num_fewshot=m.num_fewshot,
         limit=m.limit,
         labels=job.task.labels or (),
@@ -91,7 +109,7 @@ def _task(
     def told(share: float) -> None:
         tell(SUITES_SHARE + (1 - SUITES_SHARE) * share, "task")
 
-    items = score_rows(job, model, job.task.test, soft_prompt, key=key, progress=told)
+    items = score_rows(job, model, reported_rows(job), soft_prompt, key=key, progress=told)
     if metric_of(job.task.metric).asked == "answer" and soft_prompt is None:  # generation does not hear a soft prompt
         _add_texts(job, model, items, key)
     return items
@@ -125,7 +143,7 @@ def score_rows(
 
 def _add_texts(job: Job, model: Any, items: Sequence[dict[str, Any]], key: str | None) -> None:
     """A few answers in words, for the report alone."""
-    m, rows = job.recipe.measure, job.task.test
+    m, rows = job.recipe.measure, reported_rows(job)
     asked = [n for n, row in enumerate(rows) if row.prompt][:SHOWN]
     shown, most = [rows[n] for n in asked], m.max_new_tokens or SHOWN_TOKENS
     name = key and content_key(key, [[r.where, r.prompt, r.completion] for r in shown], "shown", most, m.batch_tokens)

@@ -19,6 +19,7 @@ from holdfast.report.seen import seen_rows
 from holdfast.runs import export
 from holdfast.runs.folder import LAST, RECIPE
 from holdfast.runs.job import Job
+from holdfast.runs.measuring import reported_rows
 from holdfast.runs.run import Run
 from holdfast.runs.several import by_first
 from holdfast.versions import versions
@@ -58,7 +59,7 @@ def _task(job: Job, before: Measured | None, after: Measured) -> dict[str, Any]:
         "split": "test" if job.recipe.data.test else "validation",
         "note": _note(job) or None,
         **task_estimates(metric, items, after["task"]),
-        "answers": answers(task.test, items, after["task"]),
+        "answers": answers(reported_rows(job), items, after["task"]),
     }
 
 

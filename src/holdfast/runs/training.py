@@ -16,7 +16,7 @@ from holdfast.hosts import plain
 from holdfast.hosts.checkpoint import Checkpoint
 from holdfast.hosts.watching import chosen
 from holdfast.measure.tuned_task import score_task
-from holdfast.runs import export
+from holdfast.runs import export, settle
 from holdfast.runs.checks import not_finite
 from holdfast.runs.job import Job
 from holdfast.runs.looking import watch_of
@@ -36,11 +36,11 @@ def trained(job: Job) -> tuple[Any, Any]:
     base_dtype, start = job.model.dtype, time.perf_counter()
     export.place_base(job)
     log = _train(job)
-    tuned, soft = _finished(job, base_dtype)
+    tuned, soft, settled = _finished(job, base_dtype)
     job.run.timing["tune"] = log.seconds
     export.save(job, tuned, soft)
     said = export.check(job, tuned, soft)
-    job.run.folder.write("training.json", _part(job, log, said, time.perf_counter() - start))
+    job.run.folder.write("training.json", _part(job, log, said, settled, time.perf_counter() - start))
     Checkpoint(job.run.path).clear()
     return tuned, soft
 
@@ -107,8 +107,11 @@ def _evaluate(job: Job) -> Callable[[Any], float]:
     return evaluate
 
 
-def _finished(job: Job, base_dtype: Any) -> tuple[Any, Any]:
-    """(tuned model in the base's dtype, soft prompt or None) after the plan's merging; nothing broken gets out."""
+def _finished(job: Job, base_dtype: Any) -> tuple[Any, Any, dict[str, Any] | None]:
+    """(tuned model in the base's dtype, soft prompt or None, what the budget took) after the plan's merging.
+
+    Nothing broken gets out.
+    """
     session = job.session
     session.merge()
     session.finish()
@@ -116,12 +119,14 @@ def _finished(job: Job, base_dtype: Any) -> tuple[Any, Any]:
     if bad:
         what = f"The weight {bad} of the tuned model is not finite; it is not exported."
         raise TrainingError(what, "Start again with a lower training.learning_rate and another output_dir.")
+    change = settle.Change(job) if job.recipe.measure.budget else None
     tuned, soft = session.finished_model(base_dtype)
+    settled = settle.settle(job, change, tuned, soft) if change else None
     if job.recipe.export.merge and hasattr(tuned, "peft_config"):
         tuned = models.merged(tuned, f"The adapter of this run on {job.source.label}")
     elif job.recipe.export.merge and job.replaces:
         replace.merge(tuned, next(m for m in session.methods if "replace" in m.sites()))
-    return tuned, soft
+    return tuned, soft, settled
 
 
 def _looks(log: plain.Log) -> dict[str, list[list[float]]]:
@@ -130,7 +135,9 @@ def _looks(log: plain.Log) -> dict[str, list[list[float]]]:
     return {k: [[step, finding[k]] for step, _, finding in log.looks if k in finding] for k in names}
 
 
-def _part(job: Job, log: plain.Log, export_said: str | None, seconds: float) -> dict[str, Any]:
+def _part(
+    job: Job, log: plain.Log, export_said: str | None, settled: dict[str, Any] | None, seconds: float
+) -> dict[str, Any]:
     """What the report says about the training; see `report.schema.TrainingPart`. seconds: of all of it."""
     realised: dict[str, dict[str, int]] = {}
     for key, count in log.realised.items():
@@ -150,7 +157,8 @@ def _part(job: Job, log: plain.Log, export_said: str | None, seconds: float) -> 
         "terms": {t: [[s, p[t]] for s, p in log.loss if t in p] for t in sorted(terms)},
         "realised_mix": realised,
         "left_out": job.session.left_out,
-        "notes": job.session.ctx.notes,
+        "notes": [*job.session.ctx.notes, *([settle.words(settled, job.recipe.measure.keep)] if settled else [])],
+        "budget": settled,
         "export": export_said,
         "timing": job.run.timing,
     }

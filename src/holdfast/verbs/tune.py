@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from holdfast.errors import HoldfastError
-from holdfast.recipe import Recipe, _resolved, load_recipe
+from holdfast.measure.names import names_of
+from holdfast.recipe import Recipe, _resolved, load_recipe, recipe_from
 from holdfast.report import terminal
 from holdfast.report.progress import progress_on
 from holdfast.runs.run import Run, Tell, silent
 from holdfast.runs.several import join
+from holdfast.verbs.check import floor_of
 
 
 def tune(recipe: str | Path | Recipe, overrides: list[str] | None = None, *, tell: Tell | None = None) -> Path:
@@ -48,13 +50,15 @@ def go(run: Run) -> None:
         return
     folder.claim()
 
-    from holdfast.runs import export, job, measuring, report, training
+    from holdfast.runs import export, job, measuring, report, settle, training
 
     work = job.checked(run)
     folder.check_room(export.room(work), f"checkpoints and export of {work.source.name}")
     folder.keep_inputs(work.inputs())
     folder.write("plan.json", work.session.plan.explain())
     before = None if run.recipe.measure.skip_before else measuring.measured(work, "before", work.model)
+    if run.recipe.measure.budget:
+        settle.remember(work, measuring.base_key(work, work.model))
     if folder.read("training.json"):
         tuned, soft_prompt = export.loaded(run)
     else:
@@ -65,7 +69,12 @@ def go(run: Run) -> None:
 
 
 def tune_seeds(
-    recipe: str | Path | Recipe, seeds: int, overrides: Sequence[str] = (), *, tell: Tell = silent
+    recipe: str | Path | Recipe,
+    seeds: int,
+    overrides: Sequence[str] = (),
+    *,
+    base_dir: Path | None = None,
+    tell: Tell = silent,
 ) -> dict[str, Any]:
     """Run a recipe with several seeds, each in a folder of its own; returns what stands in seeds.json beside them.
 
@@ -76,20 +85,29 @@ def tune_seeds(
     """
     from holdfast.runs.seeds import check_seeds, runs_of, summarised
 
-    loaded, base_dir = _loaded(recipe, overrides)
+    loaded, here = _loaded(recipe, overrides)
     check_seeds(loaded, seeds)
     runs = []
-    for run in runs_of(loaded, base_dir, seeds, tell):
+    for run in runs_of(loaded, base_dir or here, seeds, tell):
         go(run)
         runs.append(run)
     return summarised(runs, Path(loaded.training.output_dir))
 
 
-def command(recipe: Path, overrides: Sequence[str], seeds: int | None = None) -> None:
-    """`holdfast tune`: with a bar, and the verdict at the end."""
+def budgeted(recipe: Recipe, floors: Mapping[str, float]) -> Recipe:
+    """The recipe with a budget: these shares are to be kept, and what breaks one is taken back."""
+    measure = recipe.measure.model_dump()
+    suites = [*measure["suites"], *(n for n in floors if n not in names_of(measure["suites"]))]
+    return recipe_from(
+        {**recipe.model_dump(), "measure": {**measure, "suites": suites, "keep": floors, "budget": True}}
+    )
+
+
+def command(recipe: Path, overrides: Sequence[str], seeds: int | None = None, keep: Sequence[str] = ()) -> int:
+    """`holdfast tune`: with a bar, and the verdict at the end; 1 where a budget could not be met, else 0."""
     if seeds is not None:
-        return _command_seeds(recipe, overrides, seeds)
-    loaded = load_recipe(recipe, overrides)
+        return _command_seeds(recipe, overrides, seeds, keep)
+    loaded = _wished(recipe, overrides, keep)
     writes = join()
     console = Console()
     with progress_on(console) as progress:
@@ -97,22 +115,35 @@ def command(recipe: Path, overrides: Sequence[str], seeds: int | None = None) ->
         was_done = run.folder.finished
         go(run)
     if not writes:
-        return
+        return 0
     report = json.loads((run.path / "report.json").read_text(encoding="utf-8"))
     if was_done:
         print(f"This run was finished before; nothing was done. Its folder: {run.path}")
     terminal.show(report, console, run.path / "report.html")
     print(f"Tuned model: {report['tuned']['path']}")
+    return _exit(report)
 
 
-def _command_seeds(recipe: Path, overrides: Sequence[str], seeds: int) -> None:
+def _exit(report: Mapping[str, Any]) -> int:
+    budget = report["training"].get("budget")
+    return 1 if budget and budget["met"] is False else 0
+
+
+def _wished(recipe: Path, overrides: Sequence[str], keep: Sequence[str]) -> Recipe:
+    loaded = load_recipe(recipe, overrides)
+    return budgeted(loaded, dict(floor_of(item) for item in keep)) if keep else loaded
+
+
+def _command_seeds(recipe: Path, overrides: Sequence[str], seeds: int, keep: Sequence[str]) -> int:
     if not join() or os.environ.get("WORLD_SIZE", "1") != "1":
         raise HoldfastError(
             "--seeds works in one process, and torchrun started several.", "Start it without torchrun."
         )
     console = Console()
     with progress_on(console) as progress:
-        report = tune_seeds(recipe, seeds, overrides, tell=progress.tell)
+        loaded = _wished(recipe, overrides, keep)
+        report = tune_seeds(loaded, seeds, base_dir=recipe.absolute().parent, tell=progress.tell)
     terminal.show(report, console, Path(report["seeds"][0]["path"]).parents[1] / "seeds.html")
     for one in report["seeds"]:
         print(f"Seed {one['seed']}: {one['status']}. Tuned model: {one['path']}")
+    return _exit(report)

@@ -1,0 +1,138 @@
+"""The last step under a budget (`measure.budget`): how much of the change may stay, so that every bound holds.
+
+The weights walk back from the tuned model towards the base in a straight line (WiSE-FT, arXiv 2109.01903; on a LoRA
+adapter its scale, which is the same), until the share of each ability lies above its floor. One half of the items and
+the validation rows decide; `measuring` then reports on the other half, so no number in the report was chosen on. Where
+the whole change meets every bound, that is one measurement and nothing is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from holdfast.data.metric import metric_of
+from holdfast.measure.compare import ability
+from holdfast.measure.tuned_task import task_estimates
+from holdfast.method import canonical
+from holdfast.models.tensors import tensors_of
+from holdfast.recipe import KEEP_FRAC
+from holdfast.runs.halves import CHOOSE, Halves, Measured
+from holdfast.runs.job import Job
+from holdfast.runs.repair_search import Point, choose
+from holdfast.session import LORA_B
+
+SHARES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)  # ours: from the tuned model towards the base, until one meets the bounds
+HALVINGS = 2  # ours: between the first that meets them and the last that does not
+BASE = "choose.json"  # the base's answers on the choosing half, in the run folder
+LORA = (".lora_A.", ".lora_B.", ".lora_embedding_")
+
+
+class Change:
+    """What a job has trained, kept in fp32 as a change of the base that can be scaled.
+
+    straight: whether scaling it leads to the base; the lengths of DoRA, say, are more than a scale.
+    """
+
+    @torch.no_grad()
+    def __init__(self, job: Job):
+        params = {canonical(n): p for n, p in job.session.model.named_parameters()}
+        self.adapter = any(LORA_B.search(n) for n in params)
+        self.straight = not self.adapter or all(any(part in n for part in LORA) for n in job.session.params)
+        self._base = None if self.adapter else tensors_of(job.source, job.session.model)
+        self._tuned = {n: p.detach().float().clone() for n, p in params.items() if self._moved(n, p)}
+
+    def _moved(self, name: str, p: torch.Tensor) -> bool:
+        if self._base is None:
+            return bool(LORA_B.search(name))
+        return not torch.equal(self._base.read(name, p), p.float())
+
+    @torch.no_grad()
+    def scale(self, model: Any, share: float) -> None:
+        """Set the finished model to base + share * change, in place; 1 is what was trained, exactly."""
+        params = {canonical(n): p for n, p in model.named_parameters()}
+        for name, tuned in self._tuned.items():
+            if share == 1:
+                params[name].copy_(tuned)
+            elif self._base is None:
+                params[name].copy_(share * tuned)
+            else:
+                params[name].copy_(torch.lerp(self._base.read(name, tuned), tuned, share))
+
+
+def remember(job: Job, key: str | None) -> None:
+    """The untouched base's answers on the choosing half; before training."""
+    if job.run.folder.read(BASE) is None:
+        found = Halves(job).measured(CHOOSE, job.model, key=key, tell=_told(job, "measure before"))
+        job.run.folder.write(BASE, found)
+
+
+def settle(job: Job, change: Change, model: Any, soft: Any) -> dict[str, Any]:
+    """Scale the change so that every bound holds on the choosing half, the task as good as it can be.
+
+    Returns {"share", "met", "points": what each share scored}.
+    """
+    if not change.straight:
+        return {"share": 1.0, "met": None, "points": [], "why": "what was trained is more than a scale of its change"}
+    base, halves = job.run.folder.read(BASE), Halves(job)
+
+    def look(share: float) -> Point:
+        change.scale(model, share)
+        told = _told(job, "search")
+        told(len(points) / len(SHARES), f"{share:.0%} of the change")
+        return _point(job, share, base, halves.measured(CHOOSE, model, soft))
+
+    points: list[Point] = []
+    with job.run.timed("search"):
+        _search(points, look)
+        best = choose(points)
+        change.scale(model, best.candidate)
+    return {"share": best.candidate, "met": best.meets, "points": [_shown(p) for p in points]}
+
+
+def _search(points: list[Point], look: Callable[[float], Point]) -> None:
+    """Down to the first share that meets the bounds, then between it and the one before."""
+    for share in SHARES:
+        points.append(look(share))
+        if points[-1].meets:
+            break
+    if not points[-1].meets or len(points) == 1:
+        return
+    low, high = points[-1].candidate, points[-2].candidate
+    for _ in range(HALVINGS):
+        points.append(look((low + high) / 2))
+        low, high = (points[-1].candidate, high) if points[-1].meets else (low, points[-1].candidate)
+
+
+def _point(job: Job, share: float, base: Measured, found: Measured) -> Point:
+    floors, metric = job.recipe.measure.keep, metric_of(job.task.metric)
+    pairs = zip(base["abilities"], found["abilities"], strict=True)
+    parts = [ability(b, a, floors.get(b["suite"], KEEP_FRAC)) for b, a in pairs]
+    kept = {p["name"]: p["retention"] for p in parts if p["retention"]}
+    task = task_estimates(metric, None, found["task"])["after"]
+    margins = [kept[name]["value"] - floor for name, floor in floors.items() if name in kept]
+    value = -task["value"] if metric.lower else task["value"]
+    return Point(share, value, min(margins, default=0.0), (CHOOSE,), {"task": task, "kept": kept})
+
+
+def _shown(p: Point) -> dict[str, Any]:
+    return {"share": p.candidate, "meets": p.meets, "margin": p.margin, **p.shown}
+
+
+def words(found: Mapping[str, Any], floors: Mapping[str, float]) -> str:
+    """What the search did, as a clause of the report."""
+    bound = ", ".join(f"{name} {floor:g}" for name, floor in floors.items())
+    if "why" in found:
+        return f"the budget ({bound}) could not be enforced: {found['why']}"
+    if found["share"] == 1 and found["met"]:
+        return f"the whole change meets the budget ({bound}) on the items for choosing"
+    kept = f"{found['share']:.0%} of the change was kept"
+    if found["met"]:
+        return f"{kept}, as much as meets the budget ({bound}) on the items for choosing"
+    return f"no part of the change meets the budget ({bound}) on the items for choosing; {kept}, the nearest to it"
+
+
+def _told(job: Job, phase: str) -> Callable[[float, str], None]:
+    return lambda share, words: job.run.tell(phase, share, words)

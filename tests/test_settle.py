@@ -1,0 +1,189 @@
+"""tune under a budget: as much of the change as keeps what must be kept, chosen on items that are not reported."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from holdfast import cli, models
+from holdfast.errors import PlanError, RecipeError
+from holdfast.measure.probe import Ask
+from holdfast.measure.suites import build
+from holdfast.recipe import recipe_from
+from holdfast.runs import settle
+from holdfast.runs.repair_search import Point
+from holdfast.verbs.tune import budgeted, tune
+from test_repair import train
+from tiny import build_model, ticket_rows
+from tiny_run import make_world, recipe_data, write_recipe
+
+FLOOR = 0.9
+PLANS = {"dense": [], "adapter": [{"LoRA": {"r": 8}}]}
+RATES = {"dense": 0.005, "adapter": 0.01}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tokenizer):
+    """A base that has read the passages of the language suite, which tuning on tickets makes it forget."""
+    folder = tmp_path_factory.mktemp("settle")
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        patch.setenv("HOLDFAST_HOME", str(folder / "home"))
+        suite = build("language", Ask(tokenizer, limit=4))
+        passages = [(tokenizer(p.answers[0])["input_ids"][:96], 0) for p in suite.probes]
+        yield make_world(folder, train(build_model(), passages, 150, 0.01), tokenizer, ticket_rows())
+
+
+def asked(world, out, plan="dense", **changes):
+    measure = {"suites": ["language"], "limit": 4, "num_fewshot": 0, "keep": {"language": FLOOR}, "budget": True}
+    training = {"max_steps": 60, "save_steps": 30, "learning_rate": RATES[plan], "per_device_train_batch_size": 8}
+    data = {"validation_size": 12, "metric": "loss"}
+    found = recipe_data(world, out, measure=measure | changes, training=training, data=data, plan=PLANS[plan])
+    return recipe_from(found)
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.fixture(scope="module", params=PLANS)
+def settled(request, world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    report = report_of(tune(asked(world, folder / "with", request.param)))
+    bare = report_of(tune(asked(world, folder / "without", request.param, budget=False)))
+    return request.param, folder, report, bare
+
+
+def kept_of(report):
+    (ability,) = report["abilities"]
+    return ability["retention"]["value"]
+
+
+def test_the_bound_holds_where_it_broke(settled):
+    _, _, report, bare = settled
+    found = report["training"]["budget"]
+    assert kept_of(bare) < FLOOR - 0.05  # else there is nothing to see here
+    assert found["met"] and 0 < found["share"] < 1
+    assert kept_of(report) > kept_of(bare) + 0.03
+    assert report["task"]["after"]["value"] < report["task"]["before"]["value"]  # and the task is still learnt
+    assert f"{found['share']:.0%} of the change was kept" in report["task"]["note"]
+
+
+def test_it_is_the_largest_share_seen_that_meets_the_bound_and_learns_most(settled):
+    found = settled[2]["training"]["budget"]
+    meeting = [p for p in found["points"] if p["meets"]]
+    best = min(meeting, key=lambda p: p["task"]["value"])
+    assert found["share"] == best["share"]
+    assert len(found["points"]) <= len(settle.SHARES) + settle.HALVINGS
+
+
+def test_what_chose_is_not_reported(settled):
+    _, folder, report, _ = settled
+    chose, told = (json.loads((folder / "with" / f"{name}.json").read_text()) for name in ("choose", "before"))
+    for part in ("abilities", "task"):
+        ids = [
+            {i["id"] for i in (s[part] if part == "task" else [i for t in s[part][0]["tasks"] for i in t["items"]])}
+            for s in (chose, told)
+        ]
+        assert ids[0] and ids[1] and not ids[0] & ids[1]
+    assert len(report["task"]["answers"]) > 0
+
+
+def test_the_export_is_what_was_measured(settled):
+    """The change of the export is the chosen share of the change without a budget, on every weight."""
+    kind, folder, report, _ = settled
+    share = report["training"]["budget"]["share"]
+    sides = [
+        models.load(str(folder / name / "model"), merge_adapter=True, dtype="float32")[0]
+        for name in ("with", "without")
+    ]
+    base = dict(models.load(report["model"]["name"], dtype="float32")[0].named_parameters())
+    for (name, with_budget), (_, without) in zip(*(m.named_parameters() for m in sides), strict=True):
+        torch.testing.assert_close(with_budget - base[name], share * (without - base[name]), atol=2e-6, rtol=1e-4)
+    assert kind in PLANS
+
+
+def test_where_nothing_is_lost_nothing_is_taken_back(world, tmp_path):
+    recipe = asked(world, tmp_path / "run", keep={"language": 0.05})
+    report = report_of(tune(recipe))
+    found = report["training"]["budget"]
+    assert found["share"] == 1 and found["met"] and len(found["points"]) == 1
+    assert "the whole change meets the budget" in report["task"]["note"]
+    bare = tune(asked(world, tmp_path / "bare", budget=False))
+    mine, other = (dict(models.load(str(p / "model"))[0].named_parameters()) for p in (tmp_path / "run", bare))
+    assert all(torch.equal(mine[n], other[n]) for n in other)
+
+
+def test_a_search_by_hand():
+    """Bounds are met at 0.4: between it and 0.6 the middle 0.5 fails, and then 0.45 meets them."""
+
+    def look(share):
+        return Point(share, share, 0.46 - share, ("choose",))
+
+    points = []
+    settle._search(points, look)
+    assert [p.candidate for p in points] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.5, 0.45])
+
+
+def test_a_bound_that_nothing_meets():
+    points = []
+    settle._search(points, lambda share: Point(share, share, -share, ("choose",)))
+    assert [p.candidate for p in points] == list(settle.SHARES)
+
+
+def test_a_killed_search_ends_the_same(settled, world, tmp_path, monkeypatch):
+    kind, _, report, _ = settled
+
+    class Killed(BaseException):
+        """Stands for a lost process."""
+
+    plain, looks = settle.Change.scale, []
+
+    def dies(self, model, share):
+        looks.append(share)
+        if len(looks) == 3:
+            raise Killed
+        plain(self, model, share)
+
+    monkeypatch.setattr(settle.Change, "scale", dies)
+    with pytest.raises(Killed):
+        tune(asked(world, tmp_path / "run", kind))
+    monkeypatch.undo()
+    again = report_of(tune(asked(world, tmp_path / "run", kind)))
+    assert again["training"]["budget"] == report["training"]["budget"] and again["abilities"] == report["abilities"]
+
+
+def test_modules_of_its_own_cannot_be_taken_back(world, tmp_path):
+    recipe = asked(world, tmp_path / "run")
+    with pytest.raises(PlanError, match=r"ControlLLM.*Remove measure.budget|measure.budget.*ControlLLM"):
+        tune(recipe.model_copy(update={"plan": [{"ControlLLM": {}}]}))
+
+
+def test_dora_is_said_to_be_more_than_a_scale(world, tmp_path):
+    recipe = asked(world, tmp_path / "run", "adapter")
+    report = report_of(tune(recipe.model_copy(update={"plan": [{"LoRA": {"r": 4, "use_dora": True}}]})))
+    assert "could not be enforced" in report["task"]["note"] and report["training"]["budget"]["share"] == 1
+
+
+def test_a_budget_of_nothing(world, tmp_path):
+    with pytest.raises(RecipeError, match="budget"):
+        asked(world, tmp_path, skip_before=True)
+
+
+def test_keep_on_the_command_line_is_a_budget(world, tmp_path):
+    plain = asked(world, tmp_path, budget=False)
+    found = budgeted(plain, {"in-context": 0.97, "language": 0.99}).measure
+    assert found.budget and found.keep == {"in-context": 0.97, "language": 0.99}
+    assert found.suites == ["language", "in-context"]
+
+
+def test_the_command_says_when_the_bound_cannot_be_met(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(settle, "SHARES", (1.0, 0.95))
+    path = write_recipe(tmp_path / "r.yaml", asked(world, tmp_path / "run", budget=False).model_dump(mode="json"))
+    monkeypatch.setattr(sys, "argv", ["holdfast", "tune", str(path), "--keep", "language=0.99"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1 and "no part of the change meets the budget" in " ".join(
+        capsys.readouterr().out.split()
+    )
