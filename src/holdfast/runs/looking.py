@@ -12,7 +12,8 @@ from holdfast.measure.compare import ability
 from holdfast.measure.suites import names_of
 from holdfast.measure.tuned_task import task_estimates
 from holdfast.runs.job import Job
-from holdfast.runs.measuring import measure_suites, score_rows
+from holdfast.runs.measuring import measure_suites
+from holdfast.runs.task_rows import score_rows
 
 ROWS = 100  # validation rows of a look
 ITEMS = 8  # of each task of a suite: a look, not a verdict

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from holdfast.data import own_metric
-from holdfast.data.metric import judge_of, metric_of
+from holdfast.data.metric import metric_of
 from holdfast.data.rows import Row
 from holdfast.files import content_key
 from holdfast.measure.parts import REPORT
 from holdfast.measure.suites import measure_suite, names_of, remembered
-from holdfast.measure.tuned_task import judged, score_task, written
+from holdfast.measure.tuned_task import written
+from holdfast.runs.halves import SUITES_SHARE, Halves
 from holdfast.runs.job import Job
+from holdfast.runs.task_rows import score_rows
 
-SUITES_SHARE = 0.7  # of the time a measurement takes, as its bar shows it; the task takes the rest
 SHOWN, SHOWN_TOKENS = 4, 96  # answers that are written for the report alone, and the tokens of each
 
 
@@ -65,13 +65,7 @@ def measured(job: Job, when: str, model: Any, soft_prompt: Any = None) -> dict[s
 
 def reported_rows(job: Job) -> Sequence[Row]:
     """The rows of the task that the report is about: those that chose nothing."""
-    return _halves(job).rows[REPORT] if job.recipe.measure.budget else job.task.test
-
-
-def _halves(job: Job) -> Any:
-    from holdfast.runs.halves import Halves  # which scores rows by this file
-
-    return Halves(job)
+    return Halves(job).rows[REPORT] if job.recipe.measure.budget else job.task.test
 
 
 def base_key(job: Job, model: Any) -> str | None:
@@ -89,7 +83,7 @@ def _abilities(job: Job, model: Any, key: str | None, tell: Callable[[float, str
         tell(SUITES_SHARE * share, suite)
 
     if m.budget:  # the others chose how much of the change stays
-        return _halves(job).abilities(REPORT, model, key=key, tell=told)
+        return Halves(job).abilities(REPORT, model, key=key, tell=told)
     return measure_suites(
         names_of(m.suites),
         lambda: model,
@@ -115,32 +109,6 @@ def _task(
     return items
 
 
-def score_rows(
-    job: Job,
-    model: Any,
-    rows: Sequence[Row],
-    soft_prompt: Any = None,
-    *,
-    key: str | None = None,
-    progress: Callable[[float], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Rows of the task scored by its metric, in a form that `tuned_task.task_estimates` reads.
-
-    key: of the model's content, for what is kept of a base.
-    """
-    task, m, metric = job.task, job.recipe.measure, metric_of(job.task.metric)
-    labels = task.labels if metric.asked == "labels" else None
-    asked = [[r.where, r.prompt, r.completion] for r in rows]
-    name = key and content_key(key, asked, labels, metric.asked, m.max_new_tokens, m.batch_tokens)
-    settings = {"batch_tokens": m.batch_tokens, "progress": progress}
-    if metric.asked == "text":
-        texts = remembered(name, lambda: written(model, job.tokenizer, rows, m.max_new_tokens, **settings))
-        return judged(rows, texts, _judge(job, rows), metric.top or 1.0)
-    return remembered(
-        name, lambda: score_task(model, job.tokenizer, rows, labels, soft_prompt=soft_prompt, **settings)
-    )
-
-
 def _add_texts(job: Job, model: Any, items: Sequence[dict[str, Any]], key: str | None) -> None:
     """A few answers in words, for the report alone."""
     m, rows = job.recipe.measure, reported_rows(job)
@@ -150,10 +118,3 @@ def _add_texts(job: Job, model: Any, items: Sequence[dict[str, Any]], key: str |
     texts = remembered(name, lambda: written(model, job.tokenizer, shown, most, batch_tokens=m.batch_tokens))
     for n, text in zip(asked, texts, strict=True):
         items[n]["answer"] = text
-
-
-def _judge(job: Job, rows: Sequence[Row]) -> Callable[[str, Row], float]:
-    name, data = job.task.metric, job.recipe.data
-    if ":" not in name:
-        return judge_of(name)
-    return own_metric.judge(name, job.run.base_dir, (data.test, data.validation, data.train), rows)

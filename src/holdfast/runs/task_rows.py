@@ -1,0 +1,47 @@
+"""The rows of a run's task, scored by its metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from holdfast.data import own_metric
+from holdfast.data.metric import judge_of, metric_of
+from holdfast.data.rows import Row
+from holdfast.files import content_key
+from holdfast.measure.suites import remembered
+from holdfast.measure.tuned_task import judged, score_task, written
+from holdfast.runs.job import Job
+
+
+def score_rows(
+    job: Job,
+    model: Any,
+    rows: Sequence[Row],
+    soft_prompt: Any = None,
+    *,
+    key: str | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Rows of the task scored by its metric, in a form that `tuned_task.task_estimates` reads.
+
+    key: of the model's content, for what is kept of a base.
+    """
+    task, m, metric = job.task, job.recipe.measure, metric_of(job.task.metric)
+    labels = task.labels if metric.asked == "labels" else None
+    asked = [[r.where, r.prompt, r.completion] for r in rows]
+    name = key and content_key(key, asked, labels, metric.asked, m.max_new_tokens, m.batch_tokens)
+    settings = {"batch_tokens": m.batch_tokens, "progress": progress}
+    if metric.asked == "text":
+        texts = remembered(name, lambda: written(model, job.tokenizer, rows, m.max_new_tokens, **settings))
+        return judged(rows, texts, _judge(job, rows), metric.top or 1.0)
+    return remembered(
+        name, lambda: score_task(model, job.tokenizer, rows, labels, soft_prompt=soft_prompt, **settings)
+    )
+
+
+def _judge(job: Job, rows: Sequence[Row]) -> Callable[[str, Row], float]:
+    name, data = job.task.metric, job.recipe.data
+    if ":" not in name:
+        return judge_of(name)
+    return own_metric.judge(name, job.run.base_dir, (data.test, data.validation, data.train), rows)
