@@ -1,6 +1,10 @@
 """Fixtures over the pieces of `tiny`."""
 
 import copy
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and what they start: a thread each, set before torch
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
