@@ -5,6 +5,7 @@ line. Names follow Transformers and TRL.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -171,10 +172,8 @@ class Training(Section):
     """The training run; names of transformers.TrainingArguments."""
 
     output_dir: str = Field(default="runs/tuned", min_length=1, description="Run folder.")
-    learning_rate: float = Field(
-        default=1.5e-3,
-        gt=0,
-        description="Peak learning rate; measured for LoRA on a 135M model. Usual: 2e-4 above 1B, 2e-5 without LoRA.",
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        default="auto", description="Peak learning rate; auto: from what trains and the width of the model."
     )
     per_device_train_batch_size: int = Field(default=16, ge=1, description="Rows in one forward pass.")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Forward passes in one step.")
@@ -216,6 +215,14 @@ class Training(Section):
         default=[],
         description="Of tensorboard, trackio, wandb, mlflow; offline unless told else.",
     )
+
+    @check("learning_rate", mode="before")
+    @classmethod
+    def _rate(cls, value: Any) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        if not number and value != "auto":
+            raise ValueError("a number above 0, or auto")
+        return value
 
     @check("report_to", mode="before")
     @classmethod

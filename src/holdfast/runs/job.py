@@ -30,6 +30,7 @@ from holdfast.runs.checks import (
     check_settings,
     check_source,
 )
+from holdfast.runs.rate import Rate, auto
 from holdfast.runs.run import Run
 from holdfast.services import Context
 from holdfast.session import Session
@@ -39,7 +40,8 @@ from holdfast.sites.merging import sources_of
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe that can be worked on. `mix` draws its rows, `training` is its schedule, `session` its plan."""
+    """A recipe that can be worked on. `mix` draws its rows, `training` is its schedule, `session` its plan,
+    `rate` its learning rate with the reason."""
 
     run: Run
     source: models.ModelSource
@@ -48,6 +50,7 @@ class Job:
     task: TaskData
     session: Session
     training: Training
+    rate: Rate
     mix: Any
 
     @property
@@ -114,7 +117,8 @@ def checked(run: Run) -> Job:
     check_looks(run.recipe, task, session)
     check_budget(run.recipe, session)
     epoch = math.ceil(mix.num_rows(1.0) / _size(run.recipe))
-    return Job(run, source, model, tokenizer, task, session, _training(run, model, steps, epoch), mix)
+    rate = _rate(run.recipe, session)
+    return Job(run, source, model, tokenizer, task, session, _training(run, model, steps, epoch, rate), rate, mix)
 
 
 def load(recipe: Recipe, source: models.ModelSource, *, merge_adapter: bool) -> tuple[Any, Any]:
@@ -184,14 +188,20 @@ def _size(recipe: Recipe) -> int:
     return recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
 
 
-def _training(run: Run, model: Any, steps: int, epoch: int) -> Training:
+def _rate(recipe: Recipe, session: Session) -> Rate:
+    """The peak learning rate, given or found."""
+    given = recipe.training.learning_rate
+    return auto(session.plan, session.model) if isinstance(given, str) else Rate(given, "the recipe says so")
+
+
+def _training(run: Run, model: Any, steps: int, epoch: int, rate: Rate) -> Training:
     t = run.recipe.training
     half = model.dtype if model.dtype in (torch.bfloat16, torch.float16) else None
     return Training(
         num_steps=steps,
         batch_size=t.per_device_train_batch_size,
         gradient_accumulation_steps=t.gradient_accumulation_steps,
-        learning_rate=t.learning_rate,
+        learning_rate=rate.value,
         lr_scheduler_type=t.lr_scheduler_type,
         warmup_steps=t.warmup_steps,
         weight_decay=t.weight_decay,

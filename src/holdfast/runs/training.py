@@ -146,6 +146,7 @@ def _part(
     terms = {k for _, p in log.loss for k in p} - {"task"}
     return {
         "steps": len(log.loss),
+        "rate": job.rate.said(),
         "ended": log.ended or None,
         "looks": _looks(log),
         "best_step": chosen(log.looks) if job.training.keep_best else None,
