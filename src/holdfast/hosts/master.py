@@ -54,8 +54,10 @@ class MasterAdamW(torch.optim.Optimizer):
         working: the weights to turn into bf16 here; `release` gives them their masters back.
     """
 
-    def __init__(self, groups: Any, working: Iterable[torch.nn.Parameter], *, betas: tuple[float, float], eps: float):
-        super().__init__(groups, {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0})
+    def __init__(
+        self, groups: Any, working: Iterable[torch.nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float
+    ):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.master = {p: p.data for p in working}
         self.scale: torch.Tensor | None = None
         self._buffer = torch.empty(0)

@@ -14,6 +14,7 @@ from holdfast.measure.suites import names_of
 from holdfast.method import Method
 from holdfast.plan import Host
 from holdfast.recipe import Recipe
+from holdfast.runs.handover import check_asked
 from holdfast.runs.run import Run
 from holdfast.runs.tracking import check_trackers
 from holdfast.session import Session
@@ -28,6 +29,7 @@ def check_settings(run: Run) -> None:
     recipe, t = run.recipe, run.recipe.training
     names_of(recipe.measure.suites)
     check_trackers(t.report_to)
+    check_asked(recipe)
     if t.save_total_limit != 1:
         raise RecipeError(
             f"training.save_total_limit is {t.save_total_limit}, but holdfast tune keeps one checkpoint.",
@@ -51,6 +53,11 @@ def check_merge(recipe: Any, plan: Any) -> None:
             raise RecipeError(
                 f"export.merge is true, but what {m.name} trains cannot be folded into the weights of the base.",
                 "Remove export.merge; the export is loaded by holdfast.load.",
+            )
+        if recipe.export.dtype != "auto" and "replace" in m.sites() and not recipe.export.merge:
+            raise RecipeError(
+                f"export.dtype is {recipe.export.dtype}, but what {m.name} trains is kept in the type of the base.",
+                "Remove export.dtype, or write model.dtype.",
             )
 
 

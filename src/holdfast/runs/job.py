@@ -15,6 +15,7 @@ from holdfast import models
 from holdfast.data.own_metric import identity
 from holdfast.data.task import TaskData, read_task
 from holdfast.errors import PlanError
+from holdfast.hosts.course import check_course
 from holdfast.hosts.plain import Training
 from holdfast.measure.probe import Ask
 from holdfast.measure.soft_prompt import check_export
@@ -30,6 +31,7 @@ from holdfast.runs.checks import (
     check_settings,
     check_source,
 )
+from holdfast.runs.handover import check_fits
 from holdfast.runs.rate import Rate, auto
 from holdfast.runs.run import Run
 from holdfast.services import Context
@@ -104,6 +106,7 @@ def checked(run: Run) -> Job:
         run.tell("load", 0.0, spec.model_name_or_path)
         source = models.resolve(spec.model_name_or_path, spec.model_revision)
         check_source(source)
+        check_fits(run.recipe, plan, source)
         tokenizer = models.load_tokenizer(source, spec.trust_remote_code)
         longest = models.context_length(source, spec.trust_remote_code)
         stops, tell = models.stop_tokens(source), lambda words: run.tell("load", 0.0, words)
@@ -118,7 +121,9 @@ def checked(run: Run) -> Job:
     check_budget(run.recipe, session)
     epoch = math.ceil(mix.num_rows(1.0) / _size(run.recipe))
     rate = _rate(run.recipe, session)
-    return Job(run, source, model, tokenizer, task, session, _training(run, model, steps, epoch, rate), rate, mix)
+    training = _training(run, model, steps, epoch, rate)
+    check_course(training)
+    return Job(run, source, model, tokenizer, task, session, training, rate, mix)
 
 
 def load(recipe: Recipe, source: models.ModelSource, *, merge_adapter: bool) -> tuple[Any, Any]:
@@ -203,6 +208,7 @@ def _training(run: Run, model: Any, steps: int, epoch: int, rate: Rate) -> Train
         gradient_accumulation_steps=t.gradient_accumulation_steps,
         learning_rate=rate.value,
         lr_scheduler_type=t.lr_scheduler_type,
+        lr_scheduler_kwargs=t.lr_scheduler_kwargs,
         warmup_steps=t.warmup_steps,
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,

@@ -47,7 +47,8 @@ def trained(job: Job) -> tuple[Any, Any]:
 
 def _train(job: Job) -> plain.Log:
     recipe, log = job.recipe, plain.Log()
-    trackers = Trackers(recipe.training.report_to if first() else (), job.run.path, recipe.model_dump())
+    told = recipe.training.report_to if first() else ()
+    trackers = Trackers(told, job.run.path, recipe.model_dump(), recipe.training.run_name)
 
     def looked(step: int, finding: dict[str, float], seconds: float) -> None:
         trackers.look(step, finding, seconds)
@@ -112,7 +113,7 @@ def _finished(job: Job, base_dtype: Any) -> tuple[Any, Any, dict[str, Any] | Non
 
     Nothing broken gets out.
     """
-    session = job.session
+    session, asked = job.session, job.recipe.export
     session.merge()
     session.finish()
     bad = not_finite(session.model)
@@ -122,10 +123,11 @@ def _finished(job: Job, base_dtype: Any) -> tuple[Any, Any, dict[str, Any] | Non
     change = settle.Change(job) if job.recipe.measure.budget else None
     tuned, soft = session.finished_model(base_dtype)
     settled = settle.settle(job, change, tuned, soft) if change else None
-    if job.recipe.export.merge and hasattr(tuned, "peft_config"):
+    if asked.merge and hasattr(tuned, "peft_config"):
         tuned = models.merged(tuned, f"The adapter of this run on {job.source.label}")
-    elif job.recipe.export.merge and job.replaces:
+    elif asked.merge and job.replaces:
         replace.merge(tuned, next(m for m in session.methods if "replace" in m.sites()))
+    export.round_to(job, tuned)
     return tuned, soft, settled
 
 
