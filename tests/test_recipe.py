@@ -92,7 +92,7 @@ BAD = {  # name: (text, fragments of the message)
     "missing inside": ("model:\ndata: {train: x}\n", ["r.yaml:1: model.model_name_or_path is missing"]),
     "text for number": (
         SMALL + "training: {learning_rate: fast}",
-        ["r.yaml:3: training.learning_rate is 'fast' (text)", "expected a number above 0, or auto"],
+        ["r.yaml:3: training.learning_rate is 'fast' (text)", "expected a number above 0, auto or search"],
     ),
     "number for text": (SMALL.replace(": m}", ": 7}"), ["is 7 (a number), expected text", "quotes"]),
     "bool for int": (

@@ -174,8 +174,9 @@ class Training(Section):
     """The training run; names of transformers.TrainingArguments."""
 
     output_dir: str = Field(default="runs/tuned", min_length=1, description="Run folder.")
-    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
-        default="auto", description="Peak learning rate; auto: from what trains and the width of the model."
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto", "search"] = Field(
+        default="auto",
+        description="Peak learning rate; auto: from what trains and the width of the model; search: short trials.",
     )
     per_device_train_batch_size: int = Field(default=16, ge=1, description="Rows in one forward pass.")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Forward passes in one step.")
@@ -237,8 +238,8 @@ class Training(Section):
     @classmethod
     def _rate(cls, value: Any) -> Any:
         number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-        if not number and value != "auto":
-            raise ValueError("a number above 0, or auto")
+        if not number and value not in ("auto", "search"):
+            raise ValueError("a number above 0, auto or search")
         return value
 
     @check_all(mode="before")

@@ -113,6 +113,23 @@ def check_looks(recipe: Recipe, task: TaskData, session: Session) -> None:
         raise PlanError(what, f"Remove training.eval_steps, or {owner}.")
 
 
+def check_search(recipe: Recipe, task: TaskData, session: Session) -> None:
+    """Refuse a search of the learning rate that cannot judge, or that one rate does not answer.
+
+    Raises:
+        HoldfastError: no validation rows, or a plan of several stages.
+    """
+    if recipe.training.learning_rate != "search":
+        return
+    if not task.validation:
+        what = "training.learning_rate: search judges rates by validation rows, and there are none."
+        raise RecipeError(what, "Give data.validation or data.validation_size, or write auto.")
+    if len(session.stages) > 1 or session.stage.learning_rate is not None:
+        owner = next(m.name for m in session.plan.active if "stages" in m.sites())
+        what = f"training.learning_rate: search tries one rate for the whole run, but {owner} splits it into stages."
+        raise PlanError(what, f"Write a number or auto, or remove {owner}.")
+
+
 def _may_train(run: Run, source: Any, model: Any, plan: Any) -> None:
     """Packed weights cannot be trained themselves, nor take up an adapter."""
     if hasattr(model, "peft_config"):

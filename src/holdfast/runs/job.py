@@ -28,11 +28,12 @@ from holdfast.runs.checks import (
     check_merge,
     check_metric,
     check_model,
+    check_search,
     check_settings,
     check_source,
 )
 from holdfast.runs.handover import check_fits
-from holdfast.runs.rate import Rate, auto
+from holdfast.runs.rate import ROWS, STEPS, Rate, auto
 from holdfast.runs.run import Run
 from holdfast.services import Context
 from holdfast.session import Session
@@ -119,8 +120,9 @@ def checked(run: Run) -> Job:
     session.ctx.total_steps = steps = _steps(run.recipe, session, mix)
     check_looks(run.recipe, task, session)
     check_budget(run.recipe, session)
+    check_search(run.recipe, task, session)
     epoch = math.ceil(mix.num_rows(1.0) / _size(run.recipe))
-    rate = _rate(run.recipe, session)
+    rate = _rate(run.recipe, session, steps, len(task.validation))
     training = _training(run, model, steps, epoch, rate)
     check_course(training)
     return Job(run, source, model, tokenizer, task, session, training, rate, mix)
@@ -193,10 +195,17 @@ def _size(recipe: Recipe) -> int:
     return recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
 
 
-def _rate(recipe: Recipe, session: Session) -> Rate:
-    """The peak learning rate, given or found."""
+def _rate(recipe: Recipe, session: Session, steps: int, rows: int) -> Rate:
+    """The peak learning rate, given or found; for a search the one it begins at, and what it will cost."""
     given = recipe.training.learning_rate
-    return auto(session.plan, session.model) if isinstance(given, str) else Rate(given, "the recipe says so")
+    if not isinstance(given, str):
+        return Rate(given, "the recipe says so")
+    found = auto(session.plan, session.model)
+    if given == "auto":
+        return found
+    cost = f"3 or 4 trials of {min(STEPS, steps)} steps before the {steps} of the run"
+    why = f"search: around this, by {cost}, each judged by {min(ROWS, rows)} validation rows"
+    return Rate(found.value, why)
 
 
 def _training(run: Run, model: Any, steps: int, epoch: int, rate: Rate) -> Training:

@@ -21,6 +21,7 @@ from holdfast.plan import Plan
 
 MEASURED, WIDTH = 1.5e-3, 576  # ours: the default plan on SmolLM2-135M
 FULL_SHARE, FULL_MOST = 0.1, 2e-5  # LoRA Without Regret; ours
+STEPS, ROWS = 24, 64  # of a trial of `search`; validation rows that judge it: ours
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -20,6 +21,8 @@ from holdfast.runs import export, settle
 from holdfast.runs.checks import not_finite
 from holdfast.runs.job import Job
 from holdfast.runs.looking import watch_of
+from holdfast.runs.rate import Rate
+from holdfast.runs.rate_search import searched
 from holdfast.runs.tracking import Trackers
 from holdfast.sites import replace
 
@@ -35,7 +38,8 @@ def trained(job: Job) -> tuple[Any, Any]:
     """
     base_dtype, start = job.model.dtype, time.perf_counter()
     export.place_base(job)
-    log = _train(job)
+    log, rate = _train(job)
+    job = dataclasses.replace(job, rate=rate)
     tuned, soft, settled = _finished(job, base_dtype)
     job.run.timing["tune"] = log.seconds
     export.save(job, tuned, soft)
@@ -45,7 +49,7 @@ def trained(job: Job) -> tuple[Any, Any]:
     return tuned, soft
 
 
-def _train(job: Job) -> plain.Log:
+def _train(job: Job) -> tuple[plain.Log, Rate]:
     recipe, log = job.recipe, plain.Log()
     told = recipe.training.report_to if first() else ()
     trackers = Trackers(told, job.run.path, recipe.model_dump(), recipe.training.run_name)
@@ -60,8 +64,11 @@ def _train(job: Job) -> plain.Log:
     try:
         job.training.watch = watch_of(job, looked)
         _prepare(job)
+        rate = searched(job) if recipe.training.learning_rate == "search" else job.rate
+        job.training.learning_rate = rate.value
         on_step, evaluate = _on_step(job, trackers, log), _evaluate(job)
-        return plain.train(job.session, job.mix, job.training, on_step=on_step, evaluate=evaluate, log=log)
+        done = plain.train(job.session, job.mix, job.training, on_step=on_step, evaluate=evaluate, log=log)
+        return done, rate
     finally:
         trackers.finish()
 
