@@ -12,7 +12,7 @@ from holdfast.errors import PlanError, RecipeError, TrainingError
 from holdfast.hosts.plain import Training, train
 from holdfast.hosts.rewind import rewound
 from holdfast.runs import rate_search
-from holdfast.runs.rate_search import choose, rate_at, walk
+from holdfast.runs.rate_search import choose, rate_at, shorter, walk
 from holdfast.verbs.explain import command as explain
 from holdfast.verbs.tune import tune
 from tiny_run import recipe_data, write_recipe
@@ -49,6 +49,10 @@ def test_of_equals_the_lowest_is_chosen():
     assert choose({0: best, 1: [9.0] * 4, -1: near}) == -1
     assert choose({0: best, 1: None, -1: [x + 0.1 for x in best]}) == 0
     assert [rate_at(1.5e-3, k) for k in (-2, -1, 0, 1, 2)] == [1.7e-4, 5e-4, 1.5e-3, 4.5e-3, 1.3e-2]
+
+
+def test_a_run_that_is_longer_than_a_trial_takes_less():
+    assert [rate_at(4.5e-3, 0 - shorter(steps)) for steps in (5, 24, 25)] == [4.5e-3, 4.5e-3, 1.5e-3]
 
 
 # ---- no trace

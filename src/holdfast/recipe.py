@@ -203,7 +203,9 @@ class Training(Section):
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW beta 1.")
     adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW beta 2.")
     adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW epsilon.")
-    optim: Literal["adamw_torch", "adamw_torch_fused"] = Field(default="adamw_torch_fused", description="Optimiser.")
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit"] = Field(
+        default="adamw_torch_fused", description="Optimiser; the last two are bitsandbytes'."
+    )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of everything that is drawn.")
     data_seed: int | None = Field(default=None, ge=0, lt=2**32, description="Seed of the row order; null: seed.")
     bf16: bool | None = Field(default=None, description="Mixed precision; null: where the device does it well.")

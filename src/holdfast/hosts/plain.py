@@ -25,6 +25,7 @@ from holdfast.engine.pack import TokenRow
 from holdfast.hosts import processes
 from holdfast.hosts.checkpoint import Checkpoint
 from holdfast.hosts.course import course
+from holdfast.hosts.eight_bits import NAMES, eight_bits
 from holdfast.hosts.losses import Losses, Parts, numbers
 from holdfast.hosts.master import MasterAdamW, linear_weights, may_hold
 from holdfast.hosts.watching import Watch
@@ -48,7 +49,7 @@ class Training:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
-    fused: bool = True
+    optim: str = "adamw_torch_fused"
     seed: int = 0
     autocast: torch.dtype | None = None
     save_steps: int = 50
@@ -187,7 +188,9 @@ def _optimizer(session: Session, settings: Training, stage: Stage) -> torch.opti
     settled: Any = {"lr": peak, "betas": (settings.adam_beta1, settings.adam_beta2), "eps": settings.adam_epsilon}
     if may_hold(session, settings, stage):
         return MasterAdamW(groups, linear_weights(session.model), **settled)
-    return torch.optim.AdamW(groups, fused=settings.fused, **settled)
+    if settings.optim in NAMES:
+        return eight_bits(session.model, groups, settings.optim, **settled)
+    return torch.optim.AdamW(groups, fused=settings.optim == "adamw_torch_fused", **settled)
 
 
 def _step(

@@ -16,6 +16,7 @@ from holdfast.data.own_metric import identity
 from holdfast.data.task import TaskData, read_task
 from holdfast.errors import PlanError
 from holdfast.hosts.course import check_course
+from holdfast.hosts.eight_bits import check_eight_bits
 from holdfast.hosts.plain import Training
 from holdfast.measure.probe import Ask
 from holdfast.measure.soft_prompt import check_export
@@ -147,6 +148,7 @@ def _plan(recipe: Recipe) -> Plan:
     plan = Plan(default_plan()) if recipe.plan is None else Plan.from_recipe(recipe.plan)
     plan.check_together()
     check_merge(recipe, plan)
+    check_eight_bits(recipe.training.optim, plan)
     if recipe.model.load_in_4bit:
         plan.check_host(_host(recipe))
         models.may_load_in_4bit()
@@ -224,7 +226,7 @@ def _training(run: Run, model: Any, steps: int, epoch: int, rate: Rate) -> Train
         adam_beta1=t.adam_beta1,
         adam_beta2=t.adam_beta2,
         adam_epsilon=t.adam_epsilon,
-        fused=t.optim == "adamw_torch_fused",
+        optim=t.optim,
         seed=t.seed if t.data_seed is None else t.data_seed,  # of the order of rows (and of dropout)
         autocast=torch.bfloat16 if t.bf16 else half,
         save_steps=t.save_steps if t.save_strategy == "steps" else epoch,
