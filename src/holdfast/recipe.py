@@ -612,7 +612,8 @@ def _keys_at(loc: tuple[str | int, ...]) -> list[str]:
 def _near(key: str, known: list[str]) -> str:
     """The known key that was meant: here under another name, or the same or a like name in a section."""
     sections = {name: _model_of(field.annotation) for name, field in Recipe.model_fields.items()}
-    homes = {k: name for name, section in reversed(sections.items()) if section for k in section.model_fields}
+    last_named = sorted(sections.items(), key=lambda item: item[0] != "export")  # model.dtype before export.dtype
+    homes = {k: name for name, section in last_named if section for k in section.model_fields}
     if key in homes:
         return f"It belongs under {homes[key]}."
     here = suggest(key, known)

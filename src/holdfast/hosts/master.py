@@ -33,14 +33,8 @@ def may_hold(session: Session, settings: Any, stage: Stage) -> bool:
         for m in session.methods
     )
     wraps = any(m.wraps for m in session.methods)  # an adapter is too small to be worth it
-    return (
-        one
-        and on_cpu
-        and not reads
-        and not wraps
-        and settings.autocast == torch.bfloat16
-        and settings.optim == "adamw_torch_fused"
-    )
+    halves = settings.autocast == torch.bfloat16 and settings.optim == "adamw_torch_fused"
+    return one and on_cpu and not reads and not wraps and halves
 
 
 def linear_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
