@@ -9,9 +9,9 @@ the first rows of the run and a linear course. Loss: of the validation rows' ans
 over tokens; the standard error is of the paired difference (the one-standard-error rule of Breiman et al., 1984).
 Short trainings are kind to high rates, which get far in few steps, and high rates cost abilities: hence the lowest,
 and the third, as fast.ai takes a tenth of the best rate of a range test. In 24 steps on the tickets the default plan
-is best at 4.5e-3 (of 1.5e-3, 4.5e-3 and 1.3e-2), where whole runs are no better at 3e-3 than at 1e-3. A trial whose loss
-is not finite is out. Abilities are not measured: the plan that protects them is trained, and the report judges. Steps,
-rows and factors are ours.
+is best at 4.5e-3 (of 1.5e-3, 4.5e-3 and 1.3e-2), where whole runs are no better at 3e-3 than at 1e-3. A trial whose
+loss is not finite is out. Abilities are not measured: the plan that protects them is trained, and the report judges.
+Steps, rows and factors are ours.
 
 What a trial found is in rates.json under the content it depends on, so a killed search goes on with the next rate.
 """
