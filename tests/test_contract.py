@@ -711,20 +711,6 @@ def test_steps_of_stages_add_up():
         assert sum(parts) == total and min(parts) >= 1
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
-@pytest.mark.parametrize("warmup", [0, 0.1, 3])
-def test_learning_rates_are_those_of_transformers(kind, warmup):
-    from transformers import get_scheduler
-
-    warm = warmup if warmup >= 1 else -(-20 * warmup // 1)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = get_scheduler(kind, optimizer, num_warmup_steps=int(warm), num_training_steps=20)
-    for step in range(20):
-        assert plain.lr_at(step, 20, warmup, kind) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
-        optimizer.step()
-        theirs.step()
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_model, tokenizer, rows):
     from holdfast.errors import TrainingError
 

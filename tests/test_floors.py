@@ -15,6 +15,7 @@ FLOORS = (  # lowest first; a package stands for its modules, unless one of them
     {"errors", "versions"},
     {"files", "report.schema"},  # the shape of a report: no code of ours, filled in on many floors
     {"engine"},
+    {"foreign_keys"},
     {"recipe"},
     {"data"},
     {"models"},

@@ -267,6 +267,18 @@ def test_hosts_give_equal_weights(name, kind, make, plain, base):
         assert name == "none" or distance(plain([]), expected) > 1e-4, name
 
 
+@pytest.mark.parametrize("methods", [[], [hf.Freeze(layers=1, layer_decay=0.5)]], ids=["none", "rates of its own"])
+def test_moments_of_eight_bits_equal_plain(methods, make, plain, base):
+    pytest.importorskip("bitsandbytes")
+    start, expected = weights_of(base), plain(methods, optim="adamw_bnb_8bit")
+    trainer = make(Trainer, methods, optim="adamw_bnb_8bit")
+    trainer.train()
+    assert distance(weights_of(trainer.model), expected) < 1e-5 < distance(start, expected)
+    refused = pytest.raises(PlanError, match="LIFT drops the moments of entries that leave, but Trainer")
+    with refused:
+        make(Trainer, [hf.LIFT()], optim="adamw_bnb_8bit")
+
+
 def test_other_models_are_merged_alike(make, plain, base, tiny_model, tokenizer, tmp_path):
     other = tiny_model(tied=False)
     with torch.no_grad():

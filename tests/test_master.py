@@ -68,7 +68,7 @@ def test_only_what_linear_layers_alone_read_becomes_bf16(tiny_model):
         model = tiny_model(tied=tied)
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         optimizer = MasterAdamW(
-            [{"params": list(model.parameters()), "lr": 1e-3}], linear_weights(model), betas=(0.9, 0.999), eps=1e-8
+            [{"params": list(model.parameters())}], linear_weights(model), lr=1e-3, betas=(0.9, 0.999), eps=1e-8
         )
         halves = {n for n, p in model.named_parameters() if p.dtype == BF16}
         assert {n for n in before if "proj" in n} <= halves

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from holdfast.errors import DataError, RecipeError
-from holdfast.recipe import Recipe, load_recipe, recipe_from, recipe_schema, template_columns
+from holdfast.foreign_keys import FOREIGN
+from holdfast.recipe import Recipe, Training, load_recipe, recipe_from, recipe_schema, template_columns
 
 SMALL = "model: {model_name_or_path: m}\ndata: {train: org/set}\n"
 FULL = """\
@@ -65,7 +66,18 @@ BAD = {  # name: (text, fragments of the message)
     ),
     "unknown section": (SMALL + "trainng: {}\n", ["r.yaml:3: trainng is not a known key", "'training'"]),
     "wrong section": (SMALL + "seed: 1\n", ["r.yaml:3: seed is not a known key", "belongs under training"]),
-    "like a key of a section": (SMALL + "torch_dtype: auto\n", ["r.yaml:3: torch_dtype", "'model.dtype'"]),
+    "key of two sections": (SMALL + "dtype: auto\n", ["r.yaml:3: dtype is not a known key", "belongs under model"]),
+    "like a key of a section": (SMALL + "torch_dtype: auto\n", ["r.yaml:3: torch_dtype", "Write model.dtype"]),
+    "key of a trainer": (
+        SMALL + "training: {group_by_length: true}",
+        ["r.yaml:3: training.group_by_length is not a key here: rows are laid end to end", "Curriculum"],
+    ),
+    "adapter settings outside of the plan": (SMALL + "lora_r: 8\n", ["r.yaml:3: lora_r is not a key", "plan: [{LoRA"]),
+    "warm-up given twice": (
+        SMALL + "training: {warmup_ratio: 0.1, warmup_steps: 3}",
+        ["r.yaml:3: training does not agree", "warmup_steps alone"],
+    ),
+    "warm-up of more than all": (SMALL + "training: {warmup_ratio: 10}", ["warmup_steps alone"]),
     "seed of too many bits": (SMALL + "training: {seed: 4294967296}", ["expected a number below 4294967296"]),
     "unknown before missing": (
         "model: {model_name: m}\ndata: {train: x}\n",
@@ -80,7 +92,7 @@ BAD = {  # name: (text, fragments of the message)
     "missing inside": ("model:\ndata: {train: x}\n", ["r.yaml:1: model.model_name_or_path is missing"]),
     "text for number": (
         SMALL + "training: {learning_rate: fast}",
-        ["r.yaml:3: training.learning_rate is 'fast' (text)", "expected a number"],
+        ["r.yaml:3: training.learning_rate is 'fast' (text)", "expected a number above 0, auto or search"],
     ),
     "number for text": (SMALL.replace(": m}", ": 7}"), ["is 7 (a number), expected text", "quotes"]),
     "bool for int": (
@@ -89,7 +101,7 @@ BAD = {  # name: (text, fragments of the message)
     ),
     "float for int": (SMALL + "training: {save_steps: 1.5}", ["1.5", "expected a whole number"]),
     "text for bool": (SMALL + "training: {gradient_checkpointing: 'y'}", ["expected true or false"]),
-    "not finite": (SMALL + "training: {learning_rate: .nan}", ["expected a finite number"]),
+    "not finite": (SMALL + "training: {learning_rate: .nan}", ["expected a number above 0"]),
     "too low": (SMALL + "training: {learning_rate: 0}", ["expected a number above 0"]),
     "choice": (SMALL + "training: {lr_scheduler_type: cosin}", ["one of 'linear', 'cosine'"]),
     "half a step": (SMALL + "training: {warmup_steps: 2.5}", ["2.5", "fraction below 1, or a whole count"]),
@@ -180,6 +192,33 @@ def test_overrides(tmp_path):
     assert recipe.data.prompt == "{text} ="
 
 
+def test_the_old_name_of_a_warm_up_is_read(tmp_path):
+    path = write(tmp_path, SMALL + "training: {warmup_ratio: 0.1}")
+    assert load_recipe(path).training.warmup_steps == 0.1
+    assert load_recipe(path, ["training.warmup_ratio=0"]).training.warmup_steps == 0.0
+
+
+def test_every_setting_of_a_trainer_is_a_key_or_has_its_sentence():
+    from transformers import TrainingArguments
+    from trl import ModelConfig, SFTConfig
+
+    fields = {name for kind in (TrainingArguments, SFTConfig, ModelConfig) for name in kind.__dataclass_fields__}
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items() if name != "plan"}
+    keys = {key for section in sections.values() for key in section.model_fields}
+    assert not keys & set(FOREIGN), "a key needs no excuse"
+    assert not fields - keys - set(FOREIGN), "carry it, or say in foreign_keys.py why not"
+    assert "group_by_length" in FOREIGN and "lr_scheduler_kwargs" in Training.model_fields
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_foreign_key_gets_its_own_sentence(name):
+    why, cure = FOREIGN[name]
+    assert cure.endswith(".") and not why.endswith(".")
+    with pytest.raises(RecipeError) as caught:
+        recipe_from({"model": {"model_name_or_path": "m"}, "data": {"train": "t"}, "training": {name: 1}})
+    assert f"training.{name} is not a key here: {why}." in str(caught.value) and cure in str(caught.value)
+
+
 BAD_OVERRIDES = {
     "training.seed": ["override 'training.seed'", "not of the form key=value"],
     "training..seed=1": ["not of the form key=value"],
@@ -250,7 +289,7 @@ def test_every_key_is_listed_with_default_and_description():
     assert len(keys) == len(set(keys)) > 40 and "plan" in keys
     assert all(len(line.split(maxsplit=2)) == 3 and line.rstrip().endswith(".") for line in lines)
     rate = next(line for line in lines if line.startswith("training.learning_rate "))
-    assert "0.001" in rate and "Peak" in rate
+    assert "auto" in rate and "Peak" in rate
     assert any("model.model_name_or_path" in line and "required" in line for line in lines)
     assert any("lr_scheduler_type" in line and "constant_with_warmup" in line for line in lines)
 

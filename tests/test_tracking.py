@@ -44,9 +44,10 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 @needs["tensorboard"]
-def test_tensorboard_reads_what_the_run_did(world, tmp_path, clean):
-    tune(recipe(world, tmp_path / "run", "tensorboard"))
-    told = scalars(tmp_path / "run" / "trackers" / "run")
+@pytest.mark.parametrize("named", [{}, {"run_name": "mine"}])
+def test_tensorboard_reads_what_the_run_did(world, tmp_path, clean, named):
+    tune(recipe(world, tmp_path / "run", "tensorboard", **named))
+    told = scalars(tmp_path / "run" / "trackers" / named.get("run_name", "run"))
     names = ("loss", "ICLAnchor", "learning_rate", "grad_norm", "tokens_per_second", "memory_gb")
     assert {f"train/{n}" for n in names} == set(told)
     training = json.loads((tmp_path / "run" / "training.json").read_text(encoding="utf-8"))

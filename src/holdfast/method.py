@@ -160,6 +160,7 @@ class Method:
     # "base_weights", "base_logits", "base_hidden", "live_logits", "gradients" (at `steer`), "dense"
     needs: ClassVar[frozenset[str]] = frozenset()
     wraps: ClassVar[bool] = False  # replaces modules: at most one per plan
+    copies: ClassVar[bool] = False  # `replace` brings copies of the base's weights, which are tuned like these
     refuses: ClassVar[Mapping[str, str]] = {}  # method name -> why the two mean different things
     phase: ClassVar[str] = "rescale"  # of `grad`: mask, rescale, project
     writes: ClassVar[frozenset[str]] = frozenset()  # what of rows: "ids", "targets", "order", names of numbers

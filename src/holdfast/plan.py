@@ -82,6 +82,11 @@ class Plan:
         """The methods that are not switched off by their own values."""
         return tuple(m for m in self.methods if not m.off())
 
+    @property
+    def trains_new(self) -> bool:
+        """Whether weights train that begin anew beside the base's, and none of the base's or copies of them."""
+        return any(m.wraps and not m.copies for m in self.active)
+
     def check(self, host: Host, ctx: Context) -> None:
         """Raise PlanError for the first thing that cannot work, naming both parties and the cure."""
         for m in self.active:

@@ -5,6 +5,7 @@ line. Names follow Transformers and TRL.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ from pydantic import model_validator as check_all
 
 from holdfast.engine import BATCH_TOKENS
 from holdfast.errors import DataError, RecipeError, suggest
+from holdfast.foreign_keys import FOREIGN
 
 KEEP_FRAC = 0.95
 SHIPPED = "holdfast:"  # prefix of the data sets and recipes that come with the package
@@ -29,6 +31,7 @@ FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *TEXT_KINDS)
 SCHEMA_FILE = RECIPE_DIR / "recipe.schema.json"  # json_schema(), written by tools/make_docs.py
 METRIC_NAMES = ("accuracy", "exact_match", "loss", "loss_per_byte", "chrf", "rouge_l", "number")
 OWN_METRIC = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # module:function
+OLD_WARMUP = "warmup_ratio"
 KEY_KINDS = ("extra_forbidden", "invalid_key")  # pydantic's names for "no such key"
 
 
@@ -171,17 +174,28 @@ class Training(Section):
     """The training run; names of transformers.TrainingArguments."""
 
     output_dir: str = Field(default="runs/tuned", min_length=1, description="Run folder.")
-    learning_rate: float = Field(
-        default=1.5e-3,
-        gt=0,
-        description="Peak learning rate; measured for LoRA on a 135M model. Usual: 2e-4 above 1B, 2e-5 without LoRA.",
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto", "search"] = Field(
+        default="auto",
+        description="Peak learning rate; auto: from what trains and the width of the model; search: short trials.",
     )
     per_device_train_batch_size: int = Field(default=16, ge=1, description="Rows in one forward pass.")
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Forward passes in one step.")
     num_train_epochs: float = Field(default=1.0, gt=0, description="Passes over the training rows.")
     max_steps: int = Field(default=-1, ge=-1, description="Stop after so many steps; -1: num_train_epochs decides.")
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        default="linear", description="Course of the learning rate."
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "constant",
+        "constant_with_warmup",
+        "cosine_with_restarts",
+        "polynomial",
+        "inverse_sqrt",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
+        "warmup_stable_decay",
+    ] = Field(default="linear", description="Course of the learning rate.")
+    lr_scheduler_kwargs: dict[str, Any] = Field(
+        default={}, description="Settings of that course, as transformers' get_scheduler takes them."
     )
     warmup_steps: float = Field(default=0.05, ge=0, description="Warm-up: steps, or below 1 a share of all steps.")
     weight_decay: float = Field(default=0.0, ge=0, description="Weight decay of AdamW.")
@@ -189,7 +203,9 @@ class Training(Section):
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW beta 1.")
     adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW beta 2.")
     adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW epsilon.")
-    optim: Literal["adamw_torch", "adamw_torch_fused"] = Field(default="adamw_torch_fused", description="Optimiser.")
+    optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit"] = Field(
+        default="adamw_torch_fused", description="Optimiser; the last two are bitsandbytes'."
+    )
     seed: int = Field(default=0, ge=0, lt=2**32, description="Seed of everything that is drawn.")
     data_seed: int | None = Field(default=None, ge=0, lt=2**32, description="Seed of the row order; null: seed.")
     bf16: bool | None = Field(default=None, description="Mixed precision; null: where the device does it well.")
@@ -212,10 +228,32 @@ class Training(Section):
         default=None, ge=1, description="End after so many looks in a row that are no better; null: never."
     )
     save_total_limit: int | None = Field(default=1, ge=1, description="Checkpoints kept; null: all.")
+    run_name: str | None = Field(
+        default=None, min_length=1, description="Name of the run in trackers; null: that of its folder."
+    )
     report_to: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = Field(
         default=[],
         description="Of tensorboard, trackio, wandb, mlflow; offline unless told else.",
     )
+
+    @check("learning_rate", mode="before")
+    @classmethod
+    def _rate(cls, value: Any) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        if not number and value not in ("auto", "search"):
+            raise ValueError("a number above 0, auto or search")
+        return value
+
+    @check_all(mode="before")
+    @classmethod
+    def _old_name(cls, value: Any) -> Any:
+        """`warmup_ratio` is what transformers called a `warmup_steps` below 1."""
+        if not isinstance(value, Mapping) or OLD_WARMUP not in value:
+            return value
+        share = value[OLD_WARMUP]
+        if "warmup_steps" in value or not isinstance(share, int | float) or not 0 <= share < 1:
+            raise ValueError(f"warmup_steps alone; {OLD_WARMUP} is its old name, for a share from 0 to below 1")
+        return {**{k: v for k, v in value.items() if k != OLD_WARMUP}, "warmup_steps": float(share)}
 
     @check("report_to", mode="before")
     @classmethod
@@ -285,6 +323,16 @@ class Export(Section):
 
     merge: bool = Field(default=False, description="Write the weights with the adapter merged in.")
     folder: str | None = Field(default=None, description="Where to; null: inside output_dir.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Type of the weights that are written; auto: the base's, of an adapter float32."
+    )
+    gguf: bool | str = Field(
+        default=False, description="Also write model.gguf by llama.cpp; true, or the path of its folder or script."
+    )
+    push_to_hub: str | None = Field(
+        default=None, min_length=1, description="Upload what is written to this repository (user/name) at the end."
+    )
+    hub_private_repo: bool = Field(default=True, description="The repository is private.")
 
 
 def _plan_item(item: Any) -> str | dict[str, dict[str, Any]]:
@@ -564,7 +612,8 @@ def _keys_at(loc: tuple[str | int, ...]) -> list[str]:
 def _near(key: str, known: list[str]) -> str:
     """The known key that was meant: here under another name, or the same or a like name in a section."""
     sections = {name: _model_of(field.annotation) for name, field in Recipe.model_fields.items()}
-    homes = {k: name for name, section in sections.items() if section for k in section.model_fields}
+    last_named = sorted(sections.items(), key=lambda item: item[0] != "export")  # model.dtype before export.dtype
+    homes = {k: name for name, section in last_named if section for k in section.model_fields}
     if key in homes:
         return f"It belongs under {homes[key]}."
     here = suggest(key, known)
@@ -588,6 +637,9 @@ def _explained(error: Any, where: Where) -> RecipeError:
     """Turn one error of pydantic into: place, key, what was given, what is expected."""
     loc, kind = tuple(error["loc"]), error["type"]
     place, key = _place(loc, where), _dotted(loc)
+    if kind in KEY_KINDS and loc[-1] in FOREIGN:
+        why, cure = FOREIGN[str(loc[-1])]
+        return RecipeError(f"{place}: {key} is not a key here: {why}.", cure)
     if kind in KEY_KINDS:
         return RecipeError(f"{place}: {key} is not a known key.", _near(str(loc[-1]), _keys_at(loc[:-1])))
     if kind == "missing":

@@ -73,7 +73,8 @@ class Checkpoint:
             tensors[f"param/{SOFT_PROMPT}"] = soft.detach()
         for i, p in enumerate(session.params.values()):
             for key, value in (optimizer.state.get(p, {}) if optimizer else {}).items():
-                tensors[f"optimizer/{i}/{key}"] = value
+                kind = "optimizer" if isinstance(value, torch.Tensor) else "count"
+                tensors[f"{kind}/{i}/{key}"] = torch.as_tensor(value)
         for name, state in session.state.items():
             tensors |= {f"state/{name}/{k}": v for k, v in state.items()}
         if self._best:
@@ -191,7 +192,7 @@ def _fill(session: Any, optimizer: Any, tensors: dict[str, torch.Tensor]) -> Non
         if kind == "state":
             name, part = rest.split("/", 1)
             session.state.setdefault(name, {})[part] = value.to(params[0].device)
-        elif kind == "optimizer":
+        elif kind in ("optimizer", "count"):
             index, part = rest.split("/", 1)
             p = params[int(index)]
-            optimizer.state[p][part] = value.to(p.device)
+            optimizer.state[p][part] = value.to(p.device) if kind == "optimizer" else value.item()

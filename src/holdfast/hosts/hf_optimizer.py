@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from holdfast.errors import PlanError
+from holdfast.hosts.eight_bits import keep_embeddings
 from holdfast.session import Session
 
 
@@ -26,6 +27,8 @@ def grouped(trainer: Any, session: Session) -> Any:
             f"A method of the plan sets learning rates, but optim={trainer.args.optim!r} makes its own groups.",
             "Use optim='adamw_torch'.",
         )
+    if settings.get("optim_bits") == 8:  # as the trainer does for groups of its own
+        keep_embeddings(trainer.model)
     settings = {k: v for k, v in settings.items() if k != "lr"}
     return kind(session.param_groups(trainer.args.learning_rate, trainer.args.weight_decay), **settings)
 

@@ -12,6 +12,7 @@ from holdfast.engine.base import has_adapter
 from holdfast.engine.replaced import replaced_in
 from holdfast.engine.ways import inner
 from holdfast.errors import PlanError
+from holdfast.hosts.eight_bits import DROPS
 from holdfast.hosts.hf_setup import is_template, mixes
 from holdfast.method import Method
 from holdfast.plan import Plan
@@ -81,6 +82,8 @@ def _wrong_together(plan: Plan, given: Mapping[str, Any], ours: bool) -> Iterato
         yield method.name, options.load_best_model_at_end, what, "Set it to False."
     if method := _first(plan, "grad", "entries", "steer", "update"):
         yield method.name, optim.endswith(INSIDE_BACKWARD), *_steps_early(f"optim={optim!r}")
+    if method := _first(plan, "entries"):
+        yield method.name, "8bit" in optim or "4bit" in optim, DROPS, "Use optim='adamw_torch_fused'."
     if method := _first(plan, "update", "merge"):
         yield method.name, optim.startswith("schedule_free"), *_two_weights(f"optim={optim!r}")
 

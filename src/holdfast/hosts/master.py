@@ -33,7 +33,8 @@ def may_hold(session: Session, settings: Any, stage: Stage) -> bool:
         for m in session.methods
     )
     wraps = any(m.wraps for m in session.methods)  # an adapter is too small to be worth it
-    return one and on_cpu and not reads and not wraps and settings.autocast == torch.bfloat16 and settings.fused
+    halves = settings.autocast == torch.bfloat16 and settings.optim == "adamw_torch_fused"
+    return one and on_cpu and not reads and not wraps and halves
 
 
 def linear_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -54,8 +55,10 @@ class MasterAdamW(torch.optim.Optimizer):
         working: the weights to turn into bf16 here; `release` gives them their masters back.
     """
 
-    def __init__(self, groups: Any, working: Iterable[torch.nn.Parameter], *, betas: tuple[float, float], eps: float):
-        super().__init__(groups, {"lr": 1e-3, "betas": betas, "eps": eps, "weight_decay": 0.0})
+    def __init__(
+        self, groups: Any, working: Iterable[torch.nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float
+    ):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self.master = {p: p.data for p in working}
         self.scale: torch.Tensor | None = None
         self._buffer = torch.empty(0)

@@ -7,10 +7,9 @@ what is frozen in the compute dtype. Several processes share the rows of a step 
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -25,6 +24,8 @@ from holdfast.engine.forward import through_backward
 from holdfast.engine.pack import TokenRow
 from holdfast.hosts import processes
 from holdfast.hosts.checkpoint import Checkpoint
+from holdfast.hosts.course import course
+from holdfast.hosts.eight_bits import NAMES, eight_bits
 from holdfast.hosts.losses import Losses, Parts, numbers
 from holdfast.hosts.master import MasterAdamW, linear_weights, may_hold
 from holdfast.hosts.watching import Watch
@@ -41,13 +42,14 @@ class Training:
     gradient_accumulation_steps: int = 1
     learning_rate: float = 3e-4
     lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: Mapping[str, Any] = field(default_factory=dict)
     warmup_steps: float = 0.05
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
-    fused: bool = True
+    optim: str = "adamw_torch_fused"
     seed: int = 0
     autocast: torch.dtype | None = None
     save_steps: int = 50
@@ -160,9 +162,7 @@ class _Loop:
         self.checkpoint.follow(session)
         optimizer = _optimizer(session, settings, stage)
         session.hook(optimizer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda s: lr_at(s, steps, settings.warmup_steps, settings.lr_scheduler_type)
-        )
+        schedule = course(optimizer, steps, settings)
         first = self.checkpoint.restore(session, optimizer, schedule, self.log, self.done, steps)
         processes.agree(self.done + first, settings.folder)
         processes.same_start(session.tensors())
@@ -184,10 +184,13 @@ class _Loop:
 
 def _optimizer(session: Session, settings: Training, stage: Stage) -> torch.optim.Optimizer:
     groups = session.param_groups(settings.learning_rate, settings.weight_decay)
-    settled: Any = {"betas": (settings.adam_beta1, settings.adam_beta2), "eps": settings.adam_epsilon}
+    peak = stage.learning_rate or settings.learning_rate  # what some schedules end at is a part of it
+    settled: Any = {"lr": peak, "betas": (settings.adam_beta1, settings.adam_beta2), "eps": settings.adam_epsilon}
     if may_hold(session, settings, stage):
         return MasterAdamW(groups, linear_weights(session.model), **settled)
-    return torch.optim.AdamW(groups, fused=settings.fused, **settled)
+    if settings.optim in NAMES:
+        return eight_bits(session.model, groups, settings.optim, **settled)
+    return torch.optim.AdamW(groups, fused=settings.optim == "adamw_torch_fused", **settled)
 
 
 def _step(
@@ -245,16 +248,3 @@ def split_steps(stages: Sequence[Stage], total: int) -> list[tuple[Stage, int]]:
         out.append((stage, min(steps, left)))
         left -= out[-1][1]
     return out
-
-
-def lr_at(step: int, total: int, warmup: float, kind: str) -> float:
-    """Learning-rate factor at `step`, as transformers' schedules of the same name."""
-    warm = warmup if warmup >= 1 else math.ceil(total * warmup)
-    if step < warm and kind != "constant":
-        return step / max(1.0, warm)
-    if kind in ("constant", "constant_with_warmup"):
-        return 1.0
-    progress = (step - warm) / max(1, total - warm)
-    if kind == "cosine":
-        return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
-    return max(0.0, 1 - progress)

@@ -12,6 +12,7 @@ NAMES = {
     "load": "Loading the model",
     "measure before": "Measuring before",
     "prepare": "Preparing the plan",
+    "rates": "Trying learning rates",
     "tune": "Tuning",
     "measure after": "Measuring after",
     "measure": "Measuring",
@@ -20,6 +21,8 @@ NAMES = {
     "export": "Writing the model",
     "check": "Checking the plans",
     "compare": "Comparing",
+    "gguf": "Converting to GGUF",
+    "upload": "Uploading",
     "diagnose": "Looking for the cause",
 }
 

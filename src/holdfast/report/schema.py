@@ -156,6 +156,14 @@ class MixPart(TypedDict):
     tokens: int
 
 
+class RatePart(TypedDict):
+    """The peak learning rate, and why; `tried`: [rate, mean loss of validation rows or None] of each short trial."""
+
+    value: float
+    why: str
+    tried: list[list[float | None]]
+
+
 class TrainingPart(TypedDict, total=False):
     """The run itself; `loss` and each of `terms` and `looks` are lists of [step, value]; `left_out`: shares of rows.
 
@@ -164,6 +172,7 @@ class TrainingPart(TypedDict, total=False):
     """
 
     steps: int
+    rate: RatePart
     ended: str | None
     looks: dict[str, list[list[float]]]
     best_step: int | None

@@ -14,6 +14,7 @@ from holdfast.measure.suites import names_of
 from holdfast.method import Method
 from holdfast.plan import Host
 from holdfast.recipe import Recipe
+from holdfast.runs.handover import check_asked
 from holdfast.runs.run import Run
 from holdfast.runs.tracking import check_trackers
 from holdfast.session import Session
@@ -28,6 +29,7 @@ def check_settings(run: Run) -> None:
     recipe, t = run.recipe, run.recipe.training
     names_of(recipe.measure.suites)
     check_trackers(t.report_to)
+    check_asked(recipe)
     if t.save_total_limit != 1:
         raise RecipeError(
             f"training.save_total_limit is {t.save_total_limit}, but holdfast tune keeps one checkpoint.",
@@ -51,6 +53,11 @@ def check_merge(recipe: Any, plan: Any) -> None:
             raise RecipeError(
                 f"export.merge is true, but what {m.name} trains cannot be folded into the weights of the base.",
                 "Remove export.merge; the export is loaded by holdfast.load.",
+            )
+        if recipe.export.dtype != "auto" and "replace" in m.sites() and not recipe.export.merge:
+            raise RecipeError(
+                f"export.dtype is {recipe.export.dtype}, but what {m.name} trains is kept in the type of the base.",
+                "Remove export.dtype, or write model.dtype.",
             )
 
 
@@ -104,6 +111,23 @@ def check_looks(recipe: Recipe, task: TaskData, session: Session) -> None:
         owner = next(m.name for m in session.plan.active if "stages" in m.sites())
         what = f"training.eval_steps compares looks over the whole run, but {owner} splits it into stages."
         raise PlanError(what, f"Remove training.eval_steps, or {owner}.")
+
+
+def check_search(recipe: Recipe, task: TaskData, session: Session) -> None:
+    """Refuse a search of the learning rate that cannot judge, or that one rate does not answer.
+
+    Raises:
+        HoldfastError: no validation rows, or a plan of several stages.
+    """
+    if recipe.training.learning_rate != "search":
+        return
+    if not task.validation:
+        what = "training.learning_rate: search judges rates by validation rows, and there are none."
+        raise RecipeError(what, "Give data.validation or data.validation_size, or write auto.")
+    if len(session.stages) > 1 or session.stage.learning_rate is not None:
+        owner = next(m.name for m in session.plan.active if "stages" in m.sites())
+        what = f"training.learning_rate: search tries one rate for the whole run, but {owner} splits it into stages."
+        raise PlanError(what, f"Write a number or auto, or remove {owner}.")
 
 
 def _may_train(run: Run, source: Any, model: Any, plan: Any) -> None:

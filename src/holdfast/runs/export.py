@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from holdfast import models
 from holdfast.data.encoder import Encoder
 from holdfast.engine.replaced import replaced_in
+from holdfast.errors import TrainingError
 from holdfast.hosts.checkpoint import Checkpoint, writing
 from holdfast.measure.soft_prompt import save as save_prompt
 from holdfast.models import exported
+from holdfast.runs.checks import not_finite
 from holdfast.runs.job import Job, load
 from holdfast.runs.run import Run
 from holdfast.runs.several import by_first
@@ -22,6 +28,8 @@ def room(job: Job) -> int:
     """Bytes that checkpoints (at most two at a time) and export of this job take at the most."""
     count = sum(p.numel() for p in job.model.parameters())
     own = sum(p.numel() * p.element_size() for p in job.model.parameters())
+    if job.recipe.export.dtype != "auto":
+        own = max(own, count * getattr(torch, job.recipe.export.dtype).itemsize)
     need = own if job.wraps and not job.replaces else 2 * STATE_BYTES * count + own
     return need + (own if _writes_base(job) else 0)
 
@@ -59,6 +67,45 @@ def _save_base(job: Job) -> None:
 # ---- the tuned model
 
 
+def round_to(job: Job, tuned: Any) -> None:
+    """Let a tuned model, or its adapter, hold what the file of `export.dtype` will: what is measured is what is given.
+
+    An adapter computes in fp32 as before, with rounded numbers: so does peft with the file.
+
+    Raises:
+        TrainingError: a weight is too large for that type.
+    """
+    dtype = job.recipe.export.dtype
+    if dtype == "auto":
+        return
+    for p in _written(job, tuned):
+        wide = p.dtype if hasattr(tuned, "peft_config") else None
+        p.data = p.data.to(getattr(torch, dtype))
+        p.data = p.data.to(wide or p.dtype)
+    bad = not_finite(tuned)
+    if bad:
+        what = f"The weight {bad} of the tuned model is too large for export.dtype {dtype}."
+        raise TrainingError(what, "Start again with export.dtype: bfloat16 and another training.output_dir.")
+
+
+def _written(job: Job, tuned: Any) -> list[torch.nn.Parameter]:
+    """The parameters that an export holds: of an adapter what was trained."""
+    return list(job.session.params.values() if hasattr(tuned, "peft_config") else tuned.parameters())
+
+
+@contextmanager
+def _kept_as(job: Job, tuned: Any) -> Iterator[None]:
+    """While it is saved, an adapter has the type of its file."""
+    dtype = job.recipe.export.dtype
+    own = _written(job, tuned) if dtype != "auto" and hasattr(tuned, "peft_config") else []
+    wide = [p.dtype for p in own]
+    for p in own:
+        p.data = p.data.to(getattr(torch, dtype))
+    yield
+    for p, before in zip(own, wide, strict=True):
+        p.data = p.data.to(before)
+
+
 def save(job: Job, tuned: Any, soft: Any) -> None:
     """Write the tuned model, and its soft prompt if it has one.
 
@@ -68,7 +115,7 @@ def save(job: Job, tuned: Any, soft: Any) -> None:
     run = job.run
 
     def write() -> None:
-        with writing(f"The tuned model in {run.export}"):
+        with writing(f"The tuned model in {run.export}"), _kept_as(job, tuned):
             models.save_model(tuned, job.tokenizer, run.export, card=None)
             if soft is not None:
                 save_prompt(tuned, soft, run.path / "prompt", run.export)
@@ -110,7 +157,11 @@ def described(job: Job, tuned: Any) -> exported.Export:
 def loaded(run: Run) -> tuple[Any, Any]:
     """The tuned model of a run that got this far, and its soft prompt or None."""
     Checkpoint(run.path).clear()
-    tuned, _ = load(run.recipe, models.resolve(str(run.export)), merge_adapter=False)
+    source, recipe = models.resolve(str(run.export)), run.recipe
+    if recipe.export.dtype != "auto" and source.kind != "adapter":
+        as_written = recipe.model.model_copy(update={"dtype": recipe.export.dtype})
+        recipe = recipe.model_copy(update={"model": as_written})
+    tuned, _ = load(recipe, source, merge_adapter=False)
     soft = run.path / "prompt" / "adapter_model.safetensors"
     if not soft.is_file():
         return tuned, None

@@ -15,6 +15,8 @@ from holdfast import models
 from holdfast.data.own_metric import identity
 from holdfast.data.task import TaskData, read_task
 from holdfast.errors import PlanError
+from holdfast.hosts.course import check_course
+from holdfast.hosts.eight_bits import check_eight_bits
 from holdfast.hosts.plain import Training
 from holdfast.measure.probe import Ask
 from holdfast.measure.soft_prompt import check_export
@@ -27,9 +29,12 @@ from holdfast.runs.checks import (
     check_merge,
     check_metric,
     check_model,
+    check_search,
     check_settings,
     check_source,
 )
+from holdfast.runs.handover import check_fits
+from holdfast.runs.rate import ROWS, STEPS, Rate, auto
 from holdfast.runs.run import Run
 from holdfast.services import Context
 from holdfast.session import Session
@@ -39,7 +44,8 @@ from holdfast.sites.merging import sources_of
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe that can be worked on. `mix` draws its rows, `training` is its schedule, `session` its plan."""
+    """A recipe that can be worked on. `mix` draws its rows, `training` is its schedule, `session` its plan,
+    `rate` its learning rate with the reason."""
 
     run: Run
     source: models.ModelSource
@@ -48,6 +54,7 @@ class Job:
     task: TaskData
     session: Session
     training: Training
+    rate: Rate
     mix: Any
 
     @property
@@ -101,6 +108,7 @@ def checked(run: Run) -> Job:
         run.tell("load", 0.0, spec.model_name_or_path)
         source = models.resolve(spec.model_name_or_path, spec.model_revision)
         check_source(source)
+        check_fits(run.recipe, plan, source)
         tokenizer = models.load_tokenizer(source, spec.trust_remote_code)
         longest = models.context_length(source, spec.trust_remote_code)
         stops, tell = models.stop_tokens(source), lambda words: run.tell("load", 0.0, words)
@@ -113,8 +121,12 @@ def checked(run: Run) -> Job:
     session.ctx.total_steps = steps = _steps(run.recipe, session, mix)
     check_looks(run.recipe, task, session)
     check_budget(run.recipe, session)
+    check_search(run.recipe, task, session)
     epoch = math.ceil(mix.num_rows(1.0) / _size(run.recipe))
-    return Job(run, source, model, tokenizer, task, session, _training(run, model, steps, epoch), mix)
+    rate = _rate(run.recipe, session, steps, len(task.validation))
+    training = _training(run, model, steps, epoch, rate)
+    check_course(training)
+    return Job(run, source, model, tokenizer, task, session, training, rate, mix)
 
 
 def load(recipe: Recipe, source: models.ModelSource, *, merge_adapter: bool) -> tuple[Any, Any]:
@@ -136,6 +148,7 @@ def _plan(recipe: Recipe) -> Plan:
     plan = Plan(default_plan()) if recipe.plan is None else Plan.from_recipe(recipe.plan)
     plan.check_together()
     check_merge(recipe, plan)
+    check_eight_bits(recipe.training.optim, plan)
     if recipe.model.load_in_4bit:
         plan.check_host(_host(recipe))
         models.may_load_in_4bit()
@@ -184,22 +197,36 @@ def _size(recipe: Recipe) -> int:
     return recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
 
 
-def _training(run: Run, model: Any, steps: int, epoch: int) -> Training:
+def _rate(recipe: Recipe, session: Session, steps: int, rows: int) -> Rate:
+    """The peak learning rate, given or found; for a search the one it begins at, and what it will cost."""
+    given = recipe.training.learning_rate
+    if not isinstance(given, str):
+        return Rate(given, "the recipe says so")
+    found = auto(session.plan, session.model)
+    if given == "auto":
+        return found
+    cost = f"3 or 4 trials of {min(STEPS, steps)} steps before the {steps} of the run"
+    why = f"search: around this, by {cost}, each judged by {min(ROWS, rows)} validation rows"
+    return Rate(found.value, why)
+
+
+def _training(run: Run, model: Any, steps: int, epoch: int, rate: Rate) -> Training:
     t = run.recipe.training
     half = model.dtype if model.dtype in (torch.bfloat16, torch.float16) else None
     return Training(
         num_steps=steps,
         batch_size=t.per_device_train_batch_size,
         gradient_accumulation_steps=t.gradient_accumulation_steps,
-        learning_rate=t.learning_rate,
+        learning_rate=rate.value,
         lr_scheduler_type=t.lr_scheduler_type,
+        lr_scheduler_kwargs=t.lr_scheduler_kwargs,
         warmup_steps=t.warmup_steps,
         weight_decay=t.weight_decay,
         max_grad_norm=t.max_grad_norm,
         adam_beta1=t.adam_beta1,
         adam_beta2=t.adam_beta2,
         adam_epsilon=t.adam_epsilon,
-        fused=t.optim == "adamw_torch_fused",
+        optim=t.optim,
         seed=t.seed if t.data_seed is None else t.data_seed,  # of the order of rows (and of dropout)
         autocast=torch.bfloat16 if t.bf16 else half,
         save_steps=t.save_steps if t.save_strategy == "steps" else epoch,

@@ -40,10 +40,12 @@ class Trackers:
         names: of `training.report_to`; none: every call does nothing.
         folder: of the run.
         settings: the recipe's, in sections.
+        name: of the run; None: that of its folder.
     """
 
-    def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any]):
+    def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any], name: str | None = None):
         self.names, self.folder, self.settings = tuple(names), folder, settings
+        self.name = name or folder.absolute().name
         self._open: dict[str, Any] | None = None
         self._before: tuple[float, int] | None = None  # seconds and tokens at the line before
 
@@ -97,7 +99,7 @@ class Trackers:
         place.mkdir(parents=True, exist_ok=True)
         for key, value in at_home(place).items():
             os.environ.setdefault(key, value)
-        tracker = self._open[name] = _made(name, self.folder.absolute().name, place, step)
+        tracker = self._open[name] = _made(name, self.name, place, step)
         tracker.start()
         tracker.store_init_configuration(_flat(self.settings))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -20,6 +21,8 @@ from holdfast.runs import export, settle
 from holdfast.runs.checks import not_finite
 from holdfast.runs.job import Job
 from holdfast.runs.looking import watch_of
+from holdfast.runs.rate import Rate
+from holdfast.runs.rate_search import searched
 from holdfast.runs.tracking import Trackers
 from holdfast.sites import replace
 
@@ -35,7 +38,8 @@ def trained(job: Job) -> tuple[Any, Any]:
     """
     base_dtype, start = job.model.dtype, time.perf_counter()
     export.place_base(job)
-    log = _train(job)
+    log, rate = _train(job)
+    job = dataclasses.replace(job, rate=rate)
     tuned, soft, settled = _finished(job, base_dtype)
     job.run.timing["tune"] = log.seconds
     export.save(job, tuned, soft)
@@ -45,9 +49,10 @@ def trained(job: Job) -> tuple[Any, Any]:
     return tuned, soft
 
 
-def _train(job: Job) -> plain.Log:
+def _train(job: Job) -> tuple[plain.Log, Rate]:
     recipe, log = job.recipe, plain.Log()
-    trackers = Trackers(recipe.training.report_to if first() else (), job.run.path, recipe.model_dump())
+    told = recipe.training.report_to if first() else ()
+    trackers = Trackers(told, job.run.path, recipe.model_dump(), recipe.training.run_name)
 
     def looked(step: int, finding: dict[str, float], seconds: float) -> None:
         trackers.look(step, finding, seconds)
@@ -59,8 +64,11 @@ def _train(job: Job) -> plain.Log:
     try:
         job.training.watch = watch_of(job, looked)
         _prepare(job)
+        rate = searched(job) if recipe.training.learning_rate == "search" else job.rate
+        job.training.learning_rate = rate.value
         on_step, evaluate = _on_step(job, trackers, log), _evaluate(job)
-        return plain.train(job.session, job.mix, job.training, on_step=on_step, evaluate=evaluate, log=log)
+        done = plain.train(job.session, job.mix, job.training, on_step=on_step, evaluate=evaluate, log=log)
+        return done, rate
     finally:
         trackers.finish()
 
@@ -112,7 +120,7 @@ def _finished(job: Job, base_dtype: Any) -> tuple[Any, Any, dict[str, Any] | Non
 
     Nothing broken gets out.
     """
-    session = job.session
+    session, asked = job.session, job.recipe.export
     session.merge()
     session.finish()
     bad = not_finite(session.model)
@@ -122,10 +130,11 @@ def _finished(job: Job, base_dtype: Any) -> tuple[Any, Any, dict[str, Any] | Non
     change = settle.Change(job) if job.recipe.measure.budget else None
     tuned, soft = session.finished_model(base_dtype)
     settled = settle.settle(job, change, tuned, soft) if change else None
-    if job.recipe.export.merge and hasattr(tuned, "peft_config"):
+    if asked.merge and hasattr(tuned, "peft_config"):
         tuned = models.merged(tuned, f"The adapter of this run on {job.source.label}")
-    elif job.recipe.export.merge and job.replaces:
+    elif asked.merge and job.replaces:
         replace.merge(tuned, next(m for m in session.methods if "replace" in m.sites()))
+    export.round_to(job, tuned)
     return tuned, soft, settled
 
 
@@ -146,6 +155,7 @@ def _part(
     terms = {k for _, p in log.loss for k in p} - {"task"}
     return {
         "steps": len(log.loss),
+        "rate": job.rate.said(),
         "ended": log.ended or None,
         "looks": _looks(log),
         "best_step": chosen(log.looks) if job.training.keep_best else None,

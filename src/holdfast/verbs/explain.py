@@ -32,6 +32,7 @@ def command(recipe: Path, overrides: Sequence[str], rows: int) -> None:
     asking = [m.name for m in job.session.methods if "base_logits" in m.needs]
     if asking:
         console.print(f"The base's answers are computed once before training, for: {', '.join(asking)}.")
+    console.print(f"Learning rate: {job.rate.value:g} ({job.rate.why}).", markup=False, highlight=False)
     if job.note:
         console.print(f"Note: {job.note}.", markup=False, highlight=False)
     if rows:

@@ -87,7 +87,7 @@ def _text(train: str, beside: dict[str, str], found: Proposal, model: str) -> st
         *data,
         "training:",
         f"  output_dir: runs/{name}",
-        "  learning_rate: 1.5e-3  # right for LoRA on a 135M model; usual: 2e-4 above 1B, 2e-5 without LoRA",
+        "  learning_rate: auto  # from what trains and the width of the model; or a number",
         "  per_device_train_batch_size: 16",
         "  num_train_epochs: 1",
         "  # eval_steps: 50  # look at validation rows and a cheap probe of the abilities",

@@ -43,11 +43,19 @@ def _loaded(recipe: str | Path | Recipe, overrides: Sequence[str]) -> tuple[Reci
 
 
 def go(run: Run) -> None:
-    """The story of a run, from wherever its folder stands to its report."""
-    folder = run.folder
-    if folder.finished:
+    """The story of a run, from wherever its folder stands to its report, and what follows it."""
+    from holdfast.runs import handover
+
+    if run.folder.finished:
         run.tell("done", 1.0, f"This run is finished: {run.path}")
-        return
+    else:
+        _work(run)
+    handover.hand_over(run)
+
+
+def _work(run: Run) -> None:
+    """From the check of the recipe to the report."""
+    folder = run.folder
     folder.claim()
 
     from holdfast.runs import export, job, measuring, report, settle, training

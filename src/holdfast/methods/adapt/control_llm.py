@@ -51,6 +51,7 @@ class ControlLLM(Method):
     )
     does: ClassVar = "trains copies of some layers beside the frozen ones and mixes their states"
     wraps: ClassVar = True
+    copies: ClassVar = True
 
     def check(self, ctx: Context) -> None:
         for wrong, what in (
