@@ -208,7 +208,7 @@ class _Work:
     def _variant(self, cell: Cell) -> Recipe:
         """The recipe of a run."""
         recipe = self.recipe
-        rate = recipe.training.learning_rate
+        rate = "auto" if recipe.training.learning_rate == "search" else recipe.training.learning_rate  # the grid does
         if cell.factor != 1:
             rate = self.rates[cell.plan] * cell.factor
         changed = {
