@@ -240,7 +240,8 @@ def _scored(name: str, s: C.Data) -> str:
     further = "".join(f" {n}: {rate[n]:.0f} items/s." for n in rate if n.startswith("ours,"))
     return (
         f"Scoring, {name}: {rate['ours']:.0f} items/s, lm-evaluation-harness {rate['harness']:.0f} (batch size "
-        f"{s['harness_batch_size']}), **{s['ratio']:.1f}** times; {s['equal']} of {s['items']} greedy flags equal.{further}"
+        f"{s['harness_batch_size']}), **{s['ratio']:.1f}** times; {s['equal']} of {s['items']} greedy flags equal."
+        f"{further}"
     )
 
 

@@ -10,8 +10,9 @@ operators, distinct shapes of attention, and synchronisations, which on a CPU ar
 (`WAITS`). Ours is counted in the ways its attention may take: `blocks` is the CPU's, `varlen` and `fixed` are those
 of CUDA, `varlen` with a stand-in for the kernel, one operator as well.
 
-And in scoring the in-context suite, by the ways of the scorer: forwards, shapes of attention, cells that go through the
-model for each token that must, and synchronisations (reads of answers too) before the last forward. `lines` is CUDA's.
+And in scoring the in-context suite, by the ways of the scorer: forwards, shapes of attention, cells that go through
+the model for each token that must, and synchronisations (reads of answers too) before the last forward. `lines` is
+CUDA's way.
 
 Random weights and the shipped texts: no download. Counts are medians over all steps but the first two and the last,
 after which losses are read.
@@ -277,7 +278,7 @@ def table(path: Path) -> list[str]:
             lines.append(f"| {kind}: {name} | " + " | ".join(f"{c:,.0f}" for c in cells) + " |")
     lines += [
         "",
-        "| scoring | forwards | shapes of attention | cells a token | synchronisations | operators that are not views |",
+        "| scoring | forwards | shapes of attention | cells a token | synchronisations | operators not views |",
         "|---|---|---|---|---|---|",
     ]
     for name, found in d.get("scoring", {}).items():

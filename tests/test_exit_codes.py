@@ -324,11 +324,12 @@ def test_a_mistake_of_one_process_alone_waits_for_the_first(monkeypatch, capsys)
 def test_batch_tokens_reach_the_scorer_and_the_cache_keeps_them_apart(ended, world, monkeypatch):
     from holdfast.measure.scorer import Scorer
 
-    seen, plain = [], Scorer.__init__
+    seen, alone, plain = [], [], Scorer.__init__
 
     def spy(self, *args, **options):
         if "progress" in options:  # not the small tree on which a model is tried
             seen.append(options["batch_tokens"])
+            alone.append(options["invariant"])
         plain(self, *args, **options)
 
     monkeypatch.setattr(Scorer, "__init__", spy)
@@ -336,12 +337,16 @@ def test_batch_tokens_reach_the_scorer_and_the_cache_keeps_them_apart(ended, wor
     for more in (["--batch-tokens", 64], ["--batch-tokens", 64], []):
         assert ended(*words, *more)[0] == 0
     assert seen == [64, 2048]  # the second is read from the cache, the third is not
+    for more in (["--batch-tokens", 64], ["--batch-tokens", 32], []):
+        assert ended(*words, "--invariant", *more)[0] == 0
+    assert alone == [False, False, True]  # of all batch_tokens one is as good as the other
 
 
 def test_generation_takes_smaller_batches_too():
     from holdfast.measure.generate import BATCH, batch_for
 
     assert [batch_for(n) for n in (1, 64, 1024, 2048, 1 << 20)] == [1, 1, BATCH // 2, BATCH, BATCH]
+    assert {batch_for(n, invariant=True) for n in (1, 2048, 1 << 20)} == {1}
 
 
 def test_a_recipe_that_crashes_leaves_its_folder_to_the_next_try(ended, world, tmp_path, monkeypatch):

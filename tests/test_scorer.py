@@ -1,5 +1,6 @@
 """The one scorer against plain forwards of single requests."""
 
+import copy
 import random
 
 import pytest
@@ -9,7 +10,7 @@ from holdfast.engine.lines import choose, cut, heights, lay
 from holdfast.engine.threads import may_share, side_by_side
 from holdfast.engine.tree import TILE, grow, parts, slices, tiles
 from holdfast.errors import HoldfastError
-from holdfast.measure.scorer import Scorer, supports_lines, supports_tree
+from holdfast.measure.scorer import BLOCK, Scorer, supports_lines, supports_tree
 
 
 def plain(model, encoded, prompt=None):
@@ -115,6 +116,48 @@ def test_unique_tokens_by_hand(tiny_model, tokenizer, lines):
     scorer = Scorer(tiny_model(), tokenizer, _lines=lines)
     scorer.score_tokens([([5, 6, 7, 20], 3), ([5, 6, 8, 9, 20], 3), ([5, 6, 7, 21], 3), ([10, 20], 1)])
     assert scorer.num_unique_tokens == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("windows", [False, True])
+def test_invariant_scores_are_the_same_bits_whatever_else_is_scored(tiny_model, tokenizer, encoded, dtype, windows):
+    model = copy.deepcopy(families(tiny_model) if windows else tiny_model(tied=False)).to(dtype)
+    draw = random.Random(5)
+    asked = [*encoded, *(([*ids[:start], *encoded[0][0], *ids[start:]], start + len(encoded[0][0]))
+                         for ids, start in encoded[:6])]  # fmt: skip
+
+    def scores(some, batch_tokens, **more):
+        return Scorer(model, tokenizer, batch_tokens=batch_tokens, **more).score_tokens([asked[n] for n in some])
+
+    everyone = range(len(asked))
+    expected = scores(everyone, 2048, invariant=True)
+    assert [scores([n], 1, invariant=True)[0] for n in everyone] == expected
+    for size in (3, 10, len(asked)):
+        some = draw.sample(everyone, size)
+        assert scores(some, draw.choice([5, 64, 512]), invariant=True) == [expected[n] for n in some]
+    assert scores(everyone, 20) != scores(everyone, 2048)  # so there is something to see
+    if dtype is torch.float32:
+        assert_same(expected, plain(model, asked))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_invariant_scores_of_long_contexts_share_their_blocks(tiny_model, tokenizer, soft, monkeypatch):
+    model, draw = tiny_model(tied=False), random.Random(2)
+    shot = [draw.randrange(5, 300) for _ in range(3 * BLOCK + 5)]
+    asked = [([*shot, n, 7, 8], len(shot) + 1) for n in range(20, 30)]
+    prompt = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)) if soft else None
+    lengths, forward = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: lengths.append(_length(k)) or forward(*a, **k))
+    supports_tree(model)
+    lengths.clear()
+    scores = Scorer(model, tokenizer, soft_prompt=prompt, invariant=True).score_tokens(asked)
+    monkeypatch.undo()
+    assert_same(scores, plain(model, asked, prompt))
+    assert lengths == ([4 + len(shot) + 2] * 10 if soft else [BLOCK] * 3 + [7] * 10)
+
+
+def _length(inputs):
+    return (inputs["inputs_embeds"] if "inputs_embeds" in inputs else inputs["input_ids"]).shape[1]
 
 
 def trees():

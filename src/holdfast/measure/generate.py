@@ -22,9 +22,12 @@ GREEDY = {  # whatever the model's generation config says
 }
 
 
-def batch_for(batch_tokens: int) -> int:
-    """Prompts in a batch of generation: fewer where the user asks for smaller forwards than the default."""
-    return min(BATCH, max(1, BATCH * batch_tokens // BATCH_TOKENS))
+def batch_for(batch_tokens: int, invariant: bool = False) -> int:
+    """Prompts in a batch of generation: fewer where the user asks for smaller forwards than the default.
+
+    invariant: each prompt alone, as greedy text depends on the last bits of a batch.
+    """
+    return 1 if invariant else min(BATCH, max(1, BATCH * batch_tokens // BATCH_TOKENS))
 
 
 def generate(

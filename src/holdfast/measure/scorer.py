@@ -9,6 +9,8 @@ alone. Which way the tree goes through the model is chosen in `Scorer._walk`:
              slices still see (`engine.tree`). A CPU computes several parts of the tree at once, each with its share
              of the threads: two forwards of one thread take less time than two of two threads in turn
     padded   models whose attention cannot be told what it may see: request by request, in batches
+    alone    where bits must not depend on what else is scored: every forward is one request's own, in its context in
+             blocks of one length that are computed once, so its shapes and numbers are too
 
 Truncation and the greedy flag follow lm-evaluation-harness 0.4.13 (`HFLM.loglikelihood`); so do the tokens of
 `score`, which takes text. Our own suites and tasks give tokens (`holdfast.data.encoder`).
@@ -42,6 +44,7 @@ Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # of some scored tokens: requ
 SCORED = 512  # tokens with logits in one forward: each costs a vocabulary of numbers
 AGAIN = 32  # tokens that a part may repeat
 AT_ONCE = 4  # parts at once: each needs memory for a forward
+BLOCK = 32  # tokens of a context's blocks, where each request is alone
 ROOM = 4  # a forward of lines has as many times batch_tokens: a GPU is not full before
 LOGITS = 1 << 20  # logits widened to fp32 at a time on a CPU: they stay in its cache
 
@@ -64,6 +67,7 @@ class Scorer:
         batch_tokens: new tokens per forward.
         soft_prompt: (p, D) embeddings put before everything (ProMoT's task prompt), or None.
         progress: called with the share done, 0 to 1.
+        invariant: a score has the same bits whatever `batch_tokens` is and whatever else is scored.
         _lines: whether to go in lines, for tests and counts; None: on CUDA.
 
     Raises:
@@ -78,10 +82,11 @@ class Scorer:
         batch_tokens: int = BATCH_TOKENS,
         soft_prompt: torch.Tensor | None = None,
         progress: Callable[[float], None] | None = None,
+        invariant: bool = False,
         _lines: bool | None = None,
     ):
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
-        self.soft_prompt, self.progress = soft_prompt, progress
+        self.soft_prompt, self.progress, self.invariant = soft_prompt, progress, invariant
         self.device = next(model.parameters()).device
         self._in_lines = self.device.type == "cuda" if _lines is None else _lines
         self._cache = cache_name(model)
@@ -168,12 +173,19 @@ class Scorer:
         return [Score(float(total[n]), bool(greedy[n]), len(ids) - start) for n, (ids, start) in enumerate(encoded)]
 
     def _walk(self, encoded: Sequence[tuple[list[int], int]]) -> Iterator[Found]:
-        ways = {"lines": self._walk_lines, "tree": self._walk_tree, "padded": self._walk_padded}
+        ways = {
+            "lines": self._walk_lines,
+            "tree": self._walk_tree,
+            "padded": self._walk_padded,
+            "alone": self._walk_alone,
+        }
         return ways[self._way(encoded)](encoded)
 
     def _way(self, encoded: Sequence[tuple[list[int], int]]) -> str:
         """One tree where that is right and no sequence would move the positions of the others."""
         longest = max(len(ids) - 1 for ids, _ in encoded) + self._held
+        if self.invariant:
+            return "alone"
         if longest <= trial.together(self.model):
             if self._in_lines and longest <= WIDTHS[-1] and supports_lines(self.model):
                 return "lines"
@@ -183,7 +195,9 @@ class Scorer:
 
     def count(self, encoded: Sequence[tuple[list[int], int]]) -> int:
         """What `num_unique_tokens` is when one process scores all of these."""
-        return sum(len(ids) - 1 for ids, _ in encoded) if self._way(encoded) == "padded" else len(grow(encoded)) - 1
+        if self._way(encoded) in ("lines", "tree"):
+            return len(grow(encoded)) - 1
+        return sum(len(ids) - 1 for ids, _ in encoded)
 
     @property
     def _held(self) -> int:
@@ -311,6 +325,51 @@ class Scorer:
                 yield np.full(len(target), n), *_read(mine, np.arange(len(target)), target)
             if self.progress:
                 self.progress(at / len(encoded))
+
+    def _walk_alone(self, encoded: Sequence[tuple[list[int], int]]) -> Iterator[Found]:
+        """Request by request, each forward of a length and behind a context that the request alone decides."""
+        self.num_unique_tokens = self.count(encoded)
+        cache, kept = None, list[int]()  # the blocks whose keys and values are in the cache
+        for done, n in enumerate(sorted(range(len(encoded)), key=lambda n: encoded[n][0]), start=1):
+            ids, start = encoded[n]
+            blocks = (start - 1) // BLOCK * BLOCK if self._takes_blocks(len(ids) - 1) else 0
+            if blocks:
+                cache, kept = self._blocks(ids[:blocks], cache, kept), ids[:blocks]
+                logits = self._below(blocks, ids[blocks:-1], cache, len(ids) - start)
+            else:
+                logits = self._logits(torch.tensor([ids[:-1]], device=self.device))[0, start - 1 :]
+            target = np.array(ids[start:])
+            yield np.full(len(target), n), *_read(logits, np.arange(len(target)), target)
+            if self.progress:
+                self.progress(done / len(encoded))
+
+    def _takes_blocks(self, length: int) -> bool:
+        """Whether a request's context may be read before the rest of it."""
+        return self.soft_prompt is None and length <= trial.together(self.model) and supports_tree(self.model)
+
+    def _blocks(self, ids: list[int], cache: Any, kept: list[int]) -> Any:
+        """A cache of `ids`; the one at hand begins with `kept`."""
+        same = next(
+            (at for at in range(0, len(ids), BLOCK) if kept[at : at + BLOCK] != ids[at : at + BLOCK]), len(ids)
+        )
+        if same:
+            _keep(cache, [*range(same)], self.device)
+        else:
+            cache = DynamicCache(config=self.model.config)
+        for at in range(same, len(ids), BLOCK):
+            self._below(at, ids[at : at + BLOCK], cache, 1)
+        return cache
+
+    def _below(self, at: int, ids: list[int], cache: Any, keep: int) -> torch.Tensor:
+        """(keep, V) last logits of `ids`, which stand behind the `at` tokens of the cache and are put there."""
+        to = {"device": self.device}
+        return self.model(
+            input_ids=torch.tensor([ids], **to),
+            position_ids=torch.arange(at, at + len(ids), **to)[None],
+            **{self._cache: cache},
+            use_cache=True,
+            logits_to_keep=keep,
+        ).logits[0]
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Sequences that go side by side, the longest first: of equal length or alone where padding is not right."""
