@@ -1,6 +1,7 @@
 """What a command exits with: 1 is "lost" and nothing else; a fault of ours is 70, its traceback in a file."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -340,6 +341,16 @@ def test_batch_tokens_reach_the_scorer_and_the_cache_keeps_them_apart(ended, wor
     for more in (["--batch-tokens", 64], ["--batch-tokens", 32], []):
         assert ended(*words, "--invariant", *more)[0] == 0
     assert alone == [False, False, True]  # of all batch_tokens one is as good as the other
+
+
+def test_an_invariant_run_measures_the_same_bits_whatever_batch_tokens_is(ended, world, tmp_path):
+    found, training = [], {"max_steps": 1, "save_steps": 1}
+    for n in (2048, 24):
+        out = tmp_path / str(n)
+        data = recipe_data(world, out, training=training, measure={"invariant": True, "batch_tokens": n})
+        assert ended("tune", write_recipe(tmp_path / f"{n}.yaml", data))[0] in (0, 1, 3)
+        found.append(json.loads((out / "after.json").read_text()))  # of the tuned model: the cache has none of it
+    assert found[0] == found[1] and found[0]["abilities"][0]["invariant"]
 
 
 def test_generation_takes_smaller_batches_too():

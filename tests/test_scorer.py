@@ -10,7 +10,7 @@ from holdfast.engine.lines import choose, cut, heights, lay
 from holdfast.engine.threads import may_share, side_by_side
 from holdfast.engine.tree import TILE, grow, parts, slices, tiles
 from holdfast.errors import HoldfastError
-from holdfast.measure.scorer import BLOCK, Scorer, supports_lines, supports_tree
+from holdfast.measure.scorer import Scorer, supports_lines, supports_tree
 
 
 def plain(model, encoded, prompt=None):
@@ -138,26 +138,6 @@ def test_invariant_scores_are_the_same_bits_whatever_else_is_scored(tiny_model, 
     assert scores(everyone, 20) != scores(everyone, 2048)  # so there is something to see
     if dtype is torch.float32:
         assert_same(expected, plain(model, asked))
-
-
-@pytest.mark.parametrize("soft", [False, True])
-def test_invariant_scores_of_long_contexts_share_their_blocks(tiny_model, tokenizer, soft, monkeypatch):
-    model, draw = tiny_model(tied=False), random.Random(2)
-    shot = [draw.randrange(5, 300) for _ in range(3 * BLOCK + 5)]
-    asked = [([*shot, n, 7, 8], len(shot) + 1) for n in range(20, 30)]
-    prompt = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)) if soft else None
-    lengths, forward = [], model.forward
-    monkeypatch.setattr(model, "forward", lambda *a, **k: lengths.append(_length(k)) or forward(*a, **k))
-    supports_tree(model)
-    lengths.clear()
-    scores = Scorer(model, tokenizer, soft_prompt=prompt, invariant=True).score_tokens(asked)
-    monkeypatch.undo()
-    assert_same(scores, plain(model, asked, prompt))
-    assert lengths == ([4 + len(shot) + 2] * 10 if soft else [BLOCK] * 3 + [7] * 10)
-
-
-def _length(inputs):
-    return (inputs["inputs_embeds"] if "inputs_embeds" in inputs else inputs["input_ids"]).shape[1]
 
 
 def trees():
@@ -401,6 +381,8 @@ def test_soft_prompt_stands_before_everything(tiny_model, tokenizer, encoded, wi
     soft = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     scorer = Scorer(model, tokenizer, soft_prompt=soft, batch_tokens=50, _lines=lines)
     assert_same(scorer.score_tokens(encoded), plain(model, encoded, soft))
+    assert_same(Scorer(model, tokenizer, soft_prompt=soft, invariant=True).score_tokens(encoded[:4]),
+                plain(model, encoded[:4], soft))  # fmt: skip
     assert scorer.max_length == model.config.max_position_embeddings - 4
     bare = Scorer(model, tokenizer).score_tokens(encoded)
     pairs = zip(bare, scorer.score_tokens(encoded), strict=True)

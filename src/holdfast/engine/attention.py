@@ -245,7 +245,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     settings: dict[str, Any] = {"dropout_p": wants.dropout, "is_causal": mask is None, "scale": wants.scale}
     settings["enable_gqa"] = q.shape[1] != k.shape[1]
     if not _short(q, q.shape[2]):
-        with no_plans(q):
+        with no_plans(q.device):
             return F.scaled_dot_product_attention(q, k, v, mask, **settings)
     with torch.autocast("cpu", enabled=False):
         mask = None if mask is None else mask.float()
@@ -261,9 +261,9 @@ def _short(q: torch.Tensor, width: int) -> bool:
     return q.device.type == "cpu" and width < 512 and q.requires_grad
 
 
-def no_plans(q: torch.Tensor) -> Any:
+def no_plans(device: torch.device) -> Any:
     """cuDNN would plan its kernel anew for every shape it has not seen, for about a second."""
-    if q.device.type != "cuda":
+    if device.type != "cuda":
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

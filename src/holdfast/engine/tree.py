@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from holdfast.engine.attention import no_plans, only_plain, register
+from holdfast.engine.attention import only_plain, register
 
 TREE_ATTENTION = "holdfast_tree"
 TILE = 64  # queries of a tile: fewer see fewer keys in vain, more make larger matrix products
@@ -176,8 +176,7 @@ def tree_attention(
         if q.device.type != "cpu" and k.shape[1] != q.shape[1]:  # with a mask only the CPU's fused kernel shares heads
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         gqa = k.shape[1] != q.shape[1]
-        with no_plans(q):
-            got = F.scaled_dot_product_attention(q, k, v, attn_mask=tile.mask, scale=scaling, enable_gqa=gqa)
+        got = F.scaled_dot_product_attention(q, k, v, attn_mask=tile.mask, scale=scaling, enable_gqa=gqa)
         outs.append(got.transpose(1, 2).flatten(0, 1))
     return torch.cat(outs)[None], None
 

@@ -9,8 +9,7 @@ alone. Which way the tree goes through the model is chosen in `Scorer._walk`:
              slices still see (`engine.tree`). A CPU computes several parts of the tree at once, each with its share
              of the threads: two forwards of one thread take less time than two of two threads in turn
     padded   models whose attention cannot be told what it may see: request by request, in batches
-    alone    where bits must not depend on what else is scored: every forward is one request's own, in its context in
-             blocks of one length that are computed once, so its shapes and numbers are too
+    alone    where bits must not depend on what else is scored: a forward has one request, so its shapes are its own
 
 Truncation and the greedy flag follow lm-evaluation-harness 0.4.13 (`HFLM.loglikelihood`); so do the tokens of
 `score`, which takes text. Our own suites and tasks give tokens (`holdfast.data.encoder`).
@@ -31,6 +30,7 @@ from transformers import DynamicCache
 
 from holdfast.data.encoder import Encoder, Split, stops_of
 from holdfast.engine import BATCH_TOKENS, trial
+from holdfast.engine.attention import no_plans
 from holdfast.engine.forward import attention, can_pack
 from holdfast.engine.head import comes_apart, head_of, left_out
 from holdfast.engine.lines import LINES_ATTENTION, WIDTHS, Lines, lay
@@ -44,7 +44,6 @@ Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # of some scored tokens: requ
 SCORED = 512  # tokens with logits in one forward: each costs a vocabulary of numbers
 AGAIN = 32  # tokens that a part may repeat
 AT_ONCE = 4  # parts at once: each needs memory for a forward
-BLOCK = 32  # tokens of a context's blocks, where each request is alone
 ROOM = 4  # a forward of lines has as many times batch_tokens: a GPU is not full before
 LOGITS = 1 << 20  # logits widened to fp32 at a time on a CPU: they stay in its cache
 
@@ -165,9 +164,10 @@ class Scorer:
         was_training = self.model.training
         self.model.eval()
         try:
-            for request, logprob, hit in self._walk(encoded):
-                np.add.at(total, request, logprob)
-                np.logical_and.at(greedy, request, hit)
+            with no_plans(self.device):  # all ways but that of lines bring new shapes all the time
+                for request, logprob, hit in self._walk(encoded):
+                    np.add.at(total, request, logprob)
+                    np.logical_and.at(greedy, request, hit)
         finally:
             self.model.train(was_training)
         return [Score(float(total[n]), bool(greedy[n]), len(ids) - start) for n, (ids, start) in enumerate(encoded)]
@@ -327,49 +327,14 @@ class Scorer:
                 self.progress(at / len(encoded))
 
     def _walk_alone(self, encoded: Sequence[tuple[list[int], int]]) -> Iterator[Found]:
-        """Request by request, each forward of a length and behind a context that the request alone decides."""
+        """One forward a request, of its own length and with the threads that there are."""
         self.num_unique_tokens = self.count(encoded)
-        cache, kept = None, list[int]()  # the blocks whose keys and values are in the cache
-        for done, n in enumerate(sorted(range(len(encoded)), key=lambda n: encoded[n][0]), start=1):
-            ids, start = encoded[n]
-            blocks = (start - 1) // BLOCK * BLOCK if self._takes_blocks(len(ids) - 1) else 0
-            if blocks:
-                cache, kept = self._blocks(ids[:blocks], cache, kept), ids[:blocks]
-                logits = self._below(blocks, ids[blocks:-1], cache, len(ids) - start)
-            else:
-                logits = self._logits(torch.tensor([ids[:-1]], device=self.device))[0, start - 1 :]
+        for n, (ids, start) in enumerate(encoded):
+            logits = self._logits(torch.tensor([ids[:-1]], device=self.device))[0, start - 1 :]
             target = np.array(ids[start:])
             yield np.full(len(target), n), *_read(logits, np.arange(len(target)), target)
             if self.progress:
-                self.progress(done / len(encoded))
-
-    def _takes_blocks(self, length: int) -> bool:
-        """Whether a request's context may be read before the rest of it."""
-        return self.soft_prompt is None and length <= trial.together(self.model) and supports_tree(self.model)
-
-    def _blocks(self, ids: list[int], cache: Any, kept: list[int]) -> Any:
-        """A cache of `ids`; the one at hand begins with `kept`."""
-        same = next(
-            (at for at in range(0, len(ids), BLOCK) if kept[at : at + BLOCK] != ids[at : at + BLOCK]), len(ids)
-        )
-        if same:
-            _keep(cache, [*range(same)], self.device)
-        else:
-            cache = DynamicCache(config=self.model.config)
-        for at in range(same, len(ids), BLOCK):
-            self._below(at, ids[at : at + BLOCK], cache, 1)
-        return cache
-
-    def _below(self, at: int, ids: list[int], cache: Any, keep: int) -> torch.Tensor:
-        """(keep, V) last logits of `ids`, which stand behind the `at` tokens of the cache and are put there."""
-        to = {"device": self.device}
-        return self.model(
-            input_ids=torch.tensor([ids], **to),
-            position_ids=torch.arange(at, at + len(ids), **to)[None],
-            **{self._cache: cache},
-            use_cache=True,
-            logits_to_keep=keep,
-        ).logits[0]
+                self.progress((n + 1) / len(encoded))
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Sequences that go side by side, the longest first: of equal length or alone where padding is not right."""
