@@ -357,6 +357,26 @@ def test_sliding_windows_go_in_lines(tiny_model, tokenizer, encoded, batch_token
     assert scorer.num_unique_tokens == len(grow(encoded)) - 1
 
 
+@pytest.mark.parametrize("plain_head", [True, False])
+def test_logits_of_lines_come_in_pieces(tiny_model, tokenizer, encoded, monkeypatch, plain_head):
+    monkeypatch.setattr("holdfast.measure.scorer.SCORED", 7)
+    monkeypatch.setattr("holdfast.measure.scorer.comes_apart", lambda _: plain_head)
+    model, sizes = tiny_model(tied=False), []
+    expected = plain(model, encoded)
+    assert supports_lines(model)  # tried before anybody counts
+    head = model.get_output_embeddings()
+
+    def note(_module, _args, out):
+        if out.shape[-1] == head.out_features:  # not the states that a head which is left out hands on
+            sizes.append(out.shape[-2])
+
+    handle = head.register_forward_hook(note)
+    scores = Scorer(model, tokenizer, _lines=True).score_tokens(encoded)
+    handle.remove()
+    assert_same(scores, expected)
+    assert (max(sizes) == 7 and len(sizes) > 5) if plain_head else len(sizes) == 1
+
+
 def test_what_no_line_holds_goes_through_the_tree(tiny_model, tokenizer, encoded, monkeypatch):
     monkeypatch.setattr("holdfast.measure.scorer.WIDTHS", (256, 32))
     model, asked = tiny_model(tied=False), []

@@ -286,7 +286,8 @@ class Scorer:
         inputs: dict[str, Any] = {"input_ids": lines.ids}
         if self.soft_prompt is not None:
             inputs = {"inputs_embeds": self._behind(lines, self.soft_prompt.to(self._dtype))}
-        apart, head = comes_apart(self.model), head_of(self.model)
+        head = head_of(self.model)
+        apart = comes_apart(self.model) and not trial.is_cut(self.model)  # its weights are whole within a forward only
         with left_out(head) if apart else nullcontext():
             out = self.model(
                 **inputs,
