@@ -276,11 +276,12 @@ def table(path: Path) -> list[str]:
         for name, found in d[kind].items():
             cells = (found["operators"], found["dispatched"], found["attention_shapes"], found["waits"])
             lines.append(f"| {kind}: {name} | " + " | ".join(f"{c:,.0f}" for c in cells) + " |")
-    lines += [
-        "",
-        "| scoring | forwards | shapes of attention | cells a token | synchronisations | operators not views |",
-        "|---|---|---|---|---|---|",
-    ]
+    if "scoring" in d:
+        lines += [
+            "",
+            "| scoring | forwards | shapes of attention | cells a token | synchronisations | operators not views |",
+            "|---|---|---|---|---|---|",
+        ]
     for name, found in d.get("scoring", {}).items():
         cells = (found["forwards"], found["attention_shapes"], f"{found['cells_per_token']:.2f}", found["waits"])
         lines.append(f"| {name} | " + " | ".join(map(str, cells)) + f" | {found['operators']:,} |")
