@@ -146,7 +146,9 @@ def trees():
     chain = [(list(range(200)), 1)]
     comb = [([*list(range(n)), 999], 1) for n in range(1, 60)]
     forked = [(list(range(100)) + [500 + n] * 30, 100) for n in range(3)]
-    return [bushy, chain, comb, forked, [([1, 2], 1)]]
+    shots = [([*([shot] * 50), *([query] * 5), 300 + label, 7], 55) for shot in range(4) for query in range(9)
+             for label in range(3)]  # fmt: skip
+    return [bushy, chain, comb, forked, shots, [([1, 2], 1)]]
 
 
 @pytest.mark.parametrize("most", [1, 7, TILE + 3, 10_000])
@@ -240,6 +242,7 @@ def test_forwards_of_lines_have_few_shapes():
     tree = grow([([*list(range(300)), 1000 + n, 7], 300) for n in range(900)])  # lines of 512 repeat 300 tokens each
     width, runs = choose(tree, 8192)
     assert width == 1024 and len(runs) == 2
+    assert choose(tree, 600)[0] == choose(tree, 1)[0] == 512  # what does not fit less than 301 must have
     shapes = {lines.end.shape for lines in lay(tree, 8192, "cpu")}
     assert shapes == {(2, 1024)}
 
@@ -355,6 +358,27 @@ def test_sliding_windows_go_in_lines(tiny_model, tokenizer, encoded, batch_token
     scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, _lines=True)
     assert_same(scorer.score_tokens(encoded), plain(model, encoded))
     assert scorer.num_unique_tokens == len(grow(encoded)) - 1
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("batch_tokens", [64, 128, 1024])
+def test_several_lines_and_forwards(tiny_model, tokenizer, batch_tokens, windows, soft, monkeypatch):
+    """Demonstrations, questions and labels; the demonstrations are repeated in each line."""
+    monkeypatch.setattr("holdfast.engine.lines.WIDTHS", (256,))
+    draw = random.Random(4)
+    word = lambda n: [draw.randrange(5, 300) for _ in range(n)]  # noqa: E731
+    asked = []
+    for shot in (word(90), word(60)):
+        for _ in range(12):
+            query = shot + word(draw.randint(6, 14))
+            asked += [(query + word(n), len(query)) for n in (1, 2, 4)]
+    model = families(tiny_model) if windows else tiny_model(tied=False)
+    prompt = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)) if soft else None
+    tall = [lines.end.shape[0] for lines in lay(grow(asked), 4 * batch_tokens, "cpu")]
+    assert tall == {64: [1, 1, 1], 128: [2, 1], 1024: [4]}[batch_tokens]
+    scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, soft_prompt=prompt, _lines=True)
+    assert_same(scorer.score_tokens(asked), plain(model, asked, prompt))
 
 
 @pytest.mark.parametrize("plain_head", [True, False])

@@ -69,8 +69,12 @@ def cut(tree: Tree, width: int) -> list[range]:
 
 
 def choose(tree: Tree, cells: int) -> tuple[int, list[range]]:
-    """(width, runs) of the least cost: narrow lines repeat more ancestors, wide ones have more attention."""
-    tries = [(width, cut(tree, width)) for width in WIDTHS if width > max(tree.depth)]
+    """(width, runs) of the least cost: narrow lines repeat more ancestors, wide ones have more attention.
+
+    A line has no more than `cells` cells, if that is possible.
+    """
+    fit = [width for width in WIDTHS if width > max(tree.depth)]
+    tries = [(width, cut(tree, width)) for width in fit if width <= max(cells, fit[0])]
     return min(tries, key=lambda t: sum(heights(len(t[1]), t[0], cells)) * t[0] * (1 + t[0] / COSTLY))
 
 
