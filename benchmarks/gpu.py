@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py              # writes benchmarks/results/gpu.json
     python benchmarks/gpu.py --dry-run    # the same on a CPU with tiny models: seconds
-    python benchmarks/gpu.py --minutes 9 --try cudnn-on,varlen,fixed,pageable   # what matters, suspects one by one
+    python benchmarks/gpu.py --minutes 9 --try cudnn-on,varlen,fixed,tree   # what matters, suspects one by one
 
 Random weights in real shapes: Llama 3.2 1B and SmolLM2-135M; a byte-level tokenizer trained on the shipped texts. For
 each: LoRA and full tuning by the loop of `holdfast tune` against TRL's SFTTrainer (its defaults; no checkpointing; and
@@ -101,8 +101,11 @@ def figures(blocks: dict[str, list[C.Block]]) -> C.Data:
     }
 
 
-def scoring(model: Any, tokenizer: Any, plan: Plan) -> C.Data | None:
-    """Identical items by both scorers, in turn; None where lm-evaluation-harness is not installed."""
+def scoring(model: Any, tokenizer: Any, plan: Plan, tree: bool = False) -> C.Data | None:
+    """Identical items by both scorers, in turn; None where lm-evaluation-harness is not installed.
+
+    tree: ours once more in the CPU's way.
+    """
     if not importlib.util.find_spec("lm_eval"):
         return None
     from lm_eval.api.instance import Instance
@@ -120,13 +123,19 @@ def scoring(model: Any, tokenizer: Any, plan: Plan) -> C.Data | None:
 
     tries = {n: timed(lambda n=n: theirs(n, asked[: 4 * n]))[0] / len(asked[: 4 * n]) for n in plan.batches}
     best = min(tries, key=lambda n: tries[n])
-    took: dict[str, list[float]] = {"ours": [], "harness": []}
-    own, other = [], []
+    sides: dict[str, Callable[[], list[Any]]] = {
+        "ours": lambda: Scorer(model, tokenizer, _lines=True).score(pairs),  # what CUDA takes by itself
+        "harness": lambda: theirs(best, asked),
+        "ours, tokens alone": lambda: Scorer(model, tokenizer).encode_all(pairs),
+        **({"ours, tree": lambda: Scorer(model, tokenizer, _lines=False).score(pairs)} if tree else {}),
+    }
+    took: dict[str, list[float]] = {n: [] for n in sides}
+    found: dict[str, list[Any]] = {}
     for _ in range(plan.cycles):
-        seconds, own = timed(lambda: Scorer(model, tokenizer).score(pairs))
-        took["ours"].append(seconds)
-        seconds, other = timed(lambda: theirs(best, asked))
-        took["harness"].append(seconds)
+        for name, side in sides.items():
+            seconds, found[name] = timed(side)
+            took[name].append(seconds)
+    own, other = found["ours"], found["harness"]
     middle = {n: statistics.median(s) for n, s in took.items()}
     return {
         "items": len(pairs),
@@ -146,10 +155,10 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, out
 
 
-def measure(plan: Plan, minutes: float, keep: Callable[[C.Data], None]) -> C.Data:
+def measure(plan: Plan, minutes: float, keep: Callable[[C.Data], None], tree: bool = False) -> C.Data:
     """Small steps first, then large ones, then scoring; `keep` gets all there is after each.
 
-    minutes: nothing is begun after them; what was left out is named.
+    minutes: nothing is begun after them; what was left out is named. tree: score in the CPU's way too.
     """
     tokenizer, start = C.build_tokenizer(plan.vocab), time.perf_counter()
     models: dict[str, C.Data] = {}
@@ -164,7 +173,7 @@ def measure(plan: Plan, minutes: float, keep: Callable[[C.Data], None]) -> C.Dat
         entry = models.setdefault(name, _entry(name, model))
         if kind == "scoring":
             with torch.inference_mode():
-                entry["scoring"] = scoring(model, tokenizer, plan)
+                entry["scoring"] = scoring(model, tokenizer, plan, tree)
         else:
             _train_row(entry, model, tokenizer, kind, tokens, plan)
         out["models"] = list(models.values())
@@ -228,9 +237,11 @@ def _row(m: C.Data, r: C.Data, peak: float | None) -> str:
 
 def _scored(name: str, s: C.Data) -> str:
     rate = s["items_per_second"]
+    further = "".join(f" {n}: {rate[n]:.0f} items/s." for n in rate if n.startswith("ours,"))
     return (
         f"Scoring, {name}: {rate['ours']:.0f} items/s, lm-evaluation-harness {rate['harness']:.0f} (batch size "
         f"{s['harness_batch_size']}), **{s['ratio']:.1f}** times; {s['equal']} of {s['items']} greedy flags equal."
+        f"{further}"
     )
 
 
@@ -243,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="of a block; the first warms up")
     parser.add_argument("--cycles", type=int)
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after them")
-    known = f"ours alone, as it is and with one thing changed: {', '.join(gpu_tries.TRIES)}"
+    known = f"ours alone, as it is and with one thing changed: {', '.join(gpu_tries.TRIES)}; tree: scoring as on a CPU"
     parser.add_argument("--try", dest="tries", type=lambda s: s.split(","), default=[], metavar="NAME,...", help=known)
     parser.add_argument("--out", type=Path, help="default: results/gpu.json; a dry run writes only where told")
     args = parser.parse_args(argv)
@@ -260,9 +271,9 @@ def main(argv: list[str] | None = None) -> None:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_json(out, {**found, **extra})
 
-    extra["tries"] = gpu_tries.tries(plan, args.tries)
+    extra["tries"] = gpu_tries.tries(plan, [t for t in args.tries if t != "tree"])
     extra["profile"] = gpu_tries.profiled(plan)
-    keep(measure(plan, args.minutes - (time.perf_counter() - begun) / 60, keep))
+    keep(measure(plan, args.minutes - (time.perf_counter() - begun) / 60, keep, "tree" in args.tries))
     if out:
         print("\n".join(table(out)))
 

@@ -18,12 +18,12 @@ def _cudnn() -> Iterator[None]:
     """Scaled-dot-product attention as torch chooses, cuDNN's plans among it."""
     from holdfast.engine import attention
 
-    kept, attention._no_plans = attention._no_plans, lambda _: nullcontext()
+    kept, attention.no_plans = attention.no_plans, lambda _: nullcontext()
     try:
         with attention.only("blocks"):
             yield
     finally:
-        attention._no_plans = kept
+        attention.no_plans = kept
 
 
 @contextmanager

@@ -10,6 +10,10 @@ operators, distinct shapes of attention, and synchronisations, which on a CPU ar
 (`WAITS`). Ours is counted in the ways its attention may take: `blocks` is the CPU's, `varlen` and `fixed` are those
 of CUDA, `varlen` with a stand-in for the kernel, one operator as well.
 
+And in scoring the in-context suite, by the ways of the scorer: forwards, shapes of attention, cells that go through
+the model for each token that must, and synchronisations (reads of answers too) before the last forward. `lines` is
+CUDA's way.
+
 Random weights and the shipped texts: no download. Counts are medians over all steps but the first two and the last,
 after which losses are read.
 """
@@ -166,6 +170,46 @@ def trl(model: Any, tokenizer: Any, job: C.Job, options: C.Data) -> C.Data:
     return count.result()
 
 
+def scored(model: Any, tokenizer: Any, items: int | None, lines: bool) -> C.Data:
+    """The in-context suite by one of the scorer's ways; items: of each task."""
+    from holdfast.measure.asking import ways_of
+    from holdfast.measure.probe import Ask
+    from holdfast.measure.scorer import Scorer, supports_lines, supports_tree
+    from holdfast.measure.suites import build
+
+    probes = build("in-context", Ask(tokenizer, limit=items)).probes
+    scorer, count, cells, reads = Scorer(model, tokenizer, _lines=lines), Count(), list[tuple[int, int]](), [0]
+    encoded = scorer.fit([split for _, of_answer in ways_of(probes, scorer.encoder) for split in of_answer])
+    supports_tree(model), supports_lines(model)  # the trials, and that of the head, are no part of it
+    scorer.score_tokens(encoded[:1])
+    cpu = torch.Tensor.cpu
+
+    def read(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        reads[0] += 1
+        return cpu(x, *args)
+
+    def note(_module: Any, _args: Any, inputs: C.Data) -> None:
+        cells.append((inputs["input_ids"].numel(), sum(count.now.waits.values()) + reads[0]))
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        torch.Tensor.cpu = read
+        with count:
+            scorer.score_tokens(encoded)
+    finally:
+        torch.Tensor.cpu = cpu
+        handle.remove()
+    return {
+        "items": len(probes),
+        "tokens": scorer.num_unique_tokens,
+        "forwards": len(cells),
+        "attention_shapes": len(count.now.shapes),
+        "cells_per_token": sum(n for n, _ in cells) / scorer.num_unique_tokens,
+        "waits": cells[-1][1],
+        "operators": count.now.operators,
+    }
+
+
 def sides(model: Any, tokenizer: Any, job: C.Job, default: Sequence[Any]) -> dict[str, Callable[[], C.Data]]:
     """Name -> a run of one kind of tuning."""
     fresh = lambda: C.fresh(model)  # noqa: E731
@@ -198,6 +242,10 @@ def measure(size: str, layers: int | None, tokens: int, steps: int, without: Seq
                 continue
             out[kind][name] = run()
             print(f"{kind:5} {name:28} {line(out[kind][name])}", flush=True)
+    out["scoring"] = {}
+    for name, lines in (("tree", False), ("lines", True)):
+        out["scoring"][name] = scored(C.fresh(model), tokenizer, None, lines)
+        print(f"scoring in {name}: {out['scoring'][name]}", flush=True)
     return {**out, "facts": C.facts()}
 
 
@@ -228,6 +276,15 @@ def table(path: Path) -> list[str]:
         for name, found in d[kind].items():
             cells = (found["operators"], found["dispatched"], found["attention_shapes"], found["waits"])
             lines.append(f"| {kind}: {name} | " + " | ".join(f"{c:,.0f}" for c in cells) + " |")
+    if "scoring" in d:
+        lines += [
+            "",
+            "| scoring | forwards | shapes of attention | cells a token | synchronisations | operators not views |",
+            "|---|---|---|---|---|---|",
+        ]
+    for name, found in d.get("scoring", {}).items():
+        cells = (found["forwards"], found["attention_shapes"], f"{found['cells_per_token']:.2f}", found["waits"])
+        lines.append(f"| {name} | " + " | ".join(map(str, cells)) + f" | {found['operators']:,} |")
     return lines
 
 

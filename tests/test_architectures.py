@@ -14,7 +14,7 @@ from holdfast.engine.pack import token_row
 from holdfast.errors import ModelError, PlanError
 from holdfast.hosts.plain import Training, train
 from holdfast.measure.generate import GREEDY, go_on
-from holdfast.measure.scorer import Scorer, supports_tree
+from holdfast.measure.scorer import Scorer, supports_lines, supports_tree
 from holdfast.plan import Host, Plan
 from holdfast.services import Context
 from holdfast.session import Session
@@ -96,11 +96,12 @@ def test_forward_is_the_models_own(name):
     assert expected.std() > 1e-2
 
 
+@pytest.mark.parametrize("lines", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_scores_are_the_models_own(name, tokenizer):
+def test_scores_are_the_models_own(name, lines, tokenizer):
     model, asked = model_of(name), rows()
     shared = token_row([*asked[1].ids[:34].tolist(), 7, 8], 34)  # shares a prefix with the longest row
-    scores = Scorer(model, tokenizer).score_tokens(
+    scores = Scorer(model, tokenizer, _lines=lines).score_tokens(
         [(r.ids.tolist(), int(r.scored.argmax())) for r in (*asked, shared)]
     )
     for row, score in zip((*asked, shared), scores, strict=True):
@@ -110,9 +111,9 @@ def test_scores_are_the_models_own(name, tokenizer):
 
 
 @pytest.mark.parametrize("name", ("mistral", "gemma2", "gemma3"))
-def test_sliding_windows_are_packed_but_not_in_trees(name):
+def test_sliding_windows_go_in_lines_but_not_through_the_tree(name):
     model = model_of(name)
-    assert can_pack(model) and not supports_tree(model)
+    assert can_pack(model) and supports_lines(model) and not supports_tree(model)
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")  # PEFT on GPT-2's transposed layers, and right
@@ -178,8 +179,9 @@ def test_every_architecture(kind, tokenizer, monkeypatch):
         with torch.no_grad():
             got = forward(model, asked, packing=packing)[1]
         torch.testing.assert_close(got, torch.cat([plain_logits(model, r) for r in asked]), atol=1e-5, rtol=1e-5)
-    scores = Scorer(model, tokenizer).score_tokens([(r.ids.tolist(), int(r.scored.argmax())) for r in asked])
-    for row, score in zip(asked, scores, strict=True):
+    encoded = [(r.ids.tolist(), int(r.scored.argmax())) for r in asked]
+    scores = [s for lines in (False, True) for s in Scorer(model, tokenizer, _lines=lines).score_tokens(encoded)]
+    for row, score in zip([*asked, *asked], scores, strict=True):
         logits = model(torch.tensor(row.ids[:-1])[None], use_cache=False).logits[0].detach()
         logp = logits[row.scored.argmax() - 1 :].log_softmax(-1)
         own = logp.gather(1, torch.tensor(row.ids[row.scored])[:, None]).sum().item()

@@ -1,6 +1,7 @@
 """What a command exits with: 1 is "lost" and nothing else; a fault of ours is 70, its traceback in a file."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -324,11 +325,12 @@ def test_a_mistake_of_one_process_alone_waits_for_the_first(monkeypatch, capsys)
 def test_batch_tokens_reach_the_scorer_and_the_cache_keeps_them_apart(ended, world, monkeypatch):
     from holdfast.measure.scorer import Scorer
 
-    seen, plain = [], Scorer.__init__
+    seen, alone, plain = [], [], Scorer.__init__
 
     def spy(self, *args, **options):
         if "progress" in options:  # not the small tree on which a model is tried
             seen.append(options["batch_tokens"])
+            alone.append(options["invariant"])
         plain(self, *args, **options)
 
     monkeypatch.setattr(Scorer, "__init__", spy)
@@ -336,12 +338,26 @@ def test_batch_tokens_reach_the_scorer_and_the_cache_keeps_them_apart(ended, wor
     for more in (["--batch-tokens", 64], ["--batch-tokens", 64], []):
         assert ended(*words, *more)[0] == 0
     assert seen == [64, 2048]  # the second is read from the cache, the third is not
+    for more in (["--batch-tokens", 64], ["--batch-tokens", 32], []):
+        assert ended(*words, "--invariant", *more)[0] == 0
+    assert alone == [False, False, True]  # of all batch_tokens one is as good as the other
+
+
+def test_an_invariant_run_measures_the_same_bits_whatever_batch_tokens_is(ended, world, tmp_path):
+    found, training = [], {"max_steps": 1, "save_steps": 1}
+    for n in (2048, 24):
+        out = tmp_path / str(n)
+        data = recipe_data(world, out, training=training, measure={"invariant": True, "batch_tokens": n})
+        assert ended("tune", write_recipe(tmp_path / f"{n}.yaml", data))[0] in (0, 1, 3)
+        found.append(json.loads((out / "after.json").read_text()))  # of the tuned model: the cache has none of it
+    assert found[0] == found[1] and found[0]["abilities"][0]["invariant"]
 
 
 def test_generation_takes_smaller_batches_too():
     from holdfast.measure.generate import BATCH, batch_for
 
     assert [batch_for(n) for n in (1, 64, 1024, 2048, 1 << 20)] == [1, 1, BATCH // 2, BATCH, BATCH]
+    assert {batch_for(n, invariant=True) for n in (1, 2048, 1 << 20)} == {1}
 
 
 def test_a_recipe_that_crashes_leaves_its_folder_to_the_next_try(ended, world, tmp_path, monkeypatch):

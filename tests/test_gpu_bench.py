@@ -25,7 +25,7 @@ def bench():
 @pytest.fixture(scope="module")
 def dry(bench, tmp_path_factory):
     path = tmp_path_factory.mktemp("gpu") / "gpu.json"
-    bench["gpu"].main(["--dry-run", "--out", str(path), "--try", "cudnn-off,varlen,fixed,pageable"])
+    bench["gpu"].main(["--dry-run", "--out", str(path), "--try", "cudnn-off,varlen,fixed,pageable,tree"])
     return path
 
 
@@ -45,6 +45,7 @@ def test_both_scorers_agree(dry):
     (model,) = json.loads(dry.read_text())["models"]
     scores = model["scoring"]
     assert scores["items"] == 20 and scores["equal"] >= 18
+    assert set(scores["seconds"]) == {"ours", "harness", "ours, tokens alone", "ours, tree"}
     assert scores["ratio"] == pytest.approx(scores["seconds"]["harness"][0] / scores["seconds"]["ours"][0])
 
 

@@ -75,6 +75,25 @@ def test_between_lines_of_the_log_nothing_waits(kind, side, counted):
     assert counted("TRL, padded", kind, DEEP)["waits"] > 0  # the counter sees what waits
 
 
+@pytest.fixture(scope="module")
+def scored(ops):
+    """scored(lines) -> what `benchmarks/ops.py` found for the in-context suite."""
+    tokenizer = ops.C.build_tokenizer(400)
+    model = ops.C.random_llama("tiny", tokenizer, SHALLOW)
+    ops.C.set_weights(model, torch.bfloat16)
+    found = {lines: ops.scored(model, tokenizer, 4, lines) for lines in (False, True)}
+    return found.__getitem__
+
+
+def test_on_cuda_scoring_has_few_forwards_of_few_shapes_and_waits_for_nothing(scored):
+    tree, lines = scored(False), scored(True)
+    assert lines["waits"] == 0 and lines["attention_shapes"] <= 2
+    assert tree["waits"] > 0 and tree["attention_shapes"] > 2  # so there is something to see
+    assert lines["forwards"] <= 1 + lines["cells_per_token"] * lines["tokens"] // 8192
+    assert lines["cells_per_token"] <= 2 and lines["tokens"] == tree["tokens"]
+    assert lines["operators"] < tree["operators"]
+
+
 def test_masks_that_decide_a_shape_are_waits(ops):
     count = ops.Count()
     with count:

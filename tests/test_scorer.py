@@ -1,14 +1,16 @@
 """The one scorer against plain forwards of single requests."""
 
+import copy
 import random
 
 import pytest
 import torch
 
+from holdfast.engine.lines import choose, cut, heights, lay
 from holdfast.engine.threads import may_share, side_by_side
 from holdfast.engine.tree import TILE, grow, parts, slices, tiles
 from holdfast.errors import HoldfastError
-from holdfast.measure.scorer import Scorer, supports_tree
+from holdfast.measure.scorer import Scorer, supports_lines, supports_tree
 
 
 def plain(model, encoded, prompt=None):
@@ -81,13 +83,16 @@ def test_tree_is_one_by_one(tiny_model, tokenizer, encoded):
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 3, 17, 64, 4096])
-def test_batch_size_does_not_matter(tiny_model, tokenizer, encoded, batch_tokens):
+@pytest.mark.parametrize("lines", [False, True])
+def test_batch_size_does_not_matter(tiny_model, tokenizer, encoded, batch_tokens, lines):
     model = tiny_model(tied=False)
-    assert_same(Scorer(model, tokenizer, batch_tokens=batch_tokens).score_tokens(encoded), plain(model, encoded))
+    scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, _lines=lines)
+    assert_same(scorer.score_tokens(encoded), plain(model, encoded))
 
 
-def test_order_and_duplicates_do_not_matter(tiny_model, tokenizer, encoded):
-    scorer = Scorer(tiny_model(tied=False), tokenizer)
+@pytest.mark.parametrize("lines", [False, True])
+def test_order_and_duplicates_do_not_matter(tiny_model, tokenizer, encoded, lines):
+    scorer = Scorer(tiny_model(tied=False), tokenizer, _lines=lines)
     first = scorer.score_tokens(encoded)
     unique = scorer.num_unique_tokens
     order = list(range(len(encoded))) * 2
@@ -104,12 +109,35 @@ def test_each_score_depends_on_its_own_request_alone(tiny_model, tokenizer, enco
     assert_same(together, [(s.logprob, s.greedy, s.num_tokens) for s in alone])
 
 
-def test_unique_tokens_by_hand(tiny_model, tokenizer):
+@pytest.mark.parametrize("lines", [False, True])
+def test_unique_tokens_by_hand(tiny_model, tokenizer, lines):
     # inputs are all tokens but the last: (5 6 7), (5 6 8 9), (5 6 7) again, (10)
     # tree: 5, 6, then 7 | 8, 9, and 10: six nodes
-    scorer = Scorer(tiny_model(), tokenizer)
+    scorer = Scorer(tiny_model(), tokenizer, _lines=lines)
     scorer.score_tokens([([5, 6, 7, 20], 3), ([5, 6, 8, 9, 20], 3), ([5, 6, 7, 21], 3), ([10, 20], 1)])
     assert scorer.num_unique_tokens == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("windows", [False, True])
+def test_invariant_scores_are_the_same_bits_whatever_else_is_scored(tiny_model, tokenizer, encoded, dtype, windows):
+    model = copy.deepcopy(families(tiny_model) if windows else tiny_model(tied=False)).to(dtype)
+    draw = random.Random(5)
+    asked = [*encoded, *(([*ids[:start], *encoded[0][0], *ids[start:]], start + len(encoded[0][0]))
+                         for ids, start in encoded[:6])]  # fmt: skip
+
+    def scores(some, batch_tokens, **more):
+        return Scorer(model, tokenizer, batch_tokens=batch_tokens, **more).score_tokens([asked[n] for n in some])
+
+    everyone = range(len(asked))
+    expected = scores(everyone, 2048, invariant=True)
+    assert [scores([n], 1, invariant=True)[0] for n in everyone] == expected
+    for size in (3, 10, len(asked)):
+        some = draw.sample(everyone, size)
+        assert scores(some, draw.choice([5, 64, 512]), invariant=True) == [expected[n] for n in some]
+    assert scores(everyone, 20) != scores(everyone, 2048)  # so there is something to see
+    if dtype is torch.float32:
+        assert_same(expected, plain(model, asked))
 
 
 def trees():
@@ -118,7 +146,9 @@ def trees():
     chain = [(list(range(200)), 1)]
     comb = [([*list(range(n)), 999], 1) for n in range(1, 60)]
     forked = [(list(range(100)) + [500 + n] * 30, 100) for n in range(3)]
-    return [bushy, chain, comb, forked, [([1, 2], 1)]]
+    shots = [([*([shot] * 50), *([query] * 5), 300 + label, 7], 55) for shot in range(4) for query in range(9)
+             for label in range(3)]  # fmt: skip
+    return [bushy, chain, comb, forked, shots, [([1, 2], 1)]]
 
 
 @pytest.mark.parametrize("most", [1, 7, TILE + 3, 10_000])
@@ -167,6 +197,54 @@ def test_parts_by_hand():
     # 12 chains of 5 nodes: with most 8 a cut is looked for at 7 +- 2, and stands where a chain begins
     tree = grow([([n, 50, 51, 52, 53, 54], 1) for n in range(12)])
     assert [part.start for part in parts(tree, 8, 0)][:4] == [1, 6, 11, 16]
+
+
+@pytest.mark.parametrize("cells", [256, 1024, 100_000])
+@pytest.mark.parametrize("sequences", trees())
+def test_every_token_of_a_line_sees_its_ancestors_and_nothing_else(sequences, cells):
+    """Each request is told once, where its path down from the root ends."""
+    tree, told = grow(sequences), []
+    for lines in lay(tree, cells, "cpu"):
+        b, width = lines.end.shape
+        ids, depth = lines.ids.view(b, width), lines.positions.view(b, width)
+        sees = lines.mask(None, torch.float32)[:, 0] == 0
+        near = lines.mask(3, torch.float32)[:, 0] == 0
+        own = list(zip(lines.row.tolist(), lines.target.tolist(), lines.request.tolist(), strict=True))
+        assert lines.rows.tolist() == [row for row, _, _ in own] == sorted(lines.rows.tolist())
+        for k, cell in enumerate(lines.keep.tolist()):
+            line, column = divmod(cell, width)
+            path = ids[line][sees[line, column]].tolist()
+            assert depth[line][sees[line, column]].tolist() == list(range(len(path)))
+            assert ids[line][near[line, column]].tolist() == path[-3:]
+            for row, target, request in own:
+                if row == k:
+                    ids_of, start = sequences[request]
+                    assert ids_of[: len(path) + 1] == [*path, target] and len(path) >= start
+                    told.append((request, len(path)))
+    assert sorted(told) == [(n, at) for n, (ids, start) in enumerate(sequences) for at in range(start, len(ids))]
+
+
+@pytest.mark.parametrize("sequences", trees())
+def test_lines_are_as_few_as_can_be(sequences):
+    tree = grow(sequences)
+    for width in (max(tree.depth) + 1, max(tree.depth) + 5):
+        runs = cut(tree, width)
+        assert [n for run in runs for n in run] == list(range(1, len(tree)))
+        fewest = [0] * (len(tree) + 1)  # runs that cover the nodes from here on
+        for node in range(len(tree) - 1, 0, -1):
+            most = min(len(tree), node + width - tree.depth[node])
+            fewest[node] = 1 + min(0 if end == len(tree) else fewest[end] for end in range(node + 1, most + 1))
+        assert len(runs) == fewest[1]
+
+
+def test_forwards_of_lines_have_few_shapes():
+    assert heights(21, 256, 2048) == [8, 8, 6] and heights(1, 256, 2048) == [2] and heights(3, 4096, 2048) == [1] * 3
+    tree = grow([([*list(range(300)), 1000 + n, 7], 300) for n in range(900)])  # lines of 512 repeat 300 tokens each
+    width, runs = choose(tree, 8192)
+    assert width == 1024 and len(runs) == 2
+    assert choose(tree, 600)[0] == choose(tree, 1)[0] == 512  # what does not fit less than 301 must have
+    shapes = {lines.end.shape for lines in lay(tree, 8192, "cpu")}
+    assert shapes == {(2, 1024)}
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -273,6 +351,64 @@ def test_a_continuation_that_cannot_fit_is_refused(tiny_model, tokenizer, contex
         Scorer(tiny_model(), tokenizer).encode((context, " 1" * 3000))
 
 
+@pytest.mark.parametrize("batch_tokens", [1, 512])
+def test_sliding_windows_go_in_lines(tiny_model, tokenizer, encoded, batch_tokens):
+    model = families(tiny_model)
+    assert supports_lines(model)
+    scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, _lines=True)
+    assert_same(scorer.score_tokens(encoded), plain(model, encoded))
+    assert scorer.num_unique_tokens == len(grow(encoded)) - 1
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize("batch_tokens", [64, 128, 1024])
+def test_several_lines_and_forwards(tiny_model, tokenizer, batch_tokens, windows, soft, monkeypatch):
+    """Demonstrations, questions and labels; the demonstrations are repeated in each line."""
+    monkeypatch.setattr("holdfast.engine.lines.WIDTHS", (256,))
+    draw = random.Random(4)
+    word = lambda n: [draw.randrange(5, 300) for _ in range(n)]  # noqa: E731
+    asked = []
+    for shot in (word(90), word(60)):
+        for _ in range(12):
+            query = shot + word(draw.randint(6, 14))
+            asked += [(query + word(n), len(query)) for n in (1, 2, 4)]
+    model = families(tiny_model) if windows else tiny_model(tied=False)
+    prompt = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)) if soft else None
+    tall = [lines.end.shape[0] for lines in lay(grow(asked), 4 * batch_tokens, "cpu")]
+    assert tall == {64: [1, 1, 1], 128: [2, 1], 1024: [4]}[batch_tokens]
+    scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, soft_prompt=prompt, _lines=True)
+    assert_same(scorer.score_tokens(asked), plain(model, asked, prompt))
+
+
+@pytest.mark.parametrize("plain_head", [True, False])
+def test_logits_of_lines_come_in_pieces(tiny_model, tokenizer, encoded, monkeypatch, plain_head):
+    monkeypatch.setattr("holdfast.measure.scorer.SCORED", 7)
+    monkeypatch.setattr("holdfast.measure.scorer.comes_apart", lambda _: plain_head)
+    model, sizes = tiny_model(tied=False), []
+    expected = plain(model, encoded)
+    assert supports_lines(model)  # tried before anybody counts
+    head = model.get_output_embeddings()
+
+    def note(_module, _args, out):
+        if out.shape[-1] == head.out_features:  # not the states that a head which is left out hands on
+            sizes.append(out.shape[-2])
+
+    handle = head.register_forward_hook(note)
+    scores = Scorer(model, tokenizer, _lines=True).score_tokens(encoded)
+    handle.remove()
+    assert_same(scores, expected)
+    assert (max(sizes) == 7 and len(sizes) > 5) if plain_head else len(sizes) == 1
+
+
+def test_what_no_line_holds_goes_through_the_tree(tiny_model, tokenizer, encoded, monkeypatch):
+    monkeypatch.setattr("holdfast.measure.scorer.WIDTHS", (256, 32))
+    model, asked = tiny_model(tied=False), []
+    monkeypatch.setattr(Scorer, "_walk_lines", lambda *_: asked.append("lines"))
+    assert_same(Scorer(model, tokenizer, _lines=True).score_tokens(encoded), plain(model, encoded))
+    assert not asked
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 16, 512])
 def test_sliding_window_falls_back(tiny_model, tokenizer, encoded, batch_tokens):
     model = families(tiny_model)
@@ -282,19 +418,23 @@ def test_sliding_window_falls_back(tiny_model, tokenizer, encoded, batch_tokens)
     assert scorer.num_unique_tokens == sum(len(ids) - 1 for ids, _ in encoded)
 
 
-@pytest.mark.parametrize("fallback", [False, True])
-def test_soft_prompt_stands_before_everything(tiny_model, tokenizer, encoded, fallback):
-    model = families(tiny_model) if fallback else tiny_model(tied=False)
+@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("windows", [False, True])
+def test_soft_prompt_stands_before_everything(tiny_model, tokenizer, encoded, windows, lines):
+    model = families(tiny_model) if windows else tiny_model(tied=False)
     soft = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    scorer = Scorer(model, tokenizer, soft_prompt=soft, batch_tokens=50)
+    scorer = Scorer(model, tokenizer, soft_prompt=soft, batch_tokens=50, _lines=lines)
     assert_same(scorer.score_tokens(encoded), plain(model, encoded, soft))
+    assert_same(Scorer(model, tokenizer, soft_prompt=soft, invariant=True).score_tokens(encoded[:4]),
+                plain(model, encoded[:4], soft))  # fmt: skip
     assert scorer.max_length == model.config.max_position_embeddings - 4
     bare = Scorer(model, tokenizer).score_tokens(encoded)
     pairs = zip(bare, scorer.score_tokens(encoded), strict=True)
     assert max(abs(a.logprob - b.logprob) for a, b in pairs) > 1e-3
 
 
-def test_a_lora_model(tiny_model, tokenizer, encoded):
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_lora_model(tiny_model, tokenizer, encoded, lines):
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -302,18 +442,19 @@ def test_a_lora_model(tiny_model, tokenizer, encoded):
     for name, p in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(p.numel()))
-    assert supports_tree(model)
-    assert_same(Scorer(model, tokenizer).score_tokens(encoded), plain(model, encoded))
+    assert supports_tree(model) and supports_lines(model)
+    assert_same(Scorer(model, tokenizer, _lines=lines).score_tokens(encoded), plain(model, encoded))
 
 
+@pytest.mark.parametrize("lines", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_nothing_is_left_over(tiny_model, tokenizer, encoded, training):
+def test_nothing_is_left_over(tiny_model, tokenizer, encoded, training, lines):
     """Dropout is off while scoring, the mode comes back, and no gradient is kept."""
     model = tiny_model(tied=False).train(training)
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.5
     weights = {n: p.clone() for n, p in model.named_parameters()}
-    scores = Scorer(model, tokenizer).score_tokens(encoded)
+    scores = Scorer(model, tokenizer, _lines=lines).score_tokens(encoded)
     assert model.training is training
     assert_same(scores, plain(model.eval(), encoded))
     assert all(torch.equal(p, weights[n]) and p.grad is None for n, p in model.named_parameters())
@@ -327,9 +468,9 @@ def test_the_mode_comes_back_after_an_error(tiny_model, tokenizer):
 
 
 def test_progress_ends_at_one_and_nothing_gives_nothing(tiny_model, tokenizer, encoded):
-    for model in (tiny_model(), families(tiny_model)):
+    for model, lines in ((tiny_model(), False), (tiny_model(), True), (families(tiny_model), False)):
         seen = []
-        scorer = Scorer(model, tokenizer, batch_tokens=32, progress=seen.append)
+        scorer = Scorer(model, tokenizer, batch_tokens=32, progress=seen.append, _lines=lines)
         scorer.score_tokens(encoded)
         assert seen == sorted(seen)
         assert seen[-1] == 1.0

@@ -120,6 +120,9 @@ Limit = Annotated[int | None, typer.Option("--limit", help="Items of each task (
 BatchTokens = Annotated[
     int, typer.Option("--batch-tokens", min=1, help="Tokens scored in one forward pass: fewer need less memory.")
 ]
+Invariant = Annotated[
+    bool, typer.Option("--invariant", help="The same bits whatever --batch-tokens and other items are; slower.")
+]
 Out = Annotated[
     list[Path] | None, typer.Option("--out", help="Write .json, .html, .md or .xml (JUnit); may be repeated.")
 ]
@@ -135,6 +138,7 @@ def measure(
     limit: Limit = None,
     labels: Labels = "",
     batch_tokens: BatchTokens = BATCH_TOKENS,
+    invariant: Invariant = False,
     out: Annotated[Path | None, typer.Option("--out", help="Write the scores of every item as JSON.")] = None,
     trust_remote_code: Trust = False,
     debug: Debug = False,
@@ -152,6 +156,7 @@ def measure(
         limit=limit,
         labels=_labels(labels),
         batch_tokens=batch_tokens,
+        invariant=invariant,
         trust_remote_code=trust_remote_code,
     )
 
@@ -166,6 +171,7 @@ def check(
     limit: Limit = None,
     labels: Labels = "",
     batch_tokens: BatchTokens = BATCH_TOKENS,
+    invariant: Invariant = False,
     why: Annotated[bool, typer.Option("--why", help="Also look for the place and the kind of a loss.")] = False,
     base_revision: Revision = None,
     tuned_revision: Revision = None,
@@ -189,6 +195,7 @@ def check(
         limit=limit,
         labels=_labels(labels),
         batch_tokens=batch_tokens,
+        invariant=invariant,
         why=why,
         trust_remote_code=trust_remote_code,
     )

@@ -283,6 +283,9 @@ class Measure(Section):
     num_fewshot: int = Field(default=8, ge=0, description="Demonstrations in a few-shot prompt.")
     limit: int | None = Field(default=None, ge=1, description="Items of each task; null: 48.")
     batch_tokens: int = Field(default=BATCH_TOKENS, ge=1, description="Tokens scored in one forward pass.")
+    invariant: bool = Field(
+        default=False, description="Scores with the same bits whatever batch_tokens is; each request alone, so slower."
+    )
     max_new_tokens: int | None = Field(
         default=None, ge=1, description="Longest answer to the task; null: 1.5 of the longest reference, 16 to 512."
     )
@@ -294,6 +297,16 @@ class Measure(Section):
         default=False, description="Take back as much of the change as keep asks for; reported on other items."
     )
     skip_before: bool = Field(default=False, description="Do not measure the base model first.")
+
+    @property
+    def forwards(self) -> dict[str, Any]:
+        """How whatever scores or generates is to run the model."""
+        return {"batch_tokens": self.batch_tokens, "invariant": self.invariant}
+
+    @property
+    def rounds_as(self) -> int | str:
+        """What scores are kept by: other forwards round otherwise."""
+        return "invariant" if self.invariant else self.batch_tokens
 
     @check_all(mode="before")
     @classmethod

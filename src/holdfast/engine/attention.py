@@ -230,14 +230,12 @@ def _by_grids(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grids
     masks, outs = grids.masks(wants.window, query.dtype), []
     for mask, (b, width), *cells in zip(masks, grids.sizes, *spread, strict=True):
         q, k, v = (c.view(b, width, h, -1).transpose(1, 2) for c, h in zip(cells, heads, strict=True))
-        outs.append(_attend(q, k, v, mask, wants).transpose(1, 2).reshape(b * width, -1))
+        outs.append(attend(q, k, v, mask, wants).transpose(1, 2).reshape(b * width, -1))
     joined = _Gather.apply(grids, *outs)
     return joined.view(1, len(joined), heads[0], -1).to(dtype)
 
 
-def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, wants: Wants
-) -> torch.Tensor:
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, wants: Wants) -> torch.Tensor:
     """(B, H, W, D) causal attention."""
     if wants.cap is not None or wants.sinks is not None:
         return _by_hand(q, k, v, mask, wants)
@@ -247,7 +245,7 @@ def _attend(
     settings: dict[str, Any] = {"dropout_p": wants.dropout, "is_causal": mask is None, "scale": wants.scale}
     settings["enable_gqa"] = q.shape[1] != k.shape[1]
     if not _short(q, q.shape[2]):
-        with _no_plans(q):
+        with no_plans(q.device):
             return F.scaled_dot_product_attention(q, k, v, mask, **settings)
     with torch.autocast("cpu", enabled=False):
         mask = None if mask is None else mask.float()
@@ -263,9 +261,9 @@ def _short(q: torch.Tensor, width: int) -> bool:
     return q.device.type == "cpu" and width < 512 and q.requires_grad
 
 
-def _no_plans(q: torch.Tensor) -> Any:
+def no_plans(device: torch.device) -> Any:
     """cuDNN would plan its kernel anew for every shape it has not seen, for about a second."""
-    if q.device.type != "cuda":
+    if device.type != "cuda":
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
 

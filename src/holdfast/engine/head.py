@@ -58,13 +58,13 @@ def forward_bare(
 
     Only for a model that `comes_apart`.
     """
-    with _left_out(head_of(model)):
+    with left_out(head_of(model)):
         packed, _, states, handed = forward_states(model, rows, tuple({*layers, LAST}), packing=packing)
     return packed, states, handed
 
 
 @contextmanager
-def _left_out(head: Any) -> Iterator[None]:
+def left_out(head: Any) -> Iterator[None]:
     head.forward = lambda states: states
     try:
         yield

@@ -23,12 +23,14 @@ def score_suite(
     suite: Suite,
     *,
     batch_tokens: int = BATCH_TOKENS,
+    invariant: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Score every probe; returns plain data: {"suite", "tasks": [{"name", ..., "items": [...]}], ...}.
 
     Every item has "id", "cluster" and "correct" (its score in [0, 1]); further keys by kind. Under several processes
-    each answers a share of the probes and all return the whole (`measure.shard`).
+    each answers a share of the probes and all return the whole (`measure.shard`). invariant: no item depends on
+    `batch_tokens` or on other items, to the last bit, and the result says so.
 
     Raises:
         HoldfastError: a probe is longer than the model reads.
@@ -37,7 +39,8 @@ def score_suite(
     spoken = [p for p in suite.probes if p.kind == "generate"]
     scored = [p for p in suite.probes if p.kind != "generate"]
     share = len(scored) / max(1, len(scored) + 8 * len(spoken))  # an answer costs some eight times a likelihood
-    scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, progress=lambda x: tell(x * share))
+    settings: dict[str, Any] = {"batch_tokens": batch_tokens, "invariant": invariant}
+    scorer = Scorer(model, tokenizer, progress=lambda x: tell(x * share), **settings)
     ways = ways_of(scored, scorer.encoder)
     encoded = scorer.fit([split for _, of_answer in ways for split in of_answer])
     _check_lengths(suite, encoded, scorer.max_length)
@@ -45,7 +48,7 @@ def score_suite(
     scores = iter(shard.score_tokens(scorer, encoded, shared))
     by_answer = iter([any_of([next(scores) for _ in of_answer]) for _, of_answer in ways])
     results = {p.id: _RESULTS[p.kind](p, [next(by_answer) for _ in p.answers]) for p in scored}
-    batch = batch_for(batch_tokens)
+    batch = batch_for(**settings)
     outputs = generate(model, tokenizer, spoken, batch_size=batch, progress=lambda x: tell(share + x * (1 - share)))
     for p, output in zip(spoken, outputs, strict=True):
         assert p.judge is not None, "a generate probe has a judge"
@@ -59,6 +62,7 @@ def score_suite(
         "suite": suite.name,
         **suite.settings,
         **({"note": suite.note} if suite.note else {}),
+        **({"invariant": True} if invariant else {}),
         "num_unique_tokens": scorer.num_unique_tokens,
         "tasks": [
             {

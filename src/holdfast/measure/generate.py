@@ -9,6 +9,7 @@ import torch
 
 from holdfast.data.encoder import Encoder, stops_of
 from holdfast.engine import BATCH_TOKENS, processes, trial
+from holdfast.engine.attention import no_plans
 from holdfast.measure.probe import Probe
 
 BATCH = 32
@@ -22,9 +23,12 @@ GREEDY = {  # whatever the model's generation config says
 }
 
 
-def batch_for(batch_tokens: int) -> int:
-    """Prompts in a batch of generation: fewer where the user asks for smaller forwards than the default."""
-    return min(BATCH, max(1, BATCH * batch_tokens // BATCH_TOKENS))
+def batch_for(batch_tokens: int, invariant: bool = False) -> int:
+    """Prompts in a batch of generation: fewer where the user asks for smaller forwards than the default.
+
+    invariant: each prompt alone, as greedy text depends on the last bits of a batch.
+    """
+    return 1 if invariant else min(BATCH, max(1, BATCH * batch_tokens // BATCH_TOKENS))
 
 
 def generate(
@@ -101,7 +105,8 @@ def new_tokens(
     try:
         for at, batch in enumerate(mine, start=1):
             rolls = {"logits_processor": [dice(batch)]} if dice else {}
-            new = _batch(model, tokenizer, [prompts[n] for n in batch], stop, {**settings, **rolls})
+            with no_plans(next(model.parameters()).device):  # each new token is a new shape
+                new = _batch(model, tokenizer, [prompts[n] for n in batch], stop, {**settings, **rolls})
             for n, ids in zip(batch, new, strict=True):
                 found[n] = ids[: prompts[n][1]].tolist()
             if progress:

@@ -64,6 +64,7 @@ class HoldfastLM(TemplateLM):
         tokenizer: its tokenizer.
         batch_tokens: new tokens per forward of the scorer.
         batch_size: prompts per batch of generation.
+        invariant: as of the scorer; of generation it is a `batch_size` of 1.
         progress: called with the share done of each kind of request, 0 to 1.
 
     `num_truncated` counts the requests that were cut from the left to fit the model.
@@ -76,11 +77,13 @@ class HoldfastLM(TemplateLM):
         *,
         batch_tokens: int = BATCH_TOKENS,
         batch_size: int = BATCH,
+        invariant: bool = False,
         progress: Callable[[float], None] | None = None,
     ):
         super().__init__()
         self.model, self.tokenizer, self.batch_size, self.progress = model, tokenizer, batch_size, progress
-        self.scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, progress=progress)
+        settings: dict[str, Any] = {"batch_tokens": batch_tokens, "invariant": invariant, "progress": progress}
+        self.scorer = Scorer(model, tokenizer, **settings)
         self._device = self.scorer.device
         self.num_truncated = 0
 
@@ -213,6 +216,7 @@ def measure_task(
     *,
     limit: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    invariant: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Measure one task of the harness, in the shape of `measure.asking.score_suite`.
@@ -228,14 +232,15 @@ def measure_task(
             number of demonstrations (the task's own number if not given; a task that fixes 0 keeps 0).
         limit: the first so many documents of each task.
         batch_tokens: new tokens per forward.
+        invariant: no item depends on `batch_tokens` or on other items, to the last bit.
         progress: called with the share done of each kind of request.
 
     Raises:
         HoldfastError: no such task, its data cannot be loaded, or its metric is not one per item.
     """
     task, shots = _parse(name)
-    batch = batch_for(batch_tokens)
-    lm = HoldfastLM(model, tokenizer, batch_tokens=batch_tokens, batch_size=batch, progress=progress)
+    settings: dict[str, Any] = {"batch_tokens": batch_tokens, "invariant": invariant}
+    lm = HoldfastLM(model, tokenizer, batch_size=batch_for(**settings), progress=progress, **settings)
     with _aside():
         manager, spec = _find(task)
         loaded = _load(manager, spec)
@@ -259,6 +264,7 @@ def measure_task(
         "seed": SEED,
         "harness": metadata.version("lm_eval"),
         "num_truncated": lm.num_truncated,
+        **({"invariant": True} if invariant else {}),
         "tasks": [
             {"name": n, "version": found["versions"][n], "num_fewshot": given[n], **_scored(n, t, found["samples"][n])}
             for n, t in loaded.items()

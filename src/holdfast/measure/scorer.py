@@ -1,11 +1,15 @@
 """The one scorer: log-likelihood and greedy exactness of given continuations, each unique token computed once.
 
-All requests become one prefix tree (`engine.tree`). Its tokens go through the model once, in depth-first order, in
-slices that leave behind only the keys and values that later slices still see. Logits exist only where a token is
-scored, and a score depends on its own request alone.
+All requests become one prefix tree. Logits exist only where a token is scored, and a score depends on its own request
+alone. Which way the tree goes through the model is chosen in `Scorer._walk`:
 
-A CPU computes several parts of the tree at once, each with its share of the threads: two forwards of one thread
-beside each other take less time than two of two threads in turn.
+    lines    CUDA: pieces of the tree side by side in lines of one width (`engine.lines`): few forwards of few shapes,
+             nothing waited for before the last one
+    tree     each token once, in depth-first order, in slices that leave behind only the keys and values that later
+             slices still see (`engine.tree`). A CPU computes several parts of the tree at once, each with its share
+             of the threads: two forwards of one thread take less time than two of two threads in turn
+    padded   models whose attention cannot be told what it may see: request by request, in batches
+    alone    where bits must not depend on what else is scored: a forward has one request, so its shapes are its own
 
 Truncation and the greedy flag follow lm-evaluation-harness 0.4.13 (`HFLM.loglikelihood`); so do the tokens of
 `score`, which takes text. Our own suites and tasks give tokens (`holdfast.data.encoder`).
@@ -14,7 +18,8 @@ Truncation and the greedy flag follow lm-evaluation-harness 0.4.13 (`HFLM.loglik
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -25,7 +30,10 @@ from transformers import DynamicCache
 
 from holdfast.data.encoder import Encoder, Split, stops_of
 from holdfast.engine import BATCH_TOKENS, trial
+from holdfast.engine.attention import no_plans
 from holdfast.engine.forward import attention, can_pack
+from holdfast.engine.head import comes_apart, head_of, left_out
+from holdfast.engine.lines import LINES_ATTENTION, WIDTHS, Lines, lay
 from holdfast.engine.threads import may_share, side_by_side
 from holdfast.engine.tree import TREE_ATTENTION, Tree, grow, parts, slices, tiles
 from holdfast.engine.ways import inner
@@ -36,6 +44,7 @@ Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # of some scored tokens: requ
 SCORED = 512  # tokens with logits in one forward: each costs a vocabulary of numbers
 AGAIN = 32  # tokens that a part may repeat
 AT_ONCE = 4  # parts at once: each needs memory for a forward
+ROOM = 4  # a forward of lines has as many times batch_tokens: a GPU is not full before
 LOGITS = 1 << 20  # logits widened to fp32 at a time on a CPU: they stay in its cache
 
 
@@ -57,6 +66,8 @@ class Scorer:
         batch_tokens: new tokens per forward.
         soft_prompt: (p, D) embeddings put before everything (ProMoT's task prompt), or None.
         progress: called with the share done, 0 to 1.
+        invariant: a score has the same bits whatever `batch_tokens` is and whatever else is scored.
+        _lines: whether to go in lines, for tests and counts; None: on CUDA.
 
     Raises:
         ModelError: the model is not causal (when first used, where its weights are cut over processes).
@@ -70,10 +81,13 @@ class Scorer:
         batch_tokens: int = BATCH_TOKENS,
         soft_prompt: torch.Tensor | None = None,
         progress: Callable[[float], None] | None = None,
+        invariant: bool = False,
+        _lines: bool | None = None,
     ):
         self.model, self.tokenizer, self.batch_tokens = model, tokenizer, batch_tokens
-        self.soft_prompt, self.progress = soft_prompt, progress
+        self.soft_prompt, self.progress, self.invariant = soft_prompt, progress, invariant
         self.device = next(model.parameters()).device
+        self._in_lines = self.device.type == "cuda" if _lines is None else _lines
         self._cache = cache_name(model)
         if not trial.is_cut(model):
             trial.packs(model)
@@ -150,19 +164,40 @@ class Scorer:
         was_training = self.model.training
         self.model.eval()
         try:
-            for request, logprob, hit in self._walk(encoded):
-                np.add.at(total, request, logprob)
-                np.logical_and.at(greedy, request, hit)
+            with no_plans(self.device):  # all ways but that of lines bring new shapes all the time
+                for request, logprob, hit in self._walk(encoded):
+                    np.add.at(total, request, logprob)
+                    np.logical_and.at(greedy, request, hit)
         finally:
             self.model.train(was_training)
         return [Score(float(total[n]), bool(greedy[n]), len(ids) - start) for n, (ids, start) in enumerate(encoded)]
 
     def _walk(self, encoded: Sequence[tuple[list[int], int]]) -> Iterator[Found]:
+        ways = {
+            "lines": self._walk_lines,
+            "tree": self._walk_tree,
+            "padded": self._walk_padded,
+            "alone": self._walk_alone,
+        }
+        return ways[self._way(encoded)](encoded)
+
+    def _way(self, encoded: Sequence[tuple[list[int], int]]) -> str:
         """One tree where that is right and no sequence would move the positions of the others."""
         longest = max(len(ids) - 1 for ids, _ in encoded) + self._held
-        if supports_tree(self.model) and longest <= trial.together(self.model):
-            return self._walk_tree(encoded)
-        return self._walk_padded(encoded)
+        if self.invariant:
+            return "alone"
+        if longest <= trial.together(self.model):
+            if self._in_lines and longest <= WIDTHS[-1] and supports_lines(self.model):
+                return "lines"
+            if supports_tree(self.model):
+                return "tree"
+        return "padded"
+
+    def count(self, encoded: Sequence[tuple[list[int], int]]) -> int:
+        """What `num_unique_tokens` is when one process scores all of these."""
+        if self._way(encoded) in ("lines", "tree"):
+            return len(grow(encoded)) - 1
+        return sum(len(ids) - 1 for ids, _ in encoded)
 
     @property
     def _held(self) -> int:
@@ -232,6 +267,48 @@ class Scorer:
         request, row, target = (np.array(x) for x in zip(*where, strict=True))
         return [(request, *_read(out.logits[0], row, target))]
 
+    def _walk_lines(self, encoded: Sequence[tuple[list[int], int]]) -> Iterator[Found]:
+        """Everything is sent before the first forward, and read after the last."""
+        held = self._held
+        tree = grow([([0] * held + ids, held + start) for ids, start in encoded])
+        self.num_unique_tokens = len(tree) - 1 - held
+        todo, found = lay(tree, ROOM * self.batch_tokens, self.device), []
+        with attention(self.model, LINES_ATTENTION):
+            for n, lines in enumerate(todo, start=1):
+                found += self._line_up(lines)
+                if self.progress:
+                    self.progress(n / len(todo))
+        logprob, hit = (torch.cat(x).cpu().numpy() for x in zip(*found, strict=True))
+        yield np.concatenate([lines.request for lines in todo]), logprob.astype(np.float64), hit
+
+    def _line_up(self, lines: Lines) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(log-probability, whether it is the argmax) of what is scored in one forward, in its order, in pieces."""
+        inputs: dict[str, Any] = {"input_ids": lines.ids}
+        if self.soft_prompt is not None:
+            inputs = {"inputs_embeds": self._behind(lines, self.soft_prompt.to(self._dtype))}
+        head = head_of(self.model)
+        apart = comes_apart(self.model) and not trial.is_cut(self.model)  # its weights are whole within a forward only
+        with left_out(head) if apart else nullcontext():
+            out = self.model(
+                **inputs,
+                position_ids=lines.positions,
+                tree_lines=lines,
+                use_cache=False,
+                logits_to_keep=lines.keep,
+            ).logits[0]
+        found = []
+        for start in range(0, len(out), SCORED):
+            logits = out[start : start + SCORED]
+            own = slice(*np.searchsorted(lines.rows, [start, start + len(logits)]))
+            found.append(_tell(head(logits) if apart else logits, lines.row[own] - start, lines.target[own]))
+        return found
+
+    def _behind(self, lines: Lines, soft: torch.Tensor) -> torch.Tensor:
+        """(1, B*W, D) embeddings: the soft prompt stands at the first positions, which are its alone."""
+        embedded = self.model.get_input_embeddings()(lines.ids)
+        at = lines.positions.clamp(max=len(soft) - 1)
+        return torch.where((lines.positions < len(soft))[..., None], soft[at], embedded)
+
     def _walk_padded(self, encoded: Sequence[tuple[list[int], int]]) -> Iterator[Found]:
         """For models without plain full attention: right-padded batches sorted by length (causal, so exact)."""
         self.num_unique_tokens = sum(len(e[0]) - 1 for e in encoded)
@@ -249,6 +326,16 @@ class Scorer:
                 yield np.full(len(target), n), *_read(mine, np.arange(len(target)), target)
             if self.progress:
                 self.progress(at / len(encoded))
+
+    def _walk_alone(self, encoded: Sequence[tuple[list[int], int]]) -> Iterator[Found]:
+        """One forward a request, of its own length and with the threads that there are."""
+        self.num_unique_tokens = self.count(encoded)
+        for n, (ids, start) in enumerate(encoded):
+            logits = self._logits(torch.tensor([ids[:-1]], device=self.device))[0, start - 1 :]
+            target = np.array(ids[start:])
+            yield np.full(len(target), n), *_read(logits, np.arange(len(target)), target)
+            if self.progress:
+                self.progress((n + 1) / len(encoded))
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Sequences that go side by side, the longest first: of equal length or alone where padding is not right."""
@@ -303,6 +390,12 @@ def _read(logits: torch.Tensor, row: np.ndarray, target: np.ndarray) -> tuple[np
     return (own - torch.cat(norm)[row]).double().cpu().numpy(), hit.cpu().numpy()
 
 
+def _tell(logits: torch.Tensor, row: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_read`, on the device: nothing is waited for."""
+    norm, best = logits.float().logsumexp(-1), logits.argmax(-1)
+    return logits[row, target].float() - norm[row], best[row] == target
+
+
 def _keep(cache: Any, positions: list[int], device: Any) -> None:
     """Keep only `positions` of the cached keys and values."""
     index = torch.tensor(positions, dtype=torch.long, device=device)
@@ -317,18 +410,30 @@ def cache_name(model: Any) -> str:
 
 def supports_tree(model: Any) -> bool:
     """True for models that can be packed, and that score a small tree as row by row (tried once a model)."""
-    return can_pack(model) and trial.kept(model, "tree", _tree_is_right)
+    return can_pack(model) and trial.kept(model, "tree", lambda m: _is_right(m, TREE_ATTENTION, _in_slices))
 
 
-def _tree_is_right(model: Any) -> bool:
-    """Two rows that part after a few tokens, in two slices: the later of them against itself alone."""
+def supports_lines(model: Any) -> bool:
+    """As `supports_tree`, of a tree in lines."""
+    return can_pack(model) and trial.kept(model, "lines", lambda m: _is_right(m, LINES_ATTENTION, _in_lines))
+
+
+def _in_slices(model: Any, rows: Sequence[tuple[list[int], int]]) -> Iterable[Found]:
+    scorer, tree = Scorer(model, None, batch_tokens=len(rows[0][0]) - 2), grow(rows)
+    return scorer._part(tree, (), range(1, len(tree)))
+
+
+def _in_lines(model: Any, rows: Sequence[tuple[list[int], int]]) -> Iterable[Found]:
+    return Scorer(model, None)._walk_lines(rows)
+
+
+def _is_right(model: Any, name: str, walk: Callable[[Any, Sequence[tuple[list[int], int]]], Iterable[Found]]) -> bool:
+    """Two rows that part after a few tokens: the later of them against itself alone."""
     one = trial.Trial(model)
     other, ids = sorted([*row, one.short[0]] for row in (one.long, one.changed))
-    scorer = Scorer(model, None, batch_tokens=len(ids) - 2)
-    tree = grow([(other, 1), (ids, 1)])
     try:
-        with attention(model, TREE_ATTENTION):
-            found = scorer._part(tree, (), range(1, len(tree)))
+        with attention(model, name):
+            found = list(walk(model, [(other, 1), (ids, 1)]))
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
         return False  # attention or a cache of its own
     logits = one.plain([ids[:-1]])[0]  # of the later one: behind the other in the order of the tree

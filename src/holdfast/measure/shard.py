@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from holdfast.engine.processes import gather, shares, world
-from holdfast.engine.tree import grow
-from holdfast.measure.scorer import Score, Scorer, supports_tree
+from holdfast.measure.scorer import Score, Scorer
 
 
 def score_tokens(scorer: Scorer, encoded: Sequence[tuple[list[int], int]], keys: Sequence[Hashable]) -> list[Score]:
@@ -24,8 +23,5 @@ def score_tokens(scorer: Scorer, encoded: Sequence[tuple[list[int], int]], keys:
     got = scorer.score_tokens([encoded[n] for n in mine])
     parts = gather([[n, s.logprob, s.greedy] for n, s in zip(mine, got, strict=True)])
     found = {n: (logprob, greedy) for part in parts for n, logprob, greedy in part}
-    if supports_tree(scorer.model):  # as one process counts them: prefixes of two shares are in both
-        scorer.num_unique_tokens = len(grow(encoded)) - 1
-    else:
-        scorer.num_unique_tokens = sum(len(ids) - 1 for ids, _ in encoded)
+    scorer.num_unique_tokens = scorer.count(encoded)  # prefixes of two shares are in both
     return [Score(*found[n], len(ids) - start) for n, (ids, start) in enumerate(encoded)]

@@ -29,6 +29,7 @@ def score_task(
     *,
     soft_prompt: torch.Tensor | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    invariant: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Score rows: with labels the likeliest label wins, without them the greedy completion must be exact.
@@ -41,7 +42,8 @@ def score_task(
     Returns per row {"id", "correct": 0 or 1, "logprob": of the right completion, "answer": label or None}; without
     labels also "tokens" (with the end) and "bytes" (of the text) of the completion.
     """
-    scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, soft_prompt=soft_prompt, progress=progress)
+    settings: dict[str, Any] = {"batch_tokens": batch_tokens, "invariant": invariant, "progress": progress}
+    scorer = Scorer(model, tokenizer, soft_prompt=soft_prompt, **settings)
     asked = labels or ("",)
     requests = [(r.prompt, y or r.completion) for r in rows for y in asked]
     splits = scorer.encoder.join(requests, end=True, wheres=[r.where for r in rows for _ in asked])
@@ -68,6 +70,7 @@ def written(
     max_new_tokens: int | None = None,
     *,
     batch_tokens: int = BATCH_TOKENS,
+    invariant: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> list[str]:
     """The greedy answer to each row's prompt, in batches.
@@ -83,7 +86,7 @@ def written(
         Probe("task", str(n), "generate", row.prompt, max_tokens=max(1, min(most, reach - split.start - 1)))
         for n, (row, split) in enumerate(zip(rows, splits, strict=True))
     ]
-    return generate(model, tokenizer, probes, batch_size=batch_for(batch_tokens), progress=progress)
+    return generate(model, tokenizer, probes, batch_size=batch_for(batch_tokens, invariant), progress=progress)
 
 
 def judged(rows: Sequence[Row], texts: Sequence[str], judge: Callable[[str, Row], float], top: float) -> list[Part]:

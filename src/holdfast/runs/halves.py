@@ -72,16 +72,17 @@ class Halves:
         self, half: str, model: Any, *, key: str | None = None, tell: Callable[[float, str], None]
     ) -> list[dict[str, Any]]:
         """A measurement of each suite on one half."""
-        out, batch = [], self.job.recipe.measure.batch_tokens
+        out = []
         for n, (name, own) in enumerate(self.suites.items()):
             tell(n / len(self.suites), name)
-            out.append(join([self._suite(model, own[part], key, batch) for part in PARTS[half]]))
+            out.append(join([self._suite(model, own[part], key) for part in PARTS[half]]))
         return out
 
-    def _suite(self, model: Any, suite: Suite, key: str | None, batch_tokens: int) -> Measured:
+    def _suite(self, model: Any, suite: Suite, key: str | None) -> Measured:
+        m = self.job.recipe.measure
         asked = [[p.id, p.kind, p.context, p.answers, p.right, p.max_tokens, p.open_ended] for p in suite.probes]
-        name = key and content_key(key, suite.name, suite.settings, asked, batch_tokens)
-        return remembered(name, lambda: score_suite(model, self.job.tokenizer, suite, batch_tokens=batch_tokens))
+        name = key and content_key(key, suite.name, suite.settings, asked, m.rounds_as)
+        return remembered(name, lambda: score_suite(model, self.job.tokenizer, suite, **m.forwards))
 
 
 def _cut(name: str, ask: Ask) -> dict[str, Suite]:

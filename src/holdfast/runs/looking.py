@@ -60,6 +60,6 @@ def _probe(job: Job, model: Any) -> list[Any]:
     """A few items of each suite that has a floor."""
     m = job.recipe.measure
     names = [name for name in names_of(m.suites) if name in m.keep]
-    settings = {"num_fewshot": m.num_fewshot, "limit": min(m.limit or ITEMS, ITEMS), "batch_tokens": m.batch_tokens}
-    labels = job.task.labels or ()
-    return measure_suites(names, lambda: model, job.tokenizer, lambda *_: None, labels=labels, **settings)
+    settings: dict[str, Any] = {"num_fewshot": m.num_fewshot, "limit": min(m.limit or ITEMS, ITEMS), **m.forwards}
+    settings["labels"] = job.task.labels or ()
+    return measure_suites(names, lambda: model, job.tokenizer, lambda *_: None, **settings)

@@ -92,7 +92,7 @@ def _abilities(job: Job, model: Any, key: str | None, tell: Callable[[float, str
         num_fewshot=m.num_fewshot,
         limit=m.limit,
         labels=job.task.labels or (),
-        batch_tokens=m.batch_tokens,
+        **m.forwards,
         cache_key=key,
     )
 
@@ -114,7 +114,7 @@ def _add_texts(job: Job, model: Any, items: Sequence[dict[str, Any]], key: str |
     m, rows = job.recipe.measure, reported_rows(job)
     asked = [n for n, row in enumerate(rows) if row.prompt][:SHOWN]
     shown, most = [rows[n] for n in asked], m.max_new_tokens or SHOWN_TOKENS
-    name = key and content_key(key, [[r.where, r.prompt, r.completion] for r in shown], "shown", most, m.batch_tokens)
-    texts = remembered(name, lambda: written(model, job.tokenizer, shown, most, batch_tokens=m.batch_tokens))
+    name = key and content_key(key, [[r.where, r.prompt, r.completion] for r in shown], "shown", most, m.rounds_as)
+    texts = remembered(name, lambda: written(model, job.tokenizer, shown, most, **m.forwards))
     for n, text in zip(asked, texts, strict=True):
         items[n]["answer"] = text

@@ -72,6 +72,7 @@ class Subject:
         limit: int | None = None,
         labels: Sequence[str] = (),
         batch_tokens: int = BATCH_TOKENS,
+        invariant: bool = False,
         phase: str = "measure",
         tell: Tell = silent,
     ) -> list[dict[str, Any]]:
@@ -86,6 +87,7 @@ class Subject:
             limit=limit,
             labels=labels,
             batch_tokens=batch_tokens,
+            invariant=invariant,
             cache_key=content_key(self.sha, str(self.dtype), self.device.type),
         )
         tell(phase, 1.0, self.source.name)

@@ -30,8 +30,8 @@ def score_rows(
     task, m, metric = job.task, job.recipe.measure, metric_of(job.task.metric)
     labels = task.labels if metric.asked == "labels" else None
     asked = [[r.where, r.prompt, r.completion] for r in rows]
-    name = key and content_key(key, asked, labels, metric.asked, m.max_new_tokens, m.batch_tokens)
-    settings = {"batch_tokens": m.batch_tokens, "progress": progress}
+    name = key and content_key(key, asked, labels, metric.asked, m.max_new_tokens, m.rounds_as)
+    settings = {**m.forwards, "progress": progress}
     if metric.asked == "text":
         texts = remembered(name, lambda: written(model, job.tokenizer, rows, m.max_new_tokens, **settings))
         return judged(rows, texts, _judge(job, rows), metric.top or 1.0)

@@ -53,32 +53,36 @@ def measure_suite(
     seed: int = 0,
     labels: Sequence[str] = (),
     batch_tokens: int = BATCH_TOKENS,
+    invariant: bool = False,
     cache_key: str | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Measure one suite; with `cache_key` (content, dtype and device of the model) an earlier result is reused.
 
-    `model()` gives the model, and is only called if there is something to measure.
+    `model()` gives the model, and is only called if there is something to measure. invariant: no item depends on
+    `batch_tokens` or on other items, to the last bit.
 
     Raises:
         HoldfastError: the suite is unknown, or its prompts do not fit the model.
     """
+    how: dict[str, Any] = {"batch_tokens": batch_tokens, "invariant": invariant, "progress": progress}
+    # a base measured in other batches would round otherwise than the tuned model it is compared with
+    batches = "invariant" if invariant else batch_tokens
     if name.startswith("lm_eval:"):
         from holdfast.measure.lm_eval import measure_task
 
         def bridge() -> dict[str, Any]:
-            return measure_task(model(), tokenizer, name, limit=limit, batch_tokens=batch_tokens, progress=progress)
+            return measure_task(model(), tokenizer, name, limit=limit, **how)
 
         own_file = ".yaml" in name or ".yml" in name  # it and its data may change between two calls
-        return remembered(cache_key and not own_file and content_key(cache_key, name, limit, batch_tokens), bridge)
+        return remembered(cache_key and not own_file and content_key(cache_key, name, limit, batches), bridge)
     suite = build(name, Ask(tokenizer, num_fewshot, limit, seed, tuple(labels)))
 
     def make() -> dict[str, Any]:
-        return score_suite(model(), tokenizer, suite, batch_tokens=batch_tokens, progress=progress)
+        return score_suite(model(), tokenizer, suite, **how)
 
     asked = [[p.id, p.kind, p.context, p.answers, p.right, p.max_tokens, p.open_ended] for p in suite.probes]
-    # a base measured in other batches would round otherwise than the tuned model it is compared with
-    return remembered(cache_key and content_key(cache_key, name, suite.settings, asked, batch_tokens), make)
+    return remembered(cache_key and content_key(cache_key, name, suite.settings, asked, batches), make)
 
 
 def remembered(key: str | bool | None, make: Callable[[], Any]) -> Any:
