@@ -15,20 +15,35 @@ from holdfast.services import Context
 
 def test_hand_value(toy_view):
     # as KLToBase: KL(base || tuned) = ln 1.25; times weight 2 and every 3: 6 ln 1.25
-    view = toy_view(torch.tensor([[0.8, 0.1, 0.1]]).log(), [0], base=[[0.5, 0.25, 0.25]], owner="ICLAnchor")
+    given = {"base": [[0.5, 0.25, 0.25]], "owner": "ICLAnchor"}
+    view = toy_view(torch.tensor([[0.8, 0.1, 0.1]]).log(), [0], step=6, **given)
     term = ICLAnchor(weight=2.0, every=3).loss(view)
     assert term.owner == "ICLAnchor"
     assert term.value.item() == pytest.approx(6 * math.log(1.25), rel=1e-5)
 
 
+def test_the_first_steps_weigh_more(toy_view):
+    """Before step `early` the factor is early_factor, whatever `every` is: 2 * 32 ln 1.25; from there on 2 * 3."""
+    method = ICLAnchor(weight=2.0, every=3, early=4, early_factor=32.0)
+    given = {"base": [[0.5, 0.25, 0.25]], "owner": "ICLAnchor"}
+    values = [
+        method.loss(toy_view(torch.tensor([[0.8, 0.1, 0.1]]).log(), [0], step=step, **given)).value.item()
+        for step in (0, 3, 4)
+    ]
+    assert values == pytest.approx([64 * math.log(1.25), 64 * math.log(1.25), 6 * math.log(1.25)], rel=1e-5)
+
+
 def test_hand_value_of_the_gold_answers(toy_view):
     """Two targets, the second is an answer with p = 1/4: the mean over answers is ln 4, the KL to itself is 0."""
     same = [[0.5, 0.25, 0.25], [0.5, 0.25, 0.25]]
-    view = toy_view(torch.tensor(same).log(), [0, 2], base=same, owner="ICLAnchor")
+    view = toy_view(torch.tensor(same).log(), [0, 2], base=same, owner="ICLAnchor", step=4)
     row = dataclasses.replace(view.packed.rows[0], gold=np.array([False, False, True]))
     view.packed.rows = [row]
     term = ICLAnchor(gold=0.5, every=2).loss(view)
     assert term.value.sum().item() / 2 == pytest.approx(2 * 0.5 * math.log(4), rel=1e-5)
+    first = toy_view(torch.tensor(same).log(), [0, 2], base=same, owner="ICLAnchor", step=0)
+    first.packed.rows = [row]
+    assert ICLAnchor(gold=0.5, every=2).loss(first).value.sum().item() / 2 == pytest.approx(0.5 * math.log(4), rel=1e-5)
     assert ICLAnchor(gold=0.0).loss(view).value.abs().max().item() < 1e-6
 
 
@@ -49,7 +64,7 @@ def test_task_tokens_are_not_compared(toy_view):
 def test_every_second_step_with_twice_the_weight(tiny_model, start, token_rows, gradients):
     parts = {}
     for every in (1, 2):
-        session = start([ICLAnchor(every=every, pool=4, shots=(1, 2))], tiny_model())
+        session = start([ICLAnchor(every=every, early=0, pool=4, shots=(1, 2))], tiny_model())
         with torch.no_grad():
             for p in session.params.values():
                 p.mul_(1.3)
@@ -65,8 +80,10 @@ def test_every_second_step_with_twice_the_weight(tiny_model, start, token_rows, 
 
 
 def test_the_pool_is_used_in_turn():
-    method = ICLAnchor(every=2, prompts_per_step=3)
+    method = ICLAnchor(every=2, prompts_per_step=3, early=0)
     assert [list(method.asides_at(s, 5)) for s in range(5)] == [[0, 1, 2], [], [3, 4, 0], [], [1, 2, 3]]
+    early = ICLAnchor(every=2, early=3)
+    assert [list(early.asides_at(s, 9)) for s in range(7)] == [[0], [1], [2], [], [5], [], [6]]
 
 
 def test_held_out_tasks_are_refused(tiny_model, tokenizer):
