@@ -4,7 +4,7 @@
 
 A base and a tuned model of random weights in bfloat16 lie in a temporary folder, in several files. Each cycle copies
 the tuned model's files and, in a process of its own, writes a merge of the two (WiSE-FT). Before each of them all that
-is waiting is written to the disk, so that neither waits for the other; both read what the system still holds in memory.
+is waiting is written to the disk, so that neither waits for the other; both read what the system holds in memory.
 `share` is the time of copying over that of merging, though merging reads two models. `cpu_seconds` are those of all
 threads and of the kernel for them. The look at whether the two are relatives, which comes once before, is timed apart.
 Memory (Linux): what the process holds more at the peak of the merge than before it, over the bytes of the largest

@@ -11,14 +11,20 @@ from transformers import AutoModelForCausalLM
 
 from holdfast import cli, models
 from holdfast.data.encoder import Encoder
+from holdfast.engine.forward import forward
 from holdfast.errors import DataError, HoldfastError, ModelError, PlanError, RecipeError
 from holdfast.measure import closeness as close
 from holdfast.measure.parts import COARSE, FINE, REPORT, cut, join
 from holdfast.measure.probe import Ask, Group, Probe, Suite
 from holdfast.measure.suites import build
-from holdfast.runs import repair_judge, repair_search
+from holdfast.methods import ICLAnchor
+from holdfast.methods.loss._divergence import forward_kl
+from holdfast.runs import repair as repair_run
+from holdfast.runs import repair_heal, repair_judge, repair_search
 from holdfast.runs.repair_goal import from_data
+from holdfast.runs.repair_heal import Healed, heal
 from holdfast.runs.repair_search import TUNED, Candidate, Point, best, candidates, choose, frontier, search
+from holdfast.services import Context
 from holdfast.sites.merge_files import Pair
 from holdfast.verbs.repair import repair
 from tiny import build_model, ticket_rows
@@ -284,6 +290,52 @@ def test_a_bound_that_no_candidate_meets_exits_with_1_and_gives_the_nearest(worl
     assert not r["met"] and r["status"] == "not met" and "The nearest is WiSEFT alpha 0.8" in r["sentence"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert "BOUND NOT MET" in capsys.readouterr().out
+
+
+# ---- heal
+
+
+def test_heal_pulls_towards_the_base_and_reads_no_label(world, tokenizer, tmp_path, monkeypatch):
+    """KL to the base on few-shot prompts that the training did not see falls."""
+    base, tuned = (AutoModelForCausalLM.from_pretrained(p) for p in (world.base, world.tuned))
+    goal = from_data(world.data, **ROWS, tokenizer=tokenizer, batch_tokens=512)
+    answers = [a for a, _ in goal.asked[REPORT][0]]
+    texts = [tokenizer.decode(p) for p in goal.prompts]
+    assert len(texts) == 12 and all(t not in answers for t in texts)
+    file, told = tmp_path / "heal.safetensors", []
+    monkeypatch.setattr(repair_heal, "RATE", 0.02)  # a tiny model moves little
+    heal(lambda: base, lambda: tuned, tokenizer, goal.prompts, file, steps=24, tell=lambda x, _: told.append(x))
+    assert told == sorted(told) and told[-1] == 1 and [p.name for p in tmp_path.iterdir()] == [file.name]
+
+    rows = ICLAnchor(pool=12, seed=5).asides(Context(base, tokenizer))
+    pair = Pair(world.base, world.tuned)
+    apart = []
+    for methods in ([], [Healed(file=str(file))]):
+        weights = dict(pair.merged(methods))
+        model = AutoModelForCausalLM.from_pretrained(world.base)
+        model.load_state_dict(weights, strict=False)
+        with torch.no_grad():
+            logp = [forward(m, rows)[1].log_softmax(-1) for m in (base, model)]
+        apart.append(float(forward_kl(*logp).mean()))
+    assert apart[1] < 0.7 * apart[0]
+
+
+def test_a_healed_candidate_is_written_and_made_once(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(repair_search.GRID, "heal", [{"steps": 6}])
+    made, plain = [], repair_run.heal
+    monkeypatch.setattr(repair_run, "heal", lambda *a, **k: made.append(1) or plain(*a, **k))
+    settings = {"data": world.data, "keep": {"language": 0.1}, **ROWS, **FEW, "methods": ("heal",)}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(repair_judge.Judge, "measured", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        repair(world.base, world.tuned, tmp_path / "out", **settings)
+    got = repair(world.base, world.tuned, tmp_path / "out", **settings)
+    assert len(made) == 1 and [p["label"] for p in got["points"]].count("heal steps 6") == 2
+    wanted = dict(Pair(world.base, world.tuned).merged([Healed(file=str(tmp_path / "out" / "heal.safetensors"))]))
+    looked = {p["label"]: p for p in got["points"]}
+    assert looked["heal steps 6"]["task"] != looked["tuned model"]["task"]
+    if got["chosen"]["method"] == "heal":
+        model = AutoModelForCausalLM.from_pretrained(got["model"])
+        assert all(torch.equal(p, wanted[n]) for n, p in model.named_parameters())
 
 
 # ---- refusals

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from holdfast.measure.parts import COARSE, REPORT
 from holdfast.recipe import KEEP_FRAC
 from holdfast.runs import repair_goal
 from holdfast.runs.folder import RunFolder
+from holdfast.runs.repair_heal import heal
 from holdfast.runs.repair_judge import BASE, CHOOSING, Judge
 from holdfast.runs.repair_search import DEFAULT, TUNED, Candidate, Point, candidates, search
 from holdfast.runs.run import Tell, silent
 from holdfast.sites.merge_files import Pair
 from holdfast.versions import versions
 
-MODEL, LAST = "model", "repair.json"
-WORK = {MODEL, LAST}
+MODEL, HEALED, LAST = "model", "heal.safetensors", "repair.json"
+WORK = {MODEL, HEALED, LAST}
 ENDS = (BASE, TUNED)
 
 
@@ -116,6 +118,7 @@ class _Work:
             batch_tokens=wish.batch_tokens,
         )
         self.goal = self.judge.goal = self._goal()
+        self.judge.healed = self._healed
         inputs = {"base": self.pair.base.sha, "tuned model": self.pair.tuned.sha}
         folder.keep_inputs({**inputs, "task": content_key(dict(self.goal.asked))})
 
@@ -132,6 +135,16 @@ class _Work:
             )
         sha = content_key(self.pair.tuned.sha, str(self.judge.dtype), self.judge.device.type)
         return repair_goal.from_answers(lambda: self.judge.model(TUNED), tokens, sha, w.prompts, w.batch_tokens)
+
+    def _healed(self, who: Candidate) -> Path:
+        """The file of a short training, which is made when it is first asked for."""
+        file, judge = self.folder.path / HEALED, self.judge
+        if not file.exists():
+            base, tuned = partial(judge.model, BASE), partial(judge.model, TUNED)
+            settings: dict[str, Any] = dict(who.settings)
+            heal(base, tuned, judge.tokenizer, self.goal.prompts, file, tell=self._told("heal"), **settings)
+            judge.forget()
+        return file
 
     # ---- the search
 
@@ -166,9 +179,8 @@ class _Work:
         base = self.judge.point(BASE, CHOOSING, told)
         self.judge.forget()
         written = self._told("export")
-        target = self.pair.write(
-            who.methods, self.folder.path / MODEL, card=_card(self.pair, chosen), tell=lambda x: written(x, "")
-        )
+        methods, target = self.judge.methods(who), self.folder.path / MODEL
+        target = self.pair.write(methods, target, card=_card(self.pair, chosen), tell=lambda x: written(x, ""))
         after, task = self.judge.measured(models.load(str(target))[0], told)
         outcome = self._outcome(ends, after, task)
         return {

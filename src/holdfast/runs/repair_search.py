@@ -17,6 +17,7 @@ from holdfast.method import Method
 from holdfast.methods import all_methods
 
 SECOND_LOOK = 8  # ours
+HEAL = "heal"  # no method: `repair_heal` trains the change
 GRID: dict[str, list[dict[str, Any]]] = {  # ours; the papers search the same settings
     "WiSEFT": [{"alpha": n / 10} for n in range(1, 10)],
     "LiNeS": [
@@ -27,19 +28,22 @@ GRID: dict[str, list[dict[str, Any]]] = {  # ours; the papers search the same se
     "Breadcrumbs": [{"density": 1.0, "outliers": o} for o in (0.001, 0.01, 0.05, 0.2)],
     "DARE": [{"density": d} for d in (0.1, 0.3, 0.6)],
     "SLERP": [{"t": n / 5} for n in range(1, 5)],
+    HEAL: [{"steps": 48}],
 }
 DEFAULT = ("WiSEFT", "LiNeS", "TIES")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One merge: a method of the grid and its settings; no method is the tuned model itself."""
+    """One merge: a method of the grid and its settings; no settings: the tuned model itself."""
 
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def methods(self) -> list[Method]:
+        """What makes it of the tuned model; of HEAL the judge knows."""
+        assert self.method != HEAL
         return [all_methods()[self.method](**self.settings)] if self.settings else []
 
     @property
