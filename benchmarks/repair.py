@@ -26,7 +26,7 @@ KINDS = {"full": FULL, "lora": LORA}
 SEARCHES = {
     "default": (),
     "six": ("WiSEFT", "LiNeS", "TIES", "Breadcrumbs", "DARE", "SLERP"),
-    "heal": ("WiSEFT", "heal"),
+    "heal": ("heal",),
 }
 ORDER = [("sst2", 0), ("tickets", 0), ("sst2", 1), ("tickets", 1), ("rte", 0), ("agnews", 0)]
 
@@ -72,7 +72,7 @@ def tuned(task: str, kind: str, seed: int, shared: Path, folder: Path) -> Path:
     return target
 
 
-def run(task: str, kind: str, seed: int, search: str, shared: Path, folder: Path) -> None:
+def run(task: str, kind: str, seed: int, search: str, shared: Path, folder: Path, limit: int | None) -> None:
     """One repair, with its time on the clock. Measurements of another repair that are in the cache cost nothing."""
     import _common as C
     from holdfast.files import write_json
@@ -84,12 +84,12 @@ def run(task: str, kind: str, seed: int, search: str, shared: Path, folder: Path
     out = folder / "repaired" / path_of(task, kind, seed, search).stem
     wish: dict[str, Any] = {"methods": SEARCHES[search]} if SEARCHES[search] else {}
     start = time.perf_counter()
-    report = repair(BASE, str(model), out, data=data, keep={"in-context": KEEP}, **TASKS[task], **wish)
+    report = repair(BASE, str(model), out, data=data, keep={"in-context": KEEP}, limit=limit, **TASKS[task], **wish)
     seconds = time.perf_counter() - start
     target = path_of(task, kind, seed, search)
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     kept = {k: report[k] for k in ("status", "sentence", "met", "chosen", "points", "report", "keep")}
-    write_json(target, {"facts": C.facts(), "load": os.getloadavg()[1], "seconds": seconds, **kept})
+    write_json(target, {"facts": C.facts(), "load": os.getloadavg()[1], "seconds": seconds, "limit": limit, **kept})
 
 
 # ---- the table
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared" / "data")
     parser.add_argument("--work", type=Path, default=HERE / "runs" / "repair", help="where the models are kept")
     parser.add_argument("--only", default="", help="run only cells whose name contains this")
+    parser.add_argument("--limit", type=int, help="items of each in-context task; None: all")
     args = parser.parse_args()
     if args.what == "table":
         print(table())
@@ -131,7 +132,7 @@ def main() -> None:
         name = path_of(*cell).stem
         if not path_of(*cell).exists() and args.only in name:
             print(name, flush=True)
-            run(*cell, args.shared, args.work)
+            run(*cell, args.shared, args.work, args.limit)
 
 
 if __name__ == "__main__":

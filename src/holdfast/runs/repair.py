@@ -158,7 +158,8 @@ class _Work:
         def coarse(who: Candidate) -> Point:
             nonlocal seen
             seen += 1
-            return self.judge.point(who, first, self._told("search", (seen - 1) / len(asked), 1 / len(asked)))
+            share = min(1.0, (seen - 1) / len(asked))  # lines are bent beyond those that were asked for
+            return self.judge.point(who, first, self._told("search", share, (1 - share) / len(asked)))
 
         return search(asked, coarse, lambda who: self.judge.point(who, CHOOSING, self._told("second look")))
 

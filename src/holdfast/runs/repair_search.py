@@ -4,6 +4,9 @@ Two numbers decide: the task's score, and how far above its floor the ability li
 margin). A candidate that another one beats at both is off the frontier. The second look takes the frontier of the
 first one, then the next one behind it, until there are enough. Chosen is the best task score with a margin of 0 or
 more; where there is none, the largest margin.
+
+Where WiSE-FT is asked for, the best straight line of the coarse look is bent: the blocks are cut into thirds. Third by
+third, the lowest first, a smaller and a larger alpha are looked at, and the best of the three is taken on.
 """
 
 from __future__ import annotations
@@ -28,9 +31,15 @@ GRID: dict[str, list[dict[str, Any]]] = {  # ours; the papers search the same se
     "Breadcrumbs": [{"density": 1.0, "outliers": o} for o in (0.001, 0.01, 0.05, 0.2)],
     "DARE": [{"density": d} for d in (0.1, 0.3, 0.6)],
     "SLERP": [{"t": n / 5} for n in range(1, 5)],
+    "DGHard": [{"strength": 1.0}, {"strength": 1.0, "control": True}],
+    "IntruderReduction": [
+        *({"mitigation_lambda": x} for x in (0.75, 0.5, 0.25, 0.0)),
+        {"mitigation_lambda": 0.0, "control": True},
+    ],
     HEAL: [{"steps": 48}],
 }
 DEFAULT = ("WiSEFT", "LiNeS", "TIES")
+THIRDS, BEND = 3, 0.2  # ours
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,13 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        return " ".join([self.method, *(f"{k} {v:g}" for k, v in self.settings.items())])
+        return " ".join([self.method, *(f"{k} {_words(v)}" for k, v in self.settings.items())])
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "/".join(map(_words, value)) if isinstance(value, tuple) else f"{value:g}"
 
 
 TUNED = Candidate("tuned model")
@@ -97,8 +112,26 @@ def search(
     The tuned model gets the second look in any case: where nothing is lost, nothing is repaired.
     """
     first = [coarse(c) for c in asked]
+    first += _bent([p for p in first if p.candidate.method == "WiSEFT"], coarse)
     second = [fine(TUNED), *(fine(p.candidate) for p in best(first, SECOND_LOOK))]
     return [*first, *second], choose(second)
+
+
+def _bent(lines: Sequence[Point], coarse: Callable[[Candidate], Point]) -> list[Point]:
+    """Coarse looks at WiSE-FT with an alpha for each third of the blocks, from the best one of these."""
+    if not lines:
+        return []
+    looked, now = [], choose(lines)
+    alpha = now.candidate.settings["alpha"]
+    for third in range(THIRDS):
+        parts = now.candidate.settings.get("parts", (alpha,) * THIRDS)
+        near = {min(1.0, max(0.0, round(alpha + d, 6))) for d in (-BEND, BEND)} - {alpha}
+        found = [
+            coarse(Candidate("WiSEFT", {"alpha": alpha, "parts": (*parts[:third], a, *parts[third + 1 :])}))
+            for a in sorted(near)
+        ]
+        looked, now = looked + found, choose([now, *found])
+    return looked
 
 
 def choose(points: Sequence[Point]) -> Point:
