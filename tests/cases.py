@@ -564,6 +564,7 @@ class Case:
     no_off: why there are none.
     invariant: asserts what the method promises after 20 steps.
     zero_at_base: the part of the loss that is 0 at the base weights; no_zero: why there is none.
+    no_default: why its defaults find nothing to do on the tiny model.
     too_short: words with which its defaults refuse a run of a few steps. ends_at: the steps after which it ends a run.
     needs_rows: it looks at the task's rows as text, which a trainer that has only tokens does not know.
     picks: it compares the rows at hand, which in a trainer of several processes are those of one process.
@@ -575,6 +576,7 @@ class Case:
     no_off: str = ""
     zero_at_base: str = ""
     no_zero: str = ""
+    no_default: str = ""
     too_short: str = ""
     ends_at: int = 0
     needs_rows: bool = False
@@ -662,6 +664,7 @@ CASES = (
         hf.IntruderReduction(mitigation_lambda=0.5, threshold_epsilon=0.95, top_k=6),
         strangers_hold,
         off=(hf.IntruderReduction(mitigation_lambda=1.0),),
+        no_default="a few steps turn no direction so far away from the base's",
         no_zero=NO_TERM,
     ),
     Case(hf.L2ToInit(alpha=5.0), pull_holds, off=(hf.L2ToInit(alpha=0.0),), zero_at_base="L2ToInit"),

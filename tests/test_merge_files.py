@@ -34,10 +34,10 @@ CHAINS = {
 }
 
 
-def moved(model, by=0.02):
+def moved(model, by=0.02, seed=7):
     """The same model with every weight a little elsewhere."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
+        torch.manual_seed(seed)
         for p in model.parameters():
             p.add_(torch.randn_like(p) * by)
     return model
@@ -144,6 +144,23 @@ def test_an_adapter_is_merged_into_files_like_its_bases(pair, tmp_path):
     got = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     for name, p in base.named_parameters():
         assert torch.equal(got.get_parameter(name), torch.lerp(p, tuned.get_parameter(name), 0.3)), name
+
+
+def test_a_change_is_carried_to_another_base(tmp_path, tokenizer):
+    """new base + (old tuned - old base), which is what diff transfer and instruction residuals do."""
+    folders = {n: str(tmp_path / n) for n in ("old", "new", "tuned")}
+    for n, (name, by) in enumerate(zip(folders, (0.0, 0.01, 0.02), strict=True)):
+        models.save_model(moved(build_model(), by, seed=n), tokenizer, folders[name], card=None)
+    carry = hf.TaskArithmetic(models=(folders["old"],), weights=(1, -1), scale=1)
+    out = merge_files(folders["new"], folders["tuned"], [carry], tmp_path / "out")
+    old, new, tuned, got = (dict(AutoModelForCausalLM.from_pretrained(p).named_parameters())
+                            for p in (*folders.values(), out))  # fmt: skip
+    for name, p in got.items():
+        torch.testing.assert_close(p, new[name] + (tuned[name] - old[name]), atol=1e-6, rtol=0)
+        assert not torch.equal(p, tuned[name])
+    same = merge_files(folders["old"], folders["tuned"], [carry], tmp_path / "same")
+    for name, p in AutoModelForCausalLM.from_pretrained(same).named_parameters():
+        torch.testing.assert_close(p, tuned[name], atol=1e-6, rtol=0)
 
 
 def test_no_method_gives_the_tuned_model(pair, tmp_path):

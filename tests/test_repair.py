@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from holdfast import cli, models
+from holdfast import methods as hf
 from holdfast.data.encoder import Encoder
 from holdfast.engine.forward import forward
 from holdfast.errors import DataError, HoldfastError, ModelError, PlanError, RecipeError
@@ -25,7 +27,8 @@ from holdfast.runs.repair_goal import from_data
 from holdfast.runs.repair_heal import Healed, heal
 from holdfast.runs.repair_search import GRID, HEAL, TUNED, Candidate, Point, best, candidates, choose, frontier, search
 from holdfast.services import Context
-from holdfast.sites.merge_files import Pair
+from holdfast.sites.adapter_files import may_scale
+from holdfast.sites.merge_files import Pair, merge_files
 from holdfast.verbs.repair import repair
 from tiny import build_model, ticket_rows
 from tiny_run import make_world, write_rows
@@ -153,6 +156,23 @@ def test_the_best_line_is_bent_third_by_third():
                           (0.3, 0.5, 0.7)]  # fmt: skip
     assert chosen.candidate.settings == {"alpha": 0.5, "parts": (0.3, 0.5, 0.7)}
     assert chosen.candidate.label == "WiSEFT alpha 0.5 parts 0.3/0.5/0.7" and not chosen.candidate.methods[0].off()
+
+
+def test_the_greedy_soup_by_hand():
+    """b alone is the best; c makes it better and joins, the tuned model would make it worse and does not."""
+    values = {"tuned model": 0.5, "b": 0.7, "c": 0.6, "b + c": 0.8, "tuned model + b + c": 0.65}
+    seen = []
+
+    def coarse(who):
+        seen.append(who.label)
+        return Point(who, values[who.label], 0.1, ("coarse",))
+
+    points, chosen = search([], coarse, lambda who: Point(who, values[who.label], 0.1, ("coarse", "fine")), ("b", "c"))
+    assert seen == ["tuned model", "b", "c", "tuned model + b + c", "b + c"] and chosen.candidate.label == "b + c"
+    assert [p.candidate.label for p in points[:4]] == ["b", "c", "tuned model + b + c", "b + c"]
+    (method,) = chosen.candidate.methods
+    assert method == hf.TaskArithmetic(models=("b", "c"), weights=(0.0, 1.0, 1.0), scale=0.5)
+    search([], lambda who: Point(who, 0.5, 0.1, ("coarse",)), coarse, ())  # one model: no soup
 
 
 def test_the_grid_is_made_of_methods_that_only_merge():
@@ -296,6 +316,46 @@ def test_without_data_the_tuned_models_own_answers_count(world, tmp_path, monkey
     page, text = (out / "repair.html").read_text(), (out / "repair.md").read_text()
     assert page.count("<svg") == 1 and "<script" not in page and "http" not in page.replace("http://www.w3.org", "")
     assert f"**{r['chosen']['label']}**" in text
+
+
+def test_several_tuned_models_make_a_soup(world, tmp_path):
+    """The tuned model walked back a little stands for a second one, which keeps more."""
+    other = merge_files(world.base, world.tuned, [hf.WiSEFT(alpha=0.4)], tmp_path / "other")
+    settings = {"data": world.data, "keep": {"language": 0.6}, **ROWS, **FEW, "methods": ("SLERP",)}
+    r = repair(world.base, world.tuned, tmp_path / "out", also=[str(other)], **settings)
+    looked = {p["label"]: p for p in r["points"]}
+    mean = looked[f"tuned model + {other}"]
+    assert looked[str(other)]["kept"]["language"]["value"] > mean["kept"]["language"]["value"]
+    if r["chosen"]["method"] == "ModelSoup":
+        got = dict(AutoModelForCausalLM.from_pretrained(r["model"]).named_parameters())
+        ends = [dict(AutoModelForCausalLM.from_pretrained(p).named_parameters()) for p in (world.tuned, other)]
+        own, second = r["chosen"]["settings"]["has"]
+        for name, p in got.items():
+            wanted = (own * ends[0][name] + second * ends[1][name]) / (own + second)
+            torch.testing.assert_close(p, wanted, atol=1e-5, rtol=1e-4)
+    with pytest.raises(HoldfastError, match="named twice"):
+        repair(world.base, world.tuned, tmp_path / "twice", also=[world.tuned], **settings)
+
+
+def test_an_adapter_is_repaired_as_an_adapter_too(world, tmp_path, monkeypatch, capsys):
+    """On the base it computes what the repaired whole model does; what cannot be scaled gives a whole model alone."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapter, (base, out) = tmp_path / "adapter", (world.base, tmp_path / "out")
+    with models.peft_quiet():
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(adapter)
+    monkeypatch.setitem(repair_search.GRID, "LiNeS", [{"alpha": 0.1}])
+    words = ["--data", world.data, "--prompt", "{text}", "--completion", " {queue}", "--metric", "loss"]
+    words += ["--keep", "language=0.99", "--suite", "language", "--limit", "4"]
+    exit_of(monkeypatch, "repair", base, adapter, "-o", out, *words, "--method", "LiNeS")
+    r = json.loads((out / "repair.json").read_text())
+    assert r["chosen"]["method"] == "LiNeS" and f"Adapter: {out / 'adapter'}" in capsys.readouterr().out
+    ids = torch.arange(20)[None] + 5
+    with models.peft_quiet():
+        one, two = (models.load(str(out / n), dtype="float32")[0](input_ids=ids).logits for n in ("adapter", "model"))
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+    source = models.resolve(str(adapter))
+    assert may_scale(source, [hf.WiSEFT()]) and not may_scale(source, [hf.TIES(), hf.WiSEFT()])
 
 
 def test_a_bound_that_no_candidate_meets_exits_with_1_and_gives_the_nearest(world, tmp_path, monkeypatch, capsys):

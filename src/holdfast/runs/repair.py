@@ -17,6 +17,8 @@ from holdfast.files import content_key
 from holdfast.measure.compare import abilities
 from holdfast.measure.names import names_of
 from holdfast.measure.parts import COARSE, REPORT
+from holdfast.method import Method
+from holdfast.models.related import check_related
 from holdfast.recipe import KEEP_FRAC
 from holdfast.runs import repair_goal
 from holdfast.runs.folder import RunFolder
@@ -24,11 +26,12 @@ from holdfast.runs.repair_heal import heal
 from holdfast.runs.repair_judge import BASE, CHOOSING, Judge
 from holdfast.runs.repair_search import DEFAULT, TUNED, Candidate, Point, candidates, search
 from holdfast.runs.run import Tell, silent
+from holdfast.sites import adapter_files
 from holdfast.sites.merge_files import Pair
 from holdfast.versions import versions
 
-MODEL, HEALED, LAST = "model", "heal.safetensors", "repair.json"
-WORK = {MODEL, HEALED, LAST}
+MODEL, ADAPTER, HEALED, LAST = "model", "adapter", "heal.safetensors", "repair.json"
+WORK = {MODEL, ADAPTER, HEALED, LAST}
 ENDS = (BASE, TUNED)
 
 
@@ -38,6 +41,7 @@ class Wish:
 
     base: str
     tuned: str
+    also: Sequence[str] = ()
     data: str | None = None
     prompt: str | None = None
     completion: str | None = None
@@ -77,6 +81,8 @@ class Wish:
         if self.data and self.prompts:
             raise HoldfastError("--data and --prompts both say what the task is.", "Give one of the two.")
         candidates(self.methods)
+        if len({self.tuned, *self.also}) <= len(self.also):
+            raise HoldfastError("A tuned model is named twice.", "Name each once, the others with --also.")
 
 
 def repaired(wish: Wish, out: Path, tell: Tell = silent) -> dict[str, Any]:
@@ -119,7 +125,8 @@ class _Work:
         )
         self.goal = self.judge.goal = self._goal()
         self.judge.healed = self._healed
-        inputs = {"base": self.pair.base.sha, "tuned model": self.pair.tuned.sha}
+        inputs: dict[str, Any] = {"base": self.pair.base.sha, "tuned model": self.pair.tuned.sha}
+        inputs |= {f"tuned model {name}": self._other(name) for name in wish.also}
         folder.keep_inputs({**inputs, "task": content_key(dict(self.goal.asked))})
 
     def _goal(self) -> repair_goal.Goal:
@@ -135,6 +142,13 @@ class _Work:
             )
         sha = content_key(self.pair.tuned.sha, str(self.judge.dtype), self.judge.device.type)
         return repair_goal.from_answers(lambda: self.judge.model(TUNED), tokens, sha, w.prompts, w.batch_tokens)
+
+    def _other(self, name: str) -> str | None:
+        """The identity of a further tuned model, which must be a relative too."""
+        source = models.resolve(name)
+        check_related(source, self.pair.like, self.pair.tokenizer, self.pair.base_weights)
+        self.judge.others.append(source.sha)
+        return source.sha
 
     def _healed(self, who: Candidate) -> Path:
         """The file of a short training, which is made when it is first asked for."""
@@ -161,7 +175,8 @@ class _Work:
             share = min(1.0, (seen - 1) / len(asked))  # lines are bent beyond those that were asked for
             return self.judge.point(who, first, self._told("search", share, (1 - share) / len(asked)))
 
-        return search(asked, coarse, lambda who: self.judge.point(who, CHOOSING, self._told("second look")))
+        fine = self._told("second look")
+        return search(asked, coarse, lambda who: self.judge.point(who, CHOOSING, fine), self.wish.also)
 
     def _may_search(self) -> None:
         if not self.judge.measurable(CHOOSING, self._told("measure before")):
@@ -189,6 +204,7 @@ class _Work:
             "base": _named(self.pair.base),
             "tuned": _named(self.pair.tuned),
             "model": str(target),
+            "adapter": self._adapter(methods, _card(self.pair, chosen)),
             "keep": dict(self.wish.keep),
             "chosen": _shown(chosen),
             "met": chosen.meets,
@@ -197,6 +213,13 @@ class _Work:
             "report": outcome,
             "settings": asdict(self.wish),
         }
+
+    def _adapter(self, methods: Sequence[Method], card: str) -> str | None:
+        """The folder of the repaired adapter, where the tuned model is one and scaling it is all there is to do."""
+        tuned = self.pair.tuned
+        if tuned.kind != "adapter" or not adapter_files.may_scale(tuned, methods):
+            return None
+        return str(adapter_files.scaled(tuned, methods, self.pair.num_layers, self.folder.path / ADAPTER, card))
 
     def _outcome(self, ends: Mapping[str, Any], after: Sequence[Any], task: Any) -> dict[str, Any]:
         """On the items of the report: the task of all three, and what the tuned and the repaired model kept."""

@@ -42,7 +42,7 @@ class Goal:
     metric: Metric
     asked: Mapping[str, Any]
     score: Callable[[Any, str], Items]
-    prompts: Sequence[Sequence[int]] = ()
+    prompts: Sequence[list[int]] = ()
 
     def estimates(self, tuned: Items, items: Items) -> dict[str, Any]:
         """{"before": the tuned model's, "after": of `items`, "difference", ...} in the metric's unit."""
@@ -132,5 +132,5 @@ def from_answers(model: Callable[[], Any], tokenizer: Any, sha: str, prompts: st
         return close.closeness(model, cuts[part], batch_tokens=batch_tokens)
 
     name = f"answers to {Path(prompts).name}" if prompts else "answers to its own prompts"
-    prompts = [list(prompt) for prompt, _ in pairs[:half]]
-    return Goal(name, "own answers", close.CLOSENESS, dict(cuts), score, prompts)
+    asked = [list(prompt) for prompt, _ in pairs[:half]]
+    return Goal(name, "own answers", close.CLOSENESS, dict(cuts), score, asked)

@@ -25,7 +25,7 @@ from holdfast.engine.pack import TokenRow, token_row
 from holdfast.engine.ways import inner
 from holdfast.errors import DataError
 from holdfast.hosts.plain import Training, train
-from holdfast.measure.closeness import greedy_answers
+from holdfast.measure.closeness import Tokens, greedy_answers
 from holdfast.method import Method, Paper, State, Term, canonical
 from holdfast.methods import ICLAnchor, KLToBase, LoRA
 from holdfast.plan import Host, Plan
@@ -33,7 +33,6 @@ from holdfast.services import Context, Teacher, View
 from holdfast.session import Session
 
 BATCH, RATE, PROMPTS, FEWEST, SEED = 8, 1e-3, 200, 8, 0  # ours
-Tokens = Sequence[int]
 
 
 @dataclass(frozen=True, kw_only=True)

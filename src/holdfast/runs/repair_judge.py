@@ -26,7 +26,7 @@ from holdfast.method import Method
 from holdfast.models.identity import file_sha
 from holdfast.runs.repair_goal import Goal, Items
 from holdfast.runs.repair_heal import Healed
-from holdfast.runs.repair_search import HEAL, TUNED, Candidate, Point
+from holdfast.runs.repair_search import HEAL, SOUP, TUNED, Candidate, Point
 from holdfast.sites.merge_files import Pair
 
 BASE = Candidate("base")
@@ -59,6 +59,7 @@ class Judge:
         ask = Ask(self.tokenizer, num_fewshot, limit, labels=tuple(labels))
         self.suites = {name: self._cut(name, ask) for name in suites}
         self.goal: Goal | None = None
+        self.others: list[str | None] = []  # identities of further tuned models
         self.healed: Callable[[Candidate], Path] | None = None  # the file of a candidate that is trained
         self._holds = TUNED
 
@@ -135,6 +136,7 @@ class Judge:
     def _kept(self, who: Candidate, asked: Any, make: Callable[[], Any]) -> Any:
         ends = [self.pair.base.sha, self.pair.tuned.sha, str(self.dtype), self.device.type, self.batch_tokens]
         made = file_sha(self.healed(who)) if who.method == HEAL and self.healed else ""
+        made = self.others if who.method == SOUP else made
         return remembered(content_key("repair", ends, who.method, dict(who.settings), made, asked), make)
 
     def measurable(self, parts: Sequence[str], tell: Callable[[float, str], None]) -> bool:

@@ -7,6 +7,9 @@ more; where there is none, the largest margin.
 
 Where WiSE-FT is asked for, the best straight line of the coarse look is bent: the blocks are cut into thirds. Third by
 third, the lowest first, a smaller and a larger alpha are looked at, and the best of the three is taken on.
+
+Where there are several tuned models, each and the mean of all is a candidate; then the greedy soup of the paper: from
+the best one on, the next best joins the mean where it does not make it worse.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from typing import Any
 
 from holdfast.errors import PlanError, suggest
 from holdfast.method import Method
-from holdfast.methods import all_methods
+from holdfast.methods import TaskArithmetic, all_methods
 
 SECOND_LOOK = 8  # ours
+SOUP = "ModelSoup"
 HEAL = "heal"  # no method: `repair_heal` trains the change
 GRID: dict[str, list[dict[str, Any]]] = {  # ours; the papers search the same settings
     "WiSEFT": [{"alpha": n / 10} for n in range(1, 10)],
@@ -53,10 +57,16 @@ class Candidate:
     def methods(self) -> list[Method]:
         """What makes it of the tuned model; of HEAL the judge knows."""
         assert self.method != HEAL
+        if self.method == SOUP:  # one of TaskArithmetic, since the tuned model itself may be missing in it
+            has = tuple(map(float, self.settings["has"]))
+            return [TaskArithmetic(models=tuple(self.settings["also"]), weights=has, scale=1 / sum(has))]
         return [all_methods()[self.method](**self.settings)] if self.settings else []
 
     @property
     def label(self) -> str:
+        if self.method == SOUP:
+            names = (TUNED.method, *self.settings["also"])
+            return " + ".join(n for n, has in zip(names, self.settings["has"], strict=True) if has)
         return " ".join([self.method, *(f"{k} {_words(v)}" for k, v in self.settings.items())])
 
 
@@ -105,14 +115,20 @@ def candidates(methods: Sequence[str]) -> list[Candidate]:
 
 
 def search(
-    asked: Sequence[Candidate], coarse: Callable[[Candidate], Point], fine: Callable[[Candidate], Point]
+    asked: Sequence[Candidate],
+    coarse: Callable[[Candidate], Point],
+    fine: Callable[[Candidate], Point],
+    also: Sequence[str] = (),
 ) -> tuple[list[Point], Point]:
     """(all points, the coarse ones first; the chosen one, which has had the second look).
+
+    also: further tuned models.
 
     The tuned model gets the second look in any case: where nothing is lost, nothing is repaired.
     """
     first = [coarse(c) for c in asked]
     first += _bent([p for p in first if p.candidate.method == "WiSEFT"], coarse)
+    first += _soups(also, coarse)
     second = [fine(TUNED), *(fine(p.candidate) for p in best(first, SECOND_LOOK))]
     return [*first, *second], choose(second)
 
@@ -132,6 +148,32 @@ def _bent(lines: Sequence[Point], coarse: Callable[[Candidate], Point]) -> list[
         ]
         looked, now = looked + found, choose([now, *found])
     return looked
+
+
+def _soups(also: Sequence[str], coarse: Callable[[Candidate], Point]) -> list[Point]:
+    """Coarse looks at each of several tuned models, at the mean of all, and at those of the greedy soup."""
+    if not also:
+        return []
+    number = 1 + len(also)
+    looked: dict[tuple[int, ...], Point] = {}
+
+    def look(members: set[int]) -> Point:
+        has = tuple(int(n in members) for n in range(number))
+        if has not in looked:
+            looked[has] = coarse(TUNED if members == {0} else Candidate(SOUP, {"also": tuple(also), "has": has}))
+        return looked[has]
+
+    alone = [look({n}) for n in range(number)]
+    look(set(range(number)))
+    left, order = list(range(number)), []
+    while left:  # the best first; of equals the one that was named first
+        order.append(next(n for n in left if alone[n] == choose([alone[n] for n in left])))
+        left.remove(order[-1])
+    soup = {order[0]}
+    for n in order[1:]:
+        if choose([look({*soup, n}), look(soup)]) == look({*soup, n}):  # as good is good enough
+            soup.add(n)
+    return [p for p in looked.values() if p.candidate != TUNED]
 
 
 def choose(points: Sequence[Point]) -> Point:
