@@ -447,6 +447,10 @@ def test_what_cannot_be_repaired_is_refused(world, tmp_path, tokenizer):
         repair(world.base, world.tuned, tmp_path / "c", data=world.data, **{**ROWS, "metric": "acuracy"}, **keep)
     with pytest.raises(HoldfastError, match="too few items at this limit"):
         repair(world.base, world.tuned, tmp_path / "d", **{**keep, "limit": 2})
+    (tmp_path / "p.txt").write_text("\n".join(f"Ticket {n}" for n in range(9)))
+    with pytest.raises(DataError, match="heal has 5 prompts"):
+        prompts = {"prompts": str(tmp_path / "p.txt"), "methods": ("heal",)}
+        repair(world.base, world.tuned, tmp_path / "g", **{**keep, **prompts})
     shown = {"keep": {"in-context": 0.9}, "suites": ("in-context",), "num_fewshot": 1, "limit": 4}
     with pytest.raises(HoldfastError, match="does not show every ability to keep"):
         repair(world.base, world.tuned, tmp_path / "e", data=world.data, **ROWS, **shown)

@@ -22,9 +22,9 @@ from holdfast.models.related import check_related
 from holdfast.recipe import KEEP_FRAC
 from holdfast.runs import repair_goal
 from holdfast.runs.folder import RunFolder
-from holdfast.runs.repair_heal import heal
+from holdfast.runs.repair_heal import check_prompts, heal
 from holdfast.runs.repair_judge import BASE, CHOOSING, Judge
-from holdfast.runs.repair_search import DEFAULT, TUNED, Candidate, Point, candidates, search
+from holdfast.runs.repair_search import DEFAULT, HEAL, TUNED, Candidate, Point, candidates, search
 from holdfast.runs.run import Tell, silent
 from holdfast.sites import adapter_files
 from holdfast.sites.merge_files import Pair
@@ -125,6 +125,8 @@ class _Work:
         )
         self.goal = self.judge.goal = self._goal()
         self.judge.healed = self._healed
+        if HEAL in wish.methods:
+            check_prompts(self.goal.prompts)
         inputs: dict[str, Any] = {"base": self.pair.base.sha, "tuned model": self.pair.tuned.sha}
         inputs |= {f"tuned model {name}": self._other(name) for name in wish.also}
         folder.keep_inputs({**inputs, "task": content_key(dict(self.goal.asked))})

@@ -2,13 +2,13 @@
 
 A LoRA adapter is trained on the tuned model, which stays as it is below:
 
-    task prompts, with the tuned model's own greedy answers:   - log p(answer)  +  KL(p_tuned || p)
+    task prompts, with the tuned model's own greedy answers:   - log p(answer)  +  0.5 KL(p_tuned || p)
     few-shot prompts of anchor tasks:                          the terms of ICLAnchor, with the base as teacher
 
-It is the plan LoRA + KLToBase(on="task") + ICLAnchor on the tuned model: what `base_logits` are is the model that the
-training begins with. Only ICLAnchor must ask another model, the base, whose states on the few prompts it needs are
-stored before (`_Anchor`). No label is read. Afterwards the adapter is one more change of the weights (`Healed`), so it
-is written, looked at and merged like the other candidates. The setting is ours.
+It is the plan LoRA + KLToBase(on="task") + ICLAnchor on the tuned model: the "base" of a plan is the model that its
+training begins with. Only ICLAnchor must ask another model, the real base, whose states on the few prompts it needs
+are stored before (`_Anchor`). No label of the task is read. Afterwards the adapter is one more change of the weights
+(`Healed`), so it is written, looked at and merged like the other candidates. The setting is ours.
 """
 
 from __future__ import annotations
@@ -66,8 +66,17 @@ class _Anchor(ICLAnchor):
 
     teacher: Teacher
 
+    needs: ClassVar = frozenset()  # nothing of that one
+
     def loss(self, view: View) -> Term | None:
         return super().loss(replace(view, teacher=self.teacher))
+
+
+def check_prompts(prompts: Sequence[Tokens]) -> None:
+    """Raise DataError for too few prompts."""
+    if len(prompts) < FEWEST:
+        what = f"heal has {len(prompts)} prompts to train on: those of the report are not used."
+        raise DataError(what, f"Give {2 * FEWEST} prompts or rows, or more.")
 
 
 def heal(
@@ -87,10 +96,8 @@ def heal(
         prompts: of the task, as tokens.
 
     Raises:
-        DataError: too few prompts.
+        PlanError: the tuned model has no linear map that LoRA can stand beside.
     """
-    if len(prompts) < FEWEST:
-        raise DataError(f"heal has {len(prompts)} prompts for choosing.", f"Give {FEWEST} or more.")
     anchor = {"every": 1, "pool": steps, "seed": SEED}
     teacher = _learnt(base(), tokenizer, ICLAnchor(**anchor), lambda x: tell(0.1 * x, "answers of the base"))
     model = tuned()

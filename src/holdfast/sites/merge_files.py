@@ -43,12 +43,13 @@ class _Weights(Mapping[str, torch.Tensor]):
 
     @property
     def in_parts(self) -> bool:
-        """Whether `part` reads less than a tensor."""
+        """Whether `part` may be asked."""
         return isinstance(self._tensors, Saved)
 
     def part(self, name: str, part: slice) -> torch.Tensor:
         """Some entries of a tensor, flat."""
-        return self._tensors.part(name, part) if isinstance(self._tensors, Saved) else self[name].flatten()[part]
+        assert isinstance(self._tensors, Saved)
+        return self._tensors.part(name, part)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -65,6 +65,6 @@ def command(base: str, tuned: str, *, keep: Sequence[str], out: Path, **wish: An
     with progress_on(console) as progress:
         report = repair(base, tuned, out, keep=floors, tell=progress.tell, **wish)
     shown.show(report, console)
-    adapter = f"\nAdapter: {report['adapter']}" if report["adapter"] else ""
+    adapter = f"\nAdapter: {report['adapter']}" if report.get("adapter") else ""
     print(f"Model: {report['model']}{adapter}\nPage: {out / 'repair.html'}")
     return EXIT[report["status"]]
