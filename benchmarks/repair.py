@@ -55,6 +55,10 @@ def tuned(task: str, kind: str, seed: int, shared: Path, folder: Path) -> Path:
         return target
     model, tokenizer = models.load(BASE)
     compute = model.dtype
+    if kind == "lora":  # an adapter must name a base that lies somewhere
+        if not (folder / "base").exists():
+            models.save_model(model, tokenizer, folder / "base", card=None)
+        models.name_after(model, folder / "base")
     rows, tokens, *_ = read(task, shared, tokenizer)
     plan = Plan([M.LoRA()] if kind == "lora" else [])
     ctx = Context(model, tokenizer, seed, rows, total_steps=STEPS, max_length=1024)
@@ -120,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared" / "data")
-    parser.add_argument("--work", type=Path, default=HERE / "runs" / "repair", help="where the models are kept")
+    parser.add_argument("--work", type=Path, default=HERE.parent / "runs" / "repair", help="where the models are kept")
     parser.add_argument("--only", default="", help="run only cells whose name contains this")
     parser.add_argument("--limit", type=int, help="items of each in-context task; None: all")
     args = parser.parse_args()
