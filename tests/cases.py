@@ -262,6 +262,39 @@ def trim_holds(seen: Seen) -> None:
         assert (moved[n].abs()[kept] >= least * (1 - 2**-11)).all() and (moved[n].abs()[~kept] < least).all()
 
 
+def noise_dropped_holds(seen: Seen) -> None:
+    """What is left of each matrix's change is a sum of its strongest directions, fewer of them than it had."""
+    cut = 0
+    for n, w in seen.base.items():
+        plain, kept = (x.weights[n].double() - w.double() for x in (seen.plain, seen.result))
+        if w.ndim < 2:
+            torch.testing.assert_close(kept, plain, rtol=1e-6, atol=1e-8)
+            continue
+        rank = int(torch.linalg.matrix_rank(kept, rtol=1e-4))
+        u, s, v = torch.linalg.svd(plain, full_matrices=False)
+        torch.testing.assert_close(kept, (u[:, :rank] * s[:rank]) @ v[:rank], rtol=1e-3, atol=1e-6)
+        cut += rank < int((s > 1e-6 * s[0]).sum())
+    assert cut > 3
+
+
+def strangers_hold(seen: Seen) -> None:
+    """Of each changed matrix of the blocks the strongest directions unlike the base's are smaller by lambda."""
+    method, found = seen.method, 0
+    for n, w in seen.base.items():
+        u, s, v = torch.linalg.svd(seen.plain.weights[n].double()) if w.ndim == 2 else (None,) * 3
+        if u is None or ".layers." not in n:
+            assert torch.equal(seen.result.weights[n], seen.plain.weights[n])
+            continue
+        base = torch.linalg.svd(w.double(), full_matrices=False).U
+        near = (u.T[: method.top_k] @ base).abs().amax(1)
+        factor = torch.ones_like(s)
+        factor[: method.top_k][near < method.threshold_epsilon] = method.mitigation_lambda
+        found += int((factor < 1).sum())
+        wanted = (u[:, : len(s)] * (s * factor)) @ v[: len(s)]
+        torch.testing.assert_close(seen.result.weights[n].double(), wanted, rtol=1e-4, atol=1e-6)
+    assert found > 3
+
+
 def dropped_holds(seen: Seen) -> None:
     """An entry of the change is gone or enlarged to keep the mean, and as many are there as were asked for."""
     kept = total = 0
@@ -531,6 +564,7 @@ class Case:
     no_off: why there are none.
     invariant: asserts what the method promises after 20 steps.
     zero_at_base: the part of the loss that is 0 at the base weights; no_zero: why there is none.
+    no_default: why its defaults find nothing to do on the tiny model.
     too_short: words with which its defaults refuse a run of a few steps. ends_at: the steps after which it ends a run.
     needs_rows: it looks at the task's rows as text, which a trainer that has only tokens does not know.
     picks: it compares the rows at hand, which in a trainer of several processes are those of one process.
@@ -542,6 +576,7 @@ class Case:
     no_off: str = ""
     zero_at_base: str = ""
     no_zero: str = ""
+    no_default: str = ""
     too_short: str = ""
     ends_at: int = 0
     needs_rows: bool = False
@@ -591,6 +626,7 @@ CASES = (
     Case(hf.Curriculum(start=0.3, epochs=3.0), easy_first_holds, off=(hf.Curriculum(start=1.0),), no_zero=NO_TERM),
     Case(hf.DARE(density=0.3), dropped_holds, off=(hf.DARE(density=1.0),), no_zero=NO_TERM),
     Case(hf.DFT(), token_loss_holds, no_off="it has no settings: leaving it out is off", no_zero=NO_TERM),
+    Case(hf.DGHard(strength=0.6), noise_dropped_holds, off=(hf.DGHard(strength=0.0),), no_zero=NO_TERM),
     Case(hf.EAFT(alpha=30.0), unsure_holds, off=(hf.EAFT(alpha=0.0),), no_zero=NO_TERM),
     Case(hf.FINCH(first=2, power=4.0), finch_holds, off=(hf.FINCH(power=0.0),), no_zero=NO_TERM),
     Case(
@@ -623,6 +659,13 @@ CASES = (
         task_kl_holds,
         off=(hf.KLToBase(weight=0.0), hf.KLToBase(weight=0.0, on="replay")),
         zero_at_base="KLToBase",
+    ),
+    Case(
+        hf.IntruderReduction(mitigation_lambda=0.5, threshold_epsilon=0.95, top_k=6),
+        strangers_hold,
+        off=(hf.IntruderReduction(mitigation_lambda=1.0),),
+        no_default="a few steps turn no direction so far away from the base's",
+        no_zero=NO_TERM,
     ),
     Case(hf.L2ToInit(alpha=5.0), pull_holds, off=(hf.L2ToInit(alpha=0.0),), zero_at_base="L2ToInit"),
     Case(hf.LIFT(lora_rank=2, filter_rank=4), lift_holds, off=(hf.LIFT(lora_rank=0),), no_zero=NO_TERM),

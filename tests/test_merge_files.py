@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from holdfast import methods as hf
 from holdfast import models
 from holdfast.errors import ModelError, PlanError
+from holdfast.models import shards
 from holdfast.models.tensors import Saved
 from holdfast.sites.merge_files import Pair, merge_files
 from holdfast.sites.merging import Merging
@@ -33,10 +34,10 @@ CHAINS = {
 }
 
 
-def moved(model, by=0.02):
+def moved(model, by=0.02, seed=7):
     """The same model with every weight a little elsewhere."""
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
+        torch.manual_seed(seed)
         for p in model.parameters():
             p.add_(torch.randn_like(p) * by)
     return model
@@ -70,6 +71,43 @@ def test_bit_for_bit_the_merge_in_memory(name, pair, tmp_path):
                    for p in (out, pair.tuned))  # fmt: skip
     assert all(torch.equal(got[n], p) and p.dtype == got[n].dtype for n, p in wanted.items())
     assert not all(torch.equal(got[n], p) for n, p in before.items())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_bit_for_bit_in_pieces(threads, pair, tmp_path, monkeypatch):
+    """Pieces that end within rows, two at a time; the second method sees what the first one made of a piece."""
+    monkeypatch.setattr(shards, "PIECE", 77)
+    chain = [hf.TIES(density=0.3), hf.TaskArithmetic(scale=0.7, models=(str(pair.tuned),)), hf.LiNeS(alpha=0.2)]
+    asked, plain = [], shards.Parts.read
+    monkeypatch.setattr(shards.Parts, "read", lambda self, *at: asked.append(at[2]) or plain(self, *at))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out = merge_files(str(pair.base), str(pair.tuned), chain, tmp_path / "out")
+    finally:
+        torch.set_num_threads(before)
+    assert {part.stop - part.start for part in asked} >= {77, 32} and len(asked) > 300
+    methods = Merging(chain, {m.name: {} for m in chain}, None, 2)
+    base, tuned = (AutoModelForCausalLM.from_pretrained(p, dtype=pair.dtype) for p in (pair.base, pair.tuned))
+    methods.open(base)
+    methods.merge(tuned, {n: p.detach().clone() for n, p in base.named_parameters()})
+    got = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert all(torch.equal(got.get_parameter(n), p) for n, p in tuned.named_parameters())
+
+
+ENTRYWISE = [hf.WiSEFT(), hf.LiNeS(), hf.TIES(density=1, scale=0.5), hf.TaskArithmetic(), hf.ModelSoup(base=1)]
+
+
+@pytest.mark.parametrize("method", ENTRYWISE, ids=lambda m: m.name)
+def test_what_works_entry_by_entry_gives_the_same_in_pieces(method):
+    assert method.entrywise() and not hf.TIES(trim="tensor").entrywise() and not hf.SLERP().entrywise()
+    dice = torch.Generator().manual_seed(0)
+    base, other = (torch.randn(70_001, generator=dice) for _ in range(2))
+    weights = {"base": base, "tuned": base + 0.1 * other}
+    cut = [dict(zip(weights, ws, strict=True)) for ws in zip(*(w.split(333) for w in weights.values()), strict=True)]
+    name = "model.layers.1.x.weight"
+    pieces = torch.cat([method.merge(name, piece, {}, 4) for piece in cut])
+    assert torch.equal(pieces, method.merge(name, weights, {}, 4)) and not torch.equal(pieces, weights["tuned"])
 
 
 def test_the_files_are_those_of_the_tuned_model(pair, tmp_path):
@@ -106,6 +144,23 @@ def test_an_adapter_is_merged_into_files_like_its_bases(pair, tmp_path):
     got = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
     for name, p in base.named_parameters():
         assert torch.equal(got.get_parameter(name), torch.lerp(p, tuned.get_parameter(name), 0.3)), name
+
+
+def test_a_change_is_carried_to_another_base(tmp_path, tokenizer):
+    """new base + (old tuned - old base), which is what diff transfer and instruction residuals do."""
+    folders = {n: str(tmp_path / n) for n in ("old", "new", "tuned")}
+    for n, (name, by) in enumerate(zip(folders, (0.0, 0.01, 0.02), strict=True)):
+        models.save_model(moved(build_model(), by, seed=n), tokenizer, folders[name], card=None)
+    carry = hf.TaskArithmetic(models=(folders["old"],), weights=(1, -1), scale=1)
+    out = merge_files(folders["new"], folders["tuned"], [carry], tmp_path / "out")
+    old, new, tuned, got = (dict(AutoModelForCausalLM.from_pretrained(p).named_parameters())
+                            for p in (*folders.values(), out))  # fmt: skip
+    for name, p in got.items():
+        torch.testing.assert_close(p, new[name] + (tuned[name] - old[name]), atol=1e-6, rtol=0)
+        assert not torch.equal(p, tuned[name])
+    same = merge_files(folders["old"], folders["tuned"], [carry], tmp_path / "same")
+    for name, p in AutoModelForCausalLM.from_pretrained(same).named_parameters():
+        torch.testing.assert_close(p, tuned[name], atol=1e-6, rtol=0)
 
 
 def test_no_method_gives_the_tuned_model(pair, tmp_path):

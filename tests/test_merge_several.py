@@ -136,7 +136,7 @@ def test_no_second_model_is_ever_in_memory(world, tiny_model, monkeypatch):
     seen, most = [], [0]
 
     def note(kind, plain):
-        def read(self, name, base):
+        def read(self, name, base, part=None):
             found = plain(self, name, base)
             seen.append(weakref.ref(found))
             most[0] = max(most[0], len({id(t) for r in seen if (t := r()) is not None} - own))

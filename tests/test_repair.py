@@ -7,19 +7,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from holdfast import cli, models
+from holdfast import methods as hf
 from holdfast.data.encoder import Encoder
+from holdfast.engine.forward import forward
 from holdfast.errors import DataError, HoldfastError, ModelError, PlanError, RecipeError
 from holdfast.measure import closeness as close
 from holdfast.measure.parts import COARSE, FINE, REPORT, cut, join
 from holdfast.measure.probe import Ask, Group, Probe, Suite
 from holdfast.measure.suites import build
-from holdfast.runs import repair_judge, repair_search
+from holdfast.methods import ICLAnchor
+from holdfast.methods.loss._divergence import forward_kl
+from holdfast.runs import repair as repair_run
+from holdfast.runs import repair_heal, repair_judge, repair_search
 from holdfast.runs.repair_goal import from_data
-from holdfast.runs.repair_search import TUNED, Candidate, Point, best, candidates, choose, frontier, search
-from holdfast.sites.merge_files import Pair
+from holdfast.runs.repair_heal import Healed, heal
+from holdfast.runs.repair_search import GRID, HEAL, TUNED, Candidate, Point, best, candidates, choose, frontier, search
+from holdfast.services import Context
+from holdfast.sites.adapter_files import may_scale
+from holdfast.sites.merge_files import Pair, merge_files
 from holdfast.verbs.repair import repair
 from tiny import build_model, ticket_rows
 from tiny_run import make_world, write_rows
@@ -127,13 +136,47 @@ def test_the_second_look_decides_and_always_sees_the_tuned_model():
         alpha = who.settings.get("alpha", 1.0)
         return Point(who, alpha, 0.4 - alpha, ("coarse", "fine"))  # coarse items were kinder
 
-    points, chosen = search(asked, lambda who: at(who.settings["alpha"], 0.6 - who.settings["alpha"]), fine)
-    assert seen[0] == TUNED and len(points) == 3 + 4
-    assert chosen.candidate.settings == {"alpha": 0.2}
+    _, chosen = search(asked, lambda who: at(who.settings["alpha"], 0.6 - who.settings["alpha"]), fine)
+    assert seen[0] == TUNED
+    assert chosen.candidate.settings["alpha"] == 0.2 and "parts" not in chosen.candidate.settings
+
+
+def test_the_best_line_is_bent_third_by_third():
+    """A low lowest third gives margin, a high highest third gives task: found from the best line in six looks."""
+
+    def coarse(who):
+        alpha = who.settings.get("alpha", 1.0)
+        low, _, high = who.settings.get("parts", (alpha,) * 3)
+        return Point(who, high, 0.55 - low, ("coarse",))
+
+    asked = [Candidate("WiSEFT", {"alpha": x}) for x in (0.3, 0.5, 0.9)]
+    points, chosen = search(asked, coarse, coarse)
+    looked = [p.candidate.settings["parts"] for p in points if "parts" in p.candidate.settings]
+    assert looked[:6] == [(0.3, 0.5, 0.5), (0.7, 0.5, 0.5), (0.3, 0.3, 0.5), (0.3, 0.7, 0.5), (0.3, 0.5, 0.3),
+                          (0.3, 0.5, 0.7)]  # fmt: skip
+    assert chosen.candidate.settings == {"alpha": 0.5, "parts": (0.3, 0.5, 0.7)}
+    assert chosen.candidate.label == "WiSEFT alpha 0.5 parts 0.3/0.5/0.7" and not chosen.candidate.methods[0].off()
+
+
+def test_the_greedy_soup_by_hand():
+    """b alone is the best; c makes it better and joins, the tuned model would make it worse and does not."""
+    values = {"tuned model": 0.5, "b": 0.7, "c": 0.6, "b + c": 0.8, "tuned model + b + c": 0.65}
+    seen = []
+
+    def coarse(who):
+        seen.append(who.label)
+        return Point(who, values[who.label], 0.1, ("coarse",))
+
+    points, chosen = search([], coarse, lambda who: Point(who, values[who.label], 0.1, ("coarse", "fine")), ("b", "c"))
+    assert seen == ["tuned model", "b", "c", "tuned model + b + c", "b + c"] and chosen.candidate.label == "b + c"
+    assert [p.candidate.label for p in points[:4]] == ["b", "c", "tuned model + b + c", "b + c"]
+    (method,) = chosen.candidate.methods
+    assert method == hf.TaskArithmetic(models=("b", "c"), weights=(0.0, 1.0, 1.0), scale=0.5)
+    search([], lambda who: Point(who, 0.5, 0.1, ("coarse",)), coarse, ())  # one model: no soup
 
 
 def test_the_grid_is_made_of_methods_that_only_merge():
-    names = ("WiSEFT", "LiNeS", "TIES", "Breadcrumbs", "DARE", "SLERP")
+    names = [name for name in GRID if name != HEAL]
     for c in candidates(names):
         assert len(c.methods) == 1 and not c.methods[0].off() and "merge" in c.methods[0].sites(), c.label
     with pytest.raises(PlanError, match="no grid for the method 'LoRA'"):
@@ -234,7 +277,7 @@ def test_a_finished_repair_does_nothing_and_another_bound_asks_nothing_new(world
     again = repair(world.base, world.tuned, done.out, keep={"language": 0.8}, **settings)
     assert again == done.report and not asked
     other = repair(world.base, world.tuned, world.folder / "other", keep={"language": 0.7}, **settings)
-    assert set(asked) <= {FINE, REPORT}  # every coarse look was known
+    assert asked.count(COARSE) <= 6  # all but the lines that are bent from another one were known
     assert other["chosen"]["task"]["value"] <= done.report["chosen"]["task"]["value"]
     with pytest.raises(RecipeError, match="of another recipe"):
         repair(world.base, world.tuned, done.out, keep={"language": 0.9}, **settings)
@@ -275,6 +318,46 @@ def test_without_data_the_tuned_models_own_answers_count(world, tmp_path, monkey
     assert f"**{r['chosen']['label']}**" in text
 
 
+def test_several_tuned_models_make_a_soup(world, tmp_path):
+    """The tuned model walked back a little stands for a second one, which keeps more."""
+    other = merge_files(world.base, world.tuned, [hf.WiSEFT(alpha=0.4)], tmp_path / "other")
+    settings = {"data": world.data, "keep": {"language": 0.6}, **ROWS, **FEW, "methods": ("SLERP",)}
+    r = repair(world.base, world.tuned, tmp_path / "out", also=[str(other)], **settings)
+    looked = {p["label"]: p for p in r["points"]}
+    mean = looked[f"tuned model + {other}"]
+    assert looked[str(other)]["kept"]["language"]["value"] > mean["kept"]["language"]["value"]
+    if r["chosen"]["method"] == "ModelSoup":
+        got = dict(AutoModelForCausalLM.from_pretrained(r["model"]).named_parameters())
+        ends = [dict(AutoModelForCausalLM.from_pretrained(p).named_parameters()) for p in (world.tuned, other)]
+        own, second = r["chosen"]["settings"]["has"]
+        for name, p in got.items():
+            wanted = (own * ends[0][name] + second * ends[1][name]) / (own + second)
+            torch.testing.assert_close(p, wanted, atol=1e-5, rtol=1e-4)
+    with pytest.raises(HoldfastError, match="named twice"):
+        repair(world.base, world.tuned, tmp_path / "twice", also=[world.tuned], **settings)
+
+
+def test_an_adapter_is_repaired_as_an_adapter_too(world, tmp_path, monkeypatch, capsys):
+    """On the base it computes what the repaired whole model does; what cannot be scaled gives a whole model alone."""
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapter, (base, out) = tmp_path / "adapter", (world.base, tmp_path / "out")
+    with models.peft_quiet():
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(adapter)
+    monkeypatch.setitem(repair_search.GRID, "LiNeS", [{"alpha": 0.1}])
+    words = ["--data", world.data, "--prompt", "{text}", "--completion", " {queue}", "--metric", "loss"]
+    words += ["--keep", "language=0.99", "--suite", "language", "--limit", "4"]
+    exit_of(monkeypatch, "repair", base, adapter, "-o", out, *words, "--method", "LiNeS")
+    r = json.loads((out / "repair.json").read_text())
+    assert r["chosen"]["method"] == "LiNeS" and f"Adapter: {out / 'adapter'}" in capsys.readouterr().out
+    ids = torch.arange(20)[None] + 5
+    with models.peft_quiet():
+        one, two = (models.load(str(out / n), dtype="float32")[0](input_ids=ids).logits for n in ("adapter", "model"))
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
+    source = models.resolve(str(adapter))
+    assert may_scale(source, [hf.WiSEFT()]) and not may_scale(source, [hf.TIES(), hf.WiSEFT()])
+
+
 def test_a_bound_that_no_candidate_meets_exits_with_1_and_gives_the_nearest(world, tmp_path, monkeypatch, capsys):
     (tmp_path / "p.txt").write_text("\n".join(r.prompt.replace("\n", " ") for r in ticket_rows()))
     monkeypatch.setitem(repair_search.GRID, "WiSEFT", [{"alpha": 0.8}, {"alpha": 0.9}])
@@ -284,6 +367,52 @@ def test_a_bound_that_no_candidate_meets_exits_with_1_and_gives_the_nearest(worl
     assert not r["met"] and r["status"] == "not met" and "The nearest is WiSEFT alpha 0.8" in r["sentence"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert "BOUND NOT MET" in capsys.readouterr().out
+
+
+# ---- heal
+
+
+def test_heal_pulls_towards_the_base_and_reads_no_label(world, tokenizer, tmp_path, monkeypatch):
+    """KL to the base on few-shot prompts that the training did not see falls."""
+    base, tuned = (AutoModelForCausalLM.from_pretrained(p) for p in (world.base, world.tuned))
+    goal = from_data(world.data, **ROWS, tokenizer=tokenizer, batch_tokens=512)
+    answers = [a for a, _ in goal.asked[REPORT][0]]
+    texts = [tokenizer.decode(p) for p in goal.prompts]
+    assert len(texts) == 12 and all(t not in answers for t in texts)
+    file, told = tmp_path / "heal.safetensors", []
+    monkeypatch.setattr(repair_heal, "RATE", 0.02)  # a tiny model moves little
+    heal(lambda: base, lambda: tuned, tokenizer, goal.prompts, file, steps=24, tell=lambda x, _: told.append(x))
+    assert told == sorted(told) and told[-1] == 1 and [p.name for p in tmp_path.iterdir()] == [file.name]
+
+    rows = ICLAnchor(pool=12, seed=5).asides(Context(base, tokenizer))
+    pair = Pair(world.base, world.tuned)
+    apart = []
+    for methods in ([], [Healed(file=str(file))]):
+        weights = dict(pair.merged(methods))
+        model = AutoModelForCausalLM.from_pretrained(world.base)
+        model.load_state_dict(weights, strict=False)
+        with torch.no_grad():
+            logp = [forward(m, rows)[1].log_softmax(-1) for m in (base, model)]
+        apart.append(float(forward_kl(*logp).mean()))
+    assert apart[1] < 0.7 * apart[0]
+
+
+def test_a_healed_candidate_is_written_and_made_once(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(repair_search.GRID, "heal", [{"steps": 6}])
+    made, plain = [], repair_run.heal
+    monkeypatch.setattr(repair_run, "heal", lambda *a, **k: made.append(1) or plain(*a, **k))
+    settings = {"data": world.data, "keep": {"language": 0.1}, **ROWS, **FEW, "methods": ("heal",)}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(repair_judge.Judge, "measured", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        repair(world.base, world.tuned, tmp_path / "out", **settings)
+    got = repair(world.base, world.tuned, tmp_path / "out", **settings)
+    assert len(made) == 1 and [p["label"] for p in got["points"]].count("heal steps 6") == 2
+    wanted = dict(Pair(world.base, world.tuned).merged([Healed(file=str(tmp_path / "out" / "heal.safetensors"))]))
+    looked = {p["label"]: p for p in got["points"]}
+    assert looked["heal steps 6"]["task"] != looked["tuned model"]["task"]
+    if got["chosen"]["method"] == "heal":
+        model = AutoModelForCausalLM.from_pretrained(got["model"])
+        assert all(torch.equal(p, wanted[n]) for n, p in model.named_parameters())
 
 
 # ---- refusals
@@ -318,6 +447,10 @@ def test_what_cannot_be_repaired_is_refused(world, tmp_path, tokenizer):
         repair(world.base, world.tuned, tmp_path / "c", data=world.data, **{**ROWS, "metric": "acuracy"}, **keep)
     with pytest.raises(HoldfastError, match="too few items at this limit"):
         repair(world.base, world.tuned, tmp_path / "d", **{**keep, "limit": 2})
+    (tmp_path / "p.txt").write_text("\n".join(f"Ticket {n}" for n in range(9)))
+    with pytest.raises(DataError, match="heal has 5 prompts"):
+        prompts = {"prompts": str(tmp_path / "p.txt"), "methods": ("heal",)}
+        repair(world.base, world.tuned, tmp_path / "g", **{**keep, **prompts})
     shown = {"keep": {"in-context": 0.9}, "suites": ("in-context",), "num_fewshot": 1, "limit": 4}
     with pytest.raises(HoldfastError, match="does not show every ability to keep"):
         repair(world.base, world.tuned, tmp_path / "e", data=world.data, **ROWS, **shown)

@@ -206,6 +206,9 @@ def repair(
     base: str,
     tuned: str,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model, the curve and the page.")],
+    also: Annotated[
+        list[str] | None, typer.Option("--also", help="Another tuned model, for soups with TUNED; may be repeated.")
+    ] = None,
     data: Annotated[str | None, typer.Option("--data", help="Rows of the task that the tuning has not seen.")] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Template over the columns of --data.")] = None,
     completion: Annotated[str | None, typer.Option("--completion", help="The same of the answer.")] = None,
@@ -234,6 +237,7 @@ def repair(
         tuned,
         keep=keep or (),
         out=out,
+        also=tuple(also or ()),
         data=data,
         prompt=prompt,
         completion=completion,

@@ -301,6 +301,10 @@ class Method:
         """
         return weights["tuned"]
 
+    def entrywise(self) -> bool:
+        """Whether `merge` works entry by entry, so that it may be shown a tensor in flat pieces (part of `merge`)."""
+        return self.scales_update
+
     def others(self) -> Mapping[str, str]:
         """Other models for `merge`: role -> hub id, folder or adapter of a model that descends from the base."""
         return {}

@@ -105,7 +105,7 @@ class Session:
             self.teacher = Teacher(
                 self.model, [n for m in self.methods if "base_hidden" in m.needs for n in m.hidden_layers()]
             )
-            used = [r for m in self.methods for r in self._used_asides(m)]
+            used = [r for m in self.methods if asks & m.needs for r in self._used_asides(m)]
             apart = {*self.asides, *(m.name for m in self.rolling.methods)}  # these do not ask about the task's rows
             on_task = any(asks & m.needs and m.name not in apart for m in self.methods)
             known = [*used, *(teacher_rows if on_task and not self._rewrites else ())]

@@ -18,6 +18,14 @@ def test_hand_value():
     assert got.tolist() == [5.0, 6.0]
 
 
+def test_hand_value_of_parts():
+    # six blocks in three parts: blocks 0 and 1 get 0, 2 and 3 get 0.5, 4 and 5 get 1; what is no block gets 0.25
+    method, weights = WiSEFT(alpha=0.25, parts=(0.0, 0.5, 1.0)), pair(torch.tensor([2.0]), torch.tensor([6.0]))
+    names = [*(f"model.layers.{n}.mlp.up_proj.weight" for n in range(6)), "model.norm.weight"]
+    assert [method.merge(n, weights, {}, 6).item() for n in names] == [2, 2, 4, 4, 6, 6, 3]
+    assert WiSEFT(alpha=1.0, parts=(1.0, 1.0)).off() and not WiSEFT(alpha=1.0, parts=(1.0, 0.5)).off()
+
+
 def test_both_ends_are_exact():
     draw = torch.Generator().manual_seed(0)
     base, tuned = torch.randn(2, 1000, generator=draw)
@@ -60,3 +68,5 @@ def test_loss_of_a_linear_model_lies_below_the_chord():
 def test_values_outside_the_line_are_refused(tiny_model, tokenizer, alpha):
     with pytest.raises(PlanError, match=r"WiSEFT\.alpha"):
         WiSEFT(alpha=alpha).check(Context(tiny_model(), tokenizer))
+    with pytest.raises(PlanError, match=r"WiSEFT\.parts"):
+        WiSEFT(parts=(0.5, alpha)).check(Context(tiny_model(), tokenizer))

@@ -11,7 +11,7 @@ spectrum, not outside its span; where the spectrum is flat (small gap) any small
 Ours: the same count for W_0 plus a Gaussian update of D's Frobenius norm (the control, three draws where there are
 intruders); a finding needs more intruders than every draw and a similarity under 0.8 of the lowest of the draws. U
 from the eigenvectors of the smaller Gram matrix in fp64, not an SVD; fused experts (3-D) left out. The repair of the
-paper (shrinking the intruders) is not done here.
+paper is `IntruderReduction`.
 
 Cost: one full eigenproblem of order min(m, n) a matrix and two to four for the top k. Above a budget only the matrices
 with the largest ||D||_2 / ||W_0||_F are taken (estimated by a randomised SVD), and the detail says of how many.
@@ -27,6 +27,7 @@ import torch
 
 from holdfast.diagnose import NOTHING, Case, Finding
 from holdfast.diagnose._pair import Pair, Place, label, pairs, share
+from holdfast.methods.merge._spectrum import left_vectors
 
 TOP_K, EPSILON = 10, 0.5  # Sec. 3 and main text
 BUDGET = 6e9  # ours: sum of m * n * min(m, n), about 10 s on two cores
@@ -62,31 +63,6 @@ class Count:
         """More intruders than by chance, and one of them clearly farther from the base."""
         chance = min(c.nearest for c in self.controls)
         return self.seen.intruders > self.random and self.seen.nearest < CLEAR * chance
-
-
-def left_vectors(w: torch.Tensor, k: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(U (m, r), s (r,)) of a matrix (m, n) in fp64, largest first, all or the top k; none of no length if m > n."""
-    w = w.double()
-    wide = w.shape[0] <= w.shape[1]
-    values, vectors = _eigen(w @ w.T if wide else w.T @ w, k)
-    s = values.clamp(min=0).sqrt()
-    if not wide:
-        real = s > 1e-7 * s[0]  # eigenvalues carry 1e-16 of the largest: a smaller s is rounding
-        s, vectors = s[real], w @ vectors[:, real] / s[real]
-    return vectors, s
-
-
-def _eigen(gram: torch.Tensor, k: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvalues and vectors (columns), largest first; the top k alone are four times as fast."""
-    n = len(gram)
-    if k is None or k >= n:
-        values, vectors = torch.linalg.eigh(gram)
-    else:
-        from scipy.linalg import eigh
-
-        found = eigh(gram.cpu().numpy(), subset_by_index=[n - k, n - 1])
-        values, vectors = (torch.from_numpy(x).to(gram.device) for x in found)
-    return values.flip(0), vectors.flip(1)
 
 
 def spectrum(u0: torch.Tensor, w: torch.Tensor, k: int = TOP_K, eps: float = EPSILON) -> Spectrum:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ from holdfast.files import read_json
 from holdfast.models import loadable
 from holdfast.models.identity import TOKENIZER_FILES
 from holdfast.models.loading import load_tokenizer
+from holdfast.models.shards import PIECE
 from holdfast.models.source import ModelSource
-from holdfast.models.tensors import SAME_BASE, tensors_of
+from holdfast.models.tensors import SAME_BASE, Saved, tensors_of
 
 if TYPE_CHECKING:
     import torch
@@ -50,14 +51,28 @@ def _correlation(source: ModelSource, base: Any, weights: Weights) -> float:
     other, below = tensors_of(source, base), tensors_of(source.base, base) if source.base else None
     both = one = two = 0.0
     for name, p in weights.items():
-        own = p.float()
         if below is not None:
-            _same_weights(source, name, p, below.read(name, own))
+            _same_weights(source, name, p, below.read(name, p))
         if p.ndim >= 2:
-            new = other.read(name, own)
-            both += float((own * new).sum())
-            one, two = one + float(own.square().sum()), two + float(new.square().sum())
+            new = other.stored(name) if isinstance(other, Saved) else other.read(name, p.float())
+            for a, b, c in _products(p, new):
+                both, one, two = both + a, one + b, two + c
     return both / math.sqrt(one * two) if one * two > 0 else math.nan
+
+
+def _products(one: torch.Tensor, two: torch.Tensor) -> Iterator[tuple[float, float, float]]:
+    """Products of two tensors with each other and with themselves, in pieces that stay in the cache of a core."""
+    import torch
+
+    from holdfast.engine.threads import side_by_side
+
+    def products(pieces: tuple[torch.Tensor, torch.Tensor]) -> tuple[float, float, float]:
+        a, b = (t.to(one.device).float() for t in pieces)
+        return float(a @ b), float(a @ a), float(b @ b)
+
+    pieces = list(zip(one.flatten().split(PIECE), two.flatten().split(PIECE), strict=True))
+    few = one.device.type != "cpu" or len(pieces) < 2
+    return side_by_side(products, pieces, 1 if few else torch.get_num_threads())
 
 
 def may_read(source: ModelSource) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from holdfast.engine.ways import inner
 from holdfast.errors import ModelError
 from holdfast.files import read_json
-from holdfast.models import loadable
+from holdfast.models import loadable, shards
 from holdfast.models.merging import peft_quiet
 from holdfast.models.source import ModelSource
 
@@ -48,10 +48,16 @@ class Saved:
                 what = f"{source.label} has {name} of shape {found}, and the base of shape {shape}."
                 raise ModelError(what, SAME_BASE)
             self._at[name] = (file, key)
+        self._parts = shards.Parts(files)
 
-    def read(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        """One tensor in fp32, on the device of `base`."""
-        return self.stored(name).to(base.device).float()
+    def read(self, name: str, base: torch.Tensor, part: slice | None = None) -> torch.Tensor:
+        """One tensor in fp32, on the device of `base`; with `part` these entries of it, flat."""
+        return (self.stored(name) if part is None else self.part(name, part)).to(base.device).float()
+
+    def part(self, name: str, part: slice) -> torch.Tensor:
+        """Some entries of one tensor, flat, as they lie in its file, on the CPU; good until this thread asks again."""
+        found = self._parts.read(*self._at[name], part)
+        return self.stored(name).flatten()[part] if found is None else found
 
     def stored(self, name: str) -> torch.Tensor:
         """One tensor as it lies in its file, on the CPU."""
@@ -86,10 +92,11 @@ class Adapted:
         self._source = source
         self._refuse(inner(like))
 
-    def read(self, name: str, base: torch.Tensor) -> torch.Tensor:
-        """`base`, the base's tensor of this name in fp32, plus the adapter's change of it."""
+    def read(self, name: str, base: torch.Tensor, part: slice | None = None) -> torch.Tensor:
+        """`base`, the base's tensor of this name in fp32, plus the adapter's change of it; it has no parts."""
         import torch
 
+        assert part is None, "a product of matrices is made as a whole"
         layer = self._layers.get(name)
         if layer is None:
             return base

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,21 @@ from holdfast.files import content_key
 from holdfast.measure.compare import abilities
 from holdfast.measure.names import names_of
 from holdfast.measure.parts import COARSE, REPORT
+from holdfast.method import Method
+from holdfast.models.related import check_related
 from holdfast.recipe import KEEP_FRAC
 from holdfast.runs import repair_goal
 from holdfast.runs.folder import RunFolder
+from holdfast.runs.repair_heal import check_prompts, heal
 from holdfast.runs.repair_judge import BASE, CHOOSING, Judge
-from holdfast.runs.repair_search import DEFAULT, TUNED, Candidate, Point, candidates, search
+from holdfast.runs.repair_search import DEFAULT, HEAL, TUNED, Candidate, Point, candidates, search
 from holdfast.runs.run import Tell, silent
+from holdfast.sites import adapter_files
 from holdfast.sites.merge_files import Pair
 from holdfast.versions import versions
 
-MODEL, LAST = "model", "repair.json"
-WORK = {MODEL, LAST}
+MODEL, ADAPTER, HEALED, LAST = "model", "adapter", "heal.safetensors", "repair.json"
+WORK = {MODEL, ADAPTER, HEALED, LAST}
 ENDS = (BASE, TUNED)
 
 
@@ -36,6 +41,7 @@ class Wish:
 
     base: str
     tuned: str
+    also: Sequence[str] = ()
     data: str | None = None
     prompt: str | None = None
     completion: str | None = None
@@ -75,6 +81,8 @@ class Wish:
         if self.data and self.prompts:
             raise HoldfastError("--data and --prompts both say what the task is.", "Give one of the two.")
         candidates(self.methods)
+        if len({self.tuned, *self.also}) <= len(self.also):
+            raise HoldfastError("A tuned model is named twice.", "Name each once, the others with --also.")
 
 
 def repaired(wish: Wish, out: Path, tell: Tell = silent) -> dict[str, Any]:
@@ -116,7 +124,11 @@ class _Work:
             batch_tokens=wish.batch_tokens,
         )
         self.goal = self.judge.goal = self._goal()
-        inputs = {"base": self.pair.base.sha, "tuned model": self.pair.tuned.sha}
+        self.judge.healed = self._healed
+        if HEAL in wish.methods:
+            check_prompts(self.goal.prompts)
+        inputs: dict[str, Any] = {"base": self.pair.base.sha, "tuned model": self.pair.tuned.sha}
+        inputs |= {f"tuned model {name}": self._other(name) for name in wish.also}
         folder.keep_inputs({**inputs, "task": content_key(dict(self.goal.asked))})
 
     def _goal(self) -> repair_goal.Goal:
@@ -133,6 +145,23 @@ class _Work:
         sha = content_key(self.pair.tuned.sha, str(self.judge.dtype), self.judge.device.type)
         return repair_goal.from_answers(lambda: self.judge.model(TUNED), tokens, sha, w.prompts, w.batch_tokens)
 
+    def _other(self, name: str) -> str | None:
+        """The identity of a further tuned model, which must be a relative too."""
+        source = models.resolve(name)
+        check_related(source, self.pair.like, self.pair.tokenizer, self.pair.base_weights)
+        self.judge.others.append(source.sha)
+        return source.sha
+
+    def _healed(self, who: Candidate) -> Path:
+        """The file of a short training, which is made when it is first asked for."""
+        file, judge = self.folder.path / HEALED, self.judge
+        if not file.exists():
+            base, tuned = partial(judge.model, BASE), partial(judge.model, TUNED)
+            settings: dict[str, Any] = dict(who.settings)
+            heal(base, tuned, judge.tokenizer, self.goal.prompts, file, tell=self._told("heal"), **settings)
+            judge.forget()
+        return file
+
     # ---- the search
 
     def search(self) -> tuple[list[Point], Point]:
@@ -145,9 +174,11 @@ class _Work:
         def coarse(who: Candidate) -> Point:
             nonlocal seen
             seen += 1
-            return self.judge.point(who, first, self._told("search", (seen - 1) / len(asked), 1 / len(asked)))
+            share = min(1.0, (seen - 1) / len(asked))  # lines are bent beyond those that were asked for
+            return self.judge.point(who, first, self._told("search", share, (1 - share) / len(asked)))
 
-        return search(asked, coarse, lambda who: self.judge.point(who, CHOOSING, self._told("second look")))
+        fine = self._told("second look")
+        return search(asked, coarse, lambda who: self.judge.point(who, CHOOSING, fine), self.wish.also)
 
     def _may_search(self) -> None:
         if not self.judge.measurable(CHOOSING, self._told("measure before")):
@@ -166,9 +197,8 @@ class _Work:
         base = self.judge.point(BASE, CHOOSING, told)
         self.judge.forget()
         written = self._told("export")
-        target = self.pair.write(
-            who.methods, self.folder.path / MODEL, card=_card(self.pair, chosen), tell=lambda x: written(x, "")
-        )
+        methods, target = self.judge.methods(who), self.folder.path / MODEL
+        target = self.pair.write(methods, target, card=_card(self.pair, chosen), tell=lambda x: written(x, ""))
         after, task = self.judge.measured(models.load(str(target))[0], told)
         outcome = self._outcome(ends, after, task)
         return {
@@ -176,6 +206,7 @@ class _Work:
             "base": _named(self.pair.base),
             "tuned": _named(self.pair.tuned),
             "model": str(target),
+            "adapter": self._adapter(methods, _card(self.pair, chosen)),
             "keep": dict(self.wish.keep),
             "chosen": _shown(chosen),
             "met": chosen.meets,
@@ -184,6 +215,13 @@ class _Work:
             "report": outcome,
             "settings": asdict(self.wish),
         }
+
+    def _adapter(self, methods: Sequence[Method], card: str) -> str | None:
+        """The folder of the repaired adapter, where the tuned model is one and scaling it is all there is to do."""
+        tuned = self.pair.tuned
+        if tuned.kind != "adapter" or not adapter_files.may_scale(tuned, methods):
+            return None
+        return str(adapter_files.scaled(tuned, methods, self.pair.num_layers, self.folder.path / ADAPTER, card))
 
     def _outcome(self, ends: Mapping[str, Any], after: Sequence[Any], task: Any) -> dict[str, Any]:
         """On the items of the report: the task of all three, and what the tuned and the repaired model kept."""

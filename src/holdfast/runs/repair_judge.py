@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,11 @@ from holdfast.measure.compare import ability
 from holdfast.measure.parts import COARSE, FINE, REPORT, cut, join
 from holdfast.measure.probe import Ask, Suite
 from holdfast.measure.suites import build, check_suite, remembered
+from holdfast.method import Method
+from holdfast.models.identity import file_sha
 from holdfast.runs.repair_goal import Goal, Items
-from holdfast.runs.repair_search import TUNED, Candidate, Point
+from holdfast.runs.repair_heal import Healed
+from holdfast.runs.repair_search import HEAL, SOUP, TUNED, Candidate, Point
 from holdfast.sites.merge_files import Pair
 
 BASE = Candidate("base")
@@ -55,6 +59,8 @@ class Judge:
         ask = Ask(self.tokenizer, num_fewshot, limit, labels=tuple(labels))
         self.suites = {name: self._cut(name, ask) for name in suites}
         self.goal: Goal | None = None
+        self.others: list[str | None] = []  # identities of further tuned models
+        self.healed: Callable[[Candidate], Path] | None = None  # the file of a candidate that is trained
         self._holds = TUNED
 
     def _cut(self, name: str, ask: Ask) -> dict[str, Suite]:
@@ -78,9 +84,16 @@ class Judge:
     def model(self, who: Candidate) -> Any:
         """The model of a candidate, or of the base; the one that was given before changes into it."""
         if who != self._holds:
-            self._fill(self.pair.base_weights.items() if who == BASE else self.pair.merged(who.methods))
+            self._fill(self.pair.base_weights.items() if who == BASE else self.pair.merged(self.methods(who)))
             self._holds = who
         return self._model
+
+    def methods(self, who: Candidate) -> list[Method]:
+        """What makes a candidate of the tuned model."""
+        if who.method != HEAL:
+            return who.methods
+        assert self.healed is not None
+        return [Healed(file=str(self.healed(who)))]
 
     @torch.no_grad()
     def _fill(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -122,7 +135,9 @@ class Judge:
 
     def _kept(self, who: Candidate, asked: Any, make: Callable[[], Any]) -> Any:
         ends = [self.pair.base.sha, self.pair.tuned.sha, str(self.dtype), self.device.type, self.batch_tokens]
-        return remembered(content_key("repair", ends, who.method, dict(who.settings), asked), make)
+        made = file_sha(self.healed(who)) if who.method == HEAL and self.healed else ""
+        made = self.others if who.method == SOUP else made
+        return remembered(content_key("repair", ends, who.method, dict(who.settings), made, asked), make)
 
     def measurable(self, parts: Sequence[str], tell: Callable[[float, str], None]) -> bool:
         """Whether the base shows every ability with a floor on the items of `parts`."""

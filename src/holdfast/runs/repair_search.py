@@ -4,6 +4,12 @@ Two numbers decide: the task's score, and how far above its floor the ability li
 margin). A candidate that another one beats at both is off the frontier. The second look takes the frontier of the
 first one, then the next one behind it, until there are enough. Chosen is the best task score with a margin of 0 or
 more; where there is none, the largest margin.
+
+Where WiSE-FT is asked for, the best straight line of the coarse look is bent: the blocks are cut into thirds. Third by
+third, the lowest first, a smaller and a larger alpha are looked at, and the best of the three is taken on.
+
+Where there are several tuned models, each and the mean of all is a candidate; then the greedy soup of the paper: from
+the best one on, the next best joins the mean where it does not make it worse.
 """
 
 from __future__ import annotations
@@ -14,9 +20,11 @@ from typing import Any
 
 from holdfast.errors import PlanError, suggest
 from holdfast.method import Method
-from holdfast.methods import all_methods
+from holdfast.methods import TaskArithmetic, all_methods
 
 SECOND_LOOK = 8  # ours
+SOUP = "ModelSoup"
+HEAL = "heal"  # no method: `repair_heal` trains the change
 GRID: dict[str, list[dict[str, Any]]] = {  # ours; the papers search the same settings
     "WiSEFT": [{"alpha": n / 10} for n in range(1, 10)],
     "LiNeS": [
@@ -27,24 +35,45 @@ GRID: dict[str, list[dict[str, Any]]] = {  # ours; the papers search the same se
     "Breadcrumbs": [{"density": 1.0, "outliers": o} for o in (0.001, 0.01, 0.05, 0.2)],
     "DARE": [{"density": d} for d in (0.1, 0.3, 0.6)],
     "SLERP": [{"t": n / 5} for n in range(1, 5)],
+    "DGHard": [{"strength": 1.0}, {"strength": 1.0, "control": True}],
+    "IntruderReduction": [
+        *({"mitigation_lambda": x} for x in (0.75, 0.5, 0.25, 0.0)),
+        {"mitigation_lambda": 0.0, "control": True},
+    ],
+    HEAL: [{"steps": 48}],
 }
 DEFAULT = ("WiSEFT", "LiNeS", "TIES")
+THIRDS, BEND = 3, 0.2  # ours
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One merge: a method of the grid and its settings; no method is the tuned model itself."""
+    """One merge: a method of the grid and its settings; no settings: the tuned model itself."""
 
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def methods(self) -> list[Method]:
+        """What makes it of the tuned model; of HEAL the judge knows."""
+        assert self.method != HEAL
+        if self.method == SOUP:  # one of TaskArithmetic, since the tuned model itself may be missing in it
+            has = tuple(map(float, self.settings["has"]))
+            return [TaskArithmetic(models=tuple(self.settings["also"]), weights=has, scale=1 / sum(has))]
         return [all_methods()[self.method](**self.settings)] if self.settings else []
 
     @property
     def label(self) -> str:
-        return " ".join([self.method, *(f"{k} {v:g}" for k, v in self.settings.items())])
+        if self.method == SOUP:
+            names = (TUNED.method, *self.settings["also"])
+            return " + ".join(n for n, has in zip(names, self.settings["has"], strict=True) if has)
+        return " ".join([self.method, *(f"{k} {_words(v)}" for k, v in self.settings.items())])
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "/".join(map(_words, value)) if isinstance(value, tuple) else f"{value:g}"
 
 
 TUNED = Candidate("tuned model")
@@ -86,15 +115,65 @@ def candidates(methods: Sequence[str]) -> list[Candidate]:
 
 
 def search(
-    asked: Sequence[Candidate], coarse: Callable[[Candidate], Point], fine: Callable[[Candidate], Point]
+    asked: Sequence[Candidate],
+    coarse: Callable[[Candidate], Point],
+    fine: Callable[[Candidate], Point],
+    also: Sequence[str] = (),
 ) -> tuple[list[Point], Point]:
     """(all points, the coarse ones first; the chosen one, which has had the second look).
+
+    also: further tuned models.
 
     The tuned model gets the second look in any case: where nothing is lost, nothing is repaired.
     """
     first = [coarse(c) for c in asked]
+    first += _bent([p for p in first if p.candidate.method == "WiSEFT"], coarse)
+    first += _soups(also, coarse)
     second = [fine(TUNED), *(fine(p.candidate) for p in best(first, SECOND_LOOK))]
     return [*first, *second], choose(second)
+
+
+def _bent(lines: Sequence[Point], coarse: Callable[[Candidate], Point]) -> list[Point]:
+    """Coarse looks at WiSE-FT with an alpha for each third of the blocks, from the best one of these."""
+    if not lines:
+        return []
+    looked, now = [], choose(lines)
+    alpha = now.candidate.settings["alpha"]
+    for third in range(THIRDS):
+        parts = now.candidate.settings.get("parts", (alpha,) * THIRDS)
+        near = {min(1.0, max(0.0, round(alpha + d, 6))) for d in (-BEND, BEND)} - {alpha}
+        found = [
+            coarse(Candidate("WiSEFT", {"alpha": alpha, "parts": (*parts[:third], a, *parts[third + 1 :])}))
+            for a in sorted(near)
+        ]
+        looked, now = looked + found, choose([now, *found])
+    return looked
+
+
+def _soups(also: Sequence[str], coarse: Callable[[Candidate], Point]) -> list[Point]:
+    """Coarse looks at each of several tuned models, at the mean of all, and at those of the greedy soup."""
+    if not also:
+        return []
+    number = 1 + len(also)
+    looked: dict[tuple[int, ...], Point] = {}
+
+    def look(members: set[int]) -> Point:
+        has = tuple(int(n in members) for n in range(number))
+        if has not in looked:
+            looked[has] = coarse(TUNED if members == {0} else Candidate(SOUP, {"also": tuple(also), "has": has}))
+        return looked[has]
+
+    alone = [look({n}) for n in range(number)]
+    look(set(range(number)))
+    left, order = list(range(number)), []
+    while left:  # the best first; of equals the one that was named first
+        order.append(next(n for n in left if alone[n] == choose([alone[n] for n in left])))
+        left.remove(order[-1])
+    soup = {order[0]}
+    for n in order[1:]:
+        if choose([look({*soup, n}), look(soup)]) == look({*soup, n}):  # as good is good enough
+            soup.add(n)
+    return [p for p in looked.values() if p.candidate != TUNED]
 
 
 def choose(points: Sequence[Point]) -> Point:

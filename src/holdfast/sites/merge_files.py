@@ -26,7 +26,6 @@ from holdfast.models.tensors import Adapted, Saved, files_of, names_on_disk, sha
 from holdfast.services import Context
 from holdfast.sites.merging import Merging, check_others
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CONFIGS = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
@@ -41,6 +40,16 @@ class _Weights(Mapping[str, torch.Tensor]):
         if isinstance(self._tensors, Saved):
             return self._tensors.stored(name)
         return self._tensors.read(name, self._base.stored(name).float())
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether `part` may be asked."""
+        return isinstance(self._tensors, Saved)
+
+    def part(self, name: str, part: slice) -> torch.Tensor:
+        """Some entries of a tensor, flat."""
+        assert isinstance(self._tensors, Saved)
+        return self._tensors.part(name, part)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -93,13 +102,13 @@ class Pair:
         Raises:
             PlanError: a method does more than merge, or has a wrong setting.
         """
-        make, seen = self._maker(methods, seed, base_dir), set()
+        make, seen = _Maker(self, methods, seed, base_dir), set()
         for entries in self._files.values():
             for key, entry in entries.items():
                 name = self._at.get(key)
                 if name is not None and name not in seen:  # tied weights may lie there twice
                     seen.add(name)
-                    yield name, make(name, entry["dtype"])
+                    yield name, make.whole(name, entry["dtype"])
 
     @torch.no_grad()
     def write(
@@ -120,23 +129,27 @@ class Pair:
             ModelError: `out` holds something else than an older model, or is one of the two models.
             PlanError: a method does more than merge, or has a wrong setting.
         """
-        target, total, done = self._target(out), sum(map(len, self._files.values())), 0
-        make = self._maker(methods, seed, base_dir)
-
-        def tensor(file: Path, key: str, dtype: str) -> torch.Tensor:
-            nonlocal done
-            done += 1
-            if tell:
-                tell(done / total)
-            return make(self._at[key], dtype) if key in self._at else stored(file, key)  # else it is a buffer
-
+        target, done = self._target(out), 0
+        make = _Maker(self, methods, seed, base_dir)
+        piece, at_once = (shards.PIECE, torch.get_num_threads()) if make.in_parts else (None, 1)
         for left in target.parent.glob(f".{target.name}-{'[0-9a-f]' * 8}"):  # by a merge that was killed
             shutil.rmtree(left)
         with fresh_folder(target, replace=True) as part:
             for file in self._files:
-                shards.rewrite(file, part / file.name, partial(tensor, file))
+                tensor = partial(self._entries, make, file)
+                for added in shards.rewrite(file, part / file.name, tensor, piece, at_once):
+                    done += added
+                    if tell:
+                        tell(min(1.0, done / self.size))
             self._beside(part, card)
         return target
+
+    def _entries(self, make: _Maker, file: Path, key: str, dtype: str, part: slice) -> torch.Tensor:
+        """Some entries of a tensor of a file, or all."""
+        name = self._at.get(key)
+        if name is None:  # a buffer
+            return stored(file, key).flatten()[part]
+        return make.part(name, dtype, part) if make.in_parts else make.whole(name, dtype)
 
     def _target(self, out: Path) -> Path:
         target = out.expanduser().resolve()
@@ -155,29 +168,43 @@ class Pair:
         if card is not None:
             (part / "README.md").write_text(card, encoding="utf-8")
 
-    def _maker(
-        self, methods: Sequence[Method], seed: int, base_dir: Path | None
-    ) -> Callable[[str, str], torch.Tensor]:
-        """(parameter name, dtype of its file) -> what `methods` make of it, after their surveys."""
-        ctx = Context(self.like, self.tokenizer, seed=seed, base_dir=base_dir)
-        for m in methods:
-            _check(m, ctx, self.base_weights)
-        merging = Merging(methods, {m.name: m.prepare(ctx) for m in methods}, base_dir, self.num_layers)
-        merging.open(self.like)
-        merging.survey(self.tuned_weights, self.base_weights)
-
-        def make(name: str, dtype: str) -> torch.Tensor:
-            new = merging.merged(name, self.base_weights[name], self.tuned_weights[name])
-            return new.to(DTYPES[dtype])
-
-        return make
-
     def _check_dtypes(self) -> None:
         for entries in self._files.values():
             for key, entry in entries.items():
-                if key in self._at and entry["dtype"] not in DTYPES:
+                if key in self._at and entry["dtype"] not in shards.DTYPES:
                     what = f"{self._layout.label} stores {key} as {entry['dtype']}, which cannot be merged."
-                    raise ModelError(what, f"Name a copy in one of {', '.join(DTYPES)}.")
+                    raise ModelError(what, f"Name a copy in one of {', '.join(shards.DTYPES)}.")
+
+
+class _Maker:
+    """What methods make of the tuned model of a pair, after their surveys; in the dtype of a file.
+
+    Attributes:
+        in_parts: whether `part` may be asked: every method works entry by entry, on whole models.
+
+    Raises:
+        PlanError: a method does more than merge, or has a wrong setting.
+    """
+
+    def __init__(self, pair: Pair, methods: Sequence[Method], seed: int, base_dir: Path | None):
+        ctx = Context(pair.like, pair.tokenizer, seed=seed, base_dir=base_dir)
+        for m in methods:
+            _check(m, ctx, pair.base_weights)
+        self._pair = pair
+        self._merging = Merging(methods, {m.name: m.prepare(ctx) for m in methods}, base_dir, pair.num_layers)
+        self._merging.open(pair.like)
+        self._merging.survey(pair.tuned_weights, pair.base_weights)
+        self.in_parts = self._merging.in_parts and pair.tuned_weights.in_parts
+
+    def whole(self, name: str, dtype: str) -> torch.Tensor:
+        """A tensor."""
+        new = self._merging.merged(name, self._pair.base_weights[name], self._pair.tuned_weights[name])
+        return new.to(shards.dtype_of(dtype))
+
+    def part(self, name: str, dtype: str, part: slice) -> torch.Tensor:
+        """Some entries of it, flat."""
+        base, tuned = (w.part(name, part) for w in (self._pair.base_weights, self._pair.tuned_weights))
+        return self._merging.merged(name, base, tuned, part).to(shards.dtype_of(dtype))
 
 
 def merge_files(

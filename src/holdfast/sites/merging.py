@@ -91,9 +91,16 @@ class Merging:
                 self._survey(m, self.methods[:n], params, base_weights)
 
     @torch.no_grad()
-    def merged(self, name: str, base: torch.Tensor, tuned: torch.Tensor) -> torch.Tensor:
-        """One tensor after all methods, whole and in fp32."""
-        return self._chain(self.methods, name, whole(base).float(), tuned)
+    def merged(self, name: str, base: torch.Tensor, tuned: torch.Tensor, part: slice | None = None) -> torch.Tensor:
+        """One tensor after all methods, whole and in fp32; with `part` these entries, of which `base` and `tuned` are
+        (needs `in_parts`)."""
+        return self._chain(self.methods, name, whole(base).float(), tuned, part)
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether a tensor may be merged in pieces."""
+        others = [t for own in self._others.values() for t in own.values()]
+        return all(m.entrywise() for m in self.methods) and all(isinstance(t, Saved) for t in others)
 
     def _survey(self, method: Method, before: Sequence[Method], params: Weights, base_weights: Weights) -> None:
         """Show a method all tensors, as those before it in the plan will have made them."""
@@ -108,15 +115,19 @@ class Merging:
         weights = self._weights(method, name, base, self._chain(before, name, base, p))
         return method.survey(name, weights, self._state(method), self.num_layers)
 
-    def _chain(self, methods: Sequence[Method], name: str, base: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    def _chain(
+        self, methods: Sequence[Method], name: str, base: torch.Tensor, p: torch.Tensor, part: slice | None = None
+    ) -> torch.Tensor:
         new = whole(p.detach()).float()
         for m in methods:
-            weights = self._weights(m, name, base, new)
+            weights = self._weights(m, name, base, new, part)
             new = m.merge(name, weights, self._state(m), self.num_layers)
         return new
 
-    def _weights(self, m: Method, name: str, base: torch.Tensor, tuned: torch.Tensor) -> dict[str, torch.Tensor]:
-        others = {role: t.read(name, base) for role, t in self._others.get(m.name, {}).items()}
+    def _weights(
+        self, m: Method, name: str, base: torch.Tensor, tuned: torch.Tensor, part: slice | None = None
+    ) -> dict[str, torch.Tensor]:
+        others = {role: t.read(name, base, part) for role, t in self._others.get(m.name, {}).items()}
         return {"base": base, "tuned": tuned, **others}
 
     def _state(self, m: Method) -> State:

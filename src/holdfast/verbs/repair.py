@@ -33,6 +33,8 @@ def repair(
 ) -> dict[str, Any]:
     """Search merges of `base` and `tuned` for the best task score that keeps `keep`; write the best to `out`/model.
 
+    Where `tuned` is an adapter and the best merge only scales its change, `out`/adapter has it as an adapter too.
+
     keep: ability -> share of the base's score, by default in-context and `recipe.KEEP_FRAC`. `wish`: the other fields
     of `runs.repair.Wish`.
 
@@ -63,5 +65,6 @@ def command(base: str, tuned: str, *, keep: Sequence[str], out: Path, **wish: An
     with progress_on(console) as progress:
         report = repair(base, tuned, out, keep=floors, tell=progress.tell, **wish)
     shown.show(report, console)
-    print(f"Model: {report['model']}\nPage: {out / 'repair.html'}")
+    adapter = f"\nAdapter: {report['adapter']}" if report.get("adapter") else ""
+    print(f"Model: {report['model']}{adapter}\nPage: {out / 'repair.html'}")
     return EXIT[report["status"]]

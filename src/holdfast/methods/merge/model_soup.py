@@ -37,6 +37,9 @@ class ModelSoup(Method):
         if not self.models and not self.base:
             raise PlanError("ModelSoup has one model alone to average.", "Name others in models, or set base to 1.")
 
+    def entrywise(self) -> bool:
+        return True
+
     def others(self) -> Mapping[str, str]:
         return by_place(self.models)
 

@@ -44,6 +44,9 @@ class TaskArithmetic(Method):
                 f"Give {wanted}, the run's own first, or none.",
             )
 
+    def entrywise(self) -> bool:
+        return True
+
     def others(self) -> Mapping[str, str]:
         return by_place(self.models)
 

@@ -53,6 +53,9 @@ class TIES(Method):
     def others(self) -> Mapping[str, str]:
         return by_place(self.models)
 
+    def entrywise(self) -> bool:
+        return self.trim == "model" or self.density == 1
+
     def survey(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> State | None:
         if self.trim == "tensor" or self.density == 1:
             return None

@@ -1,0 +1,158 @@
+"""heal: a short training that pulls a tuned model back towards its base, as a candidate of a repair.
+
+A LoRA adapter is trained on the tuned model, which stays as it is below:
+
+    task prompts, with the tuned model's own greedy answers:   - log p(answer)  +  0.5 KL(p_tuned || p)
+    few-shot prompts of anchor tasks:                          the terms of ICLAnchor, with the base as teacher
+
+It is the plan LoRA + KLToBase(on="task") + ICLAnchor on the tuned model: the "base" of a plan is the model that its
+training begins with. Only ICLAnchor must ask another model, the real base, whose states on the few prompts it needs
+are stored before (`_Anchor`). No label of the task is read. Afterwards the adapter is one more change of the weights
+(`Healed`), so it is written, looked at and merged like the other candidates. The setting is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from holdfast.engine.pack import TokenRow, token_row
+from holdfast.engine.ways import inner
+from holdfast.errors import DataError
+from holdfast.hosts.plain import Training, train
+from holdfast.measure.closeness import Tokens, greedy_answers
+from holdfast.method import Method, Paper, State, Term, canonical
+from holdfast.methods import ICLAnchor, KLToBase, LoRA
+from holdfast.plan import Host, Plan
+from holdfast.services import Context, Teacher, View
+from holdfast.session import Session
+
+BATCH, RATE, PROMPTS, FEWEST, SEED = 8, 1e-3, 200, 8, 0  # ours
+
+
+@dataclass(frozen=True, kw_only=True)
+class Healed(Method):
+    """The change that `heal` trained, added to the tuned weights: W + s B A for each linear map."""
+
+    file: str  # of `heal`
+
+    does: ClassVar = "adds what a short training changed"
+    paper: ClassVar = Paper("", note="ours")
+    needs: ClassVar = frozenset({"base_weights", "dense"})
+
+    def merge(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> torch.Tensor:
+        change = _changes(self.file)
+        if f"{name}.A" not in change:
+            return weights["tuned"]
+        new = change[f"{name}.B"] @ change[f"{name}.A"]
+        return weights["tuned"] + new.to(weights["tuned"].device)
+
+
+@cache
+def _changes(file: str) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Anchor(ICLAnchor):
+    """ICLAnchor whose teacher is another model than the one that training begins with; it knows all prompts."""
+
+    teacher: Teacher
+
+    needs: ClassVar = frozenset()  # nothing of that one
+
+    def loss(self, view: View) -> Term | None:
+        return super().loss(replace(view, teacher=self.teacher))
+
+
+def check_prompts(prompts: Sequence[Tokens]) -> None:
+    """Raise DataError for too few prompts."""
+    if len(prompts) < FEWEST:
+        what = f"heal has {len(prompts)} prompts to train on: those of the report are not used."
+        raise DataError(what, f"Give {2 * FEWEST} prompts or rows, or more.")
+
+
+def heal(
+    base: Callable[[], Any],
+    tuned: Callable[[], Any],
+    tokenizer: Any,
+    prompts: Sequence[Tokens],
+    target: Path,
+    *,
+    steps: int,
+    tell: Callable[[float, str], None],
+) -> None:
+    """Train and write the change as `target`, whole or not at all.
+
+    Args:
+        base, tuned: give the models, plain; the second is wrapped for good. Both may be the same one in memory.
+        prompts: of the task, as tokens.
+
+    Raises:
+        PlanError: the tuned model has no linear map that LoRA can stand beside.
+    """
+    anchor = {"every": 1, "pool": steps, "seed": SEED}
+    teacher = _learnt(base(), tokenizer, ICLAnchor(**anchor), lambda x: tell(0.1 * x, "answers of the base"))
+    model = tuned()
+    asked = list(prompts)[:PROMPTS]
+    answers = greedy_answers(model, tokenizer, asked)
+    rows = [token_row([*p, *a], len(p)) for p, a in zip(asked, answers, strict=True) if a]
+    plan = Plan([LoRA(), KLToBase(), _Anchor(teacher=teacher, **anchor)])
+    session = _trained(plan, model, tokenizer, rows, steps, lambda x, words: tell(0.2 + 0.8 * x, words))
+    _write(session, target)
+
+
+def _learnt(model: Any, tokenizer: Any, anchor: ICLAnchor, progress: Callable[[float], None]) -> Teacher:
+    """The base's answers to the prompts of `anchor`, and its head."""
+    rows = anchor.asides(Context(model, tokenizer, SEED))
+    teacher = Teacher(model)
+    teacher.learn(model, rows, progress=progress)
+    teacher.freeze_base(model, head_trains=True, needs_copy=not teacher.exact_head)
+    return teacher
+
+
+def _trained(
+    plan: Plan, model: Any, tokenizer: Any, rows: Sequence[TokenRow], steps: int, tell: Callable[[float, str], None]
+) -> Session:
+    dtype = model.dtype
+    model.name_or_path = ""  # an adapter merged in memory: nobody will look for a folder below this one
+    ctx = Context(model, tokenizer, SEED, total_steps=steps)
+    plan.check(Host("repair"), ctx)
+    session = Session(plan, model, ctx, compute_dtype=dtype, knows_rows=True)
+    mix = session.mix(rows)
+    order = mix.draw(SEED)
+    session.prepare([next(order) for _ in range(steps * BATCH)])
+    half = None if dtype == torch.float32 else dtype
+    settings = Training(steps, BATCH, learning_rate=RATE, seed=SEED, autocast=half, save_steps=0)
+
+    def on_step(step: int, of: int, parts: Mapping[str, float]) -> None:
+        tell(step / of, "  ".join(f"{name} {value:.3f}" for name, value in parts.items()))
+
+    train(session, mix, settings, on_step=on_step)
+    return session
+
+
+def _write(session: Session, target: Path) -> None:
+    """s B and A of each map, by the name of its weight."""
+    from peft.tuners.lora import LoraLayer
+    from safetensors.torch import save_file
+
+    found = {}
+    for name, m in session.model.named_modules():
+        if isinstance(m, LoraLayer):
+            (adapter,) = m.active_adapters
+            a, b = m.lora_A[adapter].weight, m.lora_B[adapter].weight
+            place = canonical(f"{name}.weight")
+            found[f"{place}.A"] = a.detach().float().cpu().contiguous()
+            found[f"{place}.B"] = (b.detach().float() * m.scaling[adapter]).cpu().contiguous()
+    assert found and inner(session.model) is not None
+    part = target.with_name(f".{target.name}.part")
+    save_file(found, part)
+    part.replace(target)
