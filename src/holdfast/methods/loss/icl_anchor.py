@@ -11,8 +11,8 @@ Anchors are built from anchor tasks only; held-out tasks cannot be named here. o
 prompt, "answers" only the answers of the shots.
 Every `every`-th step gets prompts_per_step * every prompts' worth of weight: the term is scaled so that its mean over
 steps does not depend on `every`. The first `early` steps all have prompts, and the KL weighs `early_factor` there: a
-step of Adam is as long for a small gradient as for a large one, so the first few take most of in-context ability before
-the KL, which is zero at the base, has a gradient. A run that is longer mends it; one of four steps does not.
+step of Adam is as long for a small gradient as for a large one, so the first few take most of in-context ability
+before the KL, which is zero at the base, has a gradient. A run that is longer mends it; one of four steps does not.
 The second sum, the right answers of the same prompts, costs no further token: it is InContextMix on rows that are
 there anyway. Without it (gold = 0) in-context ability settles a little below the base's.
 The base's answers on the fixed prompts are computed once, before training. Cost: the prompts' tokens in a step.
