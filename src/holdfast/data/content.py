@@ -10,21 +10,20 @@ from typing import Any
 
 from holdfast.data.readers import source_file
 from holdfast.files import content_key
-from holdfast.recipe import Recipe, Source
+from holdfast.recipe import ROLES, Recipe, Source
 from holdfast.versions import versions
 
 
 def content_of(recipe: Recipe, tokenizer: Any, base_dir: Path, more: Sequence[Any]) -> str | None:
     """The name; None where the content of a source is not known without reading it (the hub)."""
     spec = recipe.data
-    sources = [_source(one, base_dir) for one in (spec.train, spec.validation, spec.test) if one]
-    if None in sources:
+    sources = [[_source(one, base_dir) for one in spec.sets(role)] for role in ROLES]
+    if any(None in found for found in sources):
         return None
-    told = spec.model_dump(exclude={"name", "train", "validation", "test"})
-    roles = [bool(spec.validation), bool(spec.test)]
-    return content_key(
-        sources, roles, told, recipe.seed_of_rows, list(more), _tokenizer(tokenizer), versions(), _ours()
-    )
+    told = spec.model_dump(exclude={"name", *ROLES})
+    several = [isinstance(getattr(spec, role), list) for role in ROLES]
+    seed = recipe.seed_of_rows
+    return content_key(sources, several, told, seed, list(more), _tokenizer(tokenizer), versions(), _ours())
 
 
 def _source(source: Source, base_dir: Path) -> list[str] | None:
