@@ -63,6 +63,8 @@ def test_a_weight_is_the_share_of_every_epoch():
     drawn = list(islice(mix.draw(seed=3), 180))
     for epoch in (drawn[:60], drawn[60:120], drawn[120:]):
         assert Counter(r.source for r in epoch) == {"task:0": 20, "task:1": 40}
+    for n in range(1, 180):  # and nearly so in every part of one
+        assert abs(sum(r.source == "task:0" for r in drawn[:n]) - n / 3) < 2
     often = Counter(r.key for r in drawn[:60] if r.source == "task:0")
     assert sorted(often.values()) == [3, 3, 3, 3, 4, 4]
     large = Counter(r.key for r in drawn if r.source == "task:1")

@@ -94,6 +94,7 @@ class Source(Section):
     name: str | None = Field(default=None, description="Configuration name of a hub data set.")
     split: str | None = Field(default=None, description="Split of a hub data set or folder.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub data set.")
+    streaming: bool = Field(default=False, description="Read only as many rows as the run needs, as they come.")
     alias: str | None = Field(
         default=None, pattern=r"^[\w.-]+$", description="Name of one set of several; default from the path."
     )
@@ -207,6 +208,11 @@ class Data(Section):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"sets with different names, and two are called {twice[0]!r}: give each its alias")
         weighed = [one.title for one in sets if one.weight is not None]
+        streamed = [one.title for one in sets if one.streaming]
+        if streamed and info.field_name != "train":
+            raise ValueError(f"no streaming, for only sets to train on are streamed ({streamed[0]!r} is)")
+        if streamed and len(sets) > 1 and not weighed:
+            raise ValueError(f"weights beside streaming, which say how many rows of {streamed[0]!r} are read")
         if weighed and info.field_name != "train":
             raise ValueError(f"no weight, which only sets to train on have (on {weighed[0]!r})")
         if weighed and not isinstance(value, list):
@@ -437,6 +443,13 @@ class Recipe(Section):
     )
     measure: Measure = Field(default=Measure(), description="What is measured and kept.")
     export: Export = Field(default=Export(), description="What is written at the end.")
+
+    @check_all(mode="after")
+    def _ends(self) -> "Recipe":
+        streams = any(one.streaming for one in self.data.sets("train"))
+        if streams and self.data.train_size is None and self.training.max_steps < 1:
+            raise ValueError("training.max_steps or data.train_size beside streaming: how many rows to read")
+        return self
 
     @check_all(mode="before")
     @classmethod
@@ -722,7 +735,7 @@ def _place(loc: tuple[str | int, ...], where: Where) -> str:
 def _explained(error: Any, where: Where) -> RecipeError:
     """Turn one error of pydantic into: place, key, what was given, what is expected."""
     loc, kind = tuple(k for k in error["loc"] if k not in (ONE, SEVERAL)), error["type"]
-    place, key = _place(loc, where), _dotted(loc)
+    place, key = _place(loc, where), _dotted(loc) or "the recipe"
     if kind in KEY_KINDS and loc[-1] in FOREIGN:
         why, cure = FOREIGN[str(loc[-1])]
         return RecipeError(f"{place}: {key} is not a key here: {why}.", cure)
@@ -733,7 +746,7 @@ def _explained(error: Any, where: Where) -> RecipeError:
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, DataError):
         return RecipeError(f"{place}: {key}: {cause.what}", cause.cure)
-    whole = len(loc) == 1 or (loc[0] == "data" and loc[1] in ROLES)
+    whole = len(loc) < 2 or (loc[0] == "data" and loc[1] in ROLES)
     disagree = isinstance(error["input"], dict | list) and kind == "value_error" and whole
     given = " does not agree with itself" if disagree else f" is {_shown(error['input'])}"
     quotes = " Put quotes around text." if kind == "string_type" and error["input"] is not None else ""

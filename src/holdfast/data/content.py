@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from holdfast.data.readers import source_file
+from holdfast.data.streams import rows_wanted
 from holdfast.files import content_key
 from holdfast.recipe import ROLES, Recipe, Source
 from holdfast.versions import versions
@@ -20,17 +22,19 @@ def content_of(recipe: Recipe, tokenizer: Any, base_dir: Path, more: Sequence[An
     sources = [[_source(one, base_dir) for one in spec.sets(role)] for role in ROLES]
     if any(None in found for found in sources):
         return None
+    wanted = [rows_wanted(recipe, one) for one in spec.sets("train")]
     told = spec.model_dump(exclude={"name", *ROLES})
     several = [isinstance(getattr(spec, role), list) for role in ROLES]
-    seed = recipe.seed_of_rows
-    return content_key(sources, several, told, seed, list(more), _tokenizer(tokenizer), versions(), _ours())
+    decided = [sources, wanted, several, told, recipe.seed_of_rows, list(more)]
+    return content_key(*decided, _tokenizer(tokenizer), versions(), _ours())
 
 
 def _source(source: Source, base_dir: Path) -> list[str] | None:
     """A file's name, which messages and rows carry, and its content; of a folder, all files'."""
     path = source_file(source, base_dir)
     if path is None:
-        return None
+        fixed = re.fullmatch("[0-9a-f]{40}", source.revision or "")  # a commit: the same rows for ever
+        return [source.path, source.model_dump_json()] if fixed else None
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return [source.path, source.model_dump_json(), *(f"{p.name} {_digest(p)}" for p in files)]
 

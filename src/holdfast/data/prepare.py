@@ -24,6 +24,7 @@ from holdfast.data.rows import Row, check_labels, each_row, labels_of, leaks, sp
 from holdfast.data.sets import Set, draw, grouped, sets_of
 from holdfast.data.shares import title
 from holdfast.data.store import Texts, Writer
+from holdfast.data.streams import rows_wanted, shuffled
 from holdfast.data.tokens import tokenize_each
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import DataError
@@ -84,7 +85,13 @@ class _Reader:
         said = Notes()
         kind = {"prompt": one.prompt, "completion": one.completion, "source": one.name, "shown": one.shown}
         kind |= {"last_only": self.recipe.data.train_on == "last"}
-        yield from each_row(one.source, said, base_dir=self.base_dir, tokenizer=self.tokenizer, **kind)
+        most, seed, count = rows_wanted(self.recipe, one.source), _seed(self.recipe), 0
+        kind |= {"of_records": (lambda records: shuffled(records, most, seed)) if most else iter}
+        for row in each_row(one.source, said, base_dir=self.base_dir, tokenizer=self.tokenizer, **kind):
+            yield row
+            count += 1
+        if most:
+            self.notes.append(f"the first {count:,} rows of {one.source.title} are streamed, and no others read")
         self.notes += said.lines()
 
     def tokens(self, rows: Iterable[Numbered], writer: Writer) -> set[int]:

@@ -19,6 +19,7 @@ from holdfast.data.messages import kind_of
 from holdfast.errors import DataError, pip_install, suggest
 from holdfast.recipe import FILE_KINDS, SHIPPED, TEXT_KINDS, Source, locate
 
+BATCH = 1000  # rows of a table in memory at once
 BUFFER = 1 << 20  # bytes: at the end of each, other threads take their turn
 DATA_DIR = Path(__file__).parent / "shipped"  # behind holdfast:<file>
 
@@ -235,15 +236,15 @@ def _read_parquet(path: Path, name: str) -> Iterator[Record]:
         what = f"{name}: reading parquet needs pyarrow, which cannot be imported ({error})."
         raise DataError(what, f"Run: {pip_install('datasets')}, or write the file as jsonl.") from error
     try:
-        table = parquet.read_table(path)
-        values = table.to_pylist()
+        table = parquet.ParquetFile(path)
+        classes = _classes(_recorded(table.schema_arrow))
+        values = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(BATCH))
+        for number, value in enumerate(values, 1):
+            place = f"{name}:{number}"
+            yield place, _named(value, classes, place)
     except (pyarrow.ArrowException, OSError) as error:
         problem = str(error).splitlines()[0]
         raise DataError(f"{name}: not valid parquet ({problem}).", "Write the file again.") from None
-    classes = _classes(_recorded(table))
-    for number, value in enumerate(values, 1):
-        place = f"{name}:{number}"
-        yield place, _named(value, classes, place)
 
 
 def _from_hub(source: Source, folder: Path | None, base_dir: Path, shown: str) -> Iterator[Record]:
@@ -261,7 +262,8 @@ def _from_hub(source: Source, folder: Path | None, base_dir: Path, shown: str) -
         what = f"{path}: {need} by the package datasets, which cannot be imported ({error})."
         raise DataError(what, f"Run: {pip_install('datasets')}, or give a jsonl, json or csv file.") from error
     try:
-        found = datasets.load_dataset(str(folder or path), source.name, split=source.split, revision=source.revision)
+        where = {"split": source.split, "revision": source.revision, "streaming": source.streaming}
+        found = datasets.load_dataset(str(folder or path), source.name, **where)
     except Exception as error:  # the library raises a dozen unrelated types, httpx's among them
         problem = str(error).splitlines()[0] if str(error) else type(error).__name__
         kind = "folder" if folder else "hub data set (and no local file)"
@@ -272,8 +274,20 @@ def _from_hub(source: Source, folder: Path | None, base_dir: Path, shown: str) -
         raise DataError(what, f"Write {{path: {path}, split: ...}}.")
     label, rows = next(iter(found.items())) if isinstance(found, dict) else (source.split, found)
     classes = _classes(getattr(rows, "features", None))
-    places = ((f"{shown}[{label}]:{number}", dict(row)) for number, row in enumerate(rows, 1))
+    places = ((f"{shown}[{label}]:{number}", dict(row)) for number, row in _each(rows, path))
     return ((place, _named(row, classes, place)) for place, row in places)
+
+
+def _each(rows: Iterable[Any], path: str) -> Iterator[tuple[int, Any]]:
+    """The rows by number; a stream may break anywhere."""
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            yield number, row
+    except Exception as error:  # the library's, as above; what is thrown in from outside is none
+        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = f"{path}: cannot be read behind row {number:,} ({problem})."
+        raise DataError(what, "Start again: what is not read whole is not kept.") from None
 
 
 class ClassNumber(int):
@@ -306,9 +320,9 @@ def _classes(features: Any) -> dict[str, Sequence[str]]:
     return found
 
 
-def _recorded(table: Any) -> Any:
+def _recorded(schema: Any) -> Any:
     """What the package datasets wrote of the features into a parquet file."""
-    record = (table.schema.metadata or {}).get(b"huggingface")
+    record = (schema.metadata or {}).get(b"huggingface")
     try:
         return json.loads(record)["info"]["features"] if record else {}
     except (ValueError, KeyError, TypeError):

@@ -7,7 +7,7 @@ import hashlib
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from holdfast.data.chat import Chat
 from holdfast.data.notes import Notes
-from holdfast.data.readers import records_of
+from holdfast.data.readers import Record, records_of
 from holdfast.data.rendered import Turn
 from holdfast.data.schemas import detected, sound, templated
 from holdfast.data.shares import quotas, title
@@ -94,15 +94,16 @@ def each_row(
     source: str = "task",
     last_only: bool = False,
     shown: str | None = None,
+    of_records: Callable[[Iterator[Record]], Iterator[Record]] = iter,
 ) -> Iterator[Row]:
     """`read_rows`, one row after the other; what must be said of them is counted in `said`.
 
-    shown: what places call the file, as `records_of` takes it.
+    shown: what places call the file, as `records_of` takes it. of_records: which records to take, in which order.
     """
     if (prompt is None) != (completion is None):
         raise DataError("One of prompt and completion is a template and the other is not.", "Give both.")
     found, arrow = records_of(spec, base_dir, shown)
-    records = iter(found)
+    records = of_records(iter(found))
     first = next(records, None)
     if first is None:
         raise DataError(f"{spec.path}: holds no rows.", "Check the path and the split.")

@@ -12,7 +12,7 @@ from holdfast.errors import PlanError
 
 
 def weighted(weights: Mapping[str, float]) -> Order:
-    """An order in which each set has its share of every round, whatever its size.
+    """An order in which each set has its share of every round, whatever its size, and nearly so of every part of one.
 
     A round has as many rows as there are. Each set is gone through in shuffled rounds of its own, from one round of
     the task into the next: a small set comes several times in one, a large one needs several for all its rows.
@@ -27,9 +27,11 @@ def weighted(weights: Mapping[str, float]) -> Order:
             what = f"No row of the set {title(missing)!r} is left to train on, and it has a weight."
             raise PlanError(what, "Make the filters of the plan milder, or take the set out of data.train.")
         given = quotas({name: weights[name] for name in groups}, len(rows), "The number of rows")
-        drawn = [i for name, count in given.items() for i in _run(groups[name], turn * count, count, f"{seed}/{name}")]
-        random.Random(f"{seed}/{TASK}/{turn}").shuffle(drawn)
-        return drawn
+        rng, placed = random.Random(f"{seed}/{TASK}/{turn}"), list[tuple[float, int]]()
+        for name, count in given.items():
+            rows_of = _run(groups[name], turn * count, count, f"{seed}/{name}")
+            placed += [((n + rng.random()) / count, i) for n, i in enumerate(rows_of)]
+        return [i for _, i in sorted(placed)]
 
     return order
 
