@@ -82,10 +82,11 @@ def _compiled(tokenizer: Any) -> Callable[..., str] | None:
     except ImportError:
         return None
     compiled = _compile_jinja_template(tokenizer.get_chat_template())
-    always = {"tools": None, "documents": None, **tokenizer.special_tokens_map}
+    always = {**compiled.globals, "tools": None, "documents": None, **tokenizer.special_tokens_map}
 
-    def render(**given: Any) -> str:
-        return compiled.render(always, **given)
+    def render(**given: Any) -> str:  # as compiled.render, which gathers its globals anew each time
+        names = compiled.environment.context_class(compiled.environment, always | given, None, compiled.blocks)
+        return "".join(compiled.root_render_func(names))
 
     return render
 

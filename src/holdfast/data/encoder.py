@@ -69,6 +69,10 @@ class Encoder:
         self.end: int | None = eos if eos is not None else (after[-1] if after else None)
         self.stops = frozenset({*stops, self.end} - {None})
 
+    @cached_property
+    def _bos(self) -> int | None:
+        return self.tokenizer.bos_token_id  # a tokenizer looks it up anew each time
+
     def _sample(self) -> tuple[Tokens, Tokens]:
         """Tokens of a short text, with all that the tokenizer adds and without; a text that it can write at all."""
         for text in chain(SAMPLES, self._own_words()):
@@ -178,15 +182,13 @@ class Encoder:
 
     def _lead(self, text: str, ids: Tokens) -> Tokens:
         """What stands before the tokens of a text: nothing where they begin with it."""
-        bos = self.tokenizer.bos_token_id
-        written = bool(ids) and (ids[0] == bos or ids[: len(self.begin)] == self.begin)
+        written = bool(ids) and (ids[0] == self._bos or ids[: len(self.begin)] == self.begin)
         return [] if isinstance(text, Rendered) or written else self.begin
 
     @property
     def first(self) -> Tokens:
         """What a text without a prompt is read after: BOS, else end-of-text (lm-evaluation-harness's rule)."""
-        bos = self.tokenizer.bos_token_id
-        return self.begin or ([bos] if bos is not None else [self.end] if self.end is not None else [])
+        return self.begin or ([self._bos] if self._bos is not None else [self.end] if self.end is not None else [])
 
     # ---- prompt and answer
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import overload
 
@@ -18,6 +19,7 @@ from holdfast.engine.pack import TokenRow
 
 KINDS = {"ends": np.int64, "rendered": np.bool_, "sets": np.int16, "token_ends": np.int64, "of": np.int64}
 NAMES = "names.json"  # of the sets that `sets` numbers
+BLOCK = 1000  # rows that are looked up together
 FLAT = {"texts": np.uint8, "tokens": np.int32, "scored": np.bool_}
 
 
@@ -95,13 +97,20 @@ class Texts(Sequence[Row]):
     def __getitem__(self, at: int | slice) -> Row | Texts:
         if isinstance(at, slice):
             return self.only(self.chosen[at])
-        n = int(self.chosen[at])
-        start = int(self._ends[n - 1, 2]) if n else 0
-        prompt, completion, where = (
-            self._raw[a:b].tobytes().decode() for a, b in zip([start, *self._ends[n, :2]], self._ends[n], strict=True)
-        )
-        source = self._names[self._sets[n]]
-        return Row(Rendered(prompt) if self._rendered[n] else prompt, completion, source, where)
+        return next(self._rows(self.chosen[[at]]))
+
+    def __iter__(self) -> Iterator[Row]:
+        return chain.from_iterable(self._rows(self.chosen[n : n + BLOCK]) for n in range(0, len(self), BLOCK))
+
+    def _rows(self, chosen: np.ndarray) -> Iterator[Row]:
+        """Some rows; what numpy holds is taken out of it for all of them at once."""
+        begins = np.where(chosen > 0, self._ends[chosen - 1, 2], 0).tolist()
+        kinds = zip(self._rendered[chosen].tolist(), self._sets[chosen].tolist(), strict=True)
+        for begin, (a, b, c), (rendered, n) in zip(begins, self._ends[chosen].tolist(), kinds, strict=True):
+            raw = self._raw[begin:c].tobytes()
+            prompt, completion, where = raw[: a - begin], raw[a - begin : b - begin], raw[b - begin :]
+            text = prompt.decode()
+            yield Row(Rendered(text) if rendered else text, completion.decode(), self._names[n], where.decode())
 
     @property
     def sources(self) -> list[str]:
