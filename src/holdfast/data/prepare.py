@@ -85,7 +85,7 @@ class _Reader:
         said = Notes()
         kind = {"prompt": one.prompt, "completion": one.completion, "source": one.name, "shown": one.shown}
         kind |= {"last_only": self.recipe.data.train_on == "last"}
-        most, seed, count = rows_wanted(self.recipe, one.source), _seed(self.recipe), 0
+        most, seed, count = rows_wanted(self.recipe, one.source), self.recipe.seed_of_rows, 0
         kind |= {"of_records": (lambda records: shuffled(records, most, seed)) if most else iter}
         for row in each_row(one.source, said, base_dir=self.base_dir, tokenizer=self.tokenizer, **kind):
             yield row
