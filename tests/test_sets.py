@@ -211,6 +211,17 @@ def test_a_run_reports_each_set(world, tmp_path, two):
     assert "| on sums |" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")
 
 
+def test_explain_shows_what_an_epoch_draws(world, tmp_path, two, capsys):
+    from holdfast.verbs.explain import command
+
+    train = [{**two[0], "weight": 1}, {**two[1], "weight": 3}]
+    data = {"train": train, "prompt": None, "completion": None, "validation_size": 0.25}
+    command(write_recipe(tmp_path / "r.yaml", recipe_data(world, tmp_path / "run", data=data)), (), 0)
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["\u2502", "tickets", "\u2502", "1", "\u2502", "18", "\u2502", "7", "\u2502"] in said
+    assert ["\u2502", "sums", "\u2502", "3", "\u2502", "9", "\u2502", "20", "\u2502"] in said
+
+
 def test_methods_that_balance_sources_see_the_sets(world, tmp_path, two):
     from holdfast.verbs.explain import planned
 
