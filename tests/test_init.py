@@ -46,7 +46,7 @@ def test_a_data_file_becomes_a_recipe(tmp_path, monkeypatch, tokenizer, name):
     row, (schema, prompt, completion, metric) = FOUND[name]
     (tmp_path / "deep").mkdir()
     write(tmp_path / "deep" / "train.jsonl", row)
-    found = init("deep/train.jsonl", Path("my.yaml"), "some/model")
+    (found,) = init(["deep/train.jsonl"], Path("my.yaml"), "some/model")
     assert (found.schema, found.prompt, found.completion, found.metric) == (schema, prompt, completion, metric)
     recipe = load_recipe("my.yaml")
     assert recipe.data.name == "deep" and recipe.model.model_name_or_path == "some/model"
@@ -56,12 +56,24 @@ def test_a_data_file_becomes_a_recipe(tmp_path, monkeypatch, tokenizer, name):
         assert len(rows) == 60
 
 
+def test_several_files_become_sets(tmp_path, monkeypatch):
+    """Each with its templates; one metric that all of them can have."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "tickets.jsonl", FOUND["labels"][0])
+    write(tmp_path / "said.jsonl", FOUND["free text"][0])
+    found = init(["tickets.jsonl", "said.jsonl"], Path("r.yaml"), "m")
+    assert [one.metric for one in found] == ["accuracy", "loss"]
+    data = load_recipe("r.yaml").data
+    assert [(s.title, s.prompt) for s in data.sets("train")] == [("tickets", "{text}\nQueue:"), ("said", None)]
+    assert (data.metric, data.name, data.prompt) == ("loss", "tickets-said", None)
+
+
 def test_a_recipe_elsewhere_finds_its_data(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("train", "dev", "test"):
         write(tmp_path / f"{name}.jsonl", FOUND["labels"][0])
     (tmp_path / "recipes").mkdir()
-    init("train.jsonl", Path("recipes/r.yaml"), "m")
+    init(["train.jsonl"], Path("recipes/r.yaml"), "m")
     monkeypatch.chdir("/")
     data = load_recipe(tmp_path / "recipes" / "r.yaml").data
     assert data.validation and data.test
@@ -72,7 +84,7 @@ def test_a_recipe_elsewhere_finds_its_data(tmp_path, monkeypatch):
 def test_odd_names_stay_one_line_of_yaml(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "d.jsonl", {"a\n- b": "x #", "we#ird\u2028": "y #", "no: {way": "z", "label": "z"})
-    init("d.jsonl", Path("r.yaml"), "m: odd # model")
+    init(["d.jsonl"], Path("r.yaml"), "m: odd # model")
     recipe = load_recipe("r.yaml")
     assert recipe.model.model_name_or_path == "m: odd # model"
     assert recipe.data.prompt == "A\n- b: {a\n- b}\nWe#ird: {we#ird\u2028}\nLabel:"
@@ -83,15 +95,15 @@ def test_what_cannot_be_proposed_is_refused(tmp_path, monkeypatch):
     write(tmp_path / "a.jsonl", {"chosen": "x", "rejected": "y", "prompt": "p"})
     write(tmp_path / "b.jsonl", {"only": "x"})
     with pytest.raises(DataError, match="preference data"):
-        init("a.jsonl", Path("r.yaml"), "m")
+        init(["a.jsonl"], Path("r.yaml"), "m")
     with pytest.raises(DataError, match="no two columns"):
-        init("b.jsonl", Path("r.yaml"), "m")
+        init(["b.jsonl"], Path("r.yaml"), "m")
     with pytest.raises(DataError, match="no such file"):
-        init("c.jsonl", Path("r.yaml"), "m")
+        init(["c.jsonl"], Path("r.yaml"), "m")
     assert not Path("r.yaml").exists()
     Path("r.yaml").write_text("mine")
     with pytest.raises(RecipeError, match="yaml exists"):
-        init("b.jsonl", Path("r.yaml"), "m")
+        init(["b.jsonl"], Path("r.yaml"), "m")
     assert Path("r.yaml").read_text() == "mine"
 
 
@@ -113,7 +125,7 @@ def test_the_shipped_schema_is_the_model():
 def test_a_written_recipe_names_the_schema(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "d.jsonl", FOUND["labels"][0])
-    init("d.jsonl", Path("r.yaml"), "m")
+    init(["d.jsonl"], Path("r.yaml"), "m")
     first = Path("r.yaml").read_text(encoding="utf-8").splitlines()[0]
     path = first.removeprefix("# yaml-language-server: $schema=")
     assert json.loads(Path(path).read_text(encoding="utf-8"))["title"] == "A recipe of Holdfast"
@@ -124,16 +136,18 @@ def test_an_editor_takes_what_we_take(tmp_path, monkeypatch):
     check = jsonschema.Draft202012Validator(json.loads(json_schema())).is_valid
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "d.jsonl", FOUND["labels"][0])
-    init("d.jsonl", Path("r.yaml"), "m")
+    init(["d.jsonl"], Path("r.yaml"), "m")
     for path in (Path("r.yaml"), *RECIPE_DIR.glob("*.yaml")):
         assert check(yaml.safe_load(path.read_text(encoding="utf-8"))), path
     small = {"model": {"model_name_or_path": "m"}, "data": {"train": "x"}}
     plan = ["LoRA", {"KL": None}, {"ICLAnchor": {"weight": 1}}]
     good = ({"training": None}, {"plan": plan}, {"training": {"report_to": "none"}},
-            {"training": {"report_to": ["wandb"]}}, {"data": {"train": {"path": "x", "split": "train"}}})  # fmt: skip
+            {"training": {"report_to": ["wandb"]}}, {"data": {"train": {"path": "x", "split": "train"}}},
+            {"data": {"train": ["a", {"path": "b", "weight": 2}], "test": ["c"]}})  # fmt: skip
     for more in good:
         assert check({**small, **more}), more
     bad = ({"trainng": {}}, {"training": {"learning_rate": "fast"}}, {"training": {"report_to": "comet_ml"}},
-           {"data": {"train": ""}}, {"data": {}}, {"plan": "LoRA"}, {"measure": {"keep": {"a": 2}}})  # fmt: skip
+           {"data": {"train": ""}}, {"data": {"train": []}}, {"data": {"train": [3]}}, {"data": {}}, {"plan": "LoRA"},
+           {"measure": {"keep": {"a": 2}}})  # fmt: skip
     for more in bad:
         assert not check({**small, **more}), more

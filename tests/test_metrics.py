@@ -13,6 +13,7 @@ from rich.console import Console
 from holdfast.data.metric import METRICS, judge_of, last_number, metric_of
 from holdfast.data.own_metric import judge, load_function
 from holdfast.data.rows import Row
+from holdfast.data.sets import Set
 from holdfast.errors import DataError, HoldfastError, PlanError
 from holdfast.measure import stats
 from holdfast.measure.tuned_task import judged, score_task, task_estimates, written
@@ -136,7 +137,7 @@ def test_an_own_function_sees_the_columns(tmp_path):
     (tmp_path / "rules.py").write_text(RULES, encoding="utf-8")
     data = write_rows(tmp_path / "d.jsonl", [Row("a", " x"), Row("b", " y")])
     rows = [Row("b", " y", where="d.jsonl:2")]
-    score = judge("rules:begins", tmp_path, [None, Source(path=str(data))], rows)
+    score = judge("rules:begins", tmp_path, [Set(Source(path=str(data)), "task", None, None, None)], rows)
     assert (score("yes", rows[0]), score("no", rows[0])) == (1, 0)
 
 

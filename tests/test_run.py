@@ -428,6 +428,18 @@ def assert_same_end(folder: Path, other: Path) -> None:
     assert not (folder / "checkpoint").exists()
 
 
+def test_a_killed_run_on_streamed_sets_reads_the_same_rows(world, tmp_path, monkeypatch):
+    """Two sets in their shares, one of them streamed; the second start has nothing on disk to find."""
+    sets = [{"path": str(world.train), "weight": 1, "alias": "a"},
+            {"path": str(world.train), "weight": 2, "alias": "b", "streaming": True}]  # fmt: skip
+    one, other = (recipe(world, tmp_path / name, plan=LORA, data={"train": sets}) for name in ("run", "other"))
+    tune(other)
+    stop_at(one, "tune", 5)
+    monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
+    tune(one)
+    assert_same_end(tmp_path / "run", tmp_path / "other")
+
+
 def test_killed_between_two_checkpoints(whole, world, tmp_path):
     one = recipe(world, tmp_path / "run", plan=LORA)
     stop_at(one, "tune", 5)

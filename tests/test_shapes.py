@@ -70,3 +70,19 @@ def test_documents(shape, tmp_path):
     assert "9 rows longer than data.max_length, split (first 00.txt:1)" in report["task"]["note"]
     assert report["task"]["metric"] == "loss per byte" and report["task"]["before"]["n"] == 3
     assert report["data"]["rows"] == 9 and report["rows"][0]["num_tokens"] == 64
+
+
+def test_large(shape, tmp_path):
+    """Two sets in their shares, the large one read as far as the run needs it."""
+    said = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(400)]
+    large = write(tmp_path / "instructions.jsonl", said)
+    lines = ["text,queue", *(f'"{text}",{queue}' for queue, text in TICKET)]
+    (tmp_path / "tickets.csv").write_text("\n".join(lines), encoding="utf-8")
+    paths = [f"data.train.0.path={large}", f"data.train.1.path={tmp_path / 'tickets.csv'}"]
+    report = shape("large", *paths, "training.max_steps=25", "data.validation_size=0.1")
+    rows, drawn = ({s["name"]: s[key] for s in report["data"]["sets"]} for key in ("rows", "drawn"))
+    assert rows == {"instructions": 41, "tickets": 22} and drawn["tickets"] in (9, 10, 11)
+    assert sum(drawn.values()) == 50
+    assert "the first 45 rows of instructions are streamed, and no others read" in report["task"]["note"]
+    assert {s["name"]: s["after"]["n"] for s in report["task"]["sets"]} == {"instructions": 4, "tickets": 2}
+    assert report["task"]["metric"] == "loss per token"

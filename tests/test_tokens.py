@@ -91,7 +91,7 @@ def test_prompt_and_answer(name, pair, made):
     told = text(tokenizer, split.ids[len(encoder.begin) : len(split.ids) - len(end)])
     whole = tokenizer(prompt + answer, add_special_tokens=False)["input_ids"]
     assert told == text(tokenizer, whole)
-    assert encoder.writes(answer, split)
+    assert encoder.written([answer], [split]) == [(True, True)]
     assert squeezed(told).endswith(squeezed(answer))
     if whole[: len(bare)] == bare:
         assert split.answer == [*whole[len(bare) :], *end] and not split.mended

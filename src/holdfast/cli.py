@@ -302,7 +302,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method, in full
 
 @_command
 def init(
-    data: str,
+    data: Annotated[list[str], typer.Argument(help="File, folder, hub id; several become sets of one task.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the recipe goes.")] = Path("recipe.yaml"),
     model: Annotated[str, typer.Option(help="Base model that the recipe names.")] = "smollm2-135m",
     debug: Debug = False,

@@ -15,7 +15,7 @@ from string import Formatter
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainValidator, Tag, ValidationError
 from pydantic import field_validator as check
 from pydantic import model_validator as check_all
 
@@ -94,20 +94,65 @@ class Source(Section):
     name: str | None = Field(default=None, description="Configuration name of a hub data set.")
     split: str | None = Field(default=None, description="Split of a hub data set or folder.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub data set.")
+    streaming: bool = Field(default=False, description="Read only as many rows as the run needs, as they come.")
+    alias: str | None = Field(
+        default=None, pattern=r"^[\w.-]+$", description="Name of one set of several; default from the path."
+    )
+    prompt: str | None = Field(default=None, description="Template of this set; null: data.prompt.")
+    completion: str | None = Field(default=None, description="Template of this set; null: data.completion.")
+    weight: float | None = Field(default=None, gt=0, description="Of several sets: share of the rows of an epoch.")
 
     @check_all(mode="before")
     @classmethod
     def _from_text(cls, value: Any) -> Any:
         return {"path": str(value)} if isinstance(value, str | Path) else value
 
+    @check("prompt", "completion")
+    @classmethod
+    def _template(cls, value: str | None) -> str | None:
+        return _checked_template(value)
+
+    @check_all(mode="after")
+    def _consistent(self) -> "Source":
+        _check_pair(self.prompt, self.completion)
+        return self
+
+    @property
+    def title(self) -> str:
+        """What the set is called among several."""
+        return self.alias or "-".join(filter(None, [_default_name(self.path), self.name]))
+
+
+def _checked_template(value: str | None) -> str | None:
+    if value is not None:
+        template_columns(value)
+    return value
+
+
+def _check_pair(prompt: str | None, completion: str | None) -> None:
+    if (prompt is None) != (completion is None):
+        raise ValueError("prompt and completion together, or neither")
+    if completion is not None and not template_columns(completion):
+        raise ValueError("a completion with a {column}; this one would be the same for every row")
+
+
+ONE, SEVERAL = "[one]", "[several]"  # pydantic puts them into the place of an error
+Sets = Annotated[
+    Annotated[Source, Tag(ONE)] | Annotated[list[Source], Field(min_length=1), Tag(SEVERAL)],
+    Discriminator(lambda value: SEVERAL if isinstance(value, list) else ONE),
+]
+ROLES = ("train", "validation", "test")
+
 
 class Data(Section):
     """The task."""
 
     name: str = Field(default="", pattern=r"^[\w .-]*$", description="Name shown in reports; default from the file.")
-    train: Source = Field(description="File (beside the recipe, then here), hub id, or holdfast:<shipped>.")
-    validation: Source | None = Field(default=None, description="null: validation_size rows are cut from train.")
-    test: Source | None = Field(default=None, description="null: the report uses validation, and says so.")
+    train: Sets = Field(
+        description="File (beside the recipe, then here), hub id, holdfast:<shipped>, or a list of several sets."
+    )
+    validation: Sets | None = Field(default=None, description="null: validation_size rows are cut from train.")
+    test: Sets | None = Field(default=None, description="null: the report uses validation, and says so.")
     validation_size: float | None = Field(
         default=None,
         ge=0,
@@ -153,21 +198,43 @@ class Data(Section):
     @check("prompt", "completion")
     @classmethod
     def _template(cls, value: str | None) -> str | None:
-        if value is not None:
-            template_columns(value)
+        return _checked_template(value)
+
+    @check(*ROLES)
+    @classmethod
+    def _told_apart(cls, value: Source | list[Source] | None, info: Any) -> Source | list[Source] | None:
+        sets = value if isinstance(value, list) else [value] if value else []
+        names = [one.title for one in sets]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"sets with different names, and two are called {twice[0]!r}: give each its alias")
+        weighed = [one.title for one in sets if one.weight is not None]
+        streamed = [one.title for one in sets if one.streaming]
+        if streamed and info.field_name != "train":
+            raise ValueError(f"no streaming, for only sets to train on are streamed ({streamed[0]!r} is)")
+        if streamed and len(sets) > 1 and not weighed:
+            raise ValueError(f"weights beside streaming, which say how many rows of {streamed[0]!r} are read")
+        if weighed and info.field_name != "train":
+            raise ValueError(f"no weight, which only sets to train on have (on {weighed[0]!r})")
+        if weighed and not isinstance(value, list):
+            raise ValueError("no weight, for it is one set and no list of several")
+        if weighed and len(weighed) < len(sets):
+            bare = next(name for name in names if name not in weighed)
+            raise ValueError(f"a weight on every set or on none, and {bare!r} has none")
         return value
 
     @check_all(mode="after")
     def _consistent(self) -> "Data":
-        if (self.prompt is None) != (self.completion is None):
-            raise ValueError("prompt and completion together, or neither")
-        if self.completion is not None and not template_columns(self.completion):
-            raise ValueError("a completion with a {column}; this one would be the same for every row")
+        _check_pair(self.prompt, self.completion)
         if self.stride and self.stride >= self.max_length:
             raise ValueError(f"a stride ({self.stride}) below max_length ({self.max_length})")
         if not (self.validation or self.test) and self.validation_size == 0:
             raise ValueError("a validation or test set, or validation_size above 0, to report on")
         return self
+
+    def sets(self, role: str) -> tuple[Source, ...]:
+        """The sets of "train", "validation" or "test"; none for a role that is not given."""
+        value: Source | list[Source] | None = getattr(self, role)
+        return tuple(value) if isinstance(value, list) else (value,) if value else ()
 
 
 class Training(Section):
@@ -377,6 +444,13 @@ class Recipe(Section):
     measure: Measure = Field(default=Measure(), description="What is measured and kept.")
     export: Export = Field(default=Export(), description="What is written at the end.")
 
+    @check_all(mode="after")
+    def _ends(self) -> "Recipe":
+        streams = any(one.streaming for one in self.data.sets("train"))
+        if streams and self.data.train_size is None and self.training.max_steps < 1:
+            raise ValueError("training.max_steps or data.train_size beside streaming: how many rows to read")
+        return self
+
     @check_all(mode="before")
     @classmethod
     def _empty_sections(cls, value: Any) -> Any:
@@ -448,7 +522,10 @@ def recipe_schema() -> str:
         if inner is None:
             lines.append(_key_line(section, field))
         else:
-            lines += [_key_line(f"{section}.{key}", sub) for key, sub in inner.model_fields.items()]
+            for key, sub in inner.model_fields.items():
+                lines.append(_key_line(f"{section}.{key}", sub))
+                if key == ROLES[0]:  # the other roles have the same keys
+                    lines += [_key_line(f"{section}.{key}.{k}", s) for k, s in Source.model_fields.items()]
     return "\n".join(lines)
 
 
@@ -461,6 +538,8 @@ def json_schema() -> str:
     schema = Recipe.model_json_schema()
     parts = schema["$defs"]
     parts["Source"] = {"anyOf": [{"type": "string", "minLength": 1}, parts["Source"]]}
+    for role in ROLES:
+        _any_of(parts["Data"]["properties"][role])
     trackers = parts["Training"]["properties"]["report_to"]
     names = {"enum": ["none", *trackers["items"]["enum"]]}
     kept = {k: trackers.pop(k) for k in ("type", "items")}
@@ -473,6 +552,14 @@ def json_schema() -> str:
             part["$ref"] = ref
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A recipe of Holdfast"}
     return json.dumps({**schema, **head}, indent=1, ensure_ascii=True) + "\n"
+
+
+def _any_of(part: Any) -> None:
+    """`oneOf` as `anyOf`, which editors take as well, wherever it stands."""
+    if isinstance(part, dict) and "oneOf" in part:
+        part["anyOf"] = part.pop("oneOf")
+    for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        _any_of(inner)
 
 
 def _key_line(key: str, field: Any) -> str:
@@ -607,18 +694,17 @@ def _index(at: Any, key: str, place: str) -> str | int:
 
 
 def _model_of(annotation: Any) -> type[Section] | None:
-    """The section behind an annotation such as `Source | None`, if it is one."""
-    for kind in (annotation, *get_args(annotation)):
-        if isinstance(kind, type) and issubclass(kind, Section):
-            return kind
-    return None
+    """The section behind an annotation such as `Source | None` or `list[Source]`, if it is one."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next(filter(None, map(_model_of, get_args(annotation))), None)
 
 
 def _keys_at(loc: tuple[str | int, ...]) -> list[str]:
     """The known keys of the section at loc."""
     section: type[Section] = Recipe
-    for key in loc:
-        section = _model_of(section.model_fields[str(key)].annotation) or section
+    for key in (k for k in loc if isinstance(k, str)):
+        section = _model_of(section.model_fields[key].annotation) or section
     return list(section.model_fields)
 
 
@@ -648,8 +734,8 @@ def _place(loc: tuple[str | int, ...], where: Where) -> str:
 
 def _explained(error: Any, where: Where) -> RecipeError:
     """Turn one error of pydantic into: place, key, what was given, what is expected."""
-    loc, kind = tuple(error["loc"]), error["type"]
-    place, key = _place(loc, where), _dotted(loc)
+    loc, kind = tuple(k for k in error["loc"] if k not in (ONE, SEVERAL)), error["type"]
+    place, key = _place(loc, where), _dotted(loc) or "the recipe"
     if kind in KEY_KINDS and loc[-1] in FOREIGN:
         why, cure = FOREIGN[str(loc[-1])]
         return RecipeError(f"{place}: {key} is not a key here: {why}.", cure)
@@ -660,8 +746,9 @@ def _explained(error: Any, where: Where) -> RecipeError:
     cause = error.get("ctx", {}).get("error")
     if isinstance(cause, DataError):
         return RecipeError(f"{place}: {key}: {cause.what}", cause.cure)
-    sections_disagree = isinstance(error["input"], dict) and kind == "value_error" and len(loc) == 1
-    given = " does not agree with itself" if sections_disagree else f" is {_shown(error['input'])}"
+    whole = len(loc) < 2 or (loc[0] == "data" and loc[1] in ROLES)
+    disagree = isinstance(error["input"], dict | list) and kind == "value_error" and whole
+    given = " does not agree with itself" if disagree else f" is {_shown(error['input'])}"
     quotes = " Put quotes around text." if kind == "string_type" and error["input"] is not None else ""
     return RecipeError(f"{place}: {key}{given}, expected {_expected(error)}.", f"Change {key}.{quotes}")
 
@@ -684,6 +771,7 @@ EXPECTED = {
     "model_type": "a section with keys",
     "finite_number": "a finite number",
     "string_too_short": "text that is not empty",
+    "too_short": "a list that is not empty",
     "string_pattern_mismatch": "letters, digits, spaces and . _ - only",
 }
 
@@ -705,19 +793,28 @@ def _expected(error: Any) -> str:
 
 def _resolved(recipe: Recipe, base_dir: Path) -> Recipe:
     """Make local data paths absolute, so that the saved recipe works from anywhere, and fill the name."""
-    sources: dict[str, Any] = {}
-    for role in ("train", "validation", "test"):
-        source: Source | None = getattr(recipe.data, role)
-        found = locate(source.path, base_dir) if source else None
-        if source and found:
-            sources[role] = source.model_copy(update={"path": str(found)})
-    name = recipe.data.name or _default_name(recipe.data.train.path)
+    sources = {role: _found(getattr(recipe.data, role), base_dir) for role in ROLES}
+    name = recipe.data.name or _several_names(recipe.data.sets("train"))
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={**sources, "name": name})})
+
+
+def _found(value: Source | list[Source] | None, base_dir: Path) -> Source | list[Source] | None:
+    """The sets with absolute paths where they are local; several keep the names that they have in the recipe."""
+    if isinstance(value, list):
+        named = [one.model_copy(update={"alias": one.title}) for one in value]
+        return [found for one in named if isinstance(found := _found(one, base_dir), Source)]
+    path = locate(value.path, base_dir) if value else None
+    return value.model_copy(update={"path": str(path)}) if value and path else value
+
+
+def _several_names(sets: tuple[Source, ...]) -> str:
+    first = _default_name(sets[0].path)
+    return first if len(sets) == 1 else "-".join(one.title for one in sets)[:60]
 
 
 def _default_name(path: str) -> str:
     """tickets for holdfast:tickets/train.jsonl and data/tickets.csv, sst2 for stanfordnlp/sst2."""
     plain = Path(path.removeprefix(SHIPPED))
     stem = plain.stem if plain.suffix in FILE_KINDS else plain.name
-    generic = stem in ("train", "training", "data") and plain.parent.name not in ("", "..")
+    generic = stem in ("train", "training", "data", "validation", "test") and plain.parent.name not in ("", "..")
     return re.sub(r"[^\w.-]+", "-", plain.parent.name if generic else stem).strip("-.") or "task"

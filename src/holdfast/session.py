@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from holdfast.data.mix import Mix
+from holdfast.data.mix import Mix, Order
 from holdfast.engine.base import as_base, has_adapter
 from holdfast.engine.counts import Counts, count_rows
 from holdfast.engine.forward import forward
@@ -22,7 +22,7 @@ from holdfast.engine.pack import Packed, TokenRow
 from holdfast.engine.replaced import replaced_in
 from holdfast.engine.shards import cut_like, whole
 from holdfast.engine.ways import SOFT_PROMPT, inner
-from holdfast.errors import NoEffect, TrainingError
+from holdfast.errors import NoEffect, PlanError, TrainingError
 from holdfast.method import Method, Past, Stage, State, canonical
 from holdfast.plan import PHASES, Plan
 from holdfast.services import BaseWeights, Context, Look, Teacher, View
@@ -135,13 +135,18 @@ class Session:
         wanted = sorted({i for s in range(self.ctx.total_steps) for i in m.asides_at(s, len(pool))})
         return [pool[i] for i in wanted]
 
-    def mix(self, task: Sequence[TokenRow]) -> Mix:
+    def mix(self, task: Sequence[TokenRow], order: Order | None = None) -> Mix:
         """The training mix with every method's sources. A source takes effect when a row of it is trained on.
 
+        order: of the task's rows, where no method may decide it.
+
         Raises:
-            PlanError: the filters of the plan leave no row of the task.
+            PlanError: the filters of the plan leave no row of the task, or a method and `order` both order them.
         """
-        mix = Mix(task)
+        if order and (owner := next((m.name for m in self.methods if "order" in m.writes), None)):
+            what = f"{owner} orders the rows of the task, and the weights in data.train say how often each set comes."
+            raise PlanError(what, f"Remove the weights, or {owner}.")
+        mix = Mix(task, order=order)
         for m in self.methods:
             before = mix
             with as_base(self.model):

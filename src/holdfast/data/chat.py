@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.data.calls import MARK, arguments, check_link, functions, in_json, other_calls, respelled, told_by
+from holdfast.data.direct import Renderer
 from holdfast.data.jsontext import parsed, sound
 from holdfast.data.messages import TEMPLATES_CURE, THINKING, Message, from_text, without_nulls
 from holdfast.data.notes import BOOKKEEPING, Notes
@@ -55,12 +56,10 @@ class Chat:
         name = str(getattr(tokenizer, "name_or_path", "") or "")
         name = Path(name).name if name.count("/") > 1 else name
         self.template = f"the chat template of {name}" if name else "the tokenizer's chat template"
+        self._write, self._end = Renderer(tokenizer), getattr(tokenizer, "eos_token", None) or "\0"
+        self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self._gone: dict[tuple, set[str]] = {}  # kind of message: its keys that leave no trace
         self._seen: dict[tuple[str, str], bool] = {}  # option and value: leaves a trace
-
-    @property
-    def has_template(self) -> bool:
-        return bool(getattr(self.tokenizer, "chat_template", None))
 
     def conversation(self, messages: list[Message], row: dict[str, Any], place: str) -> Pair:
         """A whole conversation: all its answers are trained on, but those that are marked not to be.
@@ -194,9 +193,8 @@ class Chat:
 
     def _check_blank(self, talk: Talk) -> None:
         """An empty answer trains the model to stop at once."""
-        end = getattr(self.tokenizer, "eos_token", None) or "\0"
         for i, message in enumerate(talk.messages):
-            if message.get("content", "").replace(end, "").strip() or message.get("tool_calls"):
+            if message.get("content", "").replace(self._end, "").strip() or message.get("tool_calls"):
                 continue
             if i in talk.answers:
                 what = f"{talk.place}: the answer, {talk.name(i)}, is empty: the model would learn to say nothing."
@@ -206,9 +204,7 @@ class Chat:
     # Rendering.
 
     def _render(self, talk: Talk, count: int | None = None, answer_next: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            talk.messages[:count], tokenize=False, add_generation_prompt=answer_next, **talk.options
-        )
+        return self._write(talk.messages[:count], answer_next, talk.options)
 
     def _both(self, talk: Talk) -> tuple[str, str]:
         return self._render(talk, talk.cut, answer_next=True), self._render(talk)

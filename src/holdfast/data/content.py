@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from holdfast.data.readers import source_file
+from holdfast.data.streams import rows_wanted
 from holdfast.files import content_key
-from holdfast.recipe import Recipe, Source
+from holdfast.recipe import ROLES, Recipe, Source
 from holdfast.versions import versions
 
 
 def content_of(recipe: Recipe, tokenizer: Any, base_dir: Path, more: Sequence[Any]) -> str | None:
     """The name; None where the content of a source is not known without reading it (the hub)."""
     spec = recipe.data
-    sources = [_source(one, base_dir) for one in (spec.train, spec.validation, spec.test) if one]
-    if None in sources:
+    sources = [[_source(one, base_dir) for one in spec.sets(role)] for role in ROLES]
+    if any(None in found for found in sources):
         return None
-    told = spec.model_dump(exclude={"name", "train", "validation", "test"})
-    roles = [bool(spec.validation), bool(spec.test)]
-    return content_key(
-        sources, roles, told, recipe.seed_of_rows, list(more), _tokenizer(tokenizer), versions(), _ours()
-    )
+    wanted = [rows_wanted(recipe, one) for one in spec.sets("train")]
+    told = spec.model_dump(exclude={"name", *ROLES})
+    several = [isinstance(getattr(spec, role), list) for role in ROLES]
+    decided = [sources, wanted, several, told, recipe.seed_of_rows, list(more)]
+    return content_key(*decided, _tokenizer(tokenizer), versions(), _ours())
 
 
 def _source(source: Source, base_dir: Path) -> list[str] | None:
     """A file's name, which messages and rows carry, and its content; of a folder, all files'."""
     path = source_file(source, base_dir)
     if path is None:
-        return None
+        fixed = re.fullmatch("[0-9a-f]{40}", source.revision or "")  # a commit: the same rows for ever
+        return [source.path, source.model_dump_json()] if fixed else None
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return [source.path, source.model_dump_json(), *(f"{p.name} {_digest(p)}" for p in files)]
 

@@ -20,10 +20,10 @@ from functools import cached_property
 from itertools import chain, islice, pairwise
 from typing import Any
 
+from holdfast.data.direct import Direct, Tokens
 from holdfast.data.rendered import Rendered
 from holdfast.errors import DataError
 
-Tokens = list[int]
 SAMPLES, MOST_SAMPLES = ("a", "0", "A", "."), 64
 SHOWN = 12  # tokens of a prompt's end that a message shows
 
@@ -59,7 +59,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, stops: Iterable[int] = ()):
-        self.tokenizer = tokenizer
+        self.tokenizer, self._direct = tokenizer, Direct(tokenizer)
         full, bare = self._sample()
         at = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), len(full))
         after = full[at + len(bare) :]
@@ -68,6 +68,10 @@ class Encoder:
         eos = tokenizer.eos_token_id
         self.end: int | None = eos if eos is not None else (after[-1] if after else None)
         self.stops = frozenset({*stops, self.end} - {None})
+
+    @cached_property
+    def _bos(self) -> int | None:
+        return self.tokenizer.bos_token_id  # a tokenizer looks it up anew each time
 
     def _sample(self) -> tuple[Tokens, Tokens]:
         """Tokens of a short text, with all that the tokenizer adds and without; a text that it can write at all."""
@@ -85,10 +89,7 @@ class Encoder:
 
     def bare(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokens of each text, without any that the tokenizer adds."""
-        if not texts:
-            return []
-        only = {"return_attention_mask": False, "return_token_type_ids": False}
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False, **only)["input_ids"]
+        return self._direct.encode(texts) if texts else []
 
     def prompts(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokens of each text as a model sees it that is to go on with it."""
@@ -181,15 +182,13 @@ class Encoder:
 
     def _lead(self, text: str, ids: Tokens) -> Tokens:
         """What stands before the tokens of a text: nothing where they begin with it."""
-        bos = self.tokenizer.bos_token_id
-        written = bool(ids) and (ids[0] == bos or ids[: len(self.begin)] == self.begin)
+        written = bool(ids) and (ids[0] == self._bos or ids[: len(self.begin)] == self.begin)
         return [] if isinstance(text, Rendered) or written else self.begin
 
     @property
     def first(self) -> Tokens:
         """What a text without a prompt is read after: BOS, else end-of-text (lm-evaluation-harness's rule)."""
-        bos = self.tokenizer.bos_token_id
-        return self.begin or ([bos] if bos is not None else [self.end] if self.end is not None else [])
+        return self.begin or ([self._bos] if self._bos is not None else [self.end] if self.end is not None else [])
 
     # ---- prompt and answer
 
@@ -283,7 +282,7 @@ class Encoder:
         return {}
 
     def _text(self, ids: Tokens) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self._direct.decode([ids])[0]
 
     def _names(self, ids: Tokens) -> str:
         return "[" + ", ".join(map(repr, map(str, self.tokenizer.convert_ids_to_tokens(ids[-SHOWN:])))) + "]"
@@ -297,15 +296,43 @@ class Encoder:
         """Whether an answer holds more than blanks and its end."""
         return bool(self._text([token for token in answer if token not in self.stops]).strip())
 
-    def writes(self, answer: str, split: Split) -> bool:
-        """Whether the tokens of an answer read as the answer, blanks and end apart."""
-        end = len(split.ids) - (split.ids[-1] in self.stops)
-        wanted = _squeezed(answer)
+    def written(self, answers: Sequence[str], splits: Sequence[Split]) -> list[tuple[bool, bool]]:
+        """Of each answer whether its tokens say anything, and whether they read as the answer, blanks and end apart.
+
+        Both are seen at once where an answer reads as itself and holds no token that ends a generation but its last;
+        the others are looked at one by one.
+        """
+        wanted = [_squeezed(answer) for answer in answers]
+        bodies = [split.answer[: self._ends_at(split)] for split in splits]
+        out = []
+        for answer, split, want, body, text in zip(
+            answers, splits, wanted, bodies, map(_squeezed, self._direct.decode(bodies)), strict=True
+        ):
+            same = text and want in (text, text + self._name_of(split.ids[-1])) and self.stops.isdisjoint(body)
+            out.append((True, True) if same else (self.says(split.answer), self._writes(answer, split)))
+        return out
+
+    def _ends_at(self, split: Split) -> int:
+        """How many tokens of an answer stand before its end."""
+        return len(split.ids) - split.start - (split.ids[-1] in self.stops)
+
+    def _writes(self, answer: str, split: Split) -> bool:
+        end, wanted = split.start + self._ends_at(split), _squeezed(answer)
         return (
             _squeezed(self._text(split.ids[split.start : end])) == wanted
             or _squeezed(self._text(split.answer)) == wanted  # a chat template wrote the end too
             or _squeezed(self._text(split.ids[:end])).endswith(wanted)  # "##er" alone does not read as "er"
         )
+
+    def _name_of(self, token: int) -> str:
+        """The text of a token that ends an answer, without blanks; "" for another token."""
+        if token not in self._names_of_stops:
+            self._names_of_stops[token] = _squeezed(self._text([token])) if token in self.stops else ""
+        return self._names_of_stops[token]
+
+    @cached_property
+    def _names_of_stops(self) -> dict[int, str]:
+        return {}
 
 
 def _meet(mark: str, other: str) -> bool:

@@ -201,6 +201,11 @@ class Mix:
             yield self._mapped(row)
 
 
+def names_of(rows: Sequence[TokenRow]) -> list[str]:
+    """Where each row comes from; rows on disk tell it without being read."""
+    return list(getattr(rows, "sources", None) or (row.source for row in rows))
+
+
 def is_held(row: TokenRow, share: float) -> bool:
     """Whether a row is among the `share` that content decides: the same on every machine, in any order of rows."""
     return share > 0 and int.from_bytes(hashlib.sha256(row.key).digest()[:8], "big") < share * 2**64

@@ -13,9 +13,9 @@ from typing import Any, cast
 
 from holdfast.data.readers import records_of
 from holdfast.data.rows import Row
+from holdfast.data.sets import Set
 from holdfast.errors import DataError
 from holdfast.files import content_key
-from holdfast.recipe import Source
 
 Function = Callable[[str, str, Mapping[str, Any]], float]  # prompt, answer, row -> 0 to 1
 
@@ -53,14 +53,14 @@ def identity(name: str, base_dir: Path) -> str | None:
     return content_key(path.read_text(encoding="utf-8", errors="replace")) if path else None
 
 
-def judge(name: str, base_dir: Path, sources: Sequence[Source | None], rows: Sequence[Row]) -> Callable[..., float]:
-    """(answer, row) -> score of `rows`, which come from `sources`.
+def judge(name: str, base_dir: Path, sets: Sequence[Set], rows: Sequence[Row]) -> Callable[..., float]:
+    """(answer, row) -> score of `rows`, which come from `sets`.
 
     The function's third argument is a dict: the columns of the row as the file has them, with "completion" and
     "where" where the file has no such columns. What it raises, and what is no number from 0 to 1, becomes a DataError
     that names the row.
     """
-    function, columns = load_function(name, base_dir), _columns(sources, base_dir, {r.where for r in rows})
+    function, columns = load_function(name, base_dir), _columns(sets, base_dir, {r.where for r in rows})
 
     def judged(answer: str, row: Row) -> float:
         told = {"completion": row.completion, "where": row.where, **columns.get(row.where, {})}
@@ -77,11 +77,11 @@ def judge(name: str, base_dir: Path, sources: Sequence[Source | None], rows: Seq
     return judged
 
 
-def _columns(sources: Sequence[Source | None], base_dir: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
+def _columns(sets: Sequence[Set], base_dir: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
     """place -> columns of the wanted rows, read once more: rows keep only what is trained on."""
     found: dict[str, dict[str, Any]] = {}
-    for source in sources:
-        records = records_of(source, base_dir)[0] if source and wanted - found.keys() else ()
+    for one in sets:
+        records = records_of(one.source, base_dir, one.shown)[0] if wanted - found.keys() else ()
         found |= {place: columns for place, columns in records if place in wanted}
     return found
 

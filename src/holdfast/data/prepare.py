@@ -6,6 +6,7 @@ While some rows are read and rendered, those before them are tokenised: a tokeni
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +20,15 @@ from holdfast.data.encoder import Encoder
 from holdfast.data.lengths import Limit
 from holdfast.data.metric import check_rows, chosen
 from holdfast.data.notes import Notes
-from holdfast.data.rows import Row, cap, check_labels, each_row, labels_of, leaks, split
+from holdfast.data.rows import Row, check_labels, each_row, labels_of, leaks, split
+from holdfast.data.sets import Set, draw, grouped, sets_of
+from holdfast.data.shares import title
 from holdfast.data.store import Texts, Writer
+from holdfast.data.streams import rows_wanted, shuffled
 from holdfast.data.tokens import tokenize_each
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import DataError
-from holdfast.recipe import Recipe, Source
+from holdfast.recipe import Recipe
 
 BATCH, AHEAD = 500, 3  # rows tokenised together; batches that wait
 Numbered = tuple[int, Row]
@@ -67,14 +71,27 @@ class _Reader:
     notes: list[str] = field(default_factory=list)
     events: dict[int, list[tuple[str, str, str]]] = field(default_factory=dict)
 
-    def rows(self, source: Source, which: str) -> Iterator[Row]:
-        spec, said = self.recipe.data, Notes()
-        kind = {"prompt": spec.prompt, "completion": spec.completion, "last_only": spec.train_on == "last"}
-        read = each_row(source, said, base_dir=self.base_dir, tokenizer=self.tokenizer, **kind)
-        for count, row in enumerate(read, 1):
+    def rows(self, role: str) -> Iterator[Row]:
+        """The rows of all sets of a role ("train", ...), one set after the other."""
+        count = 0
+        for one in sets_of(self.recipe.data, role, self.base_dir):
+            for row in self._rows(one):
+                yield row
+                count += 1
+                if count % 1000 == 0:
+                    self.tell(f"{role}: {count:,} rows")
+
+    def _rows(self, one: Set) -> Iterator[Row]:
+        said = Notes()
+        kind = {"prompt": one.prompt, "completion": one.completion, "source": one.name, "shown": one.shown}
+        kind |= {"last_only": self.recipe.data.train_on == "last"}
+        most, seed, count = rows_wanted(self.recipe, one.source), self.recipe.seed_of_rows, 0
+        kind |= {"of_records": (lambda records: shuffled(records, most, seed)) if most else iter}
+        for row in each_row(one.source, said, base_dir=self.base_dir, tokenizer=self.tokenizer, **kind):
             yield row
-            if count % 1000 == 0:
-                self.tell(f"{which}: {count:,} rows")
+            count += 1
+        if most:
+            self.notes.append(f"the first {count:,} rows of {one.source.title} are streamed, and no others read")
         self.notes += said.lines()
 
     def tokens(self, rows: Iterable[Numbered], writer: Writer) -> set[int]:
@@ -108,19 +125,27 @@ class _Reader:
     def asked(self, rows: Sequence[Row], which: str, longest: int) -> list[Row]:
         """The rows that are drawn to be measured: never a part of one, and what is left out is said."""
         spec, seed = self.recipe.data, self.recipe.seed_of_rows
-        drawn = cap(rows, spec.test_size, seed)
+        drawn = draw(rows, _set_of, spec.test_size, seed, "data.test_size")
         if len(drawn) < len(rows):
             self.notes.append(f"{len(drawn)} of {len(rows):,} {which} rows are drawn (data.test_size)")
-        plain = bool(drawn) and not drawn[0].prompt
+        groups = grouped(drawn, _set_of)
+        kept = [row for name, group in groups.items() for row in self._whole(group, which, longest, name)]
+        if len(groups) > 1:
+            random.Random(seed).shuffle(kept)  # what looks at the first rows alone sees all sets
+        return kept
+
+    def _whole(self, drawn: list[Row], which: str, longest: int, name: str) -> list[Row]:
+        """Those of the rows of one set that can be asked whole."""
+        spec, plain = self.recipe.data, not drawn[0].prompt
         drop = spec.too_long in ("refuse", "drop") or (spec.too_long is None and not plain)
         limit = self.limit if drop else Limit(longest, "drop")
         if plain and spec.too_long in (None, "split"):
             drawn = [part for row in drawn for part in text_parts(row, self.encoder, longest)]
         made = tokenize_each(drawn, self.encoder, limit, _Log())
         kept = [row for row, some in zip(drawn, made, strict=True) if some]
-        limit.check_left(len(kept), len(drawn))
+        limit.check_left(len(kept), len(drawn), _of(name))
         if len(kept) < len(drawn):
-            lost = f"{len(drawn) - len(kept)} of {len(drawn)} {which} rows"
+            lost = f"{len(drawn) - len(kept)} of {len(drawn)} {which} rows{_of(name)}"
             self.notes.append(f"{lost} are longer than {limit.most} tokens, left out")
         return kept
 
@@ -144,33 +169,60 @@ def prepare(
     limit = Limit(most, spec.too_long, spec.stride or most // 8)
     reader = _Reader(recipe, tokenizer, base_dir, Encoder(tokenizer, stops), limit, tell or (lambda words: None))
     writer, at_once = Writer(folder), spec.train_size is None
-    numbered = ((writer.add(row), row) for row in reader.rows(spec.train, "train"))
+    numbered = ((writer.add(row), row) for row in reader.rows("train"))
     left = reader.tokens(numbered, writer) if at_once else {number for number, _ in numbered}
     texts = writer.texts()
-    labels = labels_of(texts)
-    metric = chosen(spec.metric or (None if labels or texts[0].prompt else "loss_per_byte"), labels)
+    labels, metric = _kind(texts, spec.metric)
     closed = labels if metric == "accuracy" else None
     train, validation, test = _parts(reader, texts, seed)
     for rows in (validation or [], test or []):
         check_labels(closed, rows)
         check_rows(metric, rows)
-    train = cap(train, spec.train_size, seed)
+    set_of = texts.sources.__getitem__
+    train = draw(train, set_of, spec.train_size, seed, "data.train_size")
     if not at_once:
         left = reader.tokens(((n, row) for n, row in zip(train, texts.only(train), strict=True)), writer)
     kept = [number for number in train if number in left]
-    limit.check_left(len(kept), len(train))
+    for name, numbers in grouped(train, set_of).items():
+        limit.check_left(sum(number in left for number in numbers), len(numbers), _of(name))
     reader.say_of(train)
     writer.close()
     held, asked = _checked(reader, texts.only(kept), validation, test, closed, longest)
     return Prepared(kept, held, asked, labels, reader.notes, _key(texts.only(kept), asked), metric)
 
 
+def _kind(texts: Texts, asked: str | None) -> tuple[tuple[str, ...] | None, str]:
+    """(labels, metric) that fit all sets. Labels are closed where those of each set are.
+
+    Raises:
+        DataError: accuracy is asked, and a set has free answers.
+    """
+    places = grouped(range(len(texts)), texts.sources.__getitem__)
+    found = {name: labels_of(texts.only(numbers)) for name, numbers in places.items()}
+    free = [name for name, labels in found.items() if not labels]
+    if asked == "accuracy" and free and len(found) > 1:
+        what = f"data.metric is accuracy, but the answers of the set {title(free[0])!r} are no closed set of labels."
+        raise DataError(what, "Write data.metric: exact_match or loss, which measure all sets.")
+    labels = None if free else tuple(dict.fromkeys(y for some in found.values() for y in some or ()))
+    plain = any(not texts[numbers[0]].prompt for numbers in places.values())
+    return labels, chosen(asked or ("loss_per_byte" if plain and not labels else None), labels)
+
+
+def _set_of(row: Row) -> str:
+    return row.source
+
+
+def _of(name: str) -> str:
+    """ " of NAME" for one set of several."""
+    return "" if title(name) == name else f" of {title(name)}"
+
+
 def _parts(reader: _Reader, texts: Texts, seed: int) -> tuple[list[int], list[Row] | None, list[Row] | None]:
     """(numbers of the training rows, validation, test); None for a set that is not there."""
     spec = reader.recipe.data
     train = list(range(len(texts)))
-    validation = list(reader.rows(spec.validation, "validation")) if spec.validation else None
-    test = list(reader.rows(spec.test, "test")) if spec.test else None
+    validation = list(reader.rows("validation")) if spec.validation else None
+    test = list(reader.rows("test")) if spec.test else None
     if validation is None and spec.validation_size != 0:
         size = spec.validation_size or min(0.1, (spec.test_size or len(texts)) / len(texts))
         train, cut = split(texts, size, seed)
@@ -220,7 +272,8 @@ def _key(*sets: Iterable[Row]) -> str:
     sha = hashlib.sha256()
     for rows in sets:
         for row in rows:
-            sha.update(f"{len(row.prompt)} {len(row.completion)} {row.prompt}{row.completion}".encode())
+            name = "" if row.source == title(row.source) else f"{row.source} "
+            sha.update(f"{name}{len(row.prompt)} {len(row.completion)} {row.prompt}{row.completion}".encode())
         sha.update(b"\0")
     return sha.hexdigest()[:24]
 

@@ -19,23 +19,28 @@ from holdfast.data.messages import kind_of
 from holdfast.errors import DataError, pip_install, suggest
 from holdfast.recipe import FILE_KINDS, SHIPPED, TEXT_KINDS, Source, locate
 
+BATCH = 1000  # rows of a table in memory at once
+BUFFER = 1 << 20  # bytes: at the end of each, other threads take their turn
 DATA_DIR = Path(__file__).parent / "shipped"  # behind holdfast:<file>
 
 Record = tuple[str, dict[str, Any]]  # place (file:line) and columns
 
 
-def records_of(source: Source, base_dir: Path) -> tuple[Iterable[Record], bool]:
-    """The rows, and whether they come from a table, which fills missing keys with null."""
+def records_of(source: Source, base_dir: Path, shown: str | None = None) -> tuple[Iterable[Record], bool]:
+    """The rows, and whether they come from a table, which fills missing keys with null.
+
+    shown: what places call the file or folder; None: a file's name, nothing for a folder, and a hub id.
+    """
     path = source_file(source, base_dir)
-    if path and path.is_dir() and (documents := _documents(path)):
+    if path and path.is_dir() and (documents := _documents(path, f"{shown}/" if shown else "")):
         return documents, False
     if path is None or path.is_dir():
-        return _from_hub(source, path, base_dir), True
+        return _from_hub(source, path, base_dir, shown or source.path), True
     for key in ("name", "split", "revision"):
         if getattr(source, key) is not None:
             what = f"{source.path} is one file, and {key} {getattr(source, key)!r} has no meaning for it."
             raise DataError(what, f"Remove {key}.")
-    return _from_file(path), path.suffix == ".parquet"
+    return _from_file(path, shown or path.name), path.suffix == ".parquet"
 
 
 def source_file(source: Source, base_dir: Path) -> Path | None:
@@ -54,46 +59,48 @@ def _shipped(name: str) -> Path:
     return path
 
 
-def _from_file(path: Path) -> Iterator[Record]:
+def _from_file(path: Path, name: str) -> Iterator[Record]:
     if path.suffix in (".csv", ".tsv"):
-        return _read_csv(read_text(path), path.name, "\t" if path.suffix == ".tsv" else ",")
+        return _read_csv(read_text(path, name), name, "\t" if path.suffix == ".tsv" else ",")
     if path.suffix == ".jsonl":
-        return _jsonl(_lines(path), path.name)
+        return _jsonl(_lines(path, name), name)
     if path.suffix == ".json":
-        return _read_json(read_text(path), path.name)
+        return _read_json(read_text(path, name), name)
     if path.suffix == ".parquet":
-        return _read_parquet(path)
+        return _read_parquet(path, name)
     if path.suffix in TEXT_KINDS:
-        return _document(path, path.name)
+        return _document(path, name)
     what = f"{path.name}: files of kind {path.suffix or '(no suffix)'} cannot be read."
     raise DataError(what, f"Use one of {', '.join(FILE_KINDS)}.")
 
 
-def _documents(folder: Path) -> Iterator[Record] | None:
+def _documents(folder: Path, before: str) -> Iterator[Record] | None:
     """The documents of a folder that holds nothing else, by name; None for another folder."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     if not files or any(p.suffix not in TEXT_KINDS for p in files):
         return None
-    return chain.from_iterable(_document(p, p.relative_to(folder).as_posix()) for p in files)
+    return chain.from_iterable(_document(p, before + p.relative_to(folder).as_posix()) for p in files)
 
 
 def _document(path: Path, name: str) -> Iterator[Record]:
     """A file that is one text."""
-    yield f"{name}:1", {"text": read_text(path)}
+    yield f"{name}:1", {"text": read_text(path, name)}
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, name: str | None = None) -> str:
+    """The text of a file, which messages call `name`."""
+    name = name or path.name
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path.name}: cannot be read ({error.strerror}).", "Check its permissions.") from None
+        raise DataError(f"{name}: cannot be read ({error.strerror}).", "Check its permissions.") from None
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise DataError(f"{path.name}:1: UTF-16 text, not UTF-8.", "Save the file as UTF-8.")
+        raise DataError(f"{name}:1: UTF-16 text, not UTF-8.", "Save the file as UTF-8.")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path.name}:{line}: not UTF-8 text.", "Save the file as UTF-8.") from None
+        raise DataError(f"{name}:{line}: not UTF-8 text.", "Save the file as UTF-8.") from None
 
 
 def _record(value: Any, place: str) -> Record:
@@ -102,14 +109,14 @@ def _record(value: Any, place: str) -> Record:
     return place, value
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path, name: str) -> Iterator[str]:
     """The lines of a file, one after the other: a large file is never in memory whole."""
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=BUFFER) as file:
             for number, raw in enumerate(file, 1):
-                yield _decoded(raw, path.name, number)
+                yield _decoded(raw, name, number)
     except OSError as error:
-        raise DataError(f"{path.name}: cannot be read ({error.strerror}).", "Check its permissions.") from None
+        raise DataError(f"{name}: cannot be read ({error.strerror}).", "Check its permissions.") from None
 
 
 def _decoded(raw: bytes, name: str, line: int) -> str:
@@ -221,26 +228,26 @@ def _read_csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
         raise DataError(f"{name}:{reader.line_num}: not valid CSV ({error}).", cure) from None
 
 
-def _read_parquet(path: Path) -> Iterator[Record]:
+def _read_parquet(path: Path, name: str) -> Iterator[Record]:
     try:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        what = f"{path.name}: reading parquet needs pyarrow, which cannot be imported ({error})."
+        what = f"{name}: reading parquet needs pyarrow, which cannot be imported ({error})."
         raise DataError(what, f"Run: {pip_install('datasets')}, or write the file as jsonl.") from error
     try:
-        table = parquet.read_table(path)
-        values = table.to_pylist()
+        table = parquet.ParquetFile(path)
+        classes = _classes(_recorded(table.schema_arrow))
+        values = chain.from_iterable(batch.to_pylist() for batch in table.iter_batches(BATCH))
+        for number, value in enumerate(values, 1):
+            place = f"{name}:{number}"
+            yield place, _named(value, classes, place)
     except (pyarrow.ArrowException, OSError) as error:
         problem = str(error).splitlines()[0]
-        raise DataError(f"{path.name}: not valid parquet ({problem}).", "Write the file again.") from None
-    classes = _classes(_recorded(table))
-    for number, value in enumerate(values, 1):
-        place = f"{path.name}:{number}"
-        yield place, _named(value, classes, place)
+        raise DataError(f"{name}: not valid parquet ({problem}).", "Write the file again.") from None
 
 
-def _from_hub(source: Source, folder: Path | None, base_dir: Path) -> Iterator[Record]:
+def _from_hub(source: Source, folder: Path | None, base_dir: Path, shown: str) -> Iterator[Record]:
     """A hub data set, or a local folder laid out like one."""
     path = source.path
     if folder is None and (path.endswith(FILE_KINDS) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)):
@@ -255,7 +262,8 @@ def _from_hub(source: Source, folder: Path | None, base_dir: Path) -> Iterator[R
         what = f"{path}: {need} by the package datasets, which cannot be imported ({error})."
         raise DataError(what, f"Run: {pip_install('datasets')}, or give a jsonl, json or csv file.") from error
     try:
-        found = datasets.load_dataset(str(folder or path), source.name, split=source.split, revision=source.revision)
+        where = {"split": source.split, "revision": source.revision, "streaming": source.streaming}
+        found = datasets.load_dataset(str(folder or path), source.name, **where)
     except Exception as error:  # the library raises a dozen unrelated types, httpx's among them
         problem = str(error).splitlines()[0] if str(error) else type(error).__name__
         kind = "folder" if folder else "hub data set (and no local file)"
@@ -266,8 +274,20 @@ def _from_hub(source: Source, folder: Path | None, base_dir: Path) -> Iterator[R
         raise DataError(what, f"Write {{path: {path}, split: ...}}.")
     label, rows = next(iter(found.items())) if isinstance(found, dict) else (source.split, found)
     classes = _classes(getattr(rows, "features", None))
-    places = ((f"{path}[{label}]:{number}", dict(row)) for number, row in enumerate(rows, 1))
+    places = ((f"{shown}[{label}]:{number}", dict(row)) for number, row in _each(rows, path))
     return ((place, _named(row, classes, place)) for place, row in places)
+
+
+def _each(rows: Iterable[Any], path: str) -> Iterator[tuple[int, Any]]:
+    """The rows by number; a stream may break anywhere."""
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            yield number, row
+    except Exception as error:  # the library's, as above; what is thrown in from outside is none
+        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = f"{path}: cannot be read behind row {number:,} ({problem})."
+        raise DataError(what, "Start again: what is not read whole is not kept.") from None
 
 
 class ClassNumber(int):
@@ -300,9 +320,9 @@ def _classes(features: Any) -> dict[str, Sequence[str]]:
     return found
 
 
-def _recorded(table: Any) -> Any:
+def _recorded(schema: Any) -> Any:
     """What the package datasets wrote of the features into a parquet file."""
-    record = (table.schema.metadata or {}).get(b"huggingface")
+    record = (schema.metadata or {}).get(b"huggingface")
     try:
         return json.loads(record)["info"]["features"] if record else {}
     except (ValueError, KeyError, TypeError):

@@ -6,7 +6,8 @@ Nothing is guessed in silence: a row that does not fit is refused by file and li
 import hashlib
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any, TypeVar
 
 from holdfast.data.chat import Chat
 from holdfast.data.notes import Notes
-from holdfast.data.readers import records_of
+from holdfast.data.readers import Record, records_of
 from holdfast.data.rendered import Turn
 from holdfast.data.schemas import detected, sound, templated
+from holdfast.data.shares import quotas, title
 from holdfast.errors import DataError, suggest
 from holdfast.recipe import Source
 
@@ -91,12 +93,17 @@ def each_row(
     tokenizer: Any,
     source: str = "task",
     last_only: bool = False,
+    shown: str | None = None,
+    of_records: Callable[[Iterator[Record]], Iterator[Record]] = iter,
 ) -> Iterator[Row]:
-    """`read_rows`, one row after the other; what must be said of them is counted in `said`."""
+    """`read_rows`, one row after the other; what must be said of them is counted in `said`.
+
+    shown: what places call the file, as `records_of` takes it. of_records: which records to take, in which order.
+    """
     if (prompt is None) != (completion is None):
         raise DataError("One of prompt and completion is a template and the other is not.", "Give both.")
-    found, arrow = records_of(spec, base_dir)
-    records = iter(found)
+    found, arrow = records_of(spec, base_dir, shown)
+    records = of_records(iter(found))
     first = next(records, None)
     if first is None:
         raise DataError(f"{spec.path}: holds no rows.", "Check the path and the split.")
@@ -113,22 +120,37 @@ def split(rows: Sequence[Row], size: float, seed: int) -> tuple[list[int], list[
     """Cut `size` rows (fraction below 1, else count) off by seed: the numbers of those that stay and of those cut off.
 
     Both parts keep the order of `rows`. Rows with the same prompt and completion stay on one side, so the cut may be a
-    little smaller than asked.
+    little smaller than asked. Of several sets (`Row.source`) each gives its part.
     """
-    asked = int(size) if size >= 1 else max(1, round(size * len(rows))) if size > 0 else 0
     groups: dict[bytes, list[int]] = {}
+    source, distinct = list[str](), Counter[str]()
     for i, row in enumerate(rows):
-        groups.setdefault(identity(row), []).append(i)
-    order = list(groups.values())
+        group = groups.setdefault(identity(row), [])
+        distinct[row.source] += not group
+        group.append(i)
+        source.append(row.source)
+    sizes = Counter(source)
+    left, order = asked_of(sizes, size), list(groups.values())
+    asked, cut = dict(left), set[int]()
     random.Random(seed).shuffle(order)
-    cut: set[int] = set()
     for group in order:
-        if len(cut) + len(group) <= asked:
+        takes = Counter(source[i] for i in group)
+        if all(left[name] >= count for name, count in takes.items()):
             cut.update(group)
-    if asked and not 0 < len(cut) < len(rows):
-        what = f"Cannot cut {asked} of {len(rows)} rows ({len(groups)} distinct) and leave rows on both sides."
-        raise DataError(what, "Change data.validation_size, or give a validation file.")
+            left = {name: room - takes[name] for name, room in left.items()}
+    for name, want in asked.items():
+        if want and not 0 < want - left[name] < sizes[name]:
+            rows_of = f"{sizes[name]} rows{f' of {title(name)}' if len(sizes) > 1 else ''}"
+            what = f"Cannot cut {want} of {rows_of} ({distinct[name]} distinct) and leave rows on both sides."
+            raise DataError(what, "Change data.validation_size, or give a validation file.")
     return [i for i in range(len(rows)) if i not in cut], sorted(cut)
+
+
+def asked_of(sizes: Mapping[str, int], size: float) -> dict[str, int]:
+    """How many rows of each set to cut off: `size` of each (fraction below 1), or of all (a count)."""
+    if size >= 1:
+        return quotas(sizes, int(size), "data.validation_size")
+    return {name: max(1, round(size * count)) if size > 0 else 0 for name, count in sizes.items()}
 
 
 def identity(row: Row) -> bytes:

@@ -5,7 +5,9 @@ A folder holds, beside `texts` and `tokens`, where each row ends in them. It is 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import overload
 
@@ -15,7 +17,9 @@ from holdfast.data.rendered import Rendered
 from holdfast.data.rows import Row
 from holdfast.engine.pack import TokenRow
 
-KINDS = {"ends": np.int64, "rendered": np.bool_, "token_ends": np.int64, "of": np.int64}
+KINDS = {"ends": np.int64, "rendered": np.bool_, "sets": np.int16, "token_ends": np.int64, "of": np.int64}
+NAMES = "names.json"  # of the sets that `sets` numbers
+BLOCK = 1000  # rows that are looked up together
 FLAT = {"texts": np.uint8, "tokens": np.int32, "scored": np.bool_}
 
 
@@ -26,6 +30,7 @@ class Writer:
         self.folder = folder
         self._files = {name: (folder / f"{name}.bin").open("wb", buffering=1 << 20) for name in FLAT}
         self._lists: dict[str, list[int]] = {name: [] for name in KINDS}
+        self._names: dict[str, int] = {}
         self._at, self._tokens_at = 0, 0
 
     def add(self, row: Row) -> int:
@@ -36,6 +41,7 @@ class Writer:
             self._at += len(raw)
             self._lists["ends"].append(self._at)
         self._lists["rendered"].append(isinstance(row.prompt, Rendered))
+        self._lists["sets"].append(self._names.setdefault(row.source, len(self._names)))
         return len(self._lists["rendered"]) - 1
 
     def add_tokens(self, number: int, made: Iterable[TokenRow]) -> None:
@@ -52,13 +58,15 @@ class Writer:
         self._files["texts"].flush()
         ends = np.asarray(self._lists["ends"], dtype=np.int64).reshape(-1, 3)
         rendered = np.asarray(self._lists["rendered"], dtype=bool)
-        return Texts(_mapped(self.folder / "texts.bin", np.uint8), ends, rendered)
+        sets = np.asarray(self._lists["sets"], dtype=np.int16)
+        return Texts(_mapped(self.folder / "texts.bin", np.uint8), ends, rendered, sets, tuple(self._names))
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
         for name, kind in KINDS.items():
             np.save(self.folder / f"{name}.npy", np.asarray(self._lists[name], dtype=kind))
+        (self.folder / NAMES).write_text(json.dumps(list(self._names)), encoding="utf-8")
 
 
 class Texts(Sequence[Row]):
@@ -72,10 +80,11 @@ class Texts(Sequence[Row]):
         raw: np.ndarray,
         ends: np.ndarray,
         rendered: np.ndarray,
-        source: str = "task",
+        sets: np.ndarray,
+        names: tuple[str, ...],
         chosen: np.ndarray | None = None,
     ):
-        self._raw, self._ends, self._rendered, self._source = raw, ends, rendered, source
+        self._raw, self._ends, self._rendered, self._sets, self._names = raw, ends, rendered, sets, names
         self.chosen = np.arange(len(ends)) if chosen is None else chosen
 
     def __len__(self) -> int:
@@ -88,27 +97,41 @@ class Texts(Sequence[Row]):
     def __getitem__(self, at: int | slice) -> Row | Texts:
         if isinstance(at, slice):
             return self.only(self.chosen[at])
-        n = int(self.chosen[at])
-        start = int(self._ends[n - 1, 2]) if n else 0
-        prompt, completion, where = (
-            self._raw[a:b].tobytes().decode() for a, b in zip([start, *self._ends[n, :2]], self._ends[n], strict=True)
-        )
-        return Row(Rendered(prompt) if self._rendered[n] else prompt, completion, self._source, where)
+        return next(self._rows(self.chosen[[at]]))
+
+    def __iter__(self) -> Iterator[Row]:
+        return chain.from_iterable(self._rows(self.chosen[n : n + BLOCK]) for n in range(0, len(self), BLOCK))
+
+    def _rows(self, chosen: np.ndarray) -> Iterator[Row]:
+        """Some rows; what numpy holds is taken out of it for all of them at once."""
+        begins = np.where(chosen > 0, self._ends[chosen - 1, 2], 0).tolist()
+        kinds = zip(self._rendered[chosen].tolist(), self._sets[chosen].tolist(), strict=True)
+        for begin, (a, b, c), (rendered, n) in zip(begins, self._ends[chosen].tolist(), kinds, strict=True):
+            raw = self._raw[begin:c].tobytes()
+            prompt, completion, where = raw[: a - begin], raw[a - begin : b - begin], raw[b - begin :]
+            text = prompt.decode()
+            yield Row(Rendered(text) if rendered else text, completion.decode(), self._names[n], where.decode())
+
+    @property
+    def sources(self) -> list[str]:
+        """The set of each row (`Row.source`)."""
+        return [self._names[n] for n in self._sets[self.chosen]]
 
     def only(self, chosen: Sequence[int] | np.ndarray) -> Texts:
         """The rows with these numbers, in this order."""
         numbers = np.asarray(chosen, dtype=np.int64)
-        return Texts(self._raw, self._ends, self._rendered, self._source, numbers)
+        return Texts(self._raw, self._ends, self._rendered, self._sets, self._names, numbers)
 
 
 class Tokens(Sequence[TokenRow]):
     """The token rows of a folder, or those that `chosen` numbers; each is made when asked for."""
 
-    def __init__(self, folder: Path, source: str = "task", chosen: np.ndarray | None = None):
-        self._folder, self._source = folder, source
+    def __init__(self, folder: Path, chosen: np.ndarray | None = None):
+        self._folder, self._names = folder, _names(folder)
         self._ids, self._scored = (_mapped(folder / f"{name}.bin", FLAT[name]) for name in ("tokens", "scored"))
         self._ends = np.load(folder / "token_ends.npy", mmap_mode="r")
         self.of = np.load(folder / "of.npy", mmap_mode="r")
+        self._sets = np.load(folder / "sets.npy", mmap_mode="r")
         self.chosen = np.arange(len(self._ends)) if chosen is None else chosen
 
     def __len__(self) -> int:
@@ -120,10 +143,16 @@ class Tokens(Sequence[TokenRow]):
     def __getitem__(self, at: slice) -> Tokens: ...
     def __getitem__(self, at: int | slice) -> TokenRow | Tokens:
         if isinstance(at, slice):
-            return Tokens(self._folder, self._source, self.chosen[at])
+            return Tokens(self._folder, self.chosen[at])
         n = int(self.chosen[at])
         part = slice(int(self._ends[n - 1]) if n else 0, int(self._ends[n]))
-        return TokenRow(self._ids[part].astype(np.int64), self._scored[part].copy(), "task", self._source)
+        source = self._names[self._sets[self.of[n]]]
+        return TokenRow(self._ids[part].astype(np.int64), self._scored[part].copy(), "task", source)
+
+    @property
+    def sources(self) -> list[str]:
+        """The set of each row (`TokenRow.source`)."""
+        return [self._names[n] for n in self._sets[self.of[self.chosen]]]
 
     def __iter__(self) -> Iterator[TokenRow]:
         return (self[n] for n in range(len(self)))
@@ -137,11 +166,16 @@ class Tokens(Sequence[TokenRow]):
         return None
 
 
-def open_texts(folder: Path, source: str = "task", chosen: np.ndarray | None = None) -> Texts:
+def _names(folder: Path) -> tuple[str, ...]:
+    return tuple(json.loads((folder / NAMES).read_text(encoding="utf-8")))
+
+
+def open_texts(folder: Path) -> Texts:
     """The texts of a written folder."""
     ends = np.load(folder / "ends.npy", mmap_mode="r").reshape(-1, 3)
     rendered = np.load(folder / "rendered.npy", mmap_mode="r")
-    return Texts(_mapped(folder / "texts.bin", np.uint8), ends, rendered, source, chosen)
+    sets = np.load(folder / "sets.npy", mmap_mode="r")
+    return Texts(_mapped(folder / "texts.bin", np.uint8), ends, rendered, sets, _names(folder))
 
 
 def _mapped(path: Path, kind: type) -> np.ndarray:

@@ -109,11 +109,11 @@ def _write(folder: Path, found: Prepared) -> None:
 
 
 def _plain(row: Row) -> list[Any]:
-    return [row.prompt, row.completion, row.where, isinstance(row.prompt, Rendered)]
+    return [row.prompt, row.completion, row.source, row.where, isinstance(row.prompt, Rendered)]
 
 
-def _row(prompt: str, completion: str, where: str, rendered: bool) -> Row:
-    return Row(Rendered(prompt) if rendered else prompt, completion, where=where)
+def _row(prompt: str, completion: str, source: str, where: str, rendered: bool) -> Row:
+    return Row(Rendered(prompt) if rendered else prompt, completion, source, where)
 
 
 def _opened(folder: Path, name: str, keeps: Any) -> TaskData:

@@ -72,8 +72,8 @@ def tokenize_each(
     it is scored; so its first token is a target too.
     """
     splits = encoder.join([(r.prompt, r.completion) for r in rows], end=True, wheres=[r.where for r in rows])
-    out = []
-    for row, split in zip(rows, splits, strict=True):
+    out, written = [], encoder.written([row.completion for row in rows], splits)
+    for row, split, (says, writes) in zip(rows, splits, written, strict=True):
         if row.turns and not all_tokens:
             made = conversation(row, split, encoder, owner, source or row.source)
         else:
@@ -85,19 +85,19 @@ def tokenize_each(
         begin = encoder.begin
         lead = len(begin) if begin and split.ids[: len(begin)] == begin else 0
         out.append([cut for one in made for cut in limit.fit(one, row.where, notes, lead, text=not row.prompt)])
-        if not encoder.says(split.answer):
+        if not says:
             what = f"{row.where or 'A row'}: the completion {row.completion!r} says nothing before its end."
             raise DataError(what, "Remove the row or fill it in: the model would learn to stop at once.")
-        _note(notes, encoder, row, split)
+        _note(notes, encoder, row, split, writes)
     return out
 
 
-def _note(notes: Notes, encoder: Encoder, row: Row, split: Split) -> None:
+def _note(notes: Notes, encoder: Encoder, row: Row, split: Split, writes: bool) -> None:
     """Count what is not plain about a row as tokens."""
     example = f"{row.prompt[-20:]!r} + {row.completion[:40]!r}"
     if split.mended:
         notes.add(MENDED, row.where, example)
-    if not encoder.writes(row.completion, split):
+    if not writes:
         notes.add(UNWRITTEN, row.where, example)
     if row.prompt and encoder.stops & set(split.answer[:-1]):
         notes.add(STOPPED, row.where, example)

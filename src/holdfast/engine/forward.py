@@ -123,7 +123,7 @@ def forward_states(
 def _prompts(model: Any, rows: Sequence[TokenRow]) -> tuple[Any, list[int]]:
     """The soft prompt or None, and how much of it stands before each row."""
     soft = getattr(inner(model), SOFT_PROMPT, None)
-    return soft, [len(soft) if soft is not None and r.owner == r.source == "task" else 0 for r in rows]
+    return soft, [len(soft) if soft is not None and r.of_task else 0 for r in rows]
 
 
 def _may_share(model: Any, lengths: Sequence[int]) -> bool:

@@ -23,7 +23,7 @@ class TokenRow:
         ids: (T,) token ids.
         scored: (T,) bool, True where the token is a target; the first is never one.
         owner: "task" if its targets carry the task's cross-entropy, else the method that asked for the row.
-        source: where it came from, for the realised mix.
+        source: where it came from, for the realised mix: "task", or "task:" and the name of one of the task's sets.
         gold: (T,) bool, True where the target is part of a right answer; for methods that tell these apart.
         targets: (T,) ids to be predicted where `scored`; None: `ids`, what is read is what is predicted.
         numbers: named (T,) float arrays along its tokens; `View.number` gives them at the scored positions.
@@ -45,6 +45,11 @@ class TokenRow:
     @property
     def key(self) -> bytes:
         return self.ids.tobytes() + self.scored.tobytes()
+
+    @property
+    def of_task(self) -> bool:
+        """Whether it is a row of the task's own sets: no method brought it."""
+        return self.owner == "task" and (self.source == "task" or self.source.startswith("task:"))
 
     @property
     def num_scored(self) -> int:

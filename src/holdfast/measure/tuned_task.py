@@ -100,13 +100,14 @@ def judged(rows: Sequence[Row], texts: Sequence[str], judge: Callable[[str, Row]
 def task_estimates(metric: Metric, before: Items | None, after: Items) -> Part:
     """before, after and difference in the metric's own unit, and the same of the metrics that come for nothing."""
     others = [
-        {"metric": m.words, "unit": m.unit, "lower": m.lower, **_sides(m, before, after)}
+        {"metric": m.words, "unit": m.unit, "lower": m.lower, **only(m, before, after)}
         for m in (METRICS[name] for name in BESIDE.get(metric.name, ()))
     ]
-    return {**_sides(metric, before, after), "others": others}
+    return {**only(metric, before, after), "others": others}
 
 
-def _sides(metric: Metric, before: Items | None, after: Items) -> Part:
+def only(metric: Metric, before: Items | None, after: Items) -> Part:
+    """before, after and difference in the metric's own unit."""
     if metric.top is None:
         return _losses("bytes" if metric.name == "loss_per_byte" else "tokens", before, after)
     part = estimates(before, after)

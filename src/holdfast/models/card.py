@@ -171,6 +171,7 @@ def _measured(report: Mapping[str, Any]) -> str:
     if task:
         name = f"{_text(_public(str(task.get('name'))))} ({_text(metric_words(task))})"
         rows.append([f"task: {name}", *_pair(task), "", ""])
+        rows += [[f"task on {_text(_public(str(s.get('name'))))}", *_pair(s), "", ""] for s in task.get("sets") or []]
     for row in abilities:
         kept, status = _estimate(row.get("retention")), _text(row.get("status") or "-")
         rows.append([_text(row.get("name")), *_pair(row), kept, status])

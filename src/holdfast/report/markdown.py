@@ -32,6 +32,7 @@ def _table(report: dict[str, Any]) -> list[str]:
     if task:
         name = f"**{escape(task.get('name') or 'task')}** ({escape(schema.metric_words(task))})"
         rows.append(_row(name, {**task, "retention": None}, schema.gain_words(task) or "task"))
+        rows += [_row(f"on {escape(s['name'])}", s, schema.gain_words(s)) for s in schema.set_parts(task)]
         rows += [_row(escape(schema.metric_words(o)), o, schema.gain_words(o)) for o in task.get("others") or []]
     for ability in report.get("abilities") or []:
         word = escape(schema.ability_status(ability).word.lower())

@@ -68,7 +68,8 @@ def _task_parts(task: dict[str, Any] | None) -> list[tuple[str, dict[str, Any]]]
         return []
     plain = task.get("metric") if task.get("unit") else ""
     first = f"Your task: {task.get('name') or '?'}" + (f", {schema.metric_words(task)}" if plain else "")
-    return [(first, task), *((f"Your task, {schema.metric_words(o)}", o) for o in task.get("others") or [])]
+    sets = [(f"Your task on {part['name']}", part) for part in schema.set_parts(task)]
+    return [(first, task), *sets, *((f"Your task, {schema.metric_words(o)}", o) for o in task.get("others") or [])]
 
 
 def _panels(report: dict[str, Any]) -> list[dict[str, Any]]:

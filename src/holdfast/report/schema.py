@@ -67,11 +67,21 @@ class OtherPart(TypedDict, total=False):
     difference: Est | None
 
 
+class SetPart(TypedDict, total=False):
+    """The task's metric on the rows of one of several sets."""
+
+    name: str
+    before: Est | None
+    after: Est | None
+    difference: Est | None
+
+
 class TaskPart(TypedDict, total=False):
     """The task that was tuned for.
 
     metric, unit: what a score is, and what stands behind it. lower: less is better. chance: the score of guessing.
-    others: the same rows by other metrics. answers: what base and tuned model say, side by side.
+    others: the same rows by other metrics. sets: the rows of each of several sets. answers: what base and tuned model
+    say, side by side.
     """
 
     name: str
@@ -79,6 +89,7 @@ class TaskPart(TypedDict, total=False):
     unit: str
     lower: bool
     others: list[OtherPart]
+    sets: list[SetPart]
     answers: list[ExamplePart]
     chance: float | None
     before: Est | None
@@ -147,6 +158,25 @@ class PlanPart(TypedDict, total=False):
     sites: list[str]
     does: str
     paper: PaperPart | None
+
+
+class TrainingSetPart(TypedDict):
+    """One of several training sets: its rows, and how many were drawn, again and again where there are too few."""
+
+    name: str
+    path: str
+    weight: float | None
+    rows: int
+    drawn: int
+
+
+class DataPart(TypedDict, total=False):
+    """The training data; `sets` where there are several."""
+
+    name: str
+    train: str
+    rows: int
+    sets: list[TrainingSetPart]
 
 
 class MixPart(TypedDict):
@@ -235,6 +265,7 @@ class Report(TypedDict, total=False):
     task: TaskPart | None
     abilities: list[AbilityPart]
     plan: list[PlanPart]
+    data: DataPart
     training: TrainingPart | None
     examples: list[ExamplePart]
     diagnosis: list[DiagnosisPart] | None
@@ -360,6 +391,12 @@ def metric_words(part: Any) -> str:
     unit = part.get("unit") or ""
     words = f"{part.get('metric') or 'score'} {unit if unit.startswith('of ') else f'in {unit}' if unit else ''}"
     return one_line(f"{words}{', lower is better' if part.get('lower') else ''}")
+
+
+def set_parts(task: Any) -> list[dict[str, Any]]:
+    """The task on each of several sets, in the task's own metric."""
+    same = {key: task.get(key) for key in ("metric", "unit", "lower")}
+    return [{**same, **part} for part in task.get("sets") or []]
 
 
 def gain_words(part: Any) -> str:

@@ -50,10 +50,11 @@ def _table(report: dict[str, Any]) -> Table:
     table.add_column("", no_wrap=True)
     task = report.get("task")
     if task:
-        others = task.get("others") or []
-        _add_task(table, task, Text(schema.one_line(task.get("name") or "task"), style="bold"), not others)
-        for other in others:
-            _add_task(table, other, Text(), other is others[-1])
+        more = [(f"on {schema.one_line(s['name'])}", s) for s in schema.set_parts(task)]
+        more += [("", other) for other in task.get("others") or []]
+        _add_task(table, task, Text(schema.one_line(task.get("name") or "task"), style="bold"), not more)
+        for n, (name, part) in enumerate(more, 1):
+            _add_task(table, part, Text(name), n == len(more))
     for ability in report.get("abilities") or []:
         look = schema.ability_status(ability)
         name = Text(schema.one_line(ability.get("name") or "?"))

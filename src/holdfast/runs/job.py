@@ -12,8 +12,11 @@ from typing import Any
 import torch
 
 from holdfast import models
+from holdfast.data.mix import Order
 from holdfast.data.own_metric import identity
+from holdfast.data.sets import sets_of
 from holdfast.data.task import TaskData, read_task
+from holdfast.data.weights import weighted
 from holdfast.errors import PlanError
 from holdfast.hosts.course import check_course
 from holdfast.hosts.eight_bits import check_eight_bits
@@ -117,7 +120,7 @@ def checked(run: Run) -> Job:
         model, tokenizer = load(run.recipe, source, merge_adapter=True)
         check_model(run, source, model, tokenizer, plan)
     session = _session(run, plan, model, tokenizer, task, longest)
-    mix = session.mix(task.token_rows)
+    mix = session.mix(task.token_rows, _order(run))
     session.ctx.total_steps = steps = _steps(run.recipe, session, mix)
     check_looks(run.recipe, task, session)
     check_budget(run.recipe, session)
@@ -190,6 +193,13 @@ def _steps(recipe: Recipe, session: Session, mix: Any) -> int:
             "Raise training.max_steps or num_train_epochs, or lower the batch size.",
         )
     return steps
+
+
+def _order(run: Run) -> Order | None:
+    """The order that the weights of the training sets ask for, if there are any."""
+    sets = sets_of(run.recipe.data, "train", run.base_dir)
+    weights = {one.name: one.source.weight for one in sets if one.source.weight}
+    return weighted(weights) if weights else None
 
 
 def _size(recipe: Recipe) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from datetime import datetime, timezone
 from typing import Any
 
 from holdfast import models
 from holdfast.data.metric import metric_of
+from holdfast.data.sets import grouped, sets_of
+from holdfast.data.shares import title
 from holdfast.files import write_json, write_text
 from holdfast.measure.compare import abilities, only_after, verdict
-from holdfast.measure.tuned_task import task_estimates
+from holdfast.measure.tuned_task import only, task_estimates
 from holdfast.models.card import model_card
 from holdfast.models.exported import Export
 from holdfast.recipe import KEEP_FRAC
@@ -59,7 +62,41 @@ def _task(job: Job, before: Measured | None, after: Measured) -> dict[str, Any]:
         "split": "test" if job.recipe.data.test else "validation",
         "note": _note(job) or None,
         **task_estimates(metric, items, after["task"]),
+        "sets": _sets(job, items, after["task"]),
         "answers": answers(reported_rows(job), items, after["task"]),
+    }
+
+
+def _sets(job: Job, before: list[Any] | None, after: list[Any]) -> list[dict[str, Any]]:
+    """The task's metric on the rows of each set, where there are several."""
+    asked, metric = reported_rows(job), metric_of(job.task.metric)
+    groups = grouped(range(len(after)), lambda n: asked[n].source)
+    if len(groups) < 2:
+        return []
+    return [
+        {"name": title(name), **only(metric, before and [before[n] for n in rows], [after[n] for n in rows])}
+        for name, rows in groups.items()
+    ]
+
+
+def _data(job: Job, realised: dict[str, Any]) -> dict[str, Any]:
+    """The data; of several training sets also how many rows of each there are, and how many were drawn."""
+    sets, data = sets_of(job.recipe.data, "train", job.run.base_dir), job.recipe.data
+    out = {"name": job.task.name, "train": ", ".join(one.source.path for one in sets), "rows": len(job.task.train)}
+    if not isinstance(data.train, list):
+        return out
+    there = Counter(job.task.token_rows.sources)
+    return out | {
+        "sets": [
+            {
+                "name": title(one.name),
+                "path": one.source.path,
+                "weight": one.source.weight,
+                "rows": there[one.name],
+                "drawn": realised.get(one.name, {}).get("examples", 0),
+            }
+            for one in sets
+        ]
     }
 
 
@@ -90,7 +127,7 @@ def _report(job: Job, tuned: Any, judged: list[Any], task: Any, shown: list[Any]
         "task": task,
         "abilities": judged,
         "plan": run.folder.read("plan.json"),
-        "data": {"name": job.task.name, "train": recipe.data.train.path, "rows": len(job.task.train)},
+        "data": _data(job, training.get("realised_mix") or {}),
         "training": training,
         "examples": shown,
         "rows": seen_rows(job, ROWS),

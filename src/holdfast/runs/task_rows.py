@@ -8,6 +8,7 @@ from typing import Any
 from holdfast.data import own_metric
 from holdfast.data.metric import judge_of, metric_of
 from holdfast.data.rows import Row
+from holdfast.data.sets import sets_of
 from holdfast.files import content_key
 from holdfast.measure.suites import remembered
 from holdfast.measure.tuned_task import judged, score_task, written
@@ -41,7 +42,8 @@ def score_rows(
 
 
 def _judge(job: Job, rows: Sequence[Row]) -> Callable[[str, Row], float]:
-    name, data = job.task.metric, job.recipe.data
+    name, base_dir = job.task.metric, job.run.base_dir
     if ":" not in name:
         return judge_of(name)
-    return own_metric.judge(name, job.run.base_dir, (data.test, data.validation, data.train), rows)
+    sets = [s for role in ("test", "validation", "train") for s in sets_of(job.recipe.data, role, base_dir)]
+    return own_metric.judge(name, base_dir, sets, rows)

@@ -39,7 +39,7 @@ class Paired(TokenRow):
 
 def is_task(row: TokenRow) -> bool:
     """Whether a row is the task's own, not one that a method mixed in."""
-    return row.owner == row.source == "task"
+    return row.of_task
 
 
 def said_row(row: TokenRow) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from holdfast.data.shares import TASK, quotas, title
 from holdfast.recipe import Recipe, load_recipe
 from holdfast.report.seen import seen_rows, show_rows
 from holdfast.runs.run import Run
@@ -29,6 +31,8 @@ def command(recipe: Path, overrides: Sequence[str], rows: int) -> None:
     job = planned(load_recipe(recipe, overrides), recipe.absolute().parent)
     console = Console()
     console.print(_table(job))
+    if isinstance(job.recipe.data.train, list):
+        console.print(_sets(job))
     asking = [m.name for m in job.session.methods if "base_logits" in m.needs]
     if asking:
         console.print(f"The base's answers are computed once before training, for: {', '.join(asking)}.")
@@ -37,6 +41,19 @@ def command(recipe: Path, overrides: Sequence[str], rows: int) -> None:
         console.print(f"Note: {job.note}.", markup=False, highlight=False)
     if rows:
         show_rows(seen_rows(job, rows), console)
+
+
+def _sets(job: Job) -> Table:
+    """The training sets: rows, and how many of them an epoch draws."""
+    there = Counter(job.task.token_rows.sources)
+    weights = {f"{TASK}:{one.title}": one.weight for one in job.recipe.data.sets("train")}
+    weighed = {name: weight for name, weight in weights.items() if weight}
+    drawn = quotas(weighed, there.total(), "The number of rows") if weighed else there
+    table = Table("training set", "weight", "rows", "drawn in an epoch")
+    for name, weight in weights.items():
+        shown = "by size" if weight is None else f"{weight:g}"
+        table.add_row(title(name), shown, f"{there[name]:,}", f"{drawn[name]:,}")
+    return table
 
 
 def _table(job: Job) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -19,26 +20,31 @@ OTHERS: dict[str, tuple[str, ...]] = {
 METRICS = "accuracy, exact_match, loss, loss_per_byte, chrf, rouge_l, number, module:function"
 
 
-def init(data: str, out: Path, model: str) -> Proposal:
-    """Write a recipe for `data` (file, folder, hub id or holdfast:<shipped>) to `out`; gives what was found.
+def init(data: Sequence[str], out: Path, model: str) -> list[Proposal]:
+    """Write a recipe for `data` (files, folders, hub ids, holdfast:<shipped>) to `out`; gives what was found in each.
 
     Raises:
         HoldfastError: `out` exists, or the data cannot be used.
     """
     if out.exists():
         raise RecipeError(f"{out} exists.", "Give another file with -o, or remove it.")
-    found = locate(data, Path.cwd())
-    proposal = propose(Source(path=str(found or data)), Path.cwd())
-    write_text(out, _text(_named(data, found, out), _beside(found, out), proposal, model))
+    found = [locate(one, Path.cwd()) for one in data]
+    proposals = [propose(Source(path=str(path or one)), Path.cwd()) for path, one in zip(found, data, strict=True)]
+    names = [_named(one, path, out) for path, one in zip(found, data, strict=True)]
+    if len(data) == 1:
+        lines, name = _one(names[0], _beside(found[0], out), proposals[0]), _default_name(names[0])
+    else:
+        lines, name = _several(names, proposals), "-".join(map(_default_name, names))
+    write_text(out, _text(lines, name, model))
     load_recipe(out)  # what we wrote must be a recipe
-    return proposal
+    return proposals
 
 
-def command(data: str, out: Path, model: str) -> None:
+def command(data: Sequence[str], out: Path, model: str) -> None:
     """`holdfast init`."""
-    found = init(data, out, model)
-    columns = ", ".join(found.columns)
-    print(f"{found.rows}{'' if found.whole else ' or more'} rows with the columns {columns}.")
+    for found in init(data, out, model):
+        columns = ", ".join(found.columns)
+        print(f"{found.rows}{'' if found.whole else ' or more'} rows with the columns {columns}.")
     print(f"{out} is written. Look through it, then: holdfast explain {out} --rows 3")
 
 
@@ -62,9 +68,31 @@ def _quoted(text: str) -> str:
     return yaml.safe_dump(text, default_style=style, width=10_000, allow_unicode=True).split("\n")[0]
 
 
-def _text(train: str, beside: dict[str, str], found: Proposal, model: str) -> str:
-    rows = f"{found.rows}{'' if found.whole else ' or more'} rows; columns: {', '.join(found.columns)}"
-    data = [f"  name: {_quoted(_default_name(train))}", f"  train: {_quoted(train)}  # {_line(rows)}"]
+def _rows(found: Proposal) -> str:
+    return _line(f"{found.rows}{'' if found.whole else ' or more'} rows; columns: {', '.join(found.columns)}")
+
+
+def _several(names: Sequence[str], proposals: Sequence[Proposal]) -> list[str]:
+    """The lines under `train` of several sets, each with templates of its own."""
+    data = ["  train:  # several sets; `weight` on each would say how often its rows come, by size without"]
+    for name, found in zip(names, proposals, strict=True):
+        data.append(f"    - path: {_quoted(name)}  # {_rows(found)}")
+        if not found.schema:
+            data += [
+                f"      prompt: {_quoted(found.prompt or '')}",
+                f"      completion: {_quoted(found.completion or '')}",
+            ]
+    metrics = {found.metric for found in proposals}
+    metric = metrics.pop() if len(metrics) == 1 else "loss"
+    return [*data, "  validation_size: 0.1  # cut from each set", *_last(metric, "for all sets")]
+
+
+def _last(metric: str, why: str) -> list[str]:
+    return [f"  metric: {metric}  # {why}; also {METRICS}", "  max_length: 1024  # tokens of the longest row"]
+
+
+def _one(train: str, beside: dict[str, str], found: Proposal) -> list[str]:
+    data = [f"  name: {_quoted(_default_name(train))}", f"  train: {_quoted(train)}  # {_rows(found)}"]
     data += [f"  {role}: {_quoted(path)}" for role, path in beside.items()]
     if "validation" not in beside:
         data.append("  validation_size: 0.1  # cut from train")
@@ -76,8 +104,10 @@ def _text(train: str, beside: dict[str, str], found: Proposal, model: str) -> st
         data += [f"  prompt: {_quoted(found.prompt or '')}", f"  completion: {_quoted(found.completion or '')}"]
     why = f"a closed set of {found.labels} answers" if found.labels else "free answers"
     why = "each answer is a number" if found.metric == "number" else why
-    data += [f"  metric: {found.metric}  # {why}; also {METRICS}", "  max_length: 1024  # tokens of the longest row"]
-    name = _default_name(train)
+    return [*data, *_last(found.metric, why)]
+
+
+def _text(data: Sequence[str], name: str, model: str) -> str:
     return "\n".join([
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
         "# What is not said has a default; `holdfast recipe` lists every key.",

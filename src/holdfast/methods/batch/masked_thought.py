@@ -60,7 +60,7 @@ class MaskedThought(Method):
 
     def batch(self, rows: Sequence[TokenRow], step: int, look: Look) -> Sequence[TokenRow]:
         rate = self.rate(step, look.ctx.total_steps)
-        return [self.masked(r, rate, step, look.ctx) if r.source == "task" else r for r in rows] if rate else rows
+        return [self.masked(r, rate, step, look.ctx) if r.of_task else r for r in rows] if rate else rows
 
     def rate(self, step: int, total: int) -> float:
         """Probability at `step` (0-based) of a run of `total` steps that a token changes."""

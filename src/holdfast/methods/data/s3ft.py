@@ -76,7 +76,7 @@ class Exchange:
         self.method, self.mix, self.ctx = method, mix, ctx
 
     def __call__(self, row: TokenRow) -> TokenRow:
-        return self.table.get(row.key, row) if row.owner == row.source == "task" else row
+        return self.table.get(row.key, row) if row.of_task else row
 
     @cached_property
     def table(self) -> dict[bytes, TokenRow]:

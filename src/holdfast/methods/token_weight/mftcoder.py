@@ -6,8 +6,9 @@
 
 across: false leaves the sources alone: one mean over all tokens ("tokens", which is plain fine-tuning) or one over the
 rows of each row's mean ("samples", where a long answer counts as much as a short one). Tokens are scored positions.
-The sources are "task" and those that other methods mix in, named as in the report ("Replay:instructions"), so with
-`weights` replayed text keeps a fixed part of the loss whatever its length. It stands behind these methods in the plan.
+The sources are "task" ("task:NAME" for each of several training sets) and those that other methods mix in, named as
+in the report ("Replay:instructions"), so with `weights` replayed text keeps a fixed part of the loss whatever its
+length. It stands behind these methods in the plan.
 Differences: the means are over the whole optimizer step, there over a process's micro-batch. Its weights that move
 with the slopes of held-out losses (CoBa) are not here.
 Cost: none. Combine with: Replay, InContextMix; every adapt and loss method. Weights of tokens multiply with it.
@@ -19,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from holdfast.data.mix import Mix
+from holdfast.data.mix import Mix, names_of
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper
@@ -55,12 +56,13 @@ class MFTCoder(Method):
 
     def data(self, mix: Mix, ctx: Context) -> Mix:
         """Changes nothing: looks whether there is something to balance."""
-        known = {"task"}.union(*({r.source for r in s.rows} for s in mix.sources if not callable(s.rows)))
+        own = set(names_of(mix.task))
+        known = own.union(*({r.source for r in s.rows} for s in mix.sources if not callable(s.rows)))
         strange = [name for name, _ in self.weights if name not in known]
-        if self.across and self.inside == "tokens" and not mix.sources:
+        if self.across and self.inside == "tokens" and not mix.sources and len(own) < 2:
             raise PlanError(
                 "MFTCoder balances the sources of the mix, but no method before it adds one.",
-                "Put Replay or InContextMix before it, or set MFTCoder.inside: samples.",
+                "Put Replay or InContextMix before it, give data.train several sets, or set MFTCoder.inside: samples.",
             )
         if strange and not any(callable(s.rows) for s in mix.sources):
             raise PlanError(

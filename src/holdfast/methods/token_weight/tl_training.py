@@ -57,7 +57,7 @@ class TLTraining(Method):
                 "TLTraining weights the tokens that tell answers apart, but no answer of the task has more others.",
                 "Take TLTraining out of the plan.",
             )
-        return mix.map(lambda row: self.weighted(row, parting) if row.source == "task" else row)
+        return mix.map(lambda row: self.weighted(row, parting) if row.of_task else row)
 
     def weighted(self, row: TokenRow, parting: set[Prefix]) -> TokenRow:
         """The row with the weights of its tokens among its numbers."""
