@@ -643,7 +643,7 @@ CASES = (
     ),
     Case(hf.HalfFineTune(), half_holds, no_off="half is half: leaving it out is off", no_zero=NO_TERM),
     Case(
-        hf.ICLAnchor(weight=20.0, every=1, shots=(1, 2), pool=8),
+        hf.ICLAnchor(weight=20.0, every=1, early=0, shots=(1, 2), pool=8),
         anchor_holds,
         off=(hf.ICLAnchor(weight=0.0, gold=0.0), hf.ICLAnchor(prompts_per_step=0)),
         zero_at_base="ICLAnchor",
@@ -655,17 +655,17 @@ CASES = (
         no_zero=NO_TERM,
     ),
     Case(
-        hf.KLToBase(weight=20.0),
-        task_kl_holds,
-        off=(hf.KLToBase(weight=0.0), hf.KLToBase(weight=0.0, on="replay")),
-        zero_at_base="KLToBase",
-    ),
-    Case(
         hf.IntruderReduction(mitigation_lambda=0.5, threshold_epsilon=0.95, top_k=6),
         strangers_hold,
         off=(hf.IntruderReduction(mitigation_lambda=1.0),),
         no_default="a few steps turn no direction so far away from the base's",
         no_zero=NO_TERM,
+    ),
+    Case(
+        hf.KLToBase(weight=20.0),
+        task_kl_holds,
+        off=(hf.KLToBase(weight=0.0), hf.KLToBase(weight=0.0, on="replay")),
+        zero_at_base="KLToBase",
     ),
     Case(hf.L2ToInit(alpha=5.0), pull_holds, off=(hf.L2ToInit(alpha=0.0),), zero_at_base="L2ToInit"),
     Case(hf.LIFT(lora_rank=2, filter_rank=4), lift_holds, off=(hf.LIFT(lora_rank=0),), no_zero=NO_TERM),

@@ -200,7 +200,7 @@ def go(world, tmp_path, methods=("plain", "LoRA"), name="out", **more):
 def without_clock(report):
     """A report without what two equal comparisons differ in."""
     rows = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in report["rows"]]
-    return {**{k: v for k, v in report.items() if k != "created"}, "rows": rows}
+    return {**{k: v for k, v in report.items() if k not in ("created", "advice")}, "rows": rows}
 
 
 @pytest.fixture(scope="module")

@@ -168,25 +168,25 @@ def prepare(
     most = min(spec.max_length, longest)
     limit = Limit(most, spec.too_long, spec.stride or most // 8)
     reader = _Reader(recipe, tokenizer, base_dir, Encoder(tokenizer, stops), limit, tell or (lambda words: None))
-    writer, at_once = Writer(folder), spec.train_size is None
-    numbered = ((writer.add(row), row) for row in reader.rows("train"))
-    left = reader.tokens(numbered, writer) if at_once else {number for number, _ in numbered}
-    texts = writer.texts()
-    labels, metric = _kind(texts, spec.metric)
-    closed = labels if metric == "accuracy" else None
-    train, validation, test = _parts(reader, texts, seed)
-    for rows in (validation or [], test or []):
-        check_labels(closed, rows)
-        check_rows(metric, rows)
-    set_of = texts.sources.__getitem__
-    train = draw(train, set_of, spec.train_size, seed, "data.train_size")
-    if not at_once:
-        left = reader.tokens(((n, row) for n, row in zip(train, texts.only(train), strict=True)), writer)
-    kept = [number for number in train if number in left]
-    for name, numbers in grouped(train, set_of).items():
-        limit.check_left(sum(number in left for number in numbers), len(numbers), _of(name))
-    reader.say_of(train)
-    writer.close()
+    at_once = spec.train_size is None
+    with Writer(folder) as writer:
+        numbered = ((writer.add(row), row) for row in reader.rows("train"))
+        left = reader.tokens(numbered, writer) if at_once else {number for number, _ in numbered}
+        texts = writer.texts()
+        labels, metric = _kind(texts, spec.metric)
+        closed = labels if metric == "accuracy" else None
+        train, validation, test = _parts(reader, texts, seed)
+        for rows in (validation or [], test or []):
+            check_labels(closed, rows)
+            check_rows(metric, rows)
+        set_of = texts.sources.__getitem__
+        train = draw(train, set_of, spec.train_size, seed, "data.train_size")
+        if not at_once:
+            left = reader.tokens(((n, row) for n, row in zip(train, texts.only(train), strict=True)), writer)
+        kept = [number for number in train if number in left]
+        for name, numbers in grouped(train, set_of).items():
+            limit.check_left(sum(number in left for number in numbers), len(numbers), _of(name))
+        reader.say_of(train)
     held, asked = _checked(reader, texts.only(kept), validation, test, closed, longest)
     return Prepared(kept, held, asked, labels, reader.notes, _key(texts.only(kept), asked), metric)
 

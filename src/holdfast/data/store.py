@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -24,7 +24,7 @@ FLAT = {"texts": np.uint8, "tokens": np.int32, "scored": np.bool_}
 
 
 class Writer:
-    """Fills a folder row by row. Nothing but the numbers of where rows end is kept in memory."""
+    """Fills a folder row by row, until its `with` ends. Only the numbers of where rows end are kept in memory."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -61,9 +61,16 @@ class Writer:
         sets = np.asarray(self._lists["sets"], dtype=np.int16)
         return Texts(_mapped(self.folder / "texts.bin", np.uint8), ends, rendered, sets, tuple(self._names))
 
-    def close(self) -> None:
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
         for file in self._files.values():
             file.close()
+        if kind is None:
+            self._write_ends()
+
+    def _write_ends(self) -> None:
         for name, kind in KINDS.items():
             np.save(self.folder / f"{name}.npy", np.asarray(self._lists[name], dtype=kind))
         (self.folder / NAMES).write_text(json.dumps(list(self._names)), encoding="utf-8")

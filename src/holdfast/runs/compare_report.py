@@ -20,6 +20,7 @@ from holdfast.versions import versions
 
 Measured = Mapping[str, Any]
 SHOWN = ("name", "status", "before", "after", "retention", "runs")
+FASTER = 1.1  # ours: less is the noise of a clock
 ORDER = ("kept", "no loss shown", "unclear", "lost")  # the best first
 
 
@@ -160,6 +161,11 @@ def _advice(ends: Ends, rows: Sequence[Mapping[str, Any]], final: Mapping[str, A
             f"the next, {second['name']}, is {words} behind."
         )
     cheap = min((first, second), key=lambda r: r["seconds"])
+    if max(first["seconds"], second["seconds"]) < FASTER * cheap["seconds"]:
+        return (
+            f"Take {first['name']} or {second['name']}: both keep what they must ({floors}), and neither their task "
+            f"scores ({words}) nor their times can be told apart."
+        )
     return (
         f"Take {cheap['name']}: {first['name']} and {second['name']} both keep what they must ({floors}), their "
         f"task scores cannot be told apart ({words}), and it costs less time."
