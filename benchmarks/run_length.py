@@ -30,7 +30,6 @@ def plans() -> dict[str, list[Any]]:
     return {
         "default": default_plan(),
         "lora": [M.LoRA()],
-        "anchors at every step": [M.LoRA(), M.ICLAnchor(every=1)],
     }
 
 

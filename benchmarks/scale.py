@@ -466,7 +466,12 @@ def _train(size: str, tokenizer: Any, setup: Setup, steps: int) -> Step:
     pools = {m.name: m.asides(context) for m in chosen if m.name == "ICLAnchor"}
     C.ours(model, tokenizer, C.Job(rows, steps, ROWS, "lora" if setup.lora else "full"), chosen, run_steps=0)
     asides = max(
-        ([pool[i] for i in m.asides_at(n, len(pool))] for n in range(steps) for m in chosen for pool in _of(m, pools)),
+        (
+            [pool[i] for i in m.asides_at(n, len(pool), steps)]
+            for n in range(steps)
+            for m in chosen
+            for pool in _of(m, pools)
+        ),
         key=lambda picked: sum(len(r.ids) for r in picked),
         default=[],
     )

@@ -643,7 +643,7 @@ CASES = (
     ),
     Case(hf.HalfFineTune(), half_holds, no_off="half is half: leaving it out is off", no_zero=NO_TERM),
     Case(
-        hf.ICLAnchor(weight=20.0, every=1, early=0, shots=(1, 2), pool=8),
+        hf.ICLAnchor(weight=20.0, every=1, short=0, shots=(1, 2), pool=8),
         anchor_holds,
         off=(hf.ICLAnchor(weight=0.0, gold=0.0), hf.ICLAnchor(prompts_per_step=0)),
         zero_at_base="ICLAnchor",

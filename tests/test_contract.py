@@ -498,7 +498,7 @@ def test_a_method_without_effect_is_named(method, words, tiny_model, tokenizer, 
 
 def test_effect_survives_a_resume(tmp_path, tiny_model, tokenizer, rows):
     """A method that worked only before the checkpoint still counts as having worked."""
-    method = hf.ICLAnchor(every=100, early=0, pool=2, shots=(1, 1))
+    method = hf.ICLAnchor(every=100, short=0, pool=2, shots=(1, 1))
     again = killed_run(tmp_path, 5, [method], tiny_model, tokenizer, rows, best_at=3)
     assert again.session.effects["ICLAnchor"] == 1
 

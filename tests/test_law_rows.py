@@ -201,7 +201,7 @@ class Averaged(Method):
         made = [token_row(range(7, 7 + n), 1, self.name, "ab"[i % 2]) for i, n in enumerate(self.sizes)]
         return [replace(r, group=str(i // 2)) if self.grouped else r for i, r in enumerate(made)]
 
-    def asides_at(self, step: int, pool: int) -> Sequence[int]:
+    def asides_at(self, step: int, pool: int, total: int) -> Sequence[int]:
         return range(pool)
 
     def loss(self, view: Any) -> Term | None:

@@ -243,8 +243,8 @@ class Method:
         """A fixed pool of extra rows for this method's own loss term (part of `data`); owner = the method's name."""
         return ()
 
-    def asides_at(self, step: int, pool: int) -> Sequence[int]:
-        """Which rows of the pool join step `step` (0-based)."""
+    def asides_at(self, step: int, pool: int, total: int) -> Sequence[int]:
+        """Which rows of the pool join step `step` (0-based) of a run of `total` steps (0: unknown)."""
         return ()
 
     def batch(self, rows: Sequence[TokenRow], step: int, look: Look) -> Sequence[TokenRow]:

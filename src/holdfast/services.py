@@ -125,6 +125,7 @@ class View:
     handed: Handed = field(default_factory=dict)  # by the replaced modules of the plan
     paired: Callable[[Sequence[TokenRow]], torch.Tensor] | None = None  # `sites.rollouts.Rolling.teacher_logp`
     asked: dict[Any, torch.Tensor] = field(default_factory=dict)  # what the base said about new rows of this forward
+    total_steps: int = 0  # of the run; 0: unknown
 
     @property
     def logp(self) -> torch.Tensor:

@@ -132,7 +132,9 @@ class Session:
         pool = self.asides.get(m.name, ())
         if not pool or not self.ctx.total_steps:
             return list(pool)
-        wanted = sorted({i for s in range(self.ctx.total_steps) for i in m.asides_at(s, len(pool))})
+        wanted = sorted(
+            {i for s in range(self.ctx.total_steps) for i in m.asides_at(s, len(pool), self.ctx.total_steps)}
+        )
         return [pool[i] for i in wanted]
 
     def mix(self, task: Sequence[TokenRow], order: Order | None = None) -> Mix:
@@ -266,6 +268,11 @@ class Session:
 
     # ---- a step
 
+    @property
+    def _steps(self) -> int:
+        """Of the whole run; 0 while nobody knows."""
+        return self.total or self.ctx.total_steps
+
     def rows_of(self, step: int) -> list[TokenRow]:
         """The aside rows that join step `step`; none while a prompt stage trains no weight they could protect."""
         if self.stage.trains == "prompt":
@@ -274,7 +281,7 @@ class Session:
             self.asides[m.name][i]
             for m in self.methods
             if m.name in self.asides
-            for i in m.asides_at(step, len(self.asides[m.name]))
+            for i in m.asides_at(step, len(self.asides[m.name]), self._steps)
         ]
 
     def pick(self, rows: Sequence[TokenRow], step: int) -> Sequence[TokenRow]:
@@ -326,7 +333,7 @@ class Session:
         return View(
             seen.packed, seen.logits, step.number, step.model, self.state.get(name, {}), self.teacher, name,
             self.params, self.base_weights, seen.shared, seen.states, step.counts, seen.handed,
-            self.rolling.teacher_logp, seen.asked,
+            self.rolling.teacher_logp, seen.asked, self._steps,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -365,7 +372,7 @@ class Session:
         self.steering.drop(self.params)
         past = Past(
             step,
-            self.total or self.ctx.total_steps,
+            self._steps,
             {**parts, **self.steering.losses()},
             learning_rate,
             self.model,

@@ -23,14 +23,15 @@ def test_hand_value(toy_view):
 
 
 def test_the_first_steps_weigh_more(toy_view):
-    """Before step `early` the factor is early_factor, whatever `every` is: 2 * 32 ln 1.25; from there on 2 * 3."""
+    """In a short run before step `early` the factor is 32, whatever `every` is: 2 * 32 ln 1.25; then it is 2 * 3."""
     method = ICLAnchor(weight=2.0, every=3, early=4, early_factor=32.0)
     given = {"base": [[0.5, 0.25, 0.25]], "owner": "ICLAnchor"}
-    values = [
-        method.loss(toy_view(torch.tensor([[0.8, 0.1, 0.1]]).log(), [0], step=step, **given)).value.item()
-        for step in (0, 3, 4)
-    ]
-    assert values == pytest.approx([64 * math.log(1.25), 64 * math.log(1.25), 6 * math.log(1.25)], rel=1e-5)
+    values = []
+    for step, total in ((0, 14), (3, 14), (4, 14), (0, 15)):
+        view = toy_view(torch.tensor([[0.8, 0.1, 0.1]]).log(), [0], step=step, **given)
+        view.total_steps = total
+        values.append(method.loss(view).value.item() / math.log(1.25))
+    assert values == pytest.approx([64, 64, 6, 6], rel=1e-5)
 
 
 def test_hand_value_of_the_gold_answers(toy_view):
@@ -41,9 +42,8 @@ def test_hand_value_of_the_gold_answers(toy_view):
     view.packed.rows = [row]
     term = ICLAnchor(gold=0.5, every=2).loss(view)
     assert term.value.sum().item() / 2 == pytest.approx(2 * 0.5 * math.log(4), rel=1e-5)
-    first = toy_view(torch.tensor(same).log(), [0, 2], base=same, owner="ICLAnchor", step=0)
-    first.packed.rows = [row]
-    early = ICLAnchor(gold=0.5, every=2).loss(first)
+    view.step, view.total_steps = 0, 14
+    early = ICLAnchor(gold=0.5, every=2).loss(view)
     assert early.value.sum().item() / 2 == pytest.approx(0.5 * math.log(4), rel=1e-5)
     assert ICLAnchor(gold=0.0).loss(view).value.abs().max().item() < 1e-6
 
@@ -65,7 +65,7 @@ def test_task_tokens_are_not_compared(toy_view):
 def test_every_second_step_with_twice_the_weight(tiny_model, start, token_rows, gradients):
     parts = {}
     for every in (1, 2):
-        session = start([ICLAnchor(every=every, early=0, pool=4, shots=(1, 2))], tiny_model())
+        session = start([ICLAnchor(every=every, pool=4, shots=(1, 2))], tiny_model())
         with torch.no_grad():
             for p in session.params.values():
                 p.mul_(1.3)
@@ -81,10 +81,12 @@ def test_every_second_step_with_twice_the_weight(tiny_model, start, token_rows, 
 
 
 def test_the_pool_is_used_in_turn():
-    method = ICLAnchor(every=2, prompts_per_step=3, early=0)
-    assert [list(method.asides_at(s, 5)) for s in range(5)] == [[0, 1, 2], [], [3, 4, 0], [], [1, 2, 3]]
-    early = ICLAnchor(every=2, early=3)
-    assert [list(early.asides_at(s, 9)) for s in range(7)] == [[0], [1], [2], [], [5], [], [6]]
+    method = ICLAnchor(every=2, prompts_per_step=3)
+    assert [list(method.asides_at(s, 5, 60)) for s in range(5)] == [[0, 1, 2], [], [3, 4, 0], [], [1, 2, 3]]
+    early = ICLAnchor(every=2, early=3, short=15)
+    assert [list(early.asides_at(s, 9, 14)) for s in range(5)] == [[0], [1], [2], [], [2]]
+    for total in (15, 0):  # long, and unknown
+        assert [list(early.asides_at(s, 9, total)) for s in range(5)] == [[0], [], [1], [], [2]]
 
 
 def test_held_out_tasks_are_refused(tiny_model, tokenizer):

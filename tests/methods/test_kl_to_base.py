@@ -107,8 +107,8 @@ def test_replay_compares_its_own_rows_only(tiny_model, start, token_rows, toy_vi
     assert {r.owner for r in pool} == {"KLToBase"}
     assert max(len(r.ids) for r in pool) == 12
     assert all(r.num_scored == len(r.ids) - 1 for r in pool)  # all tokens
-    assert method.asides_at(0, 5) == [0, 1]
-    assert method.asides_at(2, 5) == [4, 0]  # goes round
+    assert method.asides_at(0, 5, 9) == [0, 1]
+    assert method.asides_at(2, 5, 9) == [4, 0]  # goes round
     view = toy_view(torch.tensor(TUNED).log(), [0], base=BASE, owner="KLToBase")
     assert method.loss(view).owner == "KLToBase"
     assert KLToBase(on="task").loss(view) is None  # no task token in sight

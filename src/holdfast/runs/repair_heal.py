@@ -98,7 +98,7 @@ def heal(
     Raises:
         PlanError: the tuned model has no linear map that LoRA can stand beside.
     """
-    anchor = {"every": 1, "early": 0, "pool": steps, "seed": SEED}  # the tuned model is far from the base at once
+    anchor = {"every": 1, "short": 0, "pool": steps, "seed": SEED}  # the tuned model is far from the base at once
     teacher = _learnt(base(), tokenizer, ICLAnchor(**anchor), lambda x: tell(0.1 * x, "answers of the base"))
     model = tuned()
     asked = list(prompts)[:PROMPTS]

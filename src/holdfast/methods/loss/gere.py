@@ -67,7 +67,7 @@ class GeRe(Method):
         most = min(self.max_tokens, ctx.max_length)
         return [r.cut(most) for r in rows]
 
-    def asides_at(self, step: int, pool: int) -> Sequence[int]:
+    def asides_at(self, step: int, pool: int, total: int) -> Sequence[int]:
         return [(step * self.rows_per_step + i) % pool for i in range(self.rows_per_step)]
 
     @torch.no_grad()

@@ -10,9 +10,10 @@ prompts of other tasks kept 99 % of in-context learning, plain text 71 %, random
 Anchors are built from anchor tasks only; held-out tasks cannot be named here. on = "all" compares every token of the
 prompt, "answers" only the answers of the shots.
 Every `every`-th step gets prompts_per_step * every prompts' worth of weight: the term is scaled so that its mean over
-steps does not depend on `every`. The first `early` steps all have prompts, and the KL weighs `early_factor` there: a
-step of Adam is as long for a small gradient as for a large one, so the first few take most of in-context ability
-before the KL, which is zero at the base, has a gradient. A run that is longer mends it; one of four steps does not.
+steps does not depend on `every`.
+In a run of fewer than `short` steps the first `early` of them all have prompts, and the KL weighs `early_factor`
+there: a step of Adam is as long for a small gradient as for a large one, so the first few take most of in-context
+ability before the KL, which is zero at the base, has a gradient. A longer run mends that itself (docs/decisions.md).
 The second sum, the right answers of the same prompts, costs no further token: it is InContextMix on rows that are
 there anyway. Without it (gold = 0) in-context ability settles a little below the base's.
 The base's answers on the fixed prompts are computed once, before training. Cost: the prompts' tokens in a step.
@@ -45,6 +46,7 @@ class ICLAnchor(Method):
     gold: float = 0.3  # ours: at 1.0 more than all in-context ability is kept, but the task learns 4 to 14 points less
     prompts_per_step: int = 1  # ours
     every: int = 2  # ours: some 8 to 25 % more tokens on short rows
+    short: int = 15  # ours: from there on the run mends the first steps, and early weights only cost
     early: int = 4  # ours
     early_factor: float = 32.0  # ours: at 16 less is kept in four steps, at 64 the task learns 4 points less
     shots: tuple[int, int] = (3, 8)  # ours: fewest and most demonstrations
@@ -73,8 +75,8 @@ class ICLAnchor(Method):
         if self.every < 1 or self.pool < 1 or min(self.weight, self.gold) < 0:
             what = "ICLAnchor needs every and pool of at least 1, and weight and gold of at least 0."
             raise PlanError(what, "Mend them.")
-        if min(self.early, self.early_factor) < 0:
-            what = f"ICLAnchor.early is {self.early}, and early_factor {self.early_factor}."
+        if min(self.short, self.early, self.early_factor) < 0:
+            what = f"ICLAnchor has short {self.short}, early {self.early} and early_factor {self.early_factor}."
             raise PlanError(what, "Use 0 or more.")
         anchor_tasks(self.tasks)
 
@@ -103,18 +105,22 @@ class ICLAnchor(Method):
             )
         return fits
 
-    def asides_at(self, step: int, pool: int) -> Sequence[int]:
-        if step >= self.early and step % self.every:
+    def asides_at(self, step: int, pool: int, total: int) -> Sequence[int]:
+        early = self._is_early(step, total)
+        if step % self.every and not early:
             return ()
-        first = (step if step < self.early else step // self.every + self.early) * self.prompts_per_step
+        first = (step if early else step // self.every) * self.prompts_per_step
         return [(first + i) % pool for i in range(self.prompts_per_step)]
+
+    def _is_early(self, step: int, total: int) -> bool:
+        return step < self.early and 0 < total < self.short
 
     def loss(self, view: View) -> Term | None:
         at = view.positions(self.name)
         if not len(at):
             return None
         divergence = KINDS[self.direction](view.base_logp(self.name), view.logp[at])
-        early = view.step < self.early
+        early = self._is_early(view.step, view.total_steps)
         value = self.weight * (self.early_factor if early else self.every) * divergence
         if self.gold:
             value = value - self.gold * (1 if early else self.every) * _answers(view, self.name) * view.token_logp[at]

@@ -67,7 +67,7 @@ class KLToBase(Method):
         rows = read_sources(self.sources, ctx, owner=self.name, all_tokens=True)
         return [r.cut(self.max_tokens) for r in rows]
 
-    def asides_at(self, step: int, pool: int) -> Sequence[int]:
+    def asides_at(self, step: int, pool: int, total: int) -> Sequence[int]:
         return [(step * self.rows_per_step + i) % pool for i in range(self.rows_per_step)]
 
     def loss(self, view: View) -> Term | None:
