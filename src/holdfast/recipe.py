@@ -24,6 +24,7 @@ from holdfast.errors import DataError, RecipeError, suggest
 from holdfast.foreign_keys import FOREIGN
 
 KEEP_FRAC = 0.95
+AUTO = "auto"  # of the suites: what the training makes cheap
 SHIPPED = "holdfast:"  # prefix of the data sets and recipes that come with the package
 RECIPE_DIR = Path(__file__).parent / "recipes"  # demo.yaml is holdfast:demo
 TEXT_KINDS = (".txt", ".md")  # one document each
@@ -346,7 +347,10 @@ class Training(Section):
 class Measure(Section):
     """What is measured before and after, and how much of it must be kept."""
 
-    suites: list[str] = Field(default=["in-context"], description="Suites of abilities to measure.")
+    suites: list[str] = Field(
+        default=[AUTO],
+        description="Abilities to measure; auto: in-context, and all default suites if they cost under a tenth of it.",
+    )
     num_fewshot: int = Field(default=8, ge=0, description="Demonstrations in a few-shot prompt.")
     limit: int | None = Field(default=None, ge=1, description="Items of each task; null: 48.")
     batch_tokens: int = Field(default=BATCH_TOKENS, ge=1, description="Tokens scored in one forward pass.")
@@ -381,7 +385,7 @@ class Measure(Section):
         """A recipe that names suites and no floors must prove in-context; the others prove what their items can."""
         suites = value.get("suites") if isinstance(value, Mapping) else None
         if isinstance(suites, list) and "keep" not in value:
-            return {**value, "keep": {"in-context": KEEP_FRAC} if "in-context" in suites else {}}
+            return {**value, "keep": {"in-context": KEEP_FRAC} if {"in-context", AUTO} & set(suites) else {}}
         return value
 
     @check_all(mode="after")
@@ -393,7 +397,7 @@ class Measure(Section):
     @check_all(mode="after")
     def _known_floors(self) -> "Measure":
         for suite in self.keep:
-            if suite not in self.suites and not {"default", "all"} & set(self.suites):
+            if suite not in self.suites and not {"default", "all", AUTO} & set(self.suites):
                 raise ValueError(f"keep to name measured suites only, and {suite} is not in suites")
         return self
 

@@ -10,10 +10,10 @@ from holdfast import models
 from holdfast.data.metric import metric_of
 from holdfast.data.task import TaskData
 from holdfast.errors import ModelError, PlanError, RecipeError
-from holdfast.measure.suites import names_of
 from holdfast.method import Method
 from holdfast.plan import Host
 from holdfast.recipe import Recipe
+from holdfast.runs.abilities import certain
 from holdfast.runs.handover import check_asked
 from holdfast.runs.run import Run
 from holdfast.runs.tracking import check_trackers
@@ -27,7 +27,7 @@ def check_settings(run: Run) -> None:
         HoldfastError: a setting cannot be followed, or contradicts another.
     """
     recipe, t = run.recipe, run.recipe.training
-    names_of(recipe.measure.suites)
+    certain(recipe)
     check_trackers(t.report_to)
     check_asked(recipe)
     if t.save_total_limit != 1:

@@ -16,7 +16,7 @@ from holdfast.files import content_key
 from holdfast.measure.asking import score_suite
 from holdfast.measure.parts import COARSE, FINE, REPORT, cut, join
 from holdfast.measure.probe import Ask, Suite
-from holdfast.measure.suites import build, names_of, remembered
+from holdfast.measure.suites import build, remembered
 from holdfast.runs.job import Job
 from holdfast.runs.task_rows import score_rows
 
@@ -39,7 +39,7 @@ class Halves:
         self.job = job
         m = job.recipe.measure
         ask = Ask(job.tokenizer, m.num_fewshot, m.limit, labels=job.task.labels or ())
-        self.suites = {name: _cut(name, ask) for name in names_of(m.suites)}
+        self.suites = {name: _cut(name, ask) for name in job.suites}
 
     @cached_property
     def rows(self) -> dict[str, list[Row]]:

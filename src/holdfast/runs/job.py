@@ -23,9 +23,10 @@ from holdfast.hosts.eight_bits import check_eight_bits
 from holdfast.hosts.plain import Training
 from holdfast.measure.probe import Ask
 from holdfast.measure.soft_prompt import check_export
-from holdfast.measure.suites import check_suite, names_of
+from holdfast.measure.suites import check_suite
 from holdfast.plan import Host, Plan
 from holdfast.recipe import Recipe
+from holdfast.runs.abilities import certain, measured_suites
 from holdfast.runs.checks import (
     check_budget,
     check_looks,
@@ -48,7 +49,7 @@ from holdfast.sites.merging import sources_of
 @dataclass(frozen=True)
 class Job:
     """A recipe that can be worked on. `mix` draws its rows, `training` is its schedule, `session` its plan,
-    `rate` its learning rate with the reason."""
+    `rate` its learning rate with the reason, `suites` what is measured."""
 
     run: Run
     source: models.ModelSource
@@ -59,6 +60,7 @@ class Job:
     training: Training
     rate: Rate
     mix: Any
+    suites: tuple[str, ...]
 
     @property
     def recipe(self) -> Recipe:
@@ -116,7 +118,9 @@ def checked(run: Run) -> Job:
         longest = models.context_length(source, spec.trust_remote_code)
         stops, tell = models.stop_tokens(source), lambda words: run.tell("load", 0.0, words)
         task = read_task(run.recipe, tokenizer, run.base_dir, longest, stops, tell)
-        _check_suites(run.recipe, tokenizer, task, longest)
+        ask = _ask(run.recipe, tokenizer, task)
+        for suite in certain(run.recipe):
+            check_suite(suite, ask, longest)
         model, tokenizer = load(run.recipe, source, merge_adapter=True)
         check_model(run, source, model, tokenizer, plan)
     session = _session(run, plan, model, tokenizer, task, longest)
@@ -129,7 +133,8 @@ def checked(run: Run) -> Job:
     rate = _rate(run.recipe, session, steps, len(task.validation))
     training = _training(run, model, steps, epoch, rate)
     check_course(training)
-    return Job(run, source, model, tokenizer, task, session, training, rate, mix)
+    suites = measured_suites(run.recipe, task.token_rows, steps, ask, longest)
+    return Job(run, source, model, tokenizer, task, session, training, rate, mix, suites)
 
 
 def load(recipe: Recipe, source: models.ModelSource, *, merge_adapter: bool) -> tuple[Any, Any]:
@@ -162,10 +167,8 @@ def _host(recipe: Recipe) -> Host:
     return Host("holdfast tune", quantised=recipe.model.load_in_4bit)
 
 
-def _check_suites(recipe: Recipe, tokenizer: Any, task: TaskData, longest: int) -> None:
-    m = recipe.measure
-    for suite in names_of(m.suites):
-        check_suite(suite, Ask(tokenizer, m.num_fewshot, m.limit, labels=task.labels or ()), longest)
+def _ask(recipe: Recipe, tokenizer: Any, task: TaskData) -> Ask:
+    return Ask(tokenizer, recipe.measure.num_fewshot, recipe.measure.limit, labels=task.labels or ())
 
 
 def _session(run: Run, plan: Plan, model: Any, tokenizer: Any, task: TaskData, longest: int) -> Session:

@@ -9,7 +9,6 @@ from typing import Any
 from holdfast.data.metric import metric_of
 from holdfast.hosts.watching import Watch
 from holdfast.measure.compare import ability
-from holdfast.measure.suites import names_of
 from holdfast.measure.tuned_task import task_estimates
 from holdfast.runs.job import Job
 from holdfast.runs.measuring import measure_suites
@@ -59,7 +58,7 @@ def _look(job: Job, model: Any, base: list[Any]) -> tuple[float | None, dict[str
 def _probe(job: Job, model: Any) -> list[Any]:
     """A few items of each suite that has a floor."""
     m = job.recipe.measure
-    names = [name for name in names_of(m.suites) if name in m.keep]
+    names = [name for name in job.suites if name in m.keep]
     settings: dict[str, Any] = {"num_fewshot": m.num_fewshot, "limit": min(m.limit or ITEMS, ITEMS), **m.forwards}
     settings["labels"] = job.task.labels or ()
     return measure_suites(names, lambda: model, job.tokenizer, lambda *_: None, **settings)

@@ -9,7 +9,7 @@ from holdfast.data.metric import metric_of
 from holdfast.data.rows import Row
 from holdfast.files import content_key
 from holdfast.measure.parts import REPORT
-from holdfast.measure.suites import measure_suite, names_of, remembered
+from holdfast.measure.suites import measure_suite, remembered
 from holdfast.measure.tuned_task import written
 from holdfast.runs.halves import SUITES_SHARE, Halves
 from holdfast.runs.job import Job
@@ -85,7 +85,7 @@ def _abilities(job: Job, model: Any, key: str | None, tell: Callable[[float, str
     if m.budget:  # the others chose how much of the change stays
         return Halves(job).abilities(REPORT, model, key=key, tell=told)
     return measure_suites(
-        names_of(m.suites),
+        job.suites,
         lambda: model,
         job.tokenizer,
         told,

@@ -20,6 +20,7 @@ from holdfast.report import markdown, page
 from holdfast.report.examples import answers, examples
 from holdfast.report.seen import seen_rows
 from holdfast.runs import export
+from holdfast.runs.abilities import words
 from holdfast.runs.folder import LAST, RECIPE
 from holdfast.runs.job import Job
 from holdfast.runs.measuring import reported_rows
@@ -137,6 +138,7 @@ def _report(job: Job, tuned: Any, judged: list[Any], task: Any, shown: list[Any]
             "num_fewshot": recipe.measure.num_fewshot,
             "limit": recipe.measure.limit,
             "seed": recipe.training.seed,
+            **({"suites": said} if (said := words(recipe, job.suites)) else {}),
         },
     }
 

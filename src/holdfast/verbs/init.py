@@ -127,7 +127,7 @@ def _text(data: Sequence[str], name: str, model: str) -> str:
         "#   - LoRA: {r: 16}",
         "#   - ICLAnchor",
         "measure:",
-        "  suites: [in-context]  # `holdfast suites` lists them",
+        "  suites: [auto]  # in-context, and more where the training is long; `holdfast suites` lists them",
         "  keep: {in-context: 0.95}  # share of the base's score that must be kept",
         "",
     ])  # fmt: skip

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from holdfast.errors import HoldfastError
 from holdfast.measure.names import names_of
-from holdfast.recipe import Recipe, _resolved, load_recipe, recipe_from
+from holdfast.recipe import AUTO, Recipe, _resolved, load_recipe, recipe_from
 from holdfast.report import terminal
 from holdfast.report.progress import progress_on
 from holdfast.runs.run import Run, Tell, silent
@@ -105,7 +105,8 @@ def tune_seeds(
 def budgeted(recipe: Recipe, floors: Mapping[str, float]) -> Recipe:
     """The recipe with a budget: these shares are to be kept, and what breaks one is taken back."""
     measure = recipe.measure.model_dump()
-    suites = [*measure["suites"], *(n for n in floors if n not in names_of(measure["suites"]))]
+    named = measure["suites"]  # what has a floor is measured beside auto
+    suites = named if AUTO in named else [*named, *(n for n in floors if n not in names_of(named))]
     return recipe_from(
         {**recipe.model_dump(), "measure": {**measure, "suites": suites, "keep": floors, "budget": True}}
     )

@@ -1,0 +1,63 @@
+"""measure.suites: auto. In-context always; all default suites where the training is long enough to make them cheap."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from holdfast.errors import HoldfastError
+from holdfast.measure.names import DEFAULT
+from holdfast.measure.probe import Ask
+from holdfast.recipe import recipe_from
+from holdfast.runs import abilities
+from holdfast.runs.abilities import certain, measured_suites, words
+from holdfast.runs.job import checked
+from holdfast.runs.run import Run
+from tiny_run import recipe_data
+
+ROWS = [SimpleNamespace(ids=[0] * 100)] * 4
+
+
+def asked(world, tmp_path, **measure):
+    return recipe_from(recipe_data(world, tmp_path / "run", measure={"limit": 48, **measure}))
+
+
+def test_the_bound_by_hand(world, tmp_path, tokenizer):
+    """4 rows of 100 tokens a step, three forwards each: 2 * 80,000 is a tenth of the training from 1,334 steps on."""
+    recipe, ask = asked(world, tmp_path), Ask(tokenizer, 1, 2)
+    short, long = (measured_suites(recipe, ROWS, steps, ask, 4096) for steps in (1333, 1334))
+    assert short == ("in-context",) and set(long) == set(DEFAULT)
+    assert "not measured" in words(recipe, short) and "format" in words(recipe, short)
+    assert "all default suites" in words(recipe, long)
+
+
+def test_fewer_items_cost_less(world, tmp_path, tokenizer):
+    recipe = asked(world, tmp_path, limit=12)
+    assert set(measured_suites(recipe, ROWS, 400, Ask(tokenizer, 1, 2), 4096)) == set(DEFAULT)
+
+
+def test_what_has_a_floor_is_measured(world, tmp_path, tokenizer):
+    recipe = asked(world, tmp_path, keep={"language": 0.9})
+    assert measured_suites(recipe, ROWS, 1, Ask(tokenizer, 1, 2), 4096) == ("in-context", "language")
+
+
+def test_what_the_model_cannot_read_is_left_out(world, tmp_path, tokenizer):
+    ask = Ask(tokenizer, 1, 2)
+    found = measured_suites(asked(world, tmp_path), ROWS, 10**6, ask, 200)
+    assert "in-context" in found and set(found) < set(DEFAULT)
+
+
+def test_named_suites_are_taken_as_they_are(world, tmp_path, tokenizer):
+    recipe = asked(world, tmp_path, suites=["language"], keep={})
+    assert measured_suites(recipe, ROWS, 10**6, Ask(tokenizer, 1, 2), 4096) == ("language",)
+    assert words(recipe, ("language",)) == ""
+
+
+def test_a_floor_of_no_suite_is_refused(world, tmp_path):
+    with pytest.raises(HoldfastError, match="no suite 'langauge'"):
+        certain(asked(world, tmp_path, keep={"langauge": 0.9}))
+
+
+def test_a_run_measures_them(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(abilities, "COST", 0)
+    recipe = recipe_from(recipe_data(world, tmp_path / "run"))
+    assert set(checked(Run(recipe, tmp_path)).suites) == set(DEFAULT)
