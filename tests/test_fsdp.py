@@ -14,7 +14,6 @@ import torch
 from accelerate import DistributedType, PartialState
 from safetensors.torch import load_file, save_file
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from cases import CASES, GENERAL, Weights, token_rows
 from holdfast import Plan, with_plan
@@ -25,10 +24,10 @@ from holdfast.errors import PlanError
 from holdfast.hosts.hf_refuse import fsdp_version
 from holdfast.hosts.hf_setup import mixes
 from holdfast.method import Method, canonical
-from test_hosts import Watcher, dataset, refused
 from test_law_rows import Averaged, Unlikely
 from test_shard import close, together
 from tiny import build_model, build_tokenizer, ticket_rows
+from trainers import Watcher, dataset, refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 LORA = hf.LoRA(r=4, lora_alpha=8)
@@ -70,7 +69,7 @@ CUT = {n: m for n, m in PLANS.items() if n not in REFUSED}
 SAVED = {"dense": PLANS["matrices"], "adapter": PLANS["LoRA in part"]}
 FORMATS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 VARIANTS: dict[str, dict[str, Any]] = {  # of "LoRA with all" and "matrices" under FSDP
-    "SFTTrainer": {"kind": SFTTrainer},
+    "SFTTrainer": {"kind": "SFTTrainer"},
     "watched": {"eval_strategy": "steps", "eval_steps": 2},
     "recomputed": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
     "bf16": {"bf16": True},
@@ -80,12 +79,21 @@ VARIANTS: dict[str, dict[str, Any]] = {  # of "LoRA with all" and "matrices" und
 }
 
 
+def classes(name: str) -> tuple[type, type]:
+    """(trainer, its arguments) by name. TRL is loaded where it is asked for: every process would wait for it."""
+    if name == "Trainer":
+        return Trainer, TrainingArguments
+    import trl
+
+    return getattr(trl, name), getattr(trl, name.replace("Trainer", "Config"))
+
+
 def trainer(
     methods: Sequence[Method],
     folder: Path,
     ranks: int,
     fsdp: bool,
-    kind: type = Trainer,
+    kind: str = "Trainer",
     on_cpu: bool = True,
     tied: bool = False,
     **more: Any,
@@ -108,14 +116,15 @@ def trainer(
         options |= {"fsdp": True, "fsdp_config": config}
     data = dataset(token_rows(ticket_rows(), tokenizer))
     given = {"model": build_model(tied), "train_dataset": data, "processing_class": tokenizer}
-    if kind is Trainer:
+    if kind == "Trainer":
         given["data_collator"] = DataCollatorForSeq2Seq(tokenizer)
     if "eval_strategy" in more:
         given["eval_dataset"] = data.select(range(4))
-    args = {Trainer: TrainingArguments, SFTTrainer: SFTConfig}[kind](**options)
+    trains, config_of = classes(kind)
+    args = config_of(**options)
     if fsdp and on_cpu:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    return with_plan(kind)(args=args, plan=Plan(methods), **given)
+    return with_plan(trains)(args=args, plan=Plan(methods), **given)
 
 
 def weights_of(built: Any) -> Weights:
@@ -288,12 +297,13 @@ def test_fsdp_that_does_not_come_is_noticed(ran):
         assert all(word in facts["not on"] for word in ("Trainer", "FSDP", "GPUs", "DDP"))
 
 
-def built_with(methods: Sequence[Method], folder: Path, kind: type = Trainer, **config: Any) -> Any:
+def built_with(methods: Sequence[Method], folder: Path, kind: str = "Trainer", **config: Any) -> Any:
     """Arguments with FSDP as they are read before any process group is looked for."""
-    options = {Trainer: TrainingArguments, DPOTrainer: DPOConfig}[kind](str(folder), use_cpu=True, report_to=[])
+    trains, config_of = classes(kind)
+    options = config_of(str(folder), use_cpu=True, report_to=[])
     options.fsdp, options.fsdp_plugin_args = True, {"fsdp_version": 2, **config}
     data = dataset(token_rows(ticket_rows(), build_tokenizer()))
-    return with_plan(kind)(model=build_model(), args=options, train_dataset=data, plan=Plan(methods))
+    return with_plan(trains)(model=build_model(), args=options, train_dataset=data, plan=Plan(methods))
 
 
 def test_refused_under_fsdp(tmp_path, monkeypatch):
@@ -303,7 +313,7 @@ def test_refused_under_fsdp(tmp_path, monkeypatch):
     refused(lambda: built_with([hf.CoBa()], tmp_path), "Trainer", "FSDP", "CoBa", "DDP")
     refused(lambda: built_with([hf.UDS()], tmp_path), "Trainer", "FSDP", "UDS", "DDP")
     refused(lambda: built_with([hf.SDFT()], tmp_path), "Trainer", "FSDP", "SDFT", "DDP")
-    refused(lambda: built_with([LORA], tmp_path, DPOTrainer), "DPOTrainer", "FSDP", "DDP")
+    refused(lambda: built_with([LORA], tmp_path, "DPOTrainer"), "DPOTrainer", "FSDP", "DDP")
     refused(lambda: built_with([], tmp_path, fsdp_version=1), "Trainer", "FSDP1", "version")
     refused(lambda: built_with([], tmp_path, cpu_offload=True), "Trainer", "cpu_offload")
     refused(lambda: built_with([], tmp_path, cpu_ram_efficient_loading=True), "Trainer", "cpu_ram_efficient_loading")

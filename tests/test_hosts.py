@@ -28,7 +28,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from holdfast import Plan, models, with_plan
 from holdfast import methods as hf
-from holdfast.data.mix import Mix, Source
+from holdfast.data.mix import Mix
 from holdfast.data.tokens import tokenize
 from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import DataError, HoldfastError, PlanError
@@ -36,10 +36,11 @@ from holdfast.hosts import hf as host
 from holdfast.hosts.hf_batches import placed_rows
 from holdfast.hosts.hf_setup import mixes
 from holdfast.hosts.plain import Training, train
-from holdfast.method import Method, Past, Stage, Steer, canonical
+from holdfast.method import Method, Stage, canonical
 from holdfast.services import Context
 from holdfast.session import Session
 from test_law_rows import Averaged, Unlikely
+from trainers import Watcher, dataset, more, refused
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
@@ -56,39 +57,6 @@ class FirstLayerOnly(Method):
 
     def grad(self, name: str, grad: torch.Tensor, state: Any) -> torch.Tensor:
         return grad * (1.0 if "layers.0" in name else 0.1)
-
-
-def more(mix: Mix) -> Source:
-    """Some of the task's rows without their first token: told apart by content, as the trainer has no labels."""
-    return Source("more", [TokenRow(r.ids[1:], r.scored[1:], source="more") for r in mix.task[:7]], 0.25)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watcher(Method):
-    """A steer site that uses all it is shown and all it may ask for, but for an end."""
-
-    needs: ClassVar = frozenset({"gradients", "base_weights", "dense"})
-
-    def data(self, mix: Mix, ctx: Any) -> Mix:
-        return mix.add(more(mix)).hold_out(0.25)
-
-    def held_out(self, mix: Mix, ctx: Any) -> Any:
-        return mix.held_out()
-
-    def looks(self, step: int) -> bool:
-        return step % 2 == 0
-
-    def steer(self, past: Past, state: Any) -> Steer:
-        size = sum(float(g.norm()) for g in past.grads.values())
-        far = sum(float((p - past.base[n]).norm()) for n, p in past.params.items())
-        facts = [size, far, past.loss["task"], past.loss.get("task/more", 0.0), *past.held_out.values()]
-        still = (rf"layers\.{past.step % 2}\.",) if past.step else ()
-        return Steer(
-            lr_factor=1 / (1 + 0.1 * size),
-            source_weight={"more": 2.0 - past.step / 10},
-            freeze_next=still,
-            state={f"seen/{past.step}": torch.tensor(facts, dtype=torch.float64)},
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,11 +150,6 @@ def data(task) -> Dataset:
 @pytest.fixture
 def base(tiny_model) -> Any:
     return tiny_model(tied=False)
-
-
-def dataset(rows: Sequence[TokenRow]) -> Dataset:
-    labels = [np.where(r.scored, r.ids, -100).tolist() for r in rows]
-    return Dataset.from_dict({"input_ids": [r.ids.tolist() for r in rows], "labels": labels})
 
 
 def weights_of(model: Any) -> Weights:
@@ -695,13 +658,6 @@ def test_two_processes_equal_one(name, make, base, data, tokenizer, tmp_path):
 
 
 # ---- refusals
-
-
-def refused(build: Callable[[], Any], *words: str) -> None:
-    with pytest.raises(PlanError) as caught:
-        build()
-    for word in words:
-        assert word in str(caught.value)
 
 
 @dataclass(frozen=True, kw_only=True)

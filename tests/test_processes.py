@@ -20,11 +20,11 @@ from holdfast.errors import HoldfastError, RecipeError, TrainingError
 from holdfast.hosts import processes
 from holdfast.method import Method
 from holdfast.session import Session
-from test_hosts import Watcher
 from test_law_rows import Averaged, Unlikely
 from test_shard import close, two
 from tiny import build_model, build_tokenizer, ticket_rows
 from tiny_run import make_world, recipe_data, write_recipe
+from trainers import Watcher
 
 LORA = hf.LoRA(r=4, lora_alpha=8, lora_dropout=0.0)  # dropout draws for the rows of a forward: other numbers, one law
 SETTINGS = {"batch_size": 4, "gradient_accumulation_steps": 2, "weight_decay": 0.1, "learning_rate": 2e-3}
