@@ -433,6 +433,10 @@ def test_gguf_is_converted_once_and_exactly(tmp_path, home):
         assert read(text).input_ids == tokenizer(text).input_ids
     record = json.loads((folder / "holdfast.json").read_text())
     assert record["dtype"] == "float32" and record["exact"] is True
+    again = models.resolve(str(folder))  # as an adapter trained on it names its base
+    assert again.kind == "folder" and torch.equal(
+        logits(models.load(again, dtype="float32", device="cpu")[0]), logits(model)
+    )
     stamp = (folder / "model.safetensors").stat().st_mtime_ns
     assert models.resolve(str(tmp_path / "tiny.gguf")) == source
     assert (folder / "model.safetensors").stat().st_mtime_ns == stamp

@@ -392,9 +392,9 @@ def test_a_soft_prompt_goes_with_it(world, tmp_path):
 
 def test_the_folder_and_its_card(finished, world):
     names = {p.name for p in (finished / "model").iterdir()}
-    assert {"holdfast.json", "replaced.safetensors", "README.md", "generation_config.json"} <= names
+    assert {"replaced.json", "replaced.safetensors", "README.md", "generation_config.json"} <= names
     assert not [n for n in names if n in ("config.json", "adapter_config.json") or n.startswith("model")]
-    said = read(finished / "model" / "holdfast.json")
+    said = read(finished / "model" / "replaced.json")
     assert said["method"] == "ControlLLM" and said["settings"]["mixture"] == "dlerp"
     assert said["modules"] == ["model.layers.0", "model.layers.1"]
     assert said["base"] == {"name": str(world.base), "revision": None, "sha": models.fingerprint(str(world.base))}
@@ -443,10 +443,10 @@ def test_load_takes_all_that_models_load_takes(world, tokenizer, tmp_path, texts
 
 def test_its_identity_is_its_content(export):
     before = models.fingerprint(str(export))
-    said = read(export / "holdfast.json")
-    (export / "holdfast.json").write_text(json.dumps(said | {"holdfast": "9.9"}))
+    said = read(export / "replaced.json")
+    (export / "replaced.json").write_text(json.dumps(said | {"holdfast": "9.9"}))
     assert models.fingerprint(str(export)) == before
-    (export / "holdfast.json").write_text(json.dumps(said | {"settings": said["settings"] | {"share": 0.25}}))
+    (export / "replaced.json").write_text(json.dumps(said | {"settings": said["settings"] | {"share": 0.25}}))
     assert models.fingerprint(str(export)) != before
 
 
@@ -454,33 +454,33 @@ def test_another_base_is_refused(export, world, tmp_path):
     other = shutil.copytree(world.base, tmp_path / "other")
     config = read(other / "config.json")
     (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
-    said = read(export / "holdfast.json")
-    (export / "holdfast.json").write_text(json.dumps(said | {"base": said["base"] | {"name": str(other)}}))
+    said = read(export / "replaced.json")
+    (export / "replaced.json").write_text(json.dumps(said | {"base": said["base"] | {"name": str(other)}}))
     with pytest.raises(ModelError, match="another content"):
         holdfast.load(export)
-    (export / "holdfast.json").write_text(json.dumps(said | {"base": {"name": ""}}))
+    (export / "replaced.json").write_text(json.dumps(said | {"base": {"name": ""}}))
     with pytest.raises(ModelError, match="does not name its base"):
         holdfast.load(export)
 
 
 def test_settings_that_make_other_modules_are_refused(export):
-    said = read(export / "holdfast.json")
+    said = read(export / "replaced.json")
     for wrong, words in (
         ({"settings": said["settings"] | {"every": 2}}, "other modules"),
         ({"settings": said["settings"] | {"mixture": "lerp"}}, "other modules"),
         ({"method": "NoSuchMethod"}, "NoSuchMethod"),
     ):
-        (export / "holdfast.json").write_text(json.dumps(said | wrong))
+        (export / "replaced.json").write_text(json.dumps(said | wrong))
         with pytest.raises(ModelError, match=words):
             holdfast.load(export, dtype="float32", device="cpu")
 
 
 def test_a_damaged_folder_is_refused(export):
-    said = read(export / "holdfast.json")
-    (export / "holdfast.json").write_text(json.dumps({k: v for k, v in said.items() if k != "modules"}))
+    said = read(export / "replaced.json")
+    (export / "replaced.json").write_text(json.dumps({k: v for k, v in said.items() if k != "modules"}))
     with pytest.raises(ModelError, match="is damaged"):
         holdfast.load(export, dtype="float32", device="cpu")
-    (export / "holdfast.json").write_text(json.dumps(said))
+    (export / "replaced.json").write_text(json.dumps(said))
     (export / "replaced.safetensors").write_bytes((export / "replaced.safetensors").read_bytes()[:500])
     with pytest.raises(ModelError, match="is damaged"):
         holdfast.load(export, dtype="float32", device="cpu")

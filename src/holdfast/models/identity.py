@@ -24,7 +24,7 @@ MERGING = 2  # how adapters are folded in; raise it when that changes, and what 
 WEIGHTS = "*.safetensors"
 # a folder with replaced modules: what they are and on which base, their tensors, and what names of method state begin
 # with; plain transformers finds neither a configuration nor weights there
-REPLACED, REPLACED_WEIGHTS, REPLACED_STATE = "holdfast.json", "replaced.safetensors", "state/"
+REPLACED, REPLACED_WEIGHTS, REPLACED_STATE = "replaced.json", "replaced.safetensors", "state/"
 
 
 def stream_sha(path: Path) -> str:
