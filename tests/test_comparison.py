@@ -146,6 +146,8 @@ def test_the_area_by_hand():
     [
         ([], "Nothing is to be compared"),
         (["LoRA", "LoRA"], "with itself"),
+        (["LoRA+Replay", " LoRA + Replay"], "with itself"),
+        (["plain+LoRA"], "plain, which is a whole plan"),
         (["LoRa"], "no method 'LoRa'"),
         (["LoRA+EAF"], "no method 'EAF'"),
         (["LoRA+HalfFineTune"], "HalfFineTune"),
@@ -160,7 +162,7 @@ def test_plans_that_cannot_take_part(world, tmp_path, names, words):
 def test_the_plans_by_name(world, tmp_path):
     recipe = recipe_from(recipe_data(world, tmp_path))
     found = plans_of(["default", "plain", "recipe", "LoRA + Replay"], recipe)
-    assert found == {"default": None, "plain": [], "recipe": [{"LoRA": {"r": 2}}], "LoRA + Replay": ["LoRA", "Replay"]}
+    assert found == {"default": None, "plain": [], "recipe": [{"LoRA": {"r": 2}}], "LoRA+Replay": ["LoRA", "Replay"]}
 
 
 @pytest.mark.parametrize(
@@ -169,6 +171,7 @@ def test_the_plans_by_name(world, tmp_path):
         ((), 1, "empty"),
         ((1.0, 0.0), 1, "by 0"),
         ((1.0, 1.0), 1, "twice"),
+        ((1 / 3, 0.33333), 1, "twice"),
         ((1.0,), 0, "0 seeds"),
         ((float("nan"),), 1, "nan"),
     ],
@@ -187,7 +190,7 @@ def asked(world, tmp_path, **changes):
     training = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.003}
     mapping = recipe_data(world, tmp_path / "unused", measure=measure, data=data, training=training)
     for key, value in changes.items():
-        mapping[key] = {**mapping[key], **value}
+        mapping[key] = {**mapping.get(key, {}), **value}
     return recipe_from(mapping)
 
 
@@ -198,7 +201,7 @@ def go(world, tmp_path, methods=("plain", "LoRA"), name="out", **more):
 
 
 def without_clock(report):
-    """A report without what two equal comparisons differ in."""
+    """A report without what two equal comparisons differ in; of equal plans the faster one is advised."""
     rows = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in report["rows"]]
     return {**{k: v for k, v in report.items() if k not in ("created", "advice")}, "rows": rows}
 
@@ -309,6 +312,27 @@ def test_a_plan_whose_runs_all_fail_is_left_out(world, tmp_path, monkeypatch):
     monkeypatch.setattr(runs.training, "trained", fails)
     found = go(world, tmp_path, factors=(1.0,), seeds=1)
     assert [r["name"] for r in found["rows"]] == ["LoRA"] and "out of memory" in str(found["failed"])
+
+
+def test_no_run_hands_a_model_over(world, tmp_path):
+    """No model is uploaded or converted, and neither the hub nor llama.cpp is asked for."""
+    export = {"merge": True, "gguf": "nowhere", "push_to_hub": "me/mine", "folder": str(tmp_path / "elsewhere")}
+    found = go(world, tmp_path, ["LoRA"], recipe=asked(world, tmp_path, export=export), factors=(1.0,), seeds=1)
+    assert not found["failed"] and not (tmp_path / "elsewhere").exists()
+
+
+def test_every_run_stays_within_the_budget(world, tmp_path):
+    """What is taken back of a run is what `tune` takes back of it: chosen on the half that chooses."""
+    measure = {"budget": True, "keep": {"language": 0.999}}
+    training = {"learning_rate": 0.03, "max_steps": 12}
+    recipe = asked(world, tmp_path, measure=measure, training=training)
+    found = go(world, tmp_path, ["plain"], recipe=recipe, factors=(1.0,), seeds=2)
+    assert not found["failed"] and found["rows"][0]["seeds"] == [0, 1]
+    done = json.loads((tmp_path / "out" / "runs" / "plain.x1.0" / "training.json").read_text())
+    assert done["budget"]["share"] < 1
+    (trial,) = found["rows"][0]["trials"]
+    (at,) = [p for p in done["budget"]["points"] if p["share"] == done["budget"]["share"]]
+    assert trial["kept"]["language"]["value"] == pytest.approx(at["kept"]["language"]["value"], abs=1e-4)
 
 
 def test_too_few_rows_for_two_halves(world, tmp_path):

@@ -80,7 +80,7 @@ def test_it_is_the_largest_share_seen_that_meets_the_bound_and_learns_most(settl
 
 def test_what_chose_is_not_reported(settled):
     _, folder, report, _ = settled
-    chose, told = (json.loads((folder / "with" / f"{name}.json").read_text()) for name in ("choose", "before"))
+    chose, told = (json.loads((folder / "with" / f"{name}.json").read_text()) for name in ("before.choose", "before"))
     for part in ("abilities", "task"):
         ids = [
             {i["id"] for i in (s[part] if part == "task" else [i for t in s[part][0]["tasks"] for i in t["items"]])}

@@ -26,7 +26,7 @@ from holdfast.session import LORA_B
 
 SHARES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)  # ours: from the tuned model towards the base, until one meets the bounds
 HALVINGS = 2  # ours: between the first that meets them and the last that does not
-BASE = "choose.json"  # the base's answers on the choosing half, in the run folder
+BASE = "before.choose.json"  # the base's answers on the choosing half, in the run folder
 LORA = (".lora_A.", ".lora_B.", ".lora_embedding_")
 
 
