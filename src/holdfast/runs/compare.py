@@ -75,7 +75,7 @@ def compare(wish: Wish, base_dir: Path, out: Path, tell: Tell = silent) -> dict[
     if recipe.measure.skip_before:
         what = "measure.skip_before leaves nothing to compare with: what was kept is a share of the base's score."
         raise RecipeError(what, "Remove it.")
-    folder = RunFolder(out, wish, WORK, Wish.read, LAST)
+    folder = RunFolder(out, wish, WORK, Wish.read, LAST, "--out")
     if folder.finished and not folder.read(LAST)["failed"]:
         return folder.read(LAST)
     folder.claim()

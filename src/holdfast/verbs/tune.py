@@ -21,7 +21,7 @@ from holdfast.report import terminal
 from holdfast.report.progress import progress_on
 from holdfast.runs.run import Run, Tell, silent
 from holdfast.runs.several import join
-from holdfast.verbs.check import floor_of
+from holdfast.verbs.check import floors_of
 
 
 def tune(recipe: str | Path | Recipe, overrides: list[str] | None = None, *, tell: Tell | None = None) -> Path:
@@ -140,7 +140,7 @@ def _exit(report: Mapping[str, Any]) -> int:
 
 def _wished(recipe: Path, overrides: Sequence[str], keep: Sequence[str]) -> Recipe:
     loaded = load_recipe(recipe, overrides)
-    return budgeted(loaded, dict(floor_of(item) for item in keep)) if keep else loaded
+    return budgeted(loaded, floors_of(keep)) if keep else loaded
 
 
 def _command_seeds(recipe: Path, overrides: Sequence[str], seeds: int, keep: Sequence[str]) -> int:
