@@ -17,6 +17,7 @@ from holdfast.runs import compare as runs
 from holdfast.runs.compare_report import hypervolume
 from holdfast.runs.contestants import Cell, check_grid, plans_of
 from holdfast.verbs.compare import compare
+from holdfast.verbs.tune import tune
 from tiny_run import recipe_data
 
 # ---- figures of several runs
@@ -118,6 +119,12 @@ def test_a_real_loss_is_seen_over_seeds():
     found = kept(suite_of(hard < 0.8), runs, 0.97)
     assert found["status"] == "lost" and len(found["runs"]) == 3
     assert found["retention"]["value"] == pytest.approx(np.mean(found["runs"]))
+
+
+@pytest.mark.parametrize(("num_items", "status"), [(12, "unclear"), (400, "kept")])
+def test_no_change_over_seeds_is_proof_only_with_enough_items(num_items, status):
+    base = suite_of([1] * num_items)
+    assert kept(base, [base], 0.95)["status"] == kept(base, [base] * 3, 0.95)["status"] == status
 
 
 # ---- scores in a few bytes
@@ -258,6 +265,12 @@ def test_a_folder_belongs_to_one_comparison(whole, world):
     folder, _ = whole
     with pytest.raises(RecipeError, match="another recipe"):
         go(world, folder, seeds=3)
+
+
+def test_a_folder_of_tune_is_no_place_for_a_comparison(world, tmp_path):
+    tune(asked(world, tmp_path, training={"output_dir": str(tmp_path / "t")}))
+    with pytest.raises(RecipeError, match=r"another recipe(?s:.*)--out"):
+        go(world, tmp_path, name="t")
 
 
 class Killed(BaseException):
