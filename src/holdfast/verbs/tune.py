@@ -130,12 +130,11 @@ def command(recipe: Path, overrides: Sequence[str], seeds: int | None = None, ke
         print(f"This run was finished before; nothing was done. Its folder: {run.path}")
     terminal.show(report, console, run.path / "report.html")
     print(f"Tuned model: {report['tuned']['path']}")
-    return _exit(report)
+    return _exit(report["training"].get("budget"))
 
 
-def _exit(report: Mapping[str, Any]) -> int:
-    budget = report["training"].get("budget")
-    return 1 if budget and budget["met"] is False else 0
+def _exit(*budgets: Mapping[str, Any] | None) -> int:
+    return 1 if any(budget and budget["met"] is False for budget in budgets) else 0
 
 
 def _wished(recipe: Path, overrides: Sequence[str], keep: Sequence[str]) -> Recipe:
@@ -155,4 +154,4 @@ def _command_seeds(recipe: Path, overrides: Sequence[str], seeds: int, keep: Seq
     terminal.show(report, console, Path(report["seeds"][0]["path"]).parents[1] / "seeds.html")
     for one in report["seeds"]:
         print(f"Seed {one['seed']}: {one['status']}. Tuned model: {one['path']}")
-    return _exit(report)
+    return _exit(*(one["budget"] for one in report["seeds"]))
