@@ -77,7 +77,8 @@ def test_one_seed_over_the_budget_is_told(world, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(settle, "_point", bent)
     measure = {"suites": ["language"], "limit": 4, "num_fewshot": 0, "keep": {"language": 0.9}}
-    data = recipe_data(world, tmp_path / "out", measure=measure, training={"max_steps": 2}, data={"validation_size": 12})
+    rows, steps = {"validation_size": 12}, {"max_steps": 2}
+    data = recipe_data(world, tmp_path / "out", measure=measure, training=steps, data=rows)
     path = write_recipe(tmp_path / "r.yaml", data)
     command = ["holdfast", "tune", str(path), "--seeds", "2", "--keep", "language=0.9"]
     monkeypatch.setattr(sys, "argv", command)
