@@ -13,6 +13,7 @@ from holdfast.measure.packed import pack, unpack
 from holdfast.measure.recipes import kept
 from holdfast.measure.stats import Estimate
 from holdfast.recipe import recipe_from
+from holdfast.report import compared
 from holdfast.runs import compare as runs
 from holdfast.runs.compare_report import hypervolume
 from holdfast.runs.contestants import Cell, check_grid, plans_of
@@ -232,6 +233,12 @@ def test_the_table(whole):
     assert report["advice"]
     for name in ("compare.md", "compare.html"):
         assert "LoRA" in (folder / "out" / name).read_text()
+
+
+def test_a_name_of_html_is_shown_as_it_is(whole):
+    named = json.loads(json.dumps(whole[1]).replace('"language"', '"jsonl:a<i>&b"'))
+    text = compared.page(named)
+    assert "<i>" not in text and "jsonl:a&lt;i&gt;&amp;b kept" in text and "&amp;lt;" not in text
 
 
 def test_what_was_chosen_is_written_down_with_its_hash(whole):
