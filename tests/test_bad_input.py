@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from holdfast import cli
 from holdfast.data.rows import Row
+from holdfast.verbs import ending
 from tiny_run import make_world, recipe_data, write_recipe, write_rows
 
 
@@ -389,6 +390,12 @@ def test_what_is_no_mistake_of_the_recipe(tune, monkeypatch, error, code, words)
     monkeypatch.setattr("holdfast.verbs.tune.go", raising(error))
     got, told = tune()
     assert got == code and words in told
+
+
+@pytest.mark.parametrize("command", ["tune", "repair", "compare"])
+def test_what_goes_on_says_so(capsys, command):
+    assert ending.end(KeyboardInterrupt(), command, False) == ending.STOPPED
+    assert "goes on from where it was" in capsys.readouterr().err
 
 
 def test_a_fault_of_ours_is_not_hidden(tune, tmp_path, monkeypatch):

@@ -64,6 +64,7 @@ def test_another_tokenizer_is_refused(world, tiny_model, tokenizer, tmp_path):
     [
         (["--keep", "in-context"], "not of the form"),
         (["--keep", "in-context=2"], "between 0 and 1"),
+        (["--keep", "in-context=0.9", "--keep", "in-context=0.5"], "twice"),
         (["--keep", "copying=0.9"], "is measured"),
         (["--suite", "incontext"], "Did you mean 'in-context'"),
         (["--suite", "jsonl:nowhere.jsonl"], "nowhere.jsonl"),

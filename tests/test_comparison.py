@@ -13,10 +13,12 @@ from holdfast.measure.packed import pack, unpack
 from holdfast.measure.recipes import kept
 from holdfast.measure.stats import Estimate
 from holdfast.recipe import recipe_from
+from holdfast.report import compared
 from holdfast.runs import compare as runs
 from holdfast.runs.compare_report import hypervolume
 from holdfast.runs.contestants import Cell, check_grid, plans_of
 from holdfast.verbs.compare import compare
+from holdfast.verbs.tune import tune
 from tiny_run import recipe_data
 
 # ---- figures of several runs
@@ -120,6 +122,12 @@ def test_a_real_loss_is_seen_over_seeds():
     assert found["retention"]["value"] == pytest.approx(np.mean(found["runs"]))
 
 
+@pytest.mark.parametrize(("num_items", "status"), [(12, "unclear"), (400, "kept")])
+def test_no_change_over_seeds_is_proof_only_with_enough_items(num_items, status):
+    base = suite_of([1] * num_items)
+    assert kept(base, [base], 0.95)["status"] == kept(base, [base] * 3, 0.95)["status"] == status
+
+
 # ---- scores in a few bytes
 
 
@@ -146,6 +154,8 @@ def test_the_area_by_hand():
     [
         ([], "Nothing is to be compared"),
         (["LoRA", "LoRA"], "with itself"),
+        (["LoRA+Replay", " LoRA + Replay"], "with itself"),
+        (["plain+LoRA"], "plain, which is a whole plan"),
         (["LoRa"], "no method 'LoRa'"),
         (["LoRA+EAF"], "no method 'EAF'"),
         (["LoRA+HalfFineTune"], "HalfFineTune"),
@@ -160,7 +170,7 @@ def test_plans_that_cannot_take_part(world, tmp_path, names, words):
 def test_the_plans_by_name(world, tmp_path):
     recipe = recipe_from(recipe_data(world, tmp_path))
     found = plans_of(["default", "plain", "recipe", "LoRA + Replay"], recipe)
-    assert found == {"default": None, "plain": [], "recipe": [{"LoRA": {"r": 2}}], "LoRA + Replay": ["LoRA", "Replay"]}
+    assert found == {"default": None, "plain": [], "recipe": [{"LoRA": {"r": 2}}], "LoRA+Replay": ["LoRA", "Replay"]}
 
 
 @pytest.mark.parametrize(
@@ -169,6 +179,7 @@ def test_the_plans_by_name(world, tmp_path):
         ((), 1, "empty"),
         ((1.0, 0.0), 1, "by 0"),
         ((1.0, 1.0), 1, "twice"),
+        ((1 / 3, 0.33333), 1, "twice"),
         ((1.0,), 0, "0 seeds"),
         ((float("nan"),), 1, "nan"),
     ],
@@ -187,7 +198,7 @@ def asked(world, tmp_path, **changes):
     training = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.003}
     mapping = recipe_data(world, tmp_path / "unused", measure=measure, data=data, training=training)
     for key, value in changes.items():
-        mapping[key] = {**mapping[key], **value}
+        mapping[key] = {**mapping.get(key, {}), **value}
     return recipe_from(mapping)
 
 
@@ -198,7 +209,7 @@ def go(world, tmp_path, methods=("plain", "LoRA"), name="out", **more):
 
 
 def without_clock(report):
-    """A report without what two equal comparisons differ in."""
+    """A report without what two equal comparisons differ in; of equal plans the faster one is advised."""
     rows = [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in report["rows"]]
     return {**{k: v for k, v in report.items() if k not in ("created", "advice")}, "rows": rows}
 
@@ -222,6 +233,12 @@ def test_the_table(whole):
     assert report["advice"]
     for name in ("compare.md", "compare.html"):
         assert "LoRA" in (folder / "out" / name).read_text()
+
+
+def test_a_name_of_html_is_shown_as_it_is(whole):
+    named = json.loads(json.dumps(whole[1]).replace('"language"', '"jsonl:a<i>&b"'))
+    text = compared.page(named)
+    assert "<i>" not in text and "jsonl:a&lt;i&gt;&amp;b kept" in text and "&amp;lt;" not in text
 
 
 def test_what_was_chosen_is_written_down_with_its_hash(whole):
@@ -255,6 +272,12 @@ def test_a_folder_belongs_to_one_comparison(whole, world):
     folder, _ = whole
     with pytest.raises(RecipeError, match="another recipe"):
         go(world, folder, seeds=3)
+
+
+def test_a_folder_of_tune_is_no_place_for_a_comparison(world, tmp_path):
+    tune(asked(world, tmp_path, training={"output_dir": str(tmp_path / "t")}))
+    with pytest.raises(RecipeError, match=r"another recipe(?s:.*)--out"):
+        go(world, tmp_path, name="t")
 
 
 class Killed(BaseException):
@@ -309,6 +332,27 @@ def test_a_plan_whose_runs_all_fail_is_left_out(world, tmp_path, monkeypatch):
     monkeypatch.setattr(runs.training, "trained", fails)
     found = go(world, tmp_path, factors=(1.0,), seeds=1)
     assert [r["name"] for r in found["rows"]] == ["LoRA"] and "out of memory" in str(found["failed"])
+
+
+def test_no_run_hands_a_model_over(world, tmp_path):
+    """No model is uploaded or converted, and neither the hub nor llama.cpp is asked for."""
+    export = {"merge": True, "gguf": "nowhere", "push_to_hub": "me/mine", "folder": str(tmp_path / "elsewhere")}
+    found = go(world, tmp_path, ["LoRA"], recipe=asked(world, tmp_path, export=export), factors=(1.0,), seeds=1)
+    assert not found["failed"] and not (tmp_path / "elsewhere").exists()
+
+
+def test_every_run_stays_within_the_budget(world, tmp_path):
+    """What is taken back of a run is what `tune` takes back of it: chosen on the half that chooses."""
+    measure = {"budget": True, "keep": {"language": 0.999}}
+    training = {"learning_rate": 0.03, "max_steps": 12}
+    recipe = asked(world, tmp_path, measure=measure, training=training)
+    found = go(world, tmp_path, ["plain"], recipe=recipe, factors=(1.0,), seeds=2)
+    assert not found["failed"] and found["rows"][0]["seeds"] == [0, 1]
+    done = json.loads((tmp_path / "out" / "runs" / "plain.x1.0" / "training.json").read_text())
+    assert done["budget"]["share"] < 1
+    (trial,) = found["rows"][0]["trials"]
+    (at,) = [p for p in done["budget"]["points"] if p["share"] == done["budget"]["share"]]
+    assert trial["kept"]["language"]["value"] == pytest.approx(at["kept"]["language"]["value"], abs=1e-4)
 
 
 def test_too_few_rows_for_two_halves(world, tmp_path):

@@ -134,7 +134,9 @@ def test_its_cost_is_told_before_and_after(whole, world, tmp_path, capsys):
     assert "Learning rate: 0.0015 (search: around this, by 3 or 4 trials of 5 steps before the 5 of the run" in told
     page = (whole / "report.html").read_text(encoding="utf-8")
     assert "Tried: " in page and "within one standard error" in page
-    assert read(whole, "report.json")["timing"]["rates"] > 0
+    report = read(whole, "report.json")
+    assert report["timing"]["rates"] > 0
+    assert "the reported rows also chose the learning rate" in report["task"]["note"]  # there is no test set
 
 
 def test_a_killed_search_goes_on(whole, world, tmp_path, monkeypatch):

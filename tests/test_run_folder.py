@@ -49,6 +49,18 @@ def test_work_belongs_to_its_recipe_for_good(folder):
     assert folder(0).read("piece.json") == [1] and folder(0).has_work
 
 
+@pytest.mark.parametrize("wish", ['{"methods": ["LoRA"]}', "no: [recipe"])
+def test_work_of_another_kind_is_left_alone(folder, wish):
+    """A comparison's or a repair's folder has other files than a run's; its recipe.yaml is not one of `tune`."""
+    mine = folder()
+    mine.path.mkdir(parents=True)
+    (mine.path / "recipe.yaml").write_text(wish)
+    (mine.path / "unknown.json").write_text("{}")
+    with pytest.raises(RecipeError, match="a run of another recipe"):
+        mine.claim()
+    assert (mine.path / "recipe.yaml").read_text() == wish
+
+
 def test_somebody_elses_files_are_left_alone(folder):
     mine = folder()
     mine.path.mkdir(parents=True)

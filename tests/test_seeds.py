@@ -1,5 +1,6 @@
 """tune --seeds: one run a seed on the same rows, and a verdict about the recipe."""
 
+import dataclasses
 import json
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 from holdfast import cli
 from holdfast.errors import RecipeError
 from holdfast.recipe import recipe_from
+from holdfast.runs import settle
 from holdfast.verbs import tune as verb
 from tiny_run import recipe_data, write_recipe
 
@@ -57,6 +59,33 @@ def test_it_goes_on_where_it_was(whole, world, monkeypatch):
     monkeypatch.setattr("holdfast.runs.job.checked", None)
     again = verb.tune_seeds(asked(world, folder / "out"), SEEDS)
     assert {**again, "created": 0} == {**json.loads(json.dumps(report)), "created": 0}
+
+
+def test_no_repository_is_uploaded_over_by_the_next_seed(world, tmp_path):
+    recipe = asked(world, tmp_path / "out")
+    recipe = recipe.model_copy(update={"export": recipe.export.model_copy(update={"push_to_hub": "me/mine"})})
+    with pytest.raises(RecipeError, match="push_to_hub me/mine can hold one model, and 2 seeds make 2"):
+        verb.tune_seeds(recipe, 2)
+
+
+def test_one_seed_over_the_budget_is_told(world, tmp_path, monkeypatch, capsys):
+    """The first seed meets its bound; the second cannot, since nothing of the change may be taken back."""
+    plain = settle._point
+
+    def bent(job, *args):
+        return dataclasses.replace(plain(job, *args), margin=-1.0 if job.recipe.training.seed == 1 else 0.0)
+
+    monkeypatch.setattr(settle, "_point", bent)
+    measure = {"suites": ["language"], "limit": 4, "num_fewshot": 0, "keep": {"language": 0.9}}
+    rows, steps = {"validation_size": 12}, {"max_steps": 2}
+    data = recipe_data(world, tmp_path / "out", measure=measure, training=steps, data=rows)
+    path = write_recipe(tmp_path / "r.yaml", data)
+    command = ["holdfast", "tune", str(path), "--seeds", "2", "--keep", "language=0.9"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    assert "the budget is not met with seeds 1;" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_it_is_the_largest_share_seen_that_meets_the_bound_and_learns_most(settl
 
 def test_what_chose_is_not_reported(settled):
     _, folder, report, _ = settled
-    chose, told = (json.loads((folder / "with" / f"{name}.json").read_text()) for name in ("choose", "before"))
+    chose, told = (json.loads((folder / "with" / f"{name}.json").read_text()) for name in ("before.choose", "before"))
     for part in ("abilities", "task"):
         ids = [
             {i["id"] for i in (s[part] if part == "task" else [i for t in s[part][0]["tasks"] for i in t["items"]])}
@@ -160,15 +160,32 @@ def test_modules_of_its_own_cannot_be_taken_back(world, tmp_path):
         tune(recipe.model_copy(update={"plan": [{"ControlLLM": {}}]}))
 
 
-def test_dora_is_said_to_be_more_than_a_scale(world, tmp_path):
-    recipe = asked(world, tmp_path / "run", "adapter")
-    report = report_of(tune(recipe.model_copy(update={"plan": [{"LoRA": {"r": 4, "use_dora": True}}]})))
-    assert "could not be enforced" in report["task"]["note"] and report["training"]["budget"]["share"] == 1
+@pytest.mark.parametrize("plan", [{"LoRA": {"r": 4, "use_dora": True}}, {"ProMoT": {"num_virtual_tokens": 3}}])
+def test_what_is_more_than_a_scale_is_said(world, tmp_path, plan):
+    recipe = asked(world, tmp_path / "run", "adapter", keep={"language": 0.999})
+    report = report_of(tune(recipe.model_copy(update={"plan": [plan]})))
+    found = report["training"]["budget"]
+    assert "could not be enforced" in report["task"]["note"] and found["share"] == 1
+    assert found["met"] is False and len(found["points"]) == 1
+
+
+def test_an_ability_that_the_base_does_not_have_is_no_bound_met(world, tmp_path):
+    report = report_of(tune(asked(world, tmp_path / "run", suites=["in-context"], keep={"in-context": 0.97})))
+    found, note = report["training"]["budget"], report["task"]["note"]
+    assert found["met"] is None and found["unseen"] == ["in-context"] and found["share"] == 1
+    assert "nothing is held of in-context" in note and "meets the budget" not in note
 
 
 def test_a_budget_of_nothing(world, tmp_path):
     with pytest.raises(RecipeError, match="budget"):
         asked(world, tmp_path, skip_before=True)
+
+
+@pytest.mark.parametrize("name", ["in-contex", "all"])
+def test_a_share_of_what_is_no_single_suite_would_hold_nothing(world, tmp_path, name):
+    recipe = asked(world, tmp_path / "run", suites=["all"], keep={name: 0.97})
+    with pytest.raises(RecipeError, match=f"names '{name}', but only in-context, format"):
+        tune(recipe)
 
 
 def test_keep_on_the_command_line_is_a_budget(world, tmp_path):

@@ -397,7 +397,7 @@ class Measure(Section):
     @check_all(mode="after")
     def _known_floors(self) -> "Measure":
         for suite in self.keep:
-            if suite not in self.suites and not {"default", "all", AUTO} & set(self.suites):
+            if suite not in self.suites and not {"default", "all", AUTO} & set(self.suites):  # else runs.checks
                 raise ValueError(f"keep to name measured suites only, and {suite} is not in suites")
         return self
 

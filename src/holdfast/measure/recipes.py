@@ -33,9 +33,11 @@ def kept(before: Part, afters: Sequence[Part], keep: float) -> Part:
         {**t, **{k: _mean([p["tasks"][n][k] for p in single]) for k in ("after", "difference")}}
         for n, t in enumerate(first["tasks"])
     ]
+    still = judged.status == "kept" and all(p["difference"]["value"] == 0 for p in single)
+    status = first["status"] if still else judged.status  # no change at all is no proof where there are few items
     shown = {"value": ratio.value, "low": ratio.low, "high": ratio.high}
     rest = {"curve": None, "facts": {}, "p_loss": judged.p_loss, "runs": each}  # of single runs only
-    return {**first, **mean, **rest, "tasks": tasks, "retention": shown, "status": judged.status}
+    return {**first, **mean, **rest, "tasks": tasks, "retention": shown, "status": status}
 
 
 def _pooled(first: Part, before: Part, afters: Sequence[Part]) -> tuple[dict[str, Any], dict[str, float]]:

@@ -49,10 +49,8 @@ def markdown(report: Part) -> str:
 def page(report: Part) -> str:
     """The same as one HTML file without scripts, with a picture of the frontier for each ability with a floor."""
     r = schema.clean(dict(report))
-    metric = html(r["task"]["metric"])
-    pictures = [
-        f"<h2>{html(name)}</h2>" + tradeoff_svg(_dots(r, name), metric, f"{html(name)} kept") for name in r["keep"]
-    ]
+    metric = r["task"]["metric"]
+    pictures = [f"<h2>{html(name)}</h2>" + tradeoff_svg(_dots(r, name), metric, f"{name} kept") for name in r["keep"]]
     failed = "".join(f"<li>{html(k)}: {html(v)}</li>" for k, v in r["failed"].items())
     body = [
         f"<h1>{html(r['task']['name'])}</h1><p>{html(r['advice'])}</p>",

@@ -60,8 +60,7 @@ def page(report: Part) -> str:
     names = list(r["keep"])
     task = r["report"]["task"]
     pictures = [
-        f"<h2>{html(name)}</h2>" + tradeoff_svg(_dots(r, name), html(task["metric"]), f"{html(name)} kept")
-        for name in names
+        f"<h2>{html(name)}</h2>" + tradeoff_svg(_dots(r, name), task["metric"], f"{name} kept") for name in names
     ]
     body = [
         f"<h1>{html(WORDS[r['status']].capitalize())}</h1><p>{html(r['sentence'])}</p>",

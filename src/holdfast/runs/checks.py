@@ -27,7 +27,7 @@ def check_settings(run: Run) -> None:
         HoldfastError: a setting cannot be followed, or contradicts another.
     """
     recipe, t = run.recipe, run.recipe.training
-    certain(recipe)
+    _check_floors(recipe)
     check_trackers(t.report_to)
     check_asked(recipe)
     if t.save_total_limit != 1:
@@ -44,6 +44,15 @@ def check_settings(run: Run) -> None:
         raise RecipeError("training.bf16 is false, but model.dtype is bfloat16.", "Remove one of the two.")
     if recipe.export.folder and not (run.path / "training.json").is_file():
         models.may_replace(None, run.export.expanduser().resolve())
+
+
+def _check_floors(recipe: Recipe) -> None:
+    """Raise HoldfastError for an unknown suite, and for a share to keep of what is none: it would hold nothing."""
+    names = certain(recipe)
+    unknown = next((k for k in recipe.measure.keep if k not in names), None)
+    if unknown is not None:
+        what = f"measure.keep (--keep) names {unknown!r}, but only {', '.join(names)} is measured."
+        raise RecipeError(what, "Name single suites, and those that are measured.")
 
 
 def check_merge(recipe: Any, plan: Any) -> None:

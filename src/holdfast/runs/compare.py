@@ -23,8 +23,8 @@ from holdfast.errors import HoldfastError, RecipeError
 from holdfast.files import content_key
 from holdfast.measure.packed import pack, pack_suite
 from holdfast.measure.parts import REPORT
-from holdfast.recipe import Recipe, recipe_from
-from holdfast.runs import export, training
+from holdfast.recipe import Export, Recipe, recipe_from
+from holdfast.runs import export, settle, training
 from holdfast.runs.compare_report import Ends, compared, point_of
 from holdfast.runs.contestants import Cell, check_grid, plans_of
 from holdfast.runs.folder import RunFolder
@@ -75,7 +75,7 @@ def compare(wish: Wish, base_dir: Path, out: Path, tell: Tell = silent) -> dict[
     if recipe.measure.skip_before:
         what = "measure.skip_before leaves nothing to compare with: what was kept is a share of the base's score."
         raise RecipeError(what, "Remove it.")
-    folder = RunFolder(out, wish, WORK, Wish.read, LAST)
+    folder = RunFolder(out, wish, WORK, Wish.read, LAST, "--out")
     if folder.finished and not folder.read(LAST)["failed"]:
         return folder.read(LAST)
     folder.claim()
@@ -188,6 +188,8 @@ class _Work:
     def _ask(self, run: Run, half: str) -> Measured:
         run.folder.claim()
         job = checked(run)
+        if self.recipe.measure.budget:
+            settle.remember(job, base_key(job, job.model))
         tuned, soft = export.loaded(run) if run.folder.read("training.json") else training.trained(job)
         found = Halves(job).measured(half, tuned, soft, tell=lambda x, words: run.tell("measure after", x, words))
         base, done = self.folder.read(f"base.{half}.json"), run.folder.read("training.json")
@@ -218,7 +220,7 @@ class _Work:
         }
         training = recipe.training.model_copy(update=changed)
         data = recipe.data.model_copy(update={"seed": recipe.seed_of_rows})  # the same rows, in another order
-        exported = recipe.export.model_copy(update={"folder": None, "merge": False})
+        exported = Export(dtype=recipe.export.dtype)  # no model is handed over
         plan = self.plans[cell.plan]
         return recipe.model_copy(update={"plan": plan, "data": data, "training": training, "export": exported})
 

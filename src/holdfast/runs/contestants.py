@@ -31,11 +31,16 @@ class Cell:
     @property
     def folder(self) -> str:
         """Its name in the folder of the comparison."""
-        return f"{safe_name(self.plan)}.x{self.factor:.3g}.{self.seed}"
+        return f"{safe_name(self.plan)}.x{written(self.factor)}.{self.seed}"
 
     @property
     def label(self) -> str:
-        return f"{self.plan}, rate x {self.factor:.3g}, seed {self.seed}"
+        return f"{self.plan}, rate x {written(self.factor)}, seed {self.seed}"
+
+
+def written(factor: float) -> str:
+    """A factor as names of folders have it."""
+    return f"{factor:.3g}"
 
 
 def plans_of(names: Sequence[str], recipe: Recipe) -> dict[str, Any]:
@@ -44,7 +49,7 @@ def plans_of(names: Sequence[str], recipe: Recipe) -> dict[str, Any]:
     Raises:
         PlanError: nobody takes part, a method is unknown, or the methods of a plan cannot go together.
     """
-    asked = [n.strip() for n in names if n.strip()]
+    asked = ["+".join(part.strip() for part in n.split("+")) for n in names if n.strip()]
     if not asked:
         raise PlanError("Nothing is to be compared.", "Write --methods default,plain,LoRA, for example.")
     doubled = next((n for n in asked if asked.count(n) > 1), None)
@@ -59,9 +64,12 @@ def _plan(name: str, recipe: Recipe) -> Any:
     elif name in OWN:
         found = None if name == "default" else []
     else:
-        found = [one.strip() for one in name.split("+")]
+        found = name.split("+")
         known = all_methods()
         wrong = next((one for one in found if one not in known), None)
+        if wrong in OWN:
+            what = f"{name} adds to {wrong}, which is a whole plan ({OWN[wrong]}) and no method."
+            raise PlanError(what, "Name every method of the plan, as in LoRA+Replay.")
         if wrong is not None:
             raise PlanError(f"There is no method {wrong!r}.", suggest(wrong, [*known, *OWN]))
     built = Plan(default_plan()) if found is None else Plan.from_recipe(found)
@@ -76,7 +84,8 @@ def check_grid(factors: Sequence[float], seeds: int) -> None:
     bad = next((f for f in factors if not 0 < f < float("inf")), None)
     if bad is not None:
         raise PlanError(f"A learning rate cannot be multiplied by {bad:g}.", "Give numbers above 0, such as 0.33.")
-    if len(set(factors)) < len(factors):
-        raise PlanError(f"The grid of learning rates {list(factors)} holds one twice.", "Name each factor once.")
+    if len({written(f) for f in factors}) < len(factors):
+        what = f"The grid of learning rates {list(factors)} holds one twice, to three digits."
+        raise PlanError(what, "Name each factor once.")
     if seeds < 1:
         raise PlanError(f"{seeds} seeds are no run.", "Write --seeds 1 or more.")

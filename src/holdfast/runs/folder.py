@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from holdfast.errors import RecipeError, TrainingError
+from holdfast.errors import HoldfastError, RecipeError, TrainingError
 from holdfast.files import write_json
 from holdfast.recipe import load_recipe
 from holdfast.runs.several import by_first
@@ -40,6 +40,7 @@ class RunFolder:
         work: names of files and folders that a changed recipe would spoil.
         read: how a recipe of this kind is read again.
         last: the file that is written last.
+        setting: what says where it lies, for messages.
     """
 
     def __init__(
@@ -49,9 +50,10 @@ class RunFolder:
         work: Collection[str],
         read: Callable[[Path], Any] = load_recipe,
         last: str = LAST,
+        setting: str = "training.output_dir",
     ):
         self.path, self.recipe, self.work = path, recipe, frozenset(work)
-        self._load, self._last = read, last
+        self._load, self._last, self._setting = read, last, setting
 
     # ---- whose it is
 
@@ -87,13 +89,19 @@ class RunFolder:
             if began[what] != now.get(what):
                 raise RecipeError(
                     f"The {what} of this recipe is no longer what the run in {self.path} began with.",
-                    "Choose another training.output_dir, or put it back as it was.",
+                    f"Choose another {self._setting}, or put it back as it was.",
                 )
         self.write(INPUTS, now)
 
     def _same_recipe(self) -> bool:
-        path = self.path / RECIPE
-        return path.is_file() and self._load(path) == self.recipe
+        return (self.path / RECIPE).is_file() and self._recipe_there() == self.recipe
+
+    def _recipe_there(self) -> Any:
+        """Whose folder it is; None where that is of another kind."""
+        try:
+            return self._load(self.path / RECIPE)
+        except HoldfastError:
+            return None
 
     def _claim(self) -> None:
         try:
@@ -104,19 +112,22 @@ class RunFolder:
         except OSError as e:
             raise RecipeError(
                 f"The run folder {self.path} cannot be written: {e.strerror or e}.",
-                "Check training.output_dir, its rights and the free disk space.",
+                f"Check {self._setting}, its rights and the free disk space.",
             ) from e
 
     def _refuse_others(self, there: set[str]) -> None:
-        if there & self.work and RECIPE in there and not self._same_recipe():
-            raise RecipeError(
-                f"The run folder {self.path} holds a run of another recipe (see its recipe.yaml).",
-                "Choose another training.output_dir, or remove the folder.",
-            )
-        if there - {f"{RECIPE}.new"} and RECIPE not in there:
+        more = there - {RECIPE, f"{RECIPE}.new"}
+        if RECIPE not in there and more:
             raise RecipeError(
                 f"The folder {self.path} is not empty and holds no Holdfast run.",
-                "Choose another training.output_dir.",
+                f"Choose another {self._setting}.",
+            )
+        found = self._recipe_there() if RECIPE in there else None
+        worked = there & self.work if found else more  # of what another kind leaves, nothing is known here
+        if worked and found != self.recipe:
+            raise RecipeError(
+                f"The run folder {self.path} holds a run of another recipe (see its recipe.yaml).",
+                f"Choose another {self._setting}, or remove the folder.",
             )
 
     # ---- what is in it
@@ -147,5 +158,5 @@ class RunFolder:
         if free < need:
             raise TrainingError(
                 f"{self.path} has {free / 1e9:.1f} GB free, but {what} need up to {need / 1e9:.1f} GB.",
-                "Free some disk space or choose another training.output_dir.",
+                f"Free some disk space or choose another {self._setting}.",
             )

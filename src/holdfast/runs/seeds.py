@@ -37,6 +37,9 @@ def check_seeds(recipe: Recipe, seeds: int) -> None:
     if recipe.export.folder:
         what = f"export.folder {recipe.export.folder} can hold one model, and {seeds} seeds make {seeds}."
         raise RecipeError(what, "Remove it: each run exports into its own folder.")
+    if recipe.export.push_to_hub:
+        what = f"export.push_to_hub {recipe.export.push_to_hub} can hold one model, and {seeds} seeds make {seeds}."
+        raise RecipeError(what, "Remove it, and upload one of the runs with `hf upload`.")
 
 
 def runs_of(recipe: Recipe, base_dir: Path, seeds: int, tell: Tell) -> Iterator[Run]:
@@ -63,14 +66,17 @@ def summarised(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
     abilities, task = _abilities(runs), _task([r["task"] for r in reports])
     seeds = ", ".join(str(run.recipe.training.seed) for run in runs)
     said = f"Over seeds {seeds}: a verdict about the recipe; what is shown of the training is of the first"
-    task["note"] = "; ".join(filter(None, [said, task.get("note")]))
+    each = [_of_one(run, r) for run, r in zip(runs, reports, strict=True)]
+    missed = ", ".join(str(one["seed"]) for one in each if one["budget"] and one["budget"]["met"] is False)
+    unmet = f"the budget is not met with seeds {missed}" if missed else ""
+    task["note"] = "; ".join(filter(None, [said, unmet, task.get("note")]))
     report = {
         **reports[0],
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "verdict": verdict(abilities, task),
         "abilities": abilities,
         "task": task,
-        "seeds": [_of_one(run, r) for run, r in zip(runs, reports, strict=True)],
+        "seeds": each,
     }
     page.write(report, folder / "seeds.html")
     write_text(folder / "seeds.md", markdown.summary(report))
@@ -101,4 +107,5 @@ def _of_one(run: Run, report: dict[str, Any]) -> dict[str, Any]:
     """One run in a line: seed, its own verdict, and where its model lies."""
     kept = {a["name"]: a["retention"] and a["retention"]["value"] for a in report["abilities"]}
     own = {"seed": run.recipe.training.seed, "status": report["verdict"]["status"], "path": report["tuned"]["path"]}
+    own["budget"] = report["training"]["budget"]
     return {**own, "task": report["task"]["after"]["value"], "kept": kept}

@@ -8,7 +8,7 @@ the whole change meets every bound, that is one measurement and nothing is chang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,23 +26,27 @@ from holdfast.session import LORA_B
 
 SHARES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)  # ours: from the tuned model towards the base, until one meets the bounds
 HALVINGS = 2  # ours: between the first that meets them and the last that does not
-BASE = "choose.json"  # the base's answers on the choosing half, in the run folder
+BASE = "before.choose.json"  # the base's answers on the choosing half, in the run folder
 LORA = (".lora_A.", ".lora_B.", ".lora_embedding_")
 
 
 class Change:
     """What a job has trained, kept in fp32 as a change of the base that can be scaled.
 
-    straight: whether scaling it leads to the base; the lengths of DoRA, say, are more than a scale.
+    straight: whether scaling it leads to the base; the lengths of DoRA, say, and a soft prompt are more than a scale.
     """
 
     @torch.no_grad()
     def __init__(self, job: Job):
         params = {canonical(n): p for n, p in job.session.model.named_parameters()}
         self.adapter = any(LORA_B.search(n) for n in params)
-        self.straight = not self.adapter or all(any(part in n for part in LORA) for n in job.session.params)
-        self._base = None if self.adapter else tensors_of(job.source, job.session.model)
-        self._tuned = {n: p.detach().float().clone() for n, p in params.items() if self._moved(n, p)}
+        lora = all(any(part in n for part in LORA) for n in job.session.params)
+        prompt = any(m.prompts for m in job.session.plan.active)
+        self.straight = not prompt and (lora or not self.adapter)
+        whole = self.straight and not self.adapter
+        self._base = tensors_of(job.source, job.session.model) if whole else None
+        own = params.items() if self.straight else ()
+        self._tuned = {n: p.detach().float().clone() for n, p in own if self._moved(n, p)}
 
     def _moved(self, name: str, p: torch.Tensor) -> bool:
         if self._base is None:
@@ -72,10 +76,9 @@ def remember(job: Job, key: str | None) -> None:
 def settle(job: Job, change: Change, model: Any, soft: Any) -> dict[str, Any]:
     """Scale the change so that every bound holds on the choosing half, the task as good as it can be.
 
-    Returns {"share", "met", "points": what each share scored}.
+    Returns {"share", "met": None where no bound could be measured, "points": what each share scored, "unseen": the
+    abilities with a bound that the base does not have, "why": why all of the change stays, whatever it meets}.
     """
-    if not change.straight:
-        return {"share": 1.0, "met": None, "points": [], "why": "what was trained is more than a scale of its change"}
     base, halves = job.run.folder.read(BASE), Halves(job)
 
     def look(share: float) -> Point:
@@ -86,15 +89,18 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> dict[str, Any]:
 
     points: list[Point] = []
     with job.run.timed("search"):
-        _search(points, look)
+        _search(points, look, SHARES if change.straight else SHARES[:1])
         best = choose(points)
         change.scale(model, best.candidate)
-    return {"share": best.candidate, "met": best.meets, "points": [_shown(p) for p in points]}
+    unseen = [name for name in job.recipe.measure.keep if name not in best.shown["kept"]]
+    met = best.meets if best.shown["kept"] else None
+    found = {"share": best.candidate, "met": met, "points": [_shown(p) for p in points], "unseen": unseen}
+    return found if change.straight else {**found, "why": "what was trained is more than a scale of its change"}
 
 
-def _search(points: list[Point], look: Callable[[float], Point]) -> None:
+def _search(points: list[Point], look: Callable[[float], Point], shares: Sequence[float] = SHARES) -> None:
     """Down to the first share that meets the bounds, then between it and the one before."""
-    for share in SHARES:
+    for share in shares:
         points.append(look(share))
         if points[-1].meets:
             break
@@ -123,11 +129,17 @@ def _shown(p: Point) -> dict[str, Any]:
 
 def words(found: Mapping[str, Any], floors: Mapping[str, float]) -> str:
     """What the search did, as a clause of the report."""
-    bound = ", ".join(f"{name} {floor:g}" for name, floor in floors.items())
-    if "why" in found:
-        return f"the budget ({bound}) could not be enforced: {found['why']}"
+    unseen, seen = ", ".join(found["unseen"]), {k: v for k, v in floors.items() if k not in found["unseen"]}
+    bound = ", ".join(f"{name} {floor:g}" for name, floor in seen.items())
+    blind = f"nothing is held of {unseen}, which the base is not shown to have" if unseen else ""
+    return "; ".join(filter(None, [_outcome(found, bound) if seen else "", blind]))
+
+
+def _outcome(found: Mapping[str, Any], bound: str) -> str:
     if found["share"] == 1 and found["met"]:
         return f"the whole change meets the budget ({bound}) on the items for choosing"
+    if "why" in found:
+        return f"the budget ({bound}) is not met and could not be enforced: {found['why']}"
     kept = f"{found['share']:.0%} of the change was kept"
     if found["met"]:
         return f"{kept}, as much as meets the budget ({bound}) on the items for choosing"

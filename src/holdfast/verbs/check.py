@@ -99,7 +99,7 @@ def _diagnosis(first: Subject, second: Subject, before: Any, after: Any, tell: T
 def command(base: str, tuned: str, *, keep: Sequence[str], out: Sequence[Path], **settings: Any) -> int:
     """`holdfast check`: the verdict on the terminal, in the files `out` and as exit code; `settings` go to `check`."""
     writes = join()
-    floors = dict(floor_of(item) for item in keep)
+    floors = floors_of(keep)
     for path in out:
         may_write(path)
     console = Console()
@@ -113,7 +113,17 @@ def command(base: str, tuned: str, *, keep: Sequence[str], out: Sequence[Path], 
     return EXIT[report["verdict"]["status"]]
 
 
-def floor_of(item: str) -> tuple[str, float]:
+def floors_of(items: Sequence[str]) -> dict[str, float]:
+    """The shares to keep of a command line, each "ability=share"."""
+    pairs = [_floor_of(item) for item in items]
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise HoldfastError(f"--keep names {twice} twice, and nothing says which share counts.", "Give it once.")
+    return dict(pairs)
+
+
+def _floor_of(item: str) -> tuple[str, float]:
     """An ability and the share of it to keep, from "ability=share"."""
     name, _, value = item.partition("=")
     try:

@@ -24,6 +24,7 @@ from holdfast.errors import HoldfastError, out_of_memory
 
 MISTAKE, FAULT, STOPPED, UNREAD = 2, 70, 130, 141  # 70 is EX_SOFTWARE of sysexits.h, the others are the shell's
 PEERS = ("closed by peer", "reset by peer", "gloo", "nccl", "tcpstore")  # a collective call that others have left
+GOES_ON = ("tune", "repair", "compare")  # from where they were
 MEMORY_CURES = {
     "tune": "Lower training.per_device_train_batch_size and raise gradient_accumulation_steps by as much; if it "
     "happened while measuring, lower measure.batch_tokens.",
@@ -40,7 +41,7 @@ def end(error: BaseException, command: str, debug: bool) -> int:
     if _unread(error):
         return UNREAD
     if isinstance(error, KeyboardInterrupt):
-        say("Stopped. The same command goes on from where it was." if command in ("tune", "repair") else "Stopped.")
+        say("Stopped. The same command goes on from where it was." if command in GOES_ON else "Stopped.")
         return STOPPED
     if os.environ.get("RANK", "0") != "0":  # the first process mostly says the same, and torchrun then ends this one
         time.sleep(3)

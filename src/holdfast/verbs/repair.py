@@ -17,7 +17,7 @@ from holdfast.errors import HoldfastError
 from holdfast.files import write_text
 from holdfast.report.progress import progress_on
 from holdfast.runs.run import Tell, silent
-from holdfast.verbs.check import floor_of
+from holdfast.verbs.check import floors_of
 
 EXIT = {"kept": 0, "lost": 1, "not met": 1, "unclear": 3}
 
@@ -60,7 +60,7 @@ def command(base: str, tuned: str, *, keep: Sequence[str], out: Path, **wish: An
     """`holdfast repair`: the curve and the verdict on the terminal and in files, and an exit code."""
     from holdfast.report import repair as shown
 
-    floors = dict(floor_of(item) for item in keep)
+    floors = floors_of(keep)
     console = Console()
     with progress_on(console) as progress:
         report = repair(base, tuned, out, keep=floors, tell=progress.tell, **wish)

@@ -21,7 +21,7 @@ from holdfast.report import terminal
 from holdfast.report.progress import progress_on
 from holdfast.runs.run import Run, Tell, silent
 from holdfast.runs.several import join
-from holdfast.verbs.check import floor_of
+from holdfast.verbs.check import floors_of
 
 
 def tune(recipe: str | Path | Recipe, overrides: list[str] | None = None, *, tell: Tell | None = None) -> Path:
@@ -130,17 +130,16 @@ def command(recipe: Path, overrides: Sequence[str], seeds: int | None = None, ke
         print(f"This run was finished before; nothing was done. Its folder: {run.path}")
     terminal.show(report, console, run.path / "report.html")
     print(f"Tuned model: {report['tuned']['path']}")
-    return _exit(report)
+    return _exit(report["training"].get("budget"))
 
 
-def _exit(report: Mapping[str, Any]) -> int:
-    budget = report["training"].get("budget")
-    return 1 if budget and budget["met"] is False else 0
+def _exit(*budgets: Mapping[str, Any] | None) -> int:
+    return 1 if any(budget and budget["met"] is False for budget in budgets) else 0
 
 
 def _wished(recipe: Path, overrides: Sequence[str], keep: Sequence[str]) -> Recipe:
     loaded = load_recipe(recipe, overrides)
-    return budgeted(loaded, dict(floor_of(item) for item in keep)) if keep else loaded
+    return budgeted(loaded, floors_of(keep)) if keep else loaded
 
 
 def _command_seeds(recipe: Path, overrides: Sequence[str], seeds: int, keep: Sequence[str]) -> int:
@@ -155,4 +154,4 @@ def _command_seeds(recipe: Path, overrides: Sequence[str], seeds: int, keep: Seq
     terminal.show(report, console, Path(report["seeds"][0]["path"]).parents[1] / "seeds.html")
     for one in report["seeds"]:
         print(f"Seed {one['seed']}: {one['status']}. Tuned model: {one['path']}")
-    return _exit(report)
+    return _exit(*(one["budget"] for one in report["seeds"]))
