@@ -11,8 +11,11 @@ from holdfast.errors import PlanError, RecipeError
 from holdfast.measure.probe import Ask
 from holdfast.measure.suites import build
 from holdfast.recipe import recipe_from
-from holdfast.runs import settle
+from holdfast.runs import looking, settle
+from holdfast.runs.halves import Halves
+from holdfast.runs.job import checked
 from holdfast.runs.repair_search import Point
+from holdfast.runs.run import Run
 from holdfast.verbs.tune import budgeted, tune
 from test_repair import train
 from tiny import build_model, ticket_rows
@@ -204,3 +207,31 @@ def test_the_command_says_when_the_bound_cannot_be_met(world, tmp_path, monkeypa
     assert stop.value.code == 1 and "no part of the change meets the budget" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+def test_what_looks_during_training_sees_is_not_reported(world, tmp_path, monkeypatch):
+    """Looks, searches and stages choose weights and settings: under a budget they see the half that chooses."""
+    asked_for = set()
+    plain = looking.score_rows
+
+    def notes(job, model, rows, *args, **more):
+        asked_for.update(r.where for r in rows)
+        return plain(job, model, rows, *args, **more)
+
+    monkeypatch.setattr(looking, "score_rows", notes)
+    recipe = asked(world, tmp_path / "run")
+    training = recipe.training.model_copy(update={"max_steps": 4, "eval_steps": 2, "load_best_model_at_end": True})
+    folder = tune(recipe.model_copy(update={"training": training}))
+    before = json.loads((folder / "before.json").read_text())
+    assert asked_for and not asked_for & {i["id"] for i in before["task"]}
+    seen = json.loads((folder / looking.PROBE).read_text())
+    ids = [{i["id"] for t in s["tasks"] for i in t["items"]} for s in (seen[0], before["abilities"][0])]
+    assert ids[0] and not ids[0] & ids[1]
+
+
+def test_test_rows_are_halved_where_nothing_validates(world, tmp_path):
+    recipe = asked(world, tmp_path / "run")
+    data = recipe.data.model_copy(update={"validation_size": 0.0, "test": recipe.data.train})
+    job = checked(Run(recipe.model_copy(update={"data": data}), tmp_path))
+    rows = [{r.where for r in half} for half in Halves(job).rows.values()]
+    assert rows[0] and rows[1] and not rows[0] & rows[1]

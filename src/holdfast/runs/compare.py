@@ -225,7 +225,7 @@ class _Work:
         return recipe.model_copy(update={"plan": plan, "data": data, "training": training, "export": exported})
 
     def _run(self, cell: Cell, tell: Tell) -> Run:
-        return Run(self._variant(cell), self.base_dir, tell)
+        return Run(self._variant(cell), self.base_dir, tell, halved=True)
 
     def _of(self, cell: Cell) -> Tell:
         return lambda phase, share, words: self.tell("compare", self._done / self._all, f"{cell.label}: {phase}")

@@ -6,7 +6,7 @@ a recipe has no test set, the validation rows are cut in two.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -45,11 +45,13 @@ class Halves:
     def rows(self) -> dict[str, list[Row]]:
         """half -> rows of the task; equal rows stand in one half."""
         task = self.job.task
-        if self.job.recipe.data.test:
-            return {CHOOSE: list(task.validation or task.test), REPORT: list(task.test)}
+        if self.job.recipe.data.test and task.validation:
+            return {CHOOSE: list(task.validation), REPORT: list(task.test)}
         given = list(task.validation or task.test)
         if len(given) < FEWEST_ROWS:
-            what = f"{task.name} has {len(given)} validation rows, too few to choose with some and report on others."
+            what = (
+                f"{task.name} has {len(given)} rows to measure on, too few to choose with some and report on others."
+            )
             raise HoldfastError(what, "Raise data.validation_size, or give data.test.")
         choose, report = split(given, 0.5, SEED)
         return {CHOOSE: [given[n] for n in choose], REPORT: [given[n] for n in report]}
@@ -78,11 +80,21 @@ class Halves:
             out.append(join([self._suite(model, own[part], key) for part in PARTS[half]]))
         return out
 
+    def looked_at(self, names: Sequence[str], model: Any) -> list[dict[str, Any]]:
+        """A few items of these suites, of those that choose."""
+        how = self.job.recipe.measure.forwards
+        return [score_suite(model, self.job.tokenizer, self.suites[name][COARSE], **how) for name in names]
+
     def _suite(self, model: Any, suite: Suite, key: str | None) -> Measured:
         m = self.job.recipe.measure
         asked = [[p.id, p.kind, p.context, p.answers, p.right, p.max_tokens, p.open_ended] for p in suite.probes]
         name = key and content_key(key, suite.name, suite.settings, asked, m.rounds_as)
         return remembered(name, lambda: score_suite(model, self.job.tokenizer, suite, **m.forwards))
+
+
+def choosing_rows(job: Job) -> Sequence[Row]:
+    """The rows that may choose weights or settings: validation rows, in a halved run those of the half that chooses."""
+    return Halves(job).rows[CHOOSE] if job.halved else job.task.validation
 
 
 def _cut(name: str, ask: Ask) -> dict[str, Suite]:

@@ -67,6 +67,11 @@ class Job:
         return self.run.recipe
 
     @property
+    def halved(self) -> bool:
+        """Whether what chooses anything sees one half of items and rows alone (`runs.halves`)."""
+        return self.run.halved or self.recipe.measure.budget
+
+    @property
     def wraps(self) -> bool:
         """Whether an adapter is trained, and not the weights themselves."""
         return any(m.wraps for m in self.session.methods)

@@ -10,6 +10,7 @@ from holdfast.data.metric import metric_of
 from holdfast.hosts.watching import Watch
 from holdfast.measure.compare import ability
 from holdfast.measure.tuned_task import task_estimates
+from holdfast.runs.halves import Halves, choosing_rows
 from holdfast.runs.job import Job
 from holdfast.runs.measuring import measure_suites
 from holdfast.runs.task_rows import score_rows
@@ -46,7 +47,7 @@ def watch_of(job: Job, tell: Callable[[int, dict[str, float], float], None]) -> 
 def _look(job: Job, model: Any, base: list[Any]) -> tuple[float | None, dict[str, float]]:
     """(the task's score, higher is better, or None below a floor; finding)."""
     metric, floors = metric_of(job.task.metric), job.recipe.measure.keep
-    items = score_rows(job, model, job.task.validation[:ROWS], job.session.soft_prompt())
+    items = score_rows(job, model, choosing_rows(job)[:ROWS], job.session.soft_prompt())
     value = task_estimates(metric, None, items)["after"]["value"]
     parts = [ability(b, a, floors[b["suite"]]) for b, a in zip(base, _probe(job, model), strict=True)]
     kept = {p["name"]: p["retention"]["value"] for p in parts if p["retention"]}
@@ -59,6 +60,8 @@ def _probe(job: Job, model: Any) -> list[Any]:
     """A few items of each suite that has a floor."""
     m = job.recipe.measure
     names = [name for name in job.suites if name in m.keep]
+    if job.halved:
+        return Halves(job).looked_at(names, model)
     settings: dict[str, Any] = {"num_fewshot": m.num_fewshot, "limit": min(m.limit or ITEMS, ITEMS), **m.forwards}
     settings["labels"] = job.task.labels or ()
     return measure_suites(names, lambda: model, job.tokenizer, lambda *_: None, **settings)

@@ -30,6 +30,7 @@ from holdfast.files import content_key
 from holdfast.hosts import plain
 from holdfast.hosts.rewind import rewound
 from holdfast.measure.tuned_task import score_task
+from holdfast.runs.halves import choosing_rows
 from holdfast.runs.job import Job
 from holdfast.runs.rate import ROWS, STEPS, Rate, rounded
 
@@ -138,7 +139,7 @@ def _trial(job: Job, rate: float) -> Losses | None:
             plain.train(job.session, job.mix, short)
         except TrainingError:  # the loss is not finite
             return None
-        scored = score_task(job.session.model, job.tokenizer, job.task.validation[:ROWS], None)
+        scored = score_task(job.session.model, job.tokenizer, choosing_rows(job)[:ROWS], None)
     losses = [-i["logprob"] / i["tokens"] for i in scored]
     return losses if all(map(math.isfinite, losses)) else None
 

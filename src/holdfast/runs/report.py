@@ -105,7 +105,7 @@ def _note(job: Job) -> str:
     """What is no error and must be said of the task's numbers."""
     t = job.recipe.training
     picked = {"the weights": t.load_best_model_at_end, "the learning rate": t.learning_rate == "search"}
-    chose = [] if job.recipe.data.test else [what for what, so in picked.items() if so]
+    chose = [] if job.recipe.data.test or job.halved else [what for what, so in picked.items() if so]
     more = [f"the reported rows also chose {what}, which flatters them" for what in chose]
     told = job.run.folder.read("training.json").get("notes", ())
     return "; ".join(filter(None, [job.note, *told, *more]))

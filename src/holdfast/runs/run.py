@@ -29,12 +29,14 @@ class Run:
         base_dir: the folder that relative paths of methods start from.
         tell: hears phase, share done and words.
         timing: seconds of each phase so far.
+        halved: whether what chooses anything sees one half of items and rows alone, as others report on the rest.
     """
 
     recipe: Recipe
     base_dir: Path
     tell: Tell = silent
     timing: dict[str, float] = field(default_factory=dict)
+    halved: bool = False
 
     def __post_init__(self) -> None:
         self.folder = RunFolder(Path(self.recipe.training.output_dir), self.recipe, WORK)

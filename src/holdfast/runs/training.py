@@ -19,6 +19,7 @@ from holdfast.hosts.watching import chosen
 from holdfast.measure.tuned_task import score_task
 from holdfast.runs import export, settle
 from holdfast.runs.checks import not_finite
+from holdfast.runs.halves import choosing_rows
 from holdfast.runs.job import Job
 from holdfast.runs.looking import watch_of
 from holdfast.runs.rate import Rate
@@ -106,7 +107,7 @@ def _evaluate(job: Job) -> Callable[[Any], float]:
     closed = task.labels if task.metric == "accuracy" else None
 
     def evaluate(model: Any) -> float:
-        rows = task.validation[:EVALUATED] or task.train[:EVALUATED]
+        rows = choosing_rows(job)[:EVALUATED] or task.train[:EVALUATED]
         scored = score_task(model, job.tokenizer, rows, closed, soft_prompt=job.session.soft_prompt())
         if metric_of(task.metric).asked != "labels" and task.metric != "exact_match":
             return sum(i["logprob"] for i in scored) / sum(i["tokens"] for i in scored)
