@@ -93,7 +93,7 @@ class Halves:
 
 
 def choosing_rows(job: Job) -> Sequence[Row]:
-    """The rows that may choose weights or settings: validation rows, in a halved run those of the half that chooses."""
+    """The rows that may choose weights or settings: validation rows, in a halved run of the half that chooses."""
     return Halves(job).rows[CHOOSE] if job.halved else job.task.validation
 
 
