@@ -56,6 +56,7 @@ def test_every_bit_is_the_same(name, tied, run):
     assert same(weights, expected)
 
 
+@pytest.mark.long
 def test_it_stays_so_for_five_hundred_steps(run):
     weights, losses = run(500, True)
     expected, curve = run(500, False)
