@@ -66,6 +66,7 @@ REFUSED = [
     if any(m.holds_out or m.stages() or {"rollouts", "replace"} & {*m.sites()} for m in plan)
 ]
 CUT = {n: m for n, m in PLANS.items() if n not in REFUSED}
+TWICE = {c.name for c in CASES} & set(CUT)  # two processes that cut the weights try these already
 SAVED = {"dense": PLANS["matrices"], "adapter": PLANS["LoRA in part"]}
 FORMATS = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 VARIANTS: dict[str, dict[str, Any]] = {  # of "LoRA with all" and "matrices" under FSDP
@@ -229,7 +230,7 @@ def distance(folder: Path, name: str, weights: Weights, ranks: int = 2) -> float
     return far
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] if n in TWICE else []) for n in PLANS])
 def test_ddp_gives_the_weights_of_one(name, ran, one):
     weights, logs = one(name, PLANS[name])
     assert distance(ran[0], f"ddp {name}", weights) < 1e-5
