@@ -61,4 +61,4 @@ def _tokenizer(tokenizer: Any) -> list[Any]:
 def _ours() -> list[str]:
     """The code that reads and tokenises, by content: what an older version wrote is not taken for ours."""
     here = Path(__file__).parent
-    return [_digest(path) for path in [*sorted(here.glob("*.py")), here.parent / "recipe.py"]]
+    return [_digest(path) for path in [*sorted(here.glob("*.py")), *sorted((here.parent / "recipe").glob("*.py"))]]

@@ -11,7 +11,7 @@ import yaml
 from holdfast.data.propose import Proposal, propose
 from holdfast.errors import RecipeError
 from holdfast.files import write_text
-from holdfast.recipe import SCHEMA_FILE, Source, _default_name, load_recipe, locate
+from holdfast.recipe import SCHEMA_FILE, Source, default_name, load_recipe, locate
 
 OTHERS: dict[str, tuple[str, ...]] = {
     "validation": ("validation", "valid", "val", "dev"),
@@ -32,9 +32,9 @@ def init(data: Sequence[str], out: Path, model: str) -> list[Proposal]:
     proposals = [propose(Source(path=str(path or one)), Path.cwd()) for path, one in zip(found, data, strict=True)]
     names = [_named(one, path, out) for path, one in zip(found, data, strict=True)]
     if len(data) == 1:
-        lines, name = _one(names[0], _beside(found[0], out), proposals[0]), _default_name(names[0])
+        lines, name = _one(names[0], _beside(found[0], out), proposals[0]), default_name(names[0])
     else:
-        lines, name = _several(names, proposals), "-".join(map(_default_name, names))
+        lines, name = _several(names, proposals), "-".join(map(default_name, names))
     write_text(out, _text(lines, name, model))
     load_recipe(out)  # what we wrote must be a recipe
     return proposals
@@ -92,7 +92,7 @@ def _last(metric: str, why: str) -> list[str]:
 
 
 def _one(train: str, beside: dict[str, str], found: Proposal) -> list[str]:
-    data = [f"  name: {_quoted(_default_name(train))}", f"  train: {_quoted(train)}  # {_rows(found)}"]
+    data = [f"  name: {_quoted(default_name(train))}", f"  train: {_quoted(train)}  # {_rows(found)}"]
     data += [f"  {role}: {_quoted(path)}" for role, path in beside.items()]
     if "validation" not in beside:
         data.append("  validation_size: 0.1  # cut from train")
