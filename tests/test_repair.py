@@ -52,6 +52,13 @@ def train(model, texts, steps, lr):
     return model.eval()
 
 
+def reader(tokenizer):
+    """A tiny base that has read the passages of the language suite."""
+    suite = build("language", Ask(tokenizer, limit=4))
+    passages = [(tokenizer(p.answers[0])["input_ids"][:96], 0) for p in suite.probes]
+    return train(build_model(), passages, 150, 0.01)
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tokenizer):
     """A base that has read the passages of the language suite, and a model tuned on tickets that forgot them."""
@@ -59,9 +66,7 @@ def world(tmp_path_factory, tokenizer):
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         patch.setenv("HOLDFAST_HOME", str(folder / "home"))
-        suite = build("language", Ask(tokenizer, limit=4))
-        passages = [(tokenizer(p.answers[0])["input_ids"][:96], 0) for p in suite.probes]
-        base = train(build_model(), passages, 150, 0.01)
+        base = reader(tokenizer)
         found = make_world(folder, base, tokenizer, ticket_rows())
         splits = Encoder(tokenizer).join([(r.prompt, r.completion) for r in ticket_rows()], end=True)
         tuned = train(base, [(s.ids, 0) for s in splits], 288, 0.005)

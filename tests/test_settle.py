@@ -8,8 +8,6 @@ import torch
 
 from holdfast import cli, models
 from holdfast.errors import PlanError, RecipeError
-from holdfast.measure.probe import Ask
-from holdfast.measure.suites import build
 from holdfast.recipe import recipe_from
 from holdfast.runs import looking, settle
 from holdfast.runs.halves import Halves
@@ -17,8 +15,8 @@ from holdfast.runs.job import checked
 from holdfast.runs.repair_search import Point
 from holdfast.runs.run import Run
 from holdfast.verbs.tune import budgeted, tune
-from test_repair import train
-from tiny import build_model, ticket_rows
+from test_repair import reader
+from tiny import ticket_rows
 from tiny_run import make_world, recipe_data, write_recipe
 
 FLOOR = 0.9
@@ -33,9 +31,7 @@ def world(tmp_path_factory, tokenizer):
     with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         patch.setenv("HOLDFAST_HOME", str(folder / "home"))
-        suite = build("language", Ask(tokenizer, limit=4))
-        passages = [(tokenizer(p.answers[0])["input_ids"][:96], 0) for p in suite.probes]
-        yield make_world(folder, train(build_model(), passages, 150, 0.01), tokenizer, ticket_rows())
+        yield make_world(folder, reader(tokenizer), tokenizer, ticket_rows())
 
 
 def asked(world, out, plan="dense", **changes):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from holdfast.errors import HoldfastError
 from holdfast.measure.probe import Group, Probe, Suite
 
 COARSE, FINE, REPORT = "coarse", "fine", "report"
@@ -21,6 +22,22 @@ def cut(suite: Suite) -> dict[str, Suite]:
     """part -> the suite with that part's probes; tasks that have none there are left out."""
     at = _places(suite)
     return {part: _only(suite, part, at) for part in (COARSE, FINE, REPORT)}
+
+
+def whole_parts(suite: Suite, limit: str) -> dict[str, Suite]:
+    """As `cut`, where every part has items.
+
+    limit: what a user would raise.
+
+    Raises:
+        HoldfastError: a part has none.
+    """
+    parts = cut(suite)
+    few = next((part for part in parts if not parts[part].probes), None)
+    if few:
+        what = f"The suite {suite.name!r} has too few items at this limit: none is left for the part {few!r}."
+        raise HoldfastError(what, f"Raise {limit} to 3 or more.")
+    return parts
 
 
 def _places(suite: Suite) -> dict[str, str]:

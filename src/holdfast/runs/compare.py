@@ -12,10 +12,9 @@ far is kept, and none at the end.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from holdfast.recipe import Export, Recipe, recipe_from
 from holdfast.runs import export, settle, training
 from holdfast.runs.compare_report import Ends, compared, point_of
 from holdfast.runs.contestants import Cell, check_grid, plans_of
-from holdfast.runs.folder import RunFolder
+from holdfast.runs.folder import JsonOrder, RunFolder
 from holdfast.runs.halves import CHOOSE, Halves, Measured
 from holdfast.runs.job import Job, checked
 from holdfast.runs.measuring import base_key
@@ -41,26 +40,13 @@ INPUTS = ("model", "data", "metric")  # of all plans; what a plan merges with be
 
 
 @dataclass(frozen=True)
-class Wish:
+class Wish(JsonOrder):
     """What a comparison is asked for; a folder belongs to one."""
 
     recipe: Mapping[str, Any]
     methods: tuple[str, ...]
     factors: tuple[float, ...]
     seeds: int
-
-    def save(self, path: Path) -> None:
-        """Write it as JSON, which is YAML too."""
-        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-
-    @staticmethod
-    def read(path: Path) -> Wish | None:
-        """A saved one; None where the file is of another kind (a recipe of `tune`)."""
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return Wish(found["recipe"], tuple(found["methods"]), tuple(found["factors"]), found["seeds"])
-        except (ValueError, TypeError, KeyError, AttributeError):
-            return None
 
 
 def compare(wish: Wish, base_dir: Path, out: Path, tell: Tell = silent) -> dict[str, Any]:

@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from holdfast.errors import HoldfastError, RecipeError, TrainingError
 from holdfast.files import write_json
@@ -29,6 +30,24 @@ class Order(Protocol):
     def save(self, path: Path) -> None:
         """Write it down, to be read again and found equal."""
         ...
+
+
+class JsonOrder:
+    """An order that is a dataclass of plain data, whose lists are tuples in memory."""
+
+    def save(self, path: Path) -> None:
+        """Write it as JSON, which is YAML too."""
+        path.write_text(json.dumps(asdict(cast(Any, self)), indent=1), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path) -> Any:
+        """A saved one; None where the file is of another kind (a recipe of `tune`)."""
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            lists = {k: tuple(v) for k, v in found.items() if isinstance(v, list)}
+            return cls(**{**found, **lists})
+        except (ValueError, TypeError, AttributeError):
+            return None
 
 
 class RunFolder:

@@ -14,9 +14,9 @@ from holdfast.data.rows import Row, split
 from holdfast.errors import HoldfastError
 from holdfast.files import content_key
 from holdfast.measure.asking import score_suite
-from holdfast.measure.parts import COARSE, FINE, REPORT, cut, join
+from holdfast.measure.parts import COARSE, FINE, REPORT, join, whole_parts
 from holdfast.measure.probe import Ask, Suite
-from holdfast.measure.suites import build, remembered
+from holdfast.measure.suites import asked_of, build, remembered
 from holdfast.runs.job import Job
 from holdfast.runs.task_rows import score_rows
 
@@ -37,9 +37,13 @@ class Halves:
 
     def __init__(self, job: Job):
         self.job = job
-        m = job.recipe.measure
+
+    @cached_property
+    def suites(self) -> dict[str, dict[str, Suite]]:
+        """name -> part -> the suite with that part's probes; building them takes longer than cutting rows."""
+        job, m = self.job, self.job.recipe.measure
         ask = Ask(job.tokenizer, m.num_fewshot, m.limit, labels=job.task.labels or ())
-        self.suites = {name: _cut(name, ask) for name in job.suites}
+        return {name: _cut(name, ask) for name in job.suites}
 
     @cached_property
     def rows(self) -> dict[str, list[Row]]:
@@ -87,8 +91,7 @@ class Halves:
 
     def _suite(self, model: Any, suite: Suite, key: str | None) -> Measured:
         m = self.job.recipe.measure
-        asked = [[p.id, p.kind, p.context, p.answers, p.right, p.max_tokens, p.open_ended] for p in suite.probes]
-        name = key and content_key(key, suite.name, suite.settings, asked, m.rounds_as)
+        name = key and content_key(key, suite.name, suite.settings, asked_of(suite), m.rounds_as)
         return remembered(name, lambda: score_suite(model, self.job.tokenizer, suite, **m.forwards))
 
 
@@ -101,9 +104,4 @@ def _cut(name: str, ask: Ask) -> dict[str, Suite]:
     if name.startswith("lm_eval:"):
         what = f"{name} is to choose with and to report on, and it cannot be cut into two halves."
         raise HoldfastError(what, "Use suites of Holdfast or jsonl:<path>.")
-    parts = cut(build(name, ask))
-    few = next((part for part in parts if not parts[part].probes), None)
-    if few:
-        what = f"The suite {name!r} has too few items at this limit: none is left for the part {few!r}."
-        raise HoldfastError(what, "Raise the limit to 3 or more.")
-    return parts
+    return whole_parts(build(name, ask), "the limit")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -21,7 +20,7 @@ from holdfast.method import Method
 from holdfast.models.related import check_related
 from holdfast.recipe import KEEP_FRAC
 from holdfast.runs import repair_goal
-from holdfast.runs.folder import RunFolder
+from holdfast.runs.folder import JsonOrder, RunFolder
 from holdfast.runs.repair_heal import check_prompts, heal
 from holdfast.runs.repair_judge import BASE, CHOOSING, Judge
 from holdfast.runs.repair_search import DEFAULT, HEAL, TUNED, Candidate, Point, candidates, search
@@ -36,7 +35,7 @@ ENDS = (BASE, TUNED)
 
 
 @dataclass(frozen=True)
-class Wish:
+class Wish(JsonOrder):
     """What a repair is asked for; a folder belongs to one. Paths as they were typed."""
 
     base: str
@@ -54,20 +53,6 @@ class Wish:
     limit: int | None = None
     labels: Sequence[str] = ()
     batch_tokens: int = BATCH_TOKENS
-
-    def save(self, path: Path) -> None:
-        """Write it as JSON, which is YAML too."""
-        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-
-    @staticmethod
-    def read(path: Path) -> Wish | None:
-        """A saved one; None where the file is of another kind (a recipe of `tune`)."""
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            lists = {k: tuple(v) for k, v in found.items() if isinstance(v, list)}
-            return Wish(**{**found, **lists})
-        except (ValueError, TypeError, AttributeError):
-            return None
 
     def check(self) -> None:
         """Raise HoldfastError for what is wrong without looking at a model."""

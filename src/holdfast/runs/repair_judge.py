@@ -19,9 +19,9 @@ from holdfast.errors import HoldfastError
 from holdfast.files import content_key
 from holdfast.measure.asking import score_suite
 from holdfast.measure.compare import ability
-from holdfast.measure.parts import COARSE, FINE, REPORT, cut, join
+from holdfast.measure.parts import COARSE, FINE, REPORT, join, whole_parts
 from holdfast.measure.probe import Ask, Suite
-from holdfast.measure.suites import build, check_suite, remembered
+from holdfast.measure.suites import asked_of, build, check_suite, remembered
 from holdfast.method import Method
 from holdfast.models.identity import file_sha
 from holdfast.runs.repair_goal import Goal, Items
@@ -68,12 +68,7 @@ class Judge:
             what = f"repair chooses and reports on different items, and {name} cannot be cut into parts."
             raise HoldfastError(what, "Use suites of Holdfast or jsonl:<path>.")
         check_suite(name, ask, models.context_length(self.pair.tuned))
-        parts = cut(build(name, ask))
-        few = next((part for part in parts if not parts[part].probes), None)
-        if few:
-            what = f"The suite {name!r} has too few items at this limit: none is left for the part {few!r}."
-            raise HoldfastError(what, "Raise --limit to 3 or more.")
-        return parts
+        return whole_parts(build(name, ask), "--limit")
 
     # ---- the model in memory
 
@@ -118,7 +113,7 @@ class Judge:
         return out
 
     def _ability(self, who: Candidate, suite: Suite) -> Any:
-        asked = [suite.name, suite.settings, *_asked(suite)]
+        asked = [suite.name, suite.settings, *asked_of(suite)]
         return self._kept(who, asked, lambda: self._scored(self.model(who), suite))
 
     def task(self, who: Candidate, parts: Sequence[str]) -> Items:
@@ -167,7 +162,3 @@ class Judge:
 
     def _scored(self, model: Any, suite: Suite) -> Any:
         return score_suite(model, self.tokenizer, suite, batch_tokens=self.batch_tokens)
-
-
-def _asked(suite: Suite) -> list[Any]:
-    return [[p.id, p.kind, p.context, p.answers, p.right, p.max_tokens, p.open_ended] for p in suite.probes]

@@ -16,7 +16,7 @@ from holdfast.measure.stats.records import Estimate, Ratio
 _FEW_VALUES = 32  # up to here multinomial counts of distinct rows are faster than drawing indices
 
 
-def resample(rows: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
+def _resample(rows: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
     """Return column sums (draws, C) of rows (G, C) drawn with replacement G at a time."""
     distinct, counts = np.unique(rows, axis=0, return_counts=True)  # sorted: the order of items cannot matter
     if len(distinct) <= _FEW_VALUES:
@@ -31,23 +31,25 @@ def resample(rows: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarr
     return out
 
 
-def _task_draws(task: Task, draws: int, rng: np.random.Generator) -> tuple[float, float, np.ndarray, np.ndarray, int]:
-    """Return mean base, mean difference, draws (draws,) of both from the same resampled clusters, and N.
+def task_draws(
+    base: ArrayLike, runs: Sequence[ArrayLike], clusters: ArrayLike | None, draws: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return means (1 + S,) of base and of each run's difference, draws (draws, 1 + S) of them, and N.
 
-    Deviations are widened by sqrt(G/(G-1)), the factor a plain bootstrap lacks. With one cluster there is no
-    spread to resample: the difference is drawn 1.0 to either side, the widest for scores in [0, 1].
+    All come from the same resampled clusters. Deviations are widened by sqrt(G/(G-1)), the factor a plain bootstrap
+    lacks. With one cluster there is no spread to resample: a difference is drawn 1.0 to either side, the widest for
+    scores in [0, 1].
     """
-    b, t = pair_of(task[0], task[1])
-    d = t - b
-    group, g = groups_of(task[2], b.size)
-    at = float(b.mean()), (float(d.mean()) if d.any() else 0.0)
+    pairs = [pair_of(base, run) for run in runs]
+    b, changes = pairs[0][0], [t - b for b, t in pairs]
+    group, g = groups_of(clusters, b.size)
+    at = np.array([x.mean() for x in (b, *changes)])
     if g == 1:
-        sign = rng.choice((-1.0, 1.0), draws)
-        return *at, at[0] + sign / 2, at[1] - sign * bool(d.any()), b.size
-    rows = np.stack([np.bincount(group, weights=w, minlength=g) for w in (b, d, np.ones_like(b))], axis=1)
-    sums, widen = resample(rows, draws, rng), math.sqrt(g / (g - 1))
-    drawn = [m + (sums[:, i] / sums[:, 2] - m) * widen for i, m in enumerate(at)]
-    return *at, drawn[0], drawn[1], b.size
+        wide = np.array([0.5, *(-1.0 * bool(d.any()) for d in changes)])
+        return at, at + rng.choice((-1.0, 1.0), draws)[:, None] * wide, b.size
+    rows = np.stack([np.bincount(group, weights=w, minlength=g) for w in (b, *changes, np.ones_like(b))], axis=1)
+    sums = _resample(rows, draws, rng)
+    return at, at + (sums[:, :-1] / sums[:, -1:] - at) * math.sqrt(g / (g - 1)), b.size
 
 
 def macro_draws(
@@ -64,10 +66,12 @@ def macro_draws(
     for name in sorted(tasks):
         c = chance_of(chance, name)
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        b, d, bs, ds, size = _task_draws(tasks[name], draws, rng)
+        task, tuned, clusters = tasks[name]
+        at, drawn, size = task_draws(task, [tuned], clusters, draws, rng)
+        b, d = at.tolist()
         base, difference = base + (b - c) / (1 - c), difference + d / (1 - c)
-        base_draws += (bs - c) / (1 - c)
-        difference_draws += ds / (1 - c)
+        base_draws += (drawn[:, 0] - c) / (1 - c)
+        difference_draws += drawn[:, 1] / (1 - c)
         n += size
     k = len(tasks)
     return (base / k, difference / k), base_draws / k, difference_draws / k, n

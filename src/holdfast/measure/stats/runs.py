@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from holdfast.errors import HoldfastError
-from holdfast.measure.stats.bootstrap import quantile_ends, resample
-from holdfast.measure.stats.given import chance_of, groups_of, pair_of
+from holdfast.measure.stats.bootstrap import quantile_ends, task_draws
+from holdfast.measure.stats.given import chance_of
 from holdfast.measure.stats.intervals import seeds
 from holdfast.measure.stats.records import Estimate, Ratio
 
@@ -50,10 +50,10 @@ def retention_of_runs(
     for name in sorted(tasks):
         c = chance_of(chance, name)
         rng = np.random.default_rng([stream, zlib.crc32(name.encode())])
-        b, d, bs, ds = _drawn(tasks[name], draws, rng)
-        base, moved = base + (b - c) / (1 - c), moved + d / (1 - c)
-        base_draws += (bs - c) / (1 - c)
-        moved_draws += ds / (1 - c)
+        at, found, _ = task_draws(*tasks[name], draws, rng)
+        base, moved = base + (at[0] - c) / (1 - c), moved + at[1:] / (1 - c)
+        base_draws += (found[:, 0] - c) / (1 - c)
+        moved_draws += found[:, 1:] / (1 - c)
     if base <= 1e-12 or base / len(tasks) < 2 * float((base_draws / len(tasks)).std()):
         return Ratio(math.nan, math.nan, math.nan, False), np.full(draws, math.nan), []
     good = base_draws > 0
@@ -63,23 +63,6 @@ def retention_of_runs(
         rng = np.random.default_rng([stream, num_runs])
         drawn = drawn + each.std(ddof=1) / math.sqrt(num_runs) * rng.standard_t(num_runs - 1, drawn.size)
     return Ratio(float(each.mean()), *quantile_ends(drawn, level), True), drawn, [float(x) for x in each]
-
-
-def _drawn(task: RunsTask, draws: int, rng: np.random.Generator) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
-    """Mean base, mean change of each run (S,), and draws (draws,), (draws, S) of both from the same clusters."""
-    pairs = [pair_of(task[0], run) for run in task[1]]
-    b, changes = pairs[0][0], [t - b for b, t in pairs]
-    group, g = groups_of(task[2], b.size)
-    at = np.array([x.mean() for x in (b, *changes)])
-    if g == 1:  # no spread to resample: the widest for scores between 0 and 1, as in `bootstrap`
-        sign = rng.choice((-1.0, 1.0), draws)[:, None]
-        wide = np.array([0.5, *(-1.0 * bool(d.any()) for d in changes)])
-        drawn = at + sign * wide
-    else:
-        columns = [np.bincount(group, weights=w, minlength=g) for w in (b, *changes, np.ones_like(b))]
-        sums = resample(np.stack(columns, axis=1), draws, rng)
-        drawn = at + (sums[:, :-1] / sums[:, -1:] - at) * math.sqrt(g / (g - 1))
-    return float(at[0]), at[1:], drawn[:, 0], drawn[:, 1:]
 
 
 def mean_of_runs(each: Sequence[Estimate], level: float = 0.95) -> Estimate:

@@ -81,8 +81,12 @@ def measure_suite(
     def make() -> dict[str, Any]:
         return score_suite(model(), tokenizer, suite, **how)
 
-    asked = [[p.id, p.kind, p.context, p.answers, p.right, p.max_tokens, p.open_ended] for p in suite.probes]
-    return remembered(cache_key and content_key(cache_key, name, suite.settings, asked, batches), make)
+    return remembered(cache_key and content_key(cache_key, name, suite.settings, asked_of(suite), batches), make)
+
+
+def asked_of(suite: Suite) -> list[list[Any]]:
+    """What a suite asks, probe by probe, as plain data that names a measurement of it."""
+    return [[p.id, p.kind, p.context, p.answers, p.right, p.max_tokens, p.open_ended] for p in suite.probes]
 
 
 def remembered(key: str | bool | None, make: Callable[[], Any]) -> Any:
