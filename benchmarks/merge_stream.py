@@ -9,6 +9,9 @@ is waiting is written to the disk, so that neither waits for the other; both rea
 threads and of the kernel for them. The look at whether the two are relatives, which comes once before, is timed apart.
 Memory (Linux): what the process holds more at the peak of the merge than before it, over the bytes of the largest
 tensor in both models and in the result.
+
+`peer` is mergekit (test extra) on the same merge, in the same cycle and in a process of its own, with its lazy reading
+of tensors; loading either program is not timed. `against_peer` is its time over ours.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -38,7 +42,7 @@ def make(folder: Path, gigabytes: float, seed: int, base: Path | None) -> None:
     width, settings = 2048, C.shape(2048, 1, 32_768)
     layer = 4 * width * width + 3 * width * settings["intermediate_size"]
     settings["num_hidden_layers"] = max(1, round((gigabytes * 5e8 - width * 32_768) / layer))
-    config = LlamaConfig(**settings, dtype="bfloat16")
+    config = LlamaConfig(**settings, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     folder.mkdir()
@@ -77,6 +81,24 @@ def child(settings: C.Data) -> C.Data:
     return {"seconds": seconds, "cpu_seconds": cpu, "related_seconds": related, **memory}
 
 
+def peer(settings: C.Data) -> C.Data:
+    """The same merge by mergekit, in a process of its own."""
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    config = MergeConfiguration(
+        merge_method="linear",
+        models=[{"model": settings[n], "parameters": {"weight": 0.5}} for n in ("base", "tuned")],
+        dtype="bfloat16",
+    )
+    options = MergeOptions(quiet=True, copy_tokenizer=False, lazy_unpickle=True)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = C.peak_bytes()
+    seconds, cpu = timed(lambda: run_merge(config, settings["out"], options))
+    return {"peer_seconds": seconds, "peer_cpu": cpu, "peer_bytes": C.peak_bytes() - before}
+
+
 def timed(work: Callable[[], object]) -> tuple[float, float]:
     """Seconds on the clock and of the processor."""
     os.sync()
@@ -97,14 +119,21 @@ def measure(gigabytes: float, cycles: int, out: Path) -> C.Data:
             seconds, cpu = timed(lambda: shutil.copytree(folder / "tuned", folder / "copy"))
             shutil.rmtree(folder / "copy")
             paths = {n: str(folder / n) for n in ("base", "tuned", "out")}
-            runs.append({**C.in_subprocess(__file__, paths), "copy_seconds": seconds, "copy_cpu": cpu})
-            print(f"  copied in {seconds:.1f} s, merged in {runs[-1]['seconds']:.1f} s", flush=True)
+            found = C.in_subprocess(__file__, paths)
+            shutil.rmtree(folder / "out")
+            found |= C.in_subprocess(__file__, {**paths, "peer": True})
+            shutil.rmtree(folder / "out")
+            runs.append({**found, "copy_seconds": seconds, "copy_cpu": cpu})
+            ours, peers = found["seconds"], found["peer_seconds"]
+            print(f"  copied in {seconds:.1f} s, merged in {ours:.1f} s, by mergekit in {peers:.1f} s", flush=True)
         size = sum(f.stat().st_size for f in (folder / "tuned").glob("*.safetensors"))
     middle = {key: statistics.median(r[key] for r in runs) for key in runs[0]}
     found = {
         "facts": C.facts(),
         "bytes": size,
         "share": middle["copy_seconds"] / middle["seconds"],
+        "against_peer": middle["peer_seconds"] / middle["seconds"],
+        "peer": f"mergekit {version('mergekit')}",
         "tensor_sets": middle["more_bytes"] / (3 * middle["largest"]),
         "runs": runs,
     }
@@ -120,11 +149,12 @@ def main() -> None:
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(child(args.child)))
+        print(json.dumps((peer if args.child.get("peer") else child)(args.child)))
         return
     d = measure(args.gigabytes, args.cycles, args.out)
     size, share, sets = d["bytes"] / 1e9, d["share"], d["tensor_sets"]
     print(f"{size:.1f} GB: {share:.2f} of the speed of copying, {sets:.2f} tensor sets more at the peak")
+    print(f"mergekit takes {d['against_peer']:.2f} times as long")
 
 
 if __name__ == "__main__":

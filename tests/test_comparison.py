@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from browser import CHROMIUM, assert_fits
 from holdfast import cli
 from holdfast.errors import HoldfastError, PlanError, RecipeError, TrainingError
 from holdfast.measure import stats
@@ -239,6 +240,12 @@ def test_a_name_of_html_is_shown_as_it_is(whole):
     named = json.loads(json.dumps(whole[1]).replace('"language"', '"jsonl:a<i>&b"'))
     text = compared.page(named)
     assert "<i>" not in text and "jsonl:a&lt;i&gt;&amp;b kept" in text and "&amp;lt;" not in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: the width of the page is not looked at")
+def test_the_page_fits_phone_and_desktop(whole, tmp_path):
+    long = json.loads(json.dumps(whole[1]).replace('"language"', '"jsonl:' + "x" * 300 + '"'))
+    assert_fits(compared.page(long), tmp_path)
 
 
 def test_what_was_chosen_is_written_down_with_its_hash(whole):

@@ -1,5 +1,6 @@
 """Repair: parts without a common item, the search by hand, and whole repairs of a tiny model that forgot."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from browser import CHROMIUM, assert_fits
 from holdfast import cli, models
 from holdfast import methods as hf
 from holdfast.data.encoder import Encoder
@@ -21,6 +23,7 @@ from holdfast.measure.probe import Ask, Group, Probe, Suite
 from holdfast.measure.suites import build
 from holdfast.methods import ICLAnchor
 from holdfast.methods.loss._divergence import forward_kl
+from holdfast.report import repair as shown
 from holdfast.runs import repair as repair_run
 from holdfast.runs import repair_heal, repair_judge, repair_search
 from holdfast.runs.repair_goal import from_data
@@ -463,3 +466,13 @@ def test_what_cannot_be_repaired_is_refused(world, tmp_path, tokenizer):
     (tmp_path / "f" / "thesis.txt").write_text("mine")
     with pytest.raises(RecipeError, match="holds no Holdfast run"):
         repair(world.base, world.tuned, tmp_path / "f", **keep)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: the width of the page is not looked at")
+def test_the_page_fits_phone_and_desktop_and_shows_names_as_text(done, tmp_path):
+    report = copy.deepcopy(done.report)
+    report["tuned"]["name"] = "<script>alert(1)</script>" + "x" * 500
+    report["points"].append({**report["chosen"], "label": "WiSEFT " + "alpha" * 60})
+    page = shown.page(report)
+    assert "<script" not in page
+    assert_fits(page, tmp_path)

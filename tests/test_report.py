@@ -1,14 +1,10 @@
 """The report: one safe page, a table for the terminal, Markdown and JUnit, and the trade-off plot."""
 
 import copy
-import html
 import io
 import json
 import math
-import os
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from itertools import combinations
 from xml.etree import ElementTree as ET
@@ -16,6 +12,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from rich.console import Console
 
+from browser import CHROMIUM, assert_fits
 from holdfast.report import markdown, page, plots, schema, terminal
 from report_example import est, example, points
 
@@ -387,37 +384,9 @@ def test_save_png(tmp_path):
     assert (int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")) == (1520, 960)
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-MEASURE = """<!doctype html><body>{frames}<script>
-onload = () => {{ document.body.innerHTML = [...document.querySelectorAll("iframe")].map(f =>
-  `size=${{f.contentDocument.documentElement.scrollWidth}}/${{f.contentWindow.innerWidth}}`).join(" ") }}
-</script>"""
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: the width of the page is not looked at")
 @pytest.mark.parametrize("report", [example(), poison(example())], ids=["plain", "poisoned"])
 def test_page_fits_phone_and_desktop(report, tmp_path):
     report["examples"][0]["after"] = "x" * 5000
     report["diagnosis"][0]["table"][0] += ["a column"] * 60
-    opened = html.escape(page.render(report).replace("<details>", "<details open>"))
-    frames = "".join(
-        f'<iframe srcdoc="{opened}" style="width:{w}px;height:800px;border:0"></iframe>' for w in (1280, 390)
-    )
-    (tmp_path / "look.html").write_text(MEASURE.format(frames=frames), encoding="utf-8")
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--window-size=1300,1700",
-        f"--user-data-dir={tmp_path}/c",
-    ]
-    done = subprocess.run(
-        [str(CHROMIUM), *flags, "--dump-dom", (tmp_path / "look.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "HOME": str(tmp_path)},
-    )
-    sizes = [(int(a), int(b)) for a, b in re.findall(r"size=(\d+)/(\d+)", done.stdout)]
-    assert [inner for _, inner in sizes] == [1280, 390], done.stderr[-500:]
-    assert all(scroll <= inner for scroll, inner in sizes), sizes
+    assert_fits(page.render(report).replace("<details>", "<details open>"), tmp_path)

@@ -23,6 +23,7 @@ STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
     "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.2rem .8rem;text-align:right}"
     "td:first-child,th:first-child{text-align:left}.chosen{font-weight:bold}svg{max-width:100%;height:auto}"
+    "p,h1,h2,td{overflow-wrap:anywhere}.wide{overflow-x:auto}td{min-width:4rem}"
 )
 
 
@@ -128,4 +129,4 @@ def html_table(head: Sequence[str], rows: Sequence[tuple[Sequence[str], bool]]) 
         return "".join(f"<{tag}>{html(v)}</{tag}>" for v in values)
 
     body = "".join(f"<tr{' class=chosen' if chosen else ''}>{cells('td', row)}</tr>" for row, chosen in rows)
-    return f"<table><tr>{cells('th', head)}</tr>{body}</table>"
+    return f"<div class=wide><table><tr>{cells('th', head)}</tr>{body}</table></div>"
