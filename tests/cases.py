@@ -154,6 +154,21 @@ def lora_holds(seen: Seen) -> None:
         assert torch.equal(seen.result.model(ids).logits, seen.base_model(ids).logits)
 
 
+def halves_hold(seen: Seen) -> None:
+    """As an adapter; and the second half of the ranks is to the last bit what was taken away at the start."""
+    lora_holds(seen)
+    state, r, count = seen.result.session.state["CorDA"], seen.method.r, 0
+    for name, w in seen.result.weights.items():
+        if ".lora_" in name:
+            kind, at = ("A", w) if ".lora_A." in name else ("B", w.T)
+            start = state[f"{kind}/{name.split('.lora_')[0]}"]
+            start = start if kind == "A" else start.T
+            assert torch.equal(at[r:], start if kind == "A" else -start), name
+            assert not torch.equal(at[:r], start) and at.shape[0] == 2 * r, name
+            count += 1
+    assert count == 28  # A and B of seven maps in each of two blocks
+
+
 def pairs_hold(seen: Seen) -> None:
     """The originals are the base's to the last bit, every copy moved, and switched off the model is the base."""
     inside = {n: w for n, w in seen.result.weights.items() if ".expanded." not in n}
@@ -622,6 +637,12 @@ CASES = (
         pairs_hold,
         no_off="without copies nothing would train: leaving it out is off",
         zero_at_base="ControlLLM",
+    ),
+    Case(
+        hf.CorDA(r=4, lora_alpha=8, samples=8, max_tokens=32),
+        halves_hold,
+        no_off="a rank of 0 is refused: leaving it out is off",
+        no_zero=NO_TERM,
     ),
     Case(hf.Curriculum(start=0.3, epochs=3.0), easy_first_holds, off=(hf.Curriculum(start=1.0),), no_zero=NO_TERM),
     Case(hf.DARE(density=0.3), dropped_holds, off=(hf.DARE(density=1.0),), no_zero=NO_TERM),

@@ -9,7 +9,7 @@ import zoo
 from holdfast.engine.forward import forward
 from holdfast.errors import PlanError
 from holdfast.methods import L2ToInit, LiNeS, LoRA, WiSEFT
-from holdfast.methods.adapt.lora import unfit
+from holdfast.methods.adapt._adapter import unfit
 from holdfast.plan import Host, Plan
 from holdfast.services import Context
 
