@@ -553,6 +553,15 @@ def shown_answers_hold(seen: Seen) -> None:
     assert seen.result.log.realised["SDFT/examples"] == 80 and not seen.result.log.realised["task/examples"]
 
 
+def easy_rows_weigh(seen: Seen) -> None:
+    """The first loss, rows weighted by the base's losses on all rows of the task."""
+    means = torch.stack([losses_of(seen.base_model, r).mean() for r in seen.task])
+    first = [losses_of(seen.base_model, r) for r in drawn_first(seen)]
+    tau = (means.sort().values[11] + means.sort().values[12]) / 2
+    weighted = torch.cat([loss * (-loss.mean() / tau).exp() for loss in first])
+    assert math.isclose(seen.result.log.loss[0][1]["task"], weighted.mean().item(), rel_tol=1e-5)
+
+
 # ---- the rows
 
 
@@ -629,6 +638,7 @@ CASES = (
     Case(hf.DGHard(strength=0.6), noise_dropped_holds, off=(hf.DGHard(strength=0.0),), no_zero=NO_TERM),
     Case(hf.EAFT(alpha=30.0), unsure_holds, off=(hf.EAFT(alpha=0.0),), no_zero=NO_TERM),
     Case(hf.FINCH(first=2, power=4.0), finch_holds, off=(hf.FINCH(power=0.0),), no_zero=NO_TERM),
+    Case(hf.FLOW(), easy_rows_weigh, no_off="every temperature weights: leaving it out is off", no_zero=NO_TERM),
     Case(
         hf.Freeze(layers=1, embeddings=True, patterns=("norm",), layer_decay=0.9),
         freeze_holds,
