@@ -58,6 +58,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "s3ft": ([M.S3FT(max_new_tokens=16)], FULL),  # "contains": with "exact" nothing would change
         "sdft": ([M.LoRA(), M.SDFT(max_completion_length=8)], LORA),
         "flow": ([M.FLOW()], FULL),
+        "ewc": ([M.EWC()], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -94,6 +95,7 @@ TABLE = [
     "s3ft",
     "sdft",
     "flow",
+    "ewc",
     *AFTERWARDS,
 ]
 
