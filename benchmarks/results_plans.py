@@ -59,6 +59,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "sdft": ([M.LoRA(), M.SDFT(max_completion_length=8)], LORA),
         "flow": ([M.FLOW()], FULL),
         "ewc": ([M.EWC()], FULL),
+        "cpo penalty": ([M.CPOPenalty()], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -96,6 +97,7 @@ TABLE = [
     "sdft",
     "flow",
     "ewc",
+    "cpo penalty",
     *AFTERWARDS,
 ]
 

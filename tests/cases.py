@@ -562,6 +562,17 @@ def easy_rows_weigh(seen: Seen) -> None:
     assert math.isclose(seen.result.log.loss[0][1]["task"], weighted.mean().item(), rel_tol=1e-5)
 
 
+def protected_hold(seen: Seen) -> None:
+    """The largest tenth of every matrix moved less than half as far as without."""
+    near = far = 0.0
+    for n, w in seen.base.items():
+        if w.ndim == 2:
+            mask = w.abs() >= w.abs().flatten().topk(round(0.1 * w.numel())).values[-1]
+            near += float((seen.result.weights[n] - w).abs()[mask].sum())
+            far += float((seen.plain.weights[n] - w).abs()[mask].sum())
+    assert 0 < near < 0.5 * far
+
+
 # ---- the rows
 
 
@@ -610,6 +621,7 @@ CASES = (
         off=(hf.Breadcrumbs(density=1.0, outliers=0.0),),
         no_zero=NO_TERM,
     ),
+    Case(hf.CPOPenalty(weight=1e5), protected_hold, off=(hf.CPOPenalty(weight=0.0),), zero_at_base="CPOPenalty"),
     Case(
         hf.ClassSeparability(texts=6, every=1, patience=1, least=1e9),
         end_holds,
