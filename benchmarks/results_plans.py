@@ -60,6 +60,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "flow": ([M.FLOW()], FULL),
         "ewc": ([M.EWC()], FULL),
         "cpo penalty": ([M.CPOPenalty()], FULL),
+        "feature distillation": ([M.FeatureDistillation()], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -98,6 +99,7 @@ TABLE = [
     "flow",
     "ewc",
     "cpo penalty",
+    "feature distillation",
     *AFTERWARDS,
 ]
 

@@ -573,6 +573,16 @@ def protected_hold(seen: Seen) -> None:
     assert 0 < near < 0.5 * far
 
 
+def states_hold(seen: Seen) -> None:
+    """The states before the head are nearer to the base's than without."""
+    with torch.no_grad():
+        base, *others = (
+            forward(m, seen.task, hidden=True)[1] for m in (seen.base_model, seen.result.model, seen.plain.model)
+        )
+    near, far = ((h - base).square().sum().item() for h in others)
+    assert 0 < near < 0.8 * far
+
+
 # ---- the rows
 
 
@@ -652,6 +662,12 @@ CASES = (
     Case(hf.EWC(alpha=5.0, rows=4, max_tokens=32), pull_holds, off=(hf.EWC(alpha=0.0),), zero_at_base="EWC"),
     Case(hf.FINCH(first=2, power=4.0), finch_holds, off=(hf.FINCH(power=0.0),), no_zero=NO_TERM),
     Case(hf.FLOW(), easy_rows_weigh, no_off="every temperature weights: leaving it out is off", no_zero=NO_TERM),
+    Case(
+        hf.FeatureDistillation(weight=100.0),
+        states_hold,
+        off=(hf.FeatureDistillation(weight=0.0),),
+        zero_at_base="FeatureDistillation",
+    ),
     Case(
         hf.Freeze(layers=1, embeddings=True, patterns=("norm",), layer_decay=0.9),
         freeze_holds,
