@@ -59,6 +59,10 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "sdft": ([M.LoRA(), M.SDFT(max_completion_length=8)], LORA),
         "corda": ([M.CorDA()], LORA),
         "corda, instruction-previewed": ([M.CorDA(corda_method="ipm")], LORA),
+        "flow": ([M.FLOW()], FULL),
+        "ewc": ([M.EWC()], FULL),
+        "cpo penalty": ([M.CPOPenalty()], FULL),
+        "feature distillation": ([M.FeatureDistillation()], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -96,6 +100,10 @@ TABLE = [
     "sdft",
     "corda",
     "corda, instruction-previewed",
+    "flow",
+    "ewc",
+    "cpo penalty",
+    "feature distillation",
     *AFTERWARDS,
 ]
 

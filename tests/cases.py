@@ -568,6 +568,36 @@ def shown_answers_hold(seen: Seen) -> None:
     assert seen.result.log.realised["SDFT/examples"] == 80 and not seen.result.log.realised["task/examples"]
 
 
+def easy_rows_weigh(seen: Seen) -> None:
+    """The first loss, rows weighted by the base's losses on all rows of the task."""
+    means = torch.stack([losses_of(seen.base_model, r).mean() for r in seen.task])
+    first = [losses_of(seen.base_model, r) for r in drawn_first(seen)]
+    tau = (means.sort().values[11] + means.sort().values[12]) / 2
+    weighted = torch.cat([loss * (-loss.mean() / tau).exp() for loss in first])
+    assert math.isclose(seen.result.log.loss[0][1]["task"], weighted.mean().item(), rel_tol=1e-5)
+
+
+def protected_hold(seen: Seen) -> None:
+    """The largest tenth of every matrix moved less than half as far as without."""
+    near = far = 0.0
+    for n, w in seen.base.items():
+        if w.ndim == 2:
+            mask = w.abs() >= w.abs().flatten().topk(round(0.1 * w.numel())).values[-1]
+            near += float((seen.result.weights[n] - w).abs()[mask].sum())
+            far += float((seen.plain.weights[n] - w).abs()[mask].sum())
+    assert 0 < near < 0.5 * far
+
+
+def states_hold(seen: Seen) -> None:
+    """The states before the head are nearer to the base's than without."""
+    with torch.no_grad():
+        base, *others = (
+            forward(m, seen.task, hidden=True)[1] for m in (seen.base_model, seen.result.model, seen.plain.model)
+        )
+    near, far = ((h - base).square().sum().item() for h in others)
+    assert 0 < near < 0.8 * far
+
+
 # ---- the rows
 
 
@@ -616,6 +646,7 @@ CASES = (
         off=(hf.Breadcrumbs(density=1.0, outliers=0.0),),
         no_zero=NO_TERM,
     ),
+    Case(hf.CPOPenalty(weight=1e5), protected_hold, off=(hf.CPOPenalty(weight=0.0),), zero_at_base="CPOPenalty"),
     Case(
         hf.ClassSeparability(texts=6, every=1, patience=1, least=1e9),
         end_holds,
@@ -649,7 +680,15 @@ CASES = (
     Case(hf.DFT(), token_loss_holds, no_off="it has no settings: leaving it out is off", no_zero=NO_TERM),
     Case(hf.DGHard(strength=0.6), noise_dropped_holds, off=(hf.DGHard(strength=0.0),), no_zero=NO_TERM),
     Case(hf.EAFT(alpha=30.0), unsure_holds, off=(hf.EAFT(alpha=0.0),), no_zero=NO_TERM),
+    Case(hf.EWC(alpha=5.0, rows=4, max_tokens=32), pull_holds, off=(hf.EWC(alpha=0.0),), zero_at_base="EWC"),
     Case(hf.FINCH(first=2, power=4.0), finch_holds, off=(hf.FINCH(power=0.0),), no_zero=NO_TERM),
+    Case(hf.FLOW(), easy_rows_weigh, no_off="every temperature weights: leaving it out is off", no_zero=NO_TERM),
+    Case(
+        hf.FeatureDistillation(weight=100.0),
+        states_hold,
+        off=(hf.FeatureDistillation(weight=0.0),),
+        zero_at_base="FeatureDistillation",
+    ),
     Case(
         hf.Freeze(layers=1, embeddings=True, patterns=("norm",), layer_decay=0.9),
         freeze_holds,

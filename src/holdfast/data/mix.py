@@ -142,7 +142,7 @@ class Mix:
         for rows in (self.kept, *(s.rows for s in self.sources if not callable(s.rows))):
             for row in (r for r in rows if is_held(r, self.held)):
                 found.setdefault(row.source, {}).setdefault(row.key, row)
-        return {source: [self._mapped(r) for r in rows.values()] for source, rows in found.items()}
+        return {source: [self.mapped(r) for r in rows.values()] for source, rows in found.items()}
 
     def only(self, names: Sequence[str] | None) -> Mix:
         """The mix drawn from some of its sources ("task" is one), whose shares keep their proportions; None: all.
@@ -159,7 +159,8 @@ class Mix:
                 raise PlanError(what, suggest(name, known) or f"Known: {', '.join(known)}.")
         return replace(self, without=frozenset(known) - set(names))
 
-    def _mapped(self, row: TokenRow) -> TokenRow:
+    def mapped(self, row: TokenRow) -> TokenRow:
+        """A drawn row as it is trained on: with the maps so far."""
         for function in self.maps:
             row = function(row)
         return row
@@ -198,7 +199,7 @@ class Mix:
             used[pick] += 1 if source.unit == "examples" else len(row.ids)
             total["examples"] += 1
             total["tokens"] += len(row.ids)
-            yield self._mapped(row)
+            yield self.mapped(row)
 
 
 def names_of(rows: Sequence[TokenRow]) -> list[str]:

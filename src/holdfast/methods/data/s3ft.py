@@ -81,7 +81,7 @@ class Exchange:
     @cached_property
     def table(self) -> dict[bytes, TokenRow]:
         """The chosen row for each task row that changes, by its key."""
-        rows = [self._mapped(r) for r in self.mix.kept]
+        rows = [self.mix.mapped(r) for r in self.mix.kept]
         chosen, counts = self.choose(rows)
         said = ", ".join(f"{counts[kind]} {kind}" for kind in (SELF, PARAPHRASE, GOLD))
         self.ctx.notes.append(f"S3FT trains on {said} for {len(rows)} rows (verifier {self.method.verifier})")
@@ -93,11 +93,6 @@ class Exchange:
                 "Choose another verifier or a larger max_new_tokens, or take S3FT out of the plan.",
             )
         return changed
-
-    def _mapped(self, row: TokenRow) -> TokenRow:
-        for function in self.mix.maps:
-            row = function(row)
-        return row
 
     def choose(self, rows: Sequence[TokenRow]) -> tuple[dict[bytes, TokenRow], Counter[str]]:
         """The target of every row by its key, and how many of the rows have which kind."""

@@ -10,15 +10,14 @@ Cost: dense: one copy of the trained weights. LoRA: nothing.
 Combine with: everything at parameter level.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from holdfast.engine.shards import whole
 from holdfast.errors import PlanError
-from holdfast.method import Method, Paper, Term, canonical
+from holdfast.method import Method, Paper, Term
+from holdfast.methods.loss._weights import lora_pairs, wanted
 from holdfast.services import Context, View
 
 
@@ -41,15 +40,12 @@ class L2ToInit(Method):
             raise PlanError(f"L2ToInit.alpha is {self.alpha}: a negative pull pushes away.", "Use 0 or more.")
 
     def loss(self, view: View) -> Term | None:
-        lora = _lora_pairs(view)
         terms = []
         for name, p in view.params.items():
-            if self.patterns and not any(re.search(x, name) for x in self.patterns):
-                continue
-            if ".lora_" not in name and name in view.base_weights:
+            if ".lora_" not in name and name in view.base_weights and wanted(name, self.patterns):
                 terms.append(_distance(p, view.base_weights[name]))
-        for name, a, b, scale in lora:
-            if not self.patterns or any(re.search(x, name) for x in self.patterns):
+        for name, a, b, scale in lora_pairs(view):
+            if wanted(name, self.patterns):
                 terms.append(scale**2 * ((b.T @ b) * (a @ a.T)).sum())
         return Term(self.alpha / 2 * torch.stack(terms).sum()) if terms else None
 
@@ -73,25 +69,3 @@ class _Distance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
         return ctx.saved_tensors[0] * (2 * grads[0]), None
-
-
-def _lora_pairs(view: View) -> list[tuple[str, torch.Tensor, torch.Tensor, float]]:
-    """(name, A (r, n), B (m, r), scale) of every LoRA module whose A or B trains."""
-    out = []
-    module: Any  # PEFT's layers: torch's types know no lora_A
-    for name, module in view.model.named_modules():
-        if hasattr(module, "lora_A") and "default" in module.lora_A:
-            keys = ("lora_A.default.weight", "lora_B.default.weight")
-        elif hasattr(module, "lora_embedding_A") and "default" in module.lora_embedding_A:
-            keys = ("lora_embedding_A.default", "lora_embedding_B.default")
-        else:
-            continue
-        a, b = (whole(_trained(view, f"{name}.{k}")) for k in keys)
-        if a.requires_grad or b.requires_grad:
-            out.append((name, a, b, float(module.scaling["default"])))
-    return out
-
-
-def _trained(view: View, name: str) -> torch.Tensor:
-    """A parameter of the model as it is trained: while FSDP2 computes, the model holds gathered copies."""
-    return view.params.get(canonical(name), view.model.get_parameter(name))
