@@ -57,6 +57,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "control llm": ([M.ControlLLM()], FULL),
         "s3ft": ([M.S3FT(max_new_tokens=16)], FULL),  # "contains": with "exact" nothing would change
         "sdft": ([M.LoRA(), M.SDFT(max_completion_length=8)], LORA),
+        "s2ft": ([M.S2FT()], LORA),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -92,6 +93,7 @@ TABLE = [
     "control llm",
     "s3ft",
     "sdft",
+    "s2ft",
     *AFTERWARDS,
 ]
 
