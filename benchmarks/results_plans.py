@@ -63,6 +63,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "ewc": ([M.EWC()], FULL),
         "cpo penalty": ([M.CPOPenalty()], FULL),
         "feature distillation": ([M.FeatureDistillation()], FULL),
+        "s2ft": ([M.S2FT()], LORA),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -104,6 +105,7 @@ TABLE = [
     "ewc",
     "cpo penalty",
     "feature distillation",
+    "s2ft",
     *AFTERWARDS,
 ]
 

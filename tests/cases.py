@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from holdfast.methods.loss.gere import _flags, _key, margin
 from holdfast.plan import Host, Plan
 from holdfast.services import Context
 from holdfast.session import Session
+from holdfast.sites.replace import merge, replace
 from tiny import build_tokenizer
 
 Weights = dict[str, torch.Tensor]
@@ -167,6 +169,43 @@ def halves_hold(seen: Seen) -> None:
             assert not torch.equal(at[:r], start) and at.shape[0] == 2 * r, name
             count += 1
     assert count == 28  # A and B of seven maps in each of two blocks
+
+
+def beside_holds(seen: Seen) -> None:
+    """The originals are the base's to the last bit, what stands beside them moved, and off the model is the base."""
+    inside = {n: w for n, w in seen.result.weights.items() if n in seen.base}
+    assert inside.keys() == seen.base.keys() and all(torch.equal(w, seen.base[n]) for n, w in inside.items())
+    again = replaced_again(seen)
+    own = {n: w for n, w in seen.result.weights.items() if n not in seen.base}
+    assert own.keys() == again.keys() and all(not torch.equal(w, again[n]) for n, w in own.items())
+    ids = torch.as_tensor(seen.task[0].ids)[None]
+    with torch.no_grad(), switched_off(seen.result.model):
+        assert torch.equal(seen.result.model(ids).logits, seen.base_model(ids).logits)
+
+
+def replaced_again(seen: Seen) -> Weights:
+    """What the replaced modules began with."""
+    model = copy.deepcopy(seen.base_model)
+    replace(model, seen.method, Context(model, None), seen.result.session.state[seen.method.name])
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def slices_hold(seen: Seen) -> None:
+    """Folded in, the chosen columns and rows moved and every other number is the base's to the last bit."""
+    beside_holds(seen)
+    state, model = seen.result.session.state["S2FT"], copy.deepcopy(seen.result.model)
+    merge(model, seen.method)
+    for name, w in weights_of(model).items():
+        moved = w != seen.base[name]
+        chosen = state.get(name.removesuffix(".weight"))
+        if chosen is None:
+            assert not moved.any(), name
+            continue
+        dim = 1 if "down_proj" in name or "o_proj" in name else 0
+        kept = torch.ones(w.shape[dim], dtype=torch.bool).index_fill(0, chosen, False)
+        assert not moved.index_select(dim, kept.nonzero()[:, 0]).any(), name
+        assert moved.index_select(dim, chosen).float().mean() > 0.95, name
+    assert {n.rsplit(".", 1)[-1] for n in state} == {"down_proj", "up_proj", "o_proj", "v_proj"}
 
 
 def pairs_hold(seen: Seen) -> None:
@@ -783,6 +822,12 @@ CASES = (
         hf.Replay(share=0.3, sources=(GENERAL,), max_tokens=32),
         share_holds("Replay"),
         off=(hf.Replay(share=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.S2FT(d_ratio=0.2, u_ratio=0.1, o_ratio=0.5, v_ratio=0.5),
+        slices_hold,
+        no_off="ratios of 0 are refused: leaving it out is off",
         no_zero=NO_TERM,
     ),
     Case(

@@ -109,12 +109,13 @@ def unfit(model: Any) -> dict[str, str]:
     out = {}
     for place, layer in model.named_modules():
         for name, m in layer.named_children():
-            if isinstance(m, torch.nn.Linear) and (why := _why_unfit(layer, name, m)):
+            if isinstance(m, torch.nn.Linear) and (why := why_unfit(layer, name, m)):
                 out[f"{place}.{name}".lstrip(".")] = why
     return out
 
 
-def _why_unfit(layer: Any, name: str, m: Any) -> str:
+def why_unfit(layer: Any, name: str, m: Any) -> str:
+    """Why nothing can stand beside the linear map `m`, which is `name` in `layer`; "" where something can."""
     if name in _reads(type(layer)):
         return f"{type(layer).__name__} reads its weight itself, so that an adapter would not be seen"
     plain = type(m).forward is torch.nn.Linear.forward or m.weight.dtype not in PLAIN or m.weight.is_meta

@@ -18,11 +18,8 @@ from typing import Any, ClassVar
 
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, canonical, layer_of
+from holdfast.methods.adapt._parts import ATTENTION, FEED_FORWARD
 from holdfast.services import Context, State
-
-ATTENTION = {"q": r"(q_proj|q_lin|query)$", "k": r"(k_proj|k_lin|key)$", "v": r"(v_proj|v_lin|value)$",
-             "o": r"(o_proj|out_proj|out_lin)$"}  # fmt: skip
-FEED_FORWARD = {"gate": r"(gate_proj|w1)$", "up": r"(up_proj|fc1|w3)$", "down": r"(down_proj|fc2|w2)$"}
 
 
 @dataclass(frozen=True, kw_only=True)
