@@ -27,7 +27,7 @@ from holdfast.report import repair as shown
 from holdfast.runs import repair as repair_run
 from holdfast.runs import repair_heal, repair_judge, repair_search
 from holdfast.runs.repair_goal import from_data
-from holdfast.runs.repair_heal import Healed, heal
+from holdfast.runs.repair_heal import Healed, heal, write
 from holdfast.runs.repair_search import GRID, HEAL, TUNED, Candidate, Point, best, candidates, choose, frontier, search
 from holdfast.services import Context
 from holdfast.sites.adapter_files import may_scale
@@ -389,7 +389,8 @@ def test_heal_pulls_towards_the_base_and_reads_no_label(world, tokenizer, tmp_pa
     assert len(texts) == 12 and all(t not in answers for t in texts)
     file, told = tmp_path / "heal.safetensors", []
     monkeypatch.setattr(repair_heal, "RATE", 0.02)  # a tiny model moves little
-    heal(lambda: base, lambda: tuned, tokenizer, goal.prompts, file, steps=24, tell=lambda x, _: told.append(x))
+    healing = heal(lambda: base, lambda: tuned, tokenizer, goal.prompts, steps=24, tell=lambda x, _: told.append(x))
+    write(healing, file)
     assert told == sorted(told) and told[-1] == 1 and [p.name for p in tmp_path.iterdir()] == [file.name]
 
     rows = ICLAnchor(pool=12, seed=5).asides(Context(base, tokenizer))

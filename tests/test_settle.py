@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from holdfast import cli, models
 from holdfast.errors import PlanError, RecipeError
 from holdfast.recipe import recipe_from
-from holdfast.runs import looking, settle
+from holdfast.runs import looking, repair_heal, settle
 from holdfast.runs.halves import Halves
 from holdfast.runs.job import checked
 from holdfast.runs.repair_search import Point
@@ -159,13 +160,34 @@ def test_modules_of_its_own_cannot_be_taken_back(world, tmp_path):
         tune(recipe.model_copy(update={"plan": [{"ControlLLM": {}}]}))
 
 
-@pytest.mark.parametrize("plan", [{"LoRA": {"r": 4, "use_dora": True}}, {"ProMoT": {"num_virtual_tokens": 3}}])
-def test_what_is_more_than_a_scale_is_said(world, tmp_path, plan):
+def test_what_is_more_than_a_scale_and_cannot_be_healed_is_said(world, tmp_path):
     recipe = asked(world, tmp_path / "run", "adapter", keep={"language": 0.999})
-    report = report_of(tune(recipe.model_copy(update={"plan": [plan]})))
-    found = report["training"]["budget"]
-    assert "could not be enforced" in report["task"]["note"] and found["share"] == 1
-    assert found["met"] is False and len(found["points"]) == 1
+    report = report_of(tune(recipe.model_copy(update={"plan": [{"ProMoT": {"num_virtual_tokens": 3}}]})))
+    found, note = report["training"]["budget"], report["task"]["note"]
+    assert "could not be enforced" in note and "could not be healed, since its soft prompt" in note
+    assert found["met"] is False and found["share"] == 1 and len(found["points"]) == 1 and not found["healed"]
+
+
+@pytest.mark.parametrize("plan", [{}, {"LoRA": {"r": 8}}, {"LoRA": {"r": 8, "use_dora": True}}])
+def test_where_no_part_meets_the_bound_the_model_is_healed(world, tmp_path, monkeypatch, plan):
+    """The line is cut short here, so that nothing on it meets the bound."""
+    monkeypatch.setattr(settle, "SHARES", (1.0, 0.9))
+    monkeypatch.setattr(repair_heal, "RATE", 0.02)  # a tiny model moves little
+    kind = "adapter" if plan else "dense"
+    recipe = asked(world, tmp_path / "run", kind, keep={"language": 0.99}).model_copy(
+        update={"plan": [plan] * bool(plan)}
+    )
+    run = tune(recipe)
+    report = report_of(run)
+    found, note = report["training"]["budget"], report["task"]["note"]
+    *line, healed = found["points"]
+    assert [p["share"] for p in line] == ([1.0] if "use_dora" in str(plan) else [1.0, 0.9]) and healed["healed"]
+    assert healed["margin"] > max(p["margin"] for p in line) and found["healed"] and "heal" in note
+    assert report["task"]["after"]["value"] < report["task"]["before"]["value"]  # a loss: the task stays learnt
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert not (run / "model" / "adapter_config.json").exists()
+    base = AutoModelForCausalLM.from_pretrained(world.base)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True))
 
 
 def test_an_ability_that_the_base_does_not_have_is_no_bound_met(world, tmp_path):

@@ -21,7 +21,7 @@ from holdfast.models.related import check_related
 from holdfast.recipe import KEEP_FRAC
 from holdfast.runs import repair_goal
 from holdfast.runs.folder import JsonOrder, RunFolder
-from holdfast.runs.repair_heal import check_prompts, heal
+from holdfast.runs.repair_heal import check_prompts, heal, write
 from holdfast.runs.repair_judge import BASE, CHOOSING, Judge
 from holdfast.runs.repair_search import DEFAULT, HEAL, TUNED, Candidate, Point, candidates, search
 from holdfast.runs.run import Tell, silent
@@ -143,7 +143,7 @@ class _Work:
         if not file.exists():
             base, tuned = partial(judge.model, BASE), partial(judge.model, TUNED)
             settings: dict[str, Any] = dict(who.settings)
-            heal(base, tuned, judge.tokenizer, self.goal.prompts, file, tell=self._told("heal"), **settings)
+            write(heal(base, tuned, judge.tokenizer, self.goal.prompts, tell=self._told("heal"), **settings), file)
             judge.forget()
         return file
 

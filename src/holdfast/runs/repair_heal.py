@@ -29,17 +29,18 @@ from holdfast.measure.closeness import Tokens, greedy_answers
 from holdfast.method import Method, Paper, State, Term, canonical
 from holdfast.methods import ICLAnchor, KLToBase, LoRA
 from holdfast.plan import Host, Plan
+from holdfast.runs.rate import WIDTH, width_of
 from holdfast.services import Context, Teacher, View
 from holdfast.session import Session
 
-BATCH, RATE, PROMPTS, FEWEST, SEED = 8, 1e-3, 200, 8, 0  # ours
+STEPS, BATCH, RATE, PROMPTS, FEWEST, SEED = 48, 8, 1e-3, 200, 8, 0  # ours
 
 
 @dataclass(frozen=True, kw_only=True)
 class Healed(Method):
     """The change that `heal` trained, added to the tuned weights: W + s B A for each linear map."""
 
-    file: str  # of `heal`
+    file: str  # of `write`
 
     does: ClassVar = "adds what a short training changed"
     paper: ClassVar = Paper("", note="ours")
@@ -84,16 +85,34 @@ def heal(
     tuned: Callable[[], Any],
     tokenizer: Any,
     prompts: Sequence[Tokens],
-    target: Path,
     *,
     steps: int,
     tell: Callable[[float, str], None],
-) -> None:
-    """Train and write the change as `target`, whole or not at all.
+) -> Session:
+    """`healing` on the tuned model's own answers to prompts of the task, as tokens."""
+    asked = list(prompts)[:PROMPTS]
+
+    def rows(model: Any) -> list[TokenRow]:
+        answers = greedy_answers(model, tokenizer, asked)
+        return [token_row([*p, *a], len(p)) for p, a in zip(asked, answers, strict=True) if a]
+
+    return healing(base, tuned, tokenizer, rows, steps=steps, tell=tell)
+
+
+def healing(
+    base: Callable[[], Any],
+    tuned: Callable[[], Any],
+    tokenizer: Any,
+    rows: Callable[[Any], Sequence[TokenRow]],
+    *,
+    steps: int,
+    tell: Callable[[float, str], None],
+) -> Session:
+    """Train; returns the session, whose model is the tuned one with the change as an adapter.
 
     Args:
         base, tuned: give the models, plain; the second is wrapped for good. Both may be the same one in memory.
-        prompts: of the task, as tokens.
+        rows: gives rows of the task, of the tuned model.
 
     Raises:
         PlanError: the tuned model has no linear map that LoRA can stand beside.
@@ -101,12 +120,8 @@ def heal(
     anchor = {"every": 1, "short": 0, "pool": steps, "seed": SEED}  # the tuned model is far from the base at once
     teacher = _learnt(base(), tokenizer, ICLAnchor(**anchor), lambda x: tell(0.1 * x, "answers of the base"))
     model = tuned()
-    asked = list(prompts)[:PROMPTS]
-    answers = greedy_answers(model, tokenizer, asked)
-    rows = [token_row([*p, *a], len(p)) for p, a in zip(asked, answers, strict=True) if a]
     plan = Plan([LoRA(), KLToBase(), _Anchor(teacher=teacher, **anchor)])
-    session = _trained(plan, model, tokenizer, rows, steps, lambda x, words: tell(0.2 + 0.8 * x, words))
-    _write(session, target)
+    return _trained(plan, model, tokenizer, rows(model), steps, lambda x, words: tell(0.2 + 0.8 * x, words))
 
 
 def _learnt(model: Any, tokenizer: Any, anchor: ICLAnchor, progress: Callable[[float], None]) -> Teacher:
@@ -130,7 +145,8 @@ def _trained(
     order = mix.draw(SEED)
     session.prepare([next(order) for _ in range(steps * BATCH)])
     half = None if dtype == torch.float32 else dtype
-    settings = Training(steps, BATCH, learning_rate=RATE, seed=SEED, autocast=half, save_steps=0)
+    rate = RATE * min(1.0, WIDTH / width_of(model))  # as `auto` falls
+    settings = Training(steps, BATCH, learning_rate=rate, seed=SEED, autocast=half, save_steps=0)
 
     def on_step(step: int, of: int, parts: Mapping[str, float]) -> None:
         tell(step / of, "  ".join(f"{name} {value:.3f}" for name, value in parts.items()))
@@ -139,8 +155,8 @@ def _trained(
     return session
 
 
-def _write(session: Session, target: Path) -> None:
-    """s B and A of each map, by the name of its weight."""
+def write(session: Session, target: Path) -> None:
+    """Write the change, whole or not at all: s B and A of each map, by the name of its weight."""
     from peft.tuners.lora import LoraLayer
     from safetensors.torch import save_file
 

@@ -1,9 +1,10 @@
 """The last step under a budget (`measure.budget`): how much of the change may stay, so that every bound holds.
 
 The weights walk back from the tuned model towards the base in a straight line (WiSE-FT, arXiv 2109.01903; on a LoRA
-adapter its scale, which is the same), until the share of each ability lies above its floor. One half of the items and
-the validation rows decide; `measuring` then reports on the other half, so no number in the report was chosen on. Where
-the whole change meets every bound, that is one measurement and nothing is changed.
+adapter its scale, which is the same), until the share of each ability lies above its floor. Where no part of the
+change meets the bounds, the model is healed (`settle_heal`). One half of the items and the validation rows decide;
+`measuring` then reports on the other half, so no number in the report was chosen on. Where the whole change meets
+every bound, that is one measurement and nothing is changed.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from holdfast.measure.tuned_task import task_estimates
 from holdfast.method import canonical
 from holdfast.models.tensors import tensors_of
 from holdfast.recipe import KEEP_FRAC
+from holdfast.runs import settle_heal
 from holdfast.runs.halves import CHOOSE, Halves, Measured
 from holdfast.runs.job import Job
 from holdfast.runs.repair_search import Point, choose
 from holdfast.session import LORA_B
 
 SHARES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)  # ours: from the tuned model towards the base, until one meets the bounds
+HEALED = "healed"  # the candidate that is no share
 HALVINGS = 2  # ours: between the first that meets them and the last that does not
 BASE = "before.choose.json"  # the base's answers on the choosing half, in the run folder
 LORA = (".lora_A.", ".lora_B.", ".lora_embedding_")
@@ -73,11 +76,12 @@ def remember(job: Job, key: str | None) -> None:
         job.run.folder.write(BASE, found)
 
 
-def settle(job: Job, change: Change, model: Any, soft: Any) -> dict[str, Any]:
-    """Scale the change so that every bound holds on the choosing half, the task as good as it can be.
+def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[str, Any]]:
+    """Scale the change so that every bound holds on the choosing half, the task as good as it can be; else heal.
 
-    Returns {"share", "met": None where no bound could be measured, "points": what each share scored, "unseen": the
-    abilities with a bound that the base does not have, "why": why all of the change stays, whatever it meets}.
+    Returns (the model: `model`, or another one that was healed; {"share", "healed", "met": None where no bound could
+    be measured, "points": what each share scored, "unseen": the abilities with a bound that the base does not have,
+    "why": why all of the change stays whatever it meets, "unhealed": why healing was not tried where nothing met}).
     """
     base, halves = job.run.folder.read(BASE), Halves(job)
 
@@ -88,14 +92,25 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> dict[str, Any]:
         return _point(job, share, base, halves.measured(CHOOSE, model, soft))
 
     points: list[Point] = []
+    said: dict[str, Any] = {} if change.straight else {"why": "what was trained is more than a scale of its change"}
+    healed = None
     with job.run.timed("search"):
         _search(points, look, SHARES if change.straight else SHARES[:1])
+        if points[0].shown["kept"] and not choose(points).meets:
+            said["unhealed"] = settle_heal.why_not(job, soft)
+            change.scale(model, 1.0)
+            if not said["unhealed"]:
+                healed = settle_heal.healed(job, model, _told(job, "heal"))
+                points.append(_point(job, HEALED, base, halves.measured(CHOOSE, healed)))
         best = choose(points)
-        change.scale(model, best.candidate)
+        if best.candidate == HEALED:
+            model = healed
+        else:
+            change.scale(model, best.candidate)
     unseen = [name for name in job.recipe.measure.keep if name not in best.shown["kept"]]
     met = best.meets if best.shown["kept"] else None
-    found = {"share": best.candidate, "met": met, "points": [_shown(p) for p in points], "unseen": unseen}
-    return found if change.straight else {**found, "why": "what was trained is more than a scale of its change"}
+    which = {k: v for k, v in _shown(best).items() if k in ("share", "healed")}
+    return model, {**which, "met": met, "points": [_shown(p) for p in points], "unseen": unseen, **said}
 
 
 def _search(points: list[Point], look: Callable[[float], Point], shares: Sequence[float] = SHARES) -> None:
@@ -112,7 +127,7 @@ def _search(points: list[Point], look: Callable[[float], Point], shares: Sequenc
         low, high = (points[-1].candidate, high) if points[-1].meets else (low, points[-1].candidate)
 
 
-def _point(job: Job, share: float, base: Measured, found: Measured) -> Point:
+def _point(job: Job, share: float | str, base: Measured, found: Measured) -> Point:
     floors, metric = job.recipe.measure.keep, metric_of(job.task.metric)
     pairs = zip(base["abilities"], found["abilities"], strict=True)
     parts = [ability(b, a, floors.get(b["suite"], KEEP_FRAC)) for b, a in pairs]
@@ -124,7 +139,9 @@ def _point(job: Job, share: float, base: Measured, found: Measured) -> Point:
 
 
 def _shown(p: Point) -> dict[str, Any]:
-    return {"share": p.candidate, "meets": p.meets, "margin": p.margin, **p.shown}
+    healed = p.candidate == HEALED
+    which = {"share": 1.0 if healed else p.candidate, "healed": healed}
+    return {**which, "meets": p.meets, "margin": p.margin, **p.shown}
 
 
 def words(found: Mapping[str, Any], floors: Mapping[str, float]) -> str:
@@ -136,14 +153,28 @@ def words(found: Mapping[str, Any], floors: Mapping[str, float]) -> str:
 
 
 def _outcome(found: Mapping[str, Any], bound: str) -> str:
+    if found["healed"]:
+        does = "meets it and was used" if found["met"] else "does not either, but is the nearest to it"
+        return f"{_none(found, bound)}; a short training towards the base (heal) {does}"
     if found["share"] == 1 and found["met"]:
         return f"the whole change meets the budget ({bound}) on the items for choosing"
+    unhealed = found.get("unhealed")
+    tried = f"; it could not be healed, since {unhealed}" if unhealed else ""
     if "why" in found:
-        return f"the budget ({bound}) is not met and could not be enforced: {found['why']}"
+        return f"the budget ({bound}) is not met and could not be enforced: {found['why']}{tried}"
     kept = f"{found['share']:.0%} of the change was kept"
     if found["met"]:
         return f"{kept}, as much as meets the budget ({bound}) on the items for choosing"
-    return f"no part of the change meets the budget ({bound}) on the items for choosing; {kept}, the nearest to it"
+    return f"{_none(found, bound)}; {kept}, the nearest to it{tried}"
+
+
+def _none(found: Mapping[str, Any], bound: str) -> str:
+    what = (
+        f"the change, of which no part can be taken back ({found['why']}), does not meet"
+        if "why" in found
+        else ("no part of the change meets")
+    )
+    return f"{what} the budget ({bound}) on the items for choosing"
 
 
 def _told(job: Job, phase: str) -> Callable[[float, str], None]:

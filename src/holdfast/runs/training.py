@@ -130,7 +130,9 @@ def _finished(job: Job, base_dtype: Any) -> tuple[Any, Any, dict[str, Any] | Non
         raise TrainingError(what, "Start again with a lower training.learning_rate and another output_dir.")
     change = settle.Change(job) if job.recipe.measure.budget else None
     tuned, soft = session.finished_model(base_dtype)
-    settled = settle.settle(job, change, tuned, soft) if change else None
+    settled = None
+    if change:
+        tuned, settled = settle.settle(job, change, tuned, soft)
     if asked.merge and hasattr(tuned, "peft_config"):
         tuned = models.merged(tuned, f"The adapter of this run on {job.source.label}")
     elif asked.merge and job.replaces:
