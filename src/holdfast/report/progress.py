@@ -17,6 +17,7 @@ NAMES = {
     "measure after": "Measuring after",
     "measure": "Measuring",
     "search": "Searching",
+    "heal": "Healing",
     "second look": "Looking again",
     "export": "Writing the model",
     "check": "Checking the plans",
