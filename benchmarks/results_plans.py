@@ -64,6 +64,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "cpo penalty": ([M.CPOPenalty()], FULL),
         "feature distillation": ([M.FeatureDistillation()], FULL),
         "s2ft": ([M.S2FT()], LORA),
+        "many-shot rows": ([M.ManyICL(max_tokens=512)], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -106,6 +107,7 @@ TABLE = [
     "cpo penalty",
     "feature distillation",
     "s2ft",
+    "many-shot rows",
     *AFTERWARDS,
 ]
 

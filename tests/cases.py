@@ -794,6 +794,12 @@ CASES = (
         too_short="no method before it adds one",
     ),
     Case(
+        hf.ManyICL(share=0.3, unit="examples", max_tokens=96, pool=8),
+        share_holds("ManyICL"),
+        off=(hf.ManyICL(share=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
         hf.MaskedThought(max_rate=0.8, warmup=0.5),
         masks_hold,
         off=(hf.MaskedThought(max_rate=0.0),),
