@@ -637,6 +637,16 @@ def states_hold(seen: Seen) -> None:
     assert 0 < near < 0.8 * far
 
 
+def skills_hold(seen: Seen) -> None:
+    """The weights are those of the last three looks, whose losses stand in the state: source 0 helps the task too."""
+    state = seen.result.session.state["SkillIt"]
+    own, task = state["losses"].sum(1).tolist()
+    assert state["losses"].shape == (2, 3) and list(seen.result.session.steering.source_weight) == ["SkillIt", "task"]
+    ratio = math.exp(0.5 * (own + 0.5 * task) - 0.5 * task)
+    assert float(state["weight/SkillIt"] / state["weight/task"]) == pytest.approx(ratio)
+    assert sum(seen.result.session.steering.source_weight.values()) == pytest.approx(2)
+
+
 # ---- the rows
 
 
@@ -850,6 +860,13 @@ CASES = (
         no_zero="the teacher reads another prompt, so the term is not 0 at the base",
     ),
     Case(hf.SLERP(t=0.4), arc_holds, off=(hf.SLERP(t=1.0),), no_zero=NO_TERM),
+    Case(
+        hf.SkillIt(eta=0.5, every=2, share=0.3, cut=0.3, graph=(("SkillIt", "task", 0.5),)),
+        skills_hold,
+        off=(hf.SkillIt(eta=0.0),),
+        no_zero=NO_TERM,
+        too_short="SkillIt weights sources|it never would",
+    ),
     Case(
         hf.SpIEL(density=0.1, every=6, accumulate=2),
         spiel_holds,
