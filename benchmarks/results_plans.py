@@ -66,6 +66,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "s2ft": ([M.S2FT()], LORA),
         "many-shot rows": ([M.ManyICL(max_tokens=512)], FULL),
         "skill-it, with replay": ([M.Replay(), M.SkillIt(every=10)], FULL),
+        "vr-lwf": ([M.VRLwF()], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -110,6 +111,7 @@ TABLE = [
     "s2ft",
     "many-shot rows",
     "skill-it, with replay",
+    "vr-lwf",
     *AFTERWARDS,
 ]
 

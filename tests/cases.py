@@ -647,6 +647,12 @@ def skills_hold(seen: Seen) -> None:
     assert sum(seen.result.session.steering.source_weight.values()) == pytest.approx(2)
 
 
+def made_up_holds(seen: Seen) -> None:
+    assert seen.result.log.realised["VRLwF/examples"] == 40
+    rows = seen.result.session.asides["VRLwF"]
+    assert kl(seen.base_model, seen.result.model, rows) < 0.8 * kl(seen.base_model, seen.plain.model, rows)
+
+
 # ---- the rows
 
 
@@ -887,6 +893,12 @@ CASES = (
         no_zero=NO_TERM,
     ),
     Case(hf.UDS(), largest_hold, off=(hf.UDS(keep=1.0),), no_zero=NO_TERM, picks=True),
+    Case(
+        hf.VRLwF(weight=20.0, rows=6, max_tokens=16, rows_per_step=2),
+        made_up_holds,
+        off=(hf.VRLwF(weight=0.0), hf.VRLwF(rows_per_step=0)),
+        zero_at_base="VRLwF",
+    ),
     Case(hf.WiSEFT(alpha=0.5), line_holds(lambda m, _n: m.alpha), off=(hf.WiSEFT(alpha=1.0),), no_zero=NO_TERM),
 )
 BY_NAME = {c.name: c for c in CASES}
