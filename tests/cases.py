@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -653,6 +653,12 @@ def made_up_holds(seen: Seen) -> None:
     assert kl(seen.base_model, seen.result.model, rows) < 0.8 * kl(seen.base_model, seen.plain.model, rows)
 
 
+def faults_hold(seen: Seen) -> None:
+    """The first loss is at least the plain one, and by the marks: a label that the base got wrong differs all over."""
+    first, plain = (r.log.loss[0][1]["task"] for r in (seen.result, seen.plain))
+    assert 1.5 * plain < first < 2.5 * plain  # w is below 1 + 0.5 + 1, and the random base knows nothing
+
+
 # ---- the rows
 
 
@@ -665,6 +671,7 @@ class Case:
     invariant: asserts what the method promises after 20 steps.
     zero_at_base: the part of the loss that is 0 at the base weights; no_zero: why there is none.
     no_default: why its defaults find nothing to do on the tiny model.
+    short: what stands for a default that would have the tiny model write for minutes.
     too_short: words with which its defaults refuse a run of a few steps. ends_at: the steps after which it ends a run.
     needs_rows: it looks at the task's rows as text, which a trainer that has only tokens does not know.
     picks: it compares the rows at hand, which in a trainer of several processes are those of one process.
@@ -677,6 +684,7 @@ class Case:
     zero_at_base: str = ""
     no_zero: str = ""
     no_default: str = ""
+    short: Mapping[str, int] = field(default_factory=dict)
     too_short: str = ""
     ends_at: int = 0
     needs_rows: bool = False
@@ -736,6 +744,13 @@ CASES = (
     Case(hf.DGHard(strength=0.6), noise_dropped_holds, off=(hf.DGHard(strength=0.0),), no_zero=NO_TERM),
     Case(hf.EAFT(alpha=30.0), unsure_holds, off=(hf.EAFT(alpha=0.0),), no_zero=NO_TERM),
     Case(hf.EWC(alpha=5.0, rows=4, max_tokens=32), pull_holds, off=(hf.EWC(alpha=0.0),), zero_at_base="EWC"),
+    Case(
+        hf.FAIT(tries=2, max_new_tokens=3, temperature=5.0),
+        faults_hold,
+        off=(hf.FAIT(line=0.0, token=0.0),),
+        no_zero=NO_TERM,
+        short={"max_new_tokens": 3},
+    ),
     Case(hf.FINCH(first=2, power=4.0), finch_holds, off=(hf.FINCH(power=0.0),), no_zero=NO_TERM),
     Case(hf.FLOW(), easy_rows_weigh, no_off="every temperature weights: leaving it out is off", no_zero=NO_TERM),
     Case(
