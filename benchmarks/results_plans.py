@@ -68,6 +68,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "skill-it, with replay": ([M.Replay(), M.SkillIt(every=10)], FULL),
         "vr-lwf": ([M.VRLwF()], FULL),
         "fait": ([M.FAIT(max_new_tokens=16)], FULL),
+        "dart": ([M.DART(max_new_tokens=16)], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -114,6 +115,7 @@ TABLE = [
     "skill-it, with replay",
     "vr-lwf",
     "fait",
+    "dart",
     *AFTERWARDS,
 ]
 
