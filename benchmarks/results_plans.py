@@ -69,6 +69,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "vr-lwf": ([M.VRLwF()], FULL),
         "fait": ([M.FAIT(max_new_tokens=16)], FULL),
         "dart": ([M.DART(max_new_tokens=16)], FULL),
+        "morepair": ([M.MORepair(max_new_tokens=32)], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -116,6 +117,7 @@ TABLE = [
     "vr-lwf",
     "fait",
     "dart",
+    "morepair",
     *AFTERWARDS,
 ]
 

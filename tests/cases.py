@@ -659,6 +659,13 @@ def faults_hold(seen: Seen) -> None:
     assert 1.5 * plain < first < 2.5 * plain  # w is below 1 + 0.5 + 1, and the random base knows nothing
 
 
+def explained_holds(seen: Seen) -> None:
+    """40 explanations came, and the model says them more readily than without."""
+    rows = seen.result.session.asides["MORepair"]
+    near, far = (sum(float(losses_of(m, r).sum()) for r in rows) for m in (seen.result.model, seen.plain.model))
+    assert seen.result.log.realised["MORepair/examples"] == 40 and near < 0.98 * far
+
+
 # ---- the rows
 
 
@@ -831,6 +838,13 @@ CASES = (
         off=(hf.MFTCoder(across=False),),
         no_zero=NO_TERM,
         too_short="no method before it adds one",
+    ),
+    Case(
+        hf.MORepair(max_new_tokens=4, rows=6),
+        explained_holds,
+        off=(hf.MORepair(weight=0.0), hf.MORepair(rows_per_step=0)),
+        no_zero="an explanation is learnt, so its loss is not 0 at the base",
+        needs_rows=True,
     ),
     Case(
         hf.ManyICL(share=0.3, unit="examples", max_tokens=96, pool=8),
