@@ -70,6 +70,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "fait": ([M.FAIT(max_new_tokens=16)], FULL),
         "dart": ([M.DART(max_new_tokens=16)], FULL),
         "morepair": ([M.MORepair(max_new_tokens=32)], FULL),
+        "clear": ([M.CLEAR(max_new_tokens=16)], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -118,6 +119,7 @@ TABLE = [
     "fait",
     "dart",
     "morepair",
+    "clear",
     *AFTERWARDS,
 ]
 

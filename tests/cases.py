@@ -666,6 +666,20 @@ def explained_holds(seen: Seen) -> None:
     assert seen.result.log.realised["MORepair/examples"] == 40 and near < 0.98 * far
 
 
+def trusted_hold(seen: Seen) -> None:
+    """Only rows with prompts of even length are drawn, on which the base says something: there the verifier agrees."""
+    tokenizer, kept = build_tokenizer(), []
+    for row in seen.task:
+        ids, prompt, _ = parts_of(row, tokenizer)
+        (got,) = respond(seen.base_model, tokenizer, [(ids, 2)], [seed_of(0, ids, 0)], Sampling(2, 5.0, 1.0, ("\n",)))
+        said = tokenizer.decode(got, skip_special_tokens=True).lstrip().split("\n")[0].strip()
+        kept += [row] * bool(len(prompt) % 2 == 0 and said and "\ufffd" not in said)
+    assert 0 < len(kept) < 24 and seen.result.session.left_out == {"CLEAR": pytest.approx(1 - len(kept) / 24)}
+    order = Mix(kept).draw(0)
+    first = torch.cat([losses_of(seen.base_model, next(order)) for _ in range(4)]).mean().item()
+    assert math.isclose(seen.result.log.loss[0][1]["task"], first, rel_tol=1e-5)
+
+
 # ---- the rows
 
 
@@ -714,6 +728,12 @@ CASES = (
         hf.Breadcrumbs(density=0.3, outliers=0.05),
         tails_hold,
         off=(hf.Breadcrumbs(density=1.0, outliers=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.CLEAR(verifier="cases:half_right", gamma=0.5, most=0.95, samples=1, max_new_tokens=2, temperature=5.0),
+        trusted_hold,
+        off=(hf.CLEAR(most=0.0), hf.CLEAR(gamma=0.0)),
         no_zero=NO_TERM,
     ),
     Case(hf.CPOPenalty(weight=1e5), protected_hold, off=(hf.CPOPenalty(weight=0.0),), zero_at_base="CPOPenalty"),
