@@ -71,6 +71,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "dart": ([M.DART(max_new_tokens=16)], FULL),
         "morepair": ([M.MORepair(max_new_tokens=32)], FULL),
         "clear": ([M.CLEAR(max_new_tokens=16)], FULL),
+        "got-d": ([M.GOTD()], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -120,6 +121,7 @@ TABLE = [
     "dart",
     "morepair",
     "clear",
+    "got-d",
     *AFTERWARDS,
 ]
 

@@ -801,6 +801,12 @@ CASES = (
         no_zero=NO_TERM,
     ),
     Case(
+        hf.GOTD(share=0.3, sources=("holdfast:general/text.jsonl",), select=8, pool=24, max_tokens=32),
+        share_holds("GOTD"),
+        off=(hf.GOTD(share=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
         hf.GeRe(weight=30.0, replay=0.0, pool=4, max_tokens=32),
         bands_hold,
         off=(hf.GeRe(weight=0.0, replay=0.0), hf.GeRe(rows_per_step=0)),
