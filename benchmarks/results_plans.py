@@ -72,6 +72,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "morepair": ([M.MORepair(max_new_tokens=32)], FULL),
         "clear": ([M.CLEAR(max_new_tokens=16)], FULL),
         "got-d": ([M.GOTD()], FULL),
+        "non-instructional": ([M.NonInstructional()], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -122,6 +123,7 @@ TABLE = [
     "morepair",
     "clear",
     "got-d",
+    "non-instructional",
     *AFTERWARDS,
 ]
 

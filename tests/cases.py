@@ -892,6 +892,12 @@ CASES = (
         too_short="one model alone",
     ),
     Case(
+        hf.NonInstructional(share=0.3, max_tokens=48, pool=24),
+        share_holds("NonInstructional"),
+        off=(hf.NonInstructional(share=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
         hf.OrthogonalSubspace(),
         subspace_holds,
         off=(hf.OrthogonalSubspace(rank_frac=0.0),),
