@@ -73,6 +73,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "clear": ([M.CLEAR(max_new_tokens=16)], FULL),
         "got-d": ([M.GOTD()], FULL),
         "non-instructional": ([M.NonInstructional()], FULL),
+        "response tuning": ([M.ResponseTuning()], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -124,6 +125,7 @@ TABLE = [
     "clear",
     "got-d",
     "non-instructional",
+    "response tuning",
     *AFTERWARDS,
 ]
 

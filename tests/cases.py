@@ -16,6 +16,7 @@ from holdfast.data.mix import Mix
 from holdfast.data.rows import Row
 from holdfast.data.tokens import tokenize
 from holdfast.engine.forward import forward
+from holdfast.engine.pack import token_row
 from holdfast.engine.replaced import switched_off
 from holdfast.hosts.plain import Log, Training, rows_of_run, train
 from holdfast.measure.answers import Sampling, respond, seed_of
@@ -680,6 +681,13 @@ def trusted_hold(seen: Seen) -> None:
     assert math.isclose(seen.result.log.loss[0][1]["task"], first, rel_tol=1e-5)
 
 
+def answers_alone_hold(seen: Seen) -> None:
+    """The first loss is that of the answers behind the first token alone."""
+    rows = [r.ids[~r.scored][:1].tolist() + r.ids[r.scored].tolist() for r in drawn_first(seen)]
+    first = torch.cat([losses_of(seen.base_model, token_row(ids, 1)) for ids in rows]).mean().item()
+    assert math.isclose(seen.result.log.loss[0][1]["task"], first, rel_tol=1e-5)
+
+
 # ---- the rows
 
 
@@ -913,6 +921,12 @@ CASES = (
         hf.Replay(share=0.3, sources=(GENERAL,), max_tokens=32),
         share_holds("Replay"),
         off=(hf.Replay(share=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.ResponseTuning(),
+        answers_alone_hold,
+        no_off="without prompts is without prompts: leaving it out is off",
         no_zero=NO_TERM,
     ),
     Case(
