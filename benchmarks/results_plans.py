@@ -74,6 +74,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "got-d": ([M.GOTD()], FULL),
         "non-instructional": ([M.NonInstructional()], FULL),
         "response tuning": ([M.ResponseTuning()], FULL),
+        "pcp": ([M.PCP()], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -126,6 +127,7 @@ TABLE = [
     "got-d",
     "non-instructional",
     "response tuning",
+    "pcp",
     *AFTERWARDS,
 ]
 

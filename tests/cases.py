@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from holdfast import methods as hf
-from holdfast.data.mix import Mix
+from holdfast.data.mix import Mix, Source
 from holdfast.data.rows import Row
 from holdfast.data.tokens import tokenize
 from holdfast.engine.forward import forward
@@ -688,6 +688,20 @@ def answers_alone_hold(seen: Seen) -> None:
     assert math.isclose(seen.result.log.loss[0][1]["task"], first, rel_tol=1e-5)
 
 
+def further_pretraining_holds(seen: Seen) -> None:
+    """Six steps on the prompts with the base's labels, every token, and none of these later."""
+    real, losses = seen.result.log.realised, [p["task"] for _, p in seen.result.log.loss]
+    assert real["PCP/examples"] == 24 and real["task/examples"] == 56
+    answers = sorted({tuple(r.ids[r.scored].tolist()) for r in seen.task})
+    made = []
+    for prompt in (r.ids[~r.scored].tolist() for r in seen.task):
+        scores = [losses_of(seen.base_model, token_row([*prompt, *a], len(prompt))).sum() for a in answers]
+        made.append(token_row([*prompt, *answers[int(torch.stack(scores).argmin())]], 1, source="PCP"))
+    order = Mix(seen.task, (Source("PCP", made, 0.3),)).only(("PCP",)).draw(0)
+    first = torch.cat([losses_of(seen.base_model, next(order)) for _ in range(4)]).mean().item()
+    assert math.isclose(losses[0], first, rel_tol=1e-5)
+
+
 # ---- the rows
 
 
@@ -909,6 +923,12 @@ CASES = (
         hf.OrthogonalSubspace(),
         subspace_holds,
         off=(hf.OrthogonalSubspace(rank_frac=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.PCP(share=0.3),
+        further_pretraining_holds,
+        off=(hf.PCP(share=0.0),),
         no_zero=NO_TERM,
     ),
     Case(

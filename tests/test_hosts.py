@@ -130,7 +130,7 @@ class InOrder:
     def __init__(self, rows: Sequence[TokenRow]):
         self.rows = rows
 
-    def only(self, names: Any) -> InOrder:
+    def only(self, *names: Any) -> InOrder:
         return self
 
     def draw(self, seed: int) -> Iterator[TokenRow]:
