@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
 from holdfast import methods as hf
-from holdfast.data.mix import Mix
+from holdfast.data.mix import Mix, Source
 from holdfast.data.rows import Row
 from holdfast.data.tokens import tokenize
 from holdfast.engine.forward import forward
+from holdfast.engine.pack import token_row
 from holdfast.engine.replaced import switched_off
 from holdfast.hosts.plain import Log, Training, rows_of_run, train
 from holdfast.measure.answers import Sampling, respond, seed_of
@@ -637,6 +638,70 @@ def states_hold(seen: Seen) -> None:
     assert 0 < near < 0.8 * far
 
 
+def skills_hold(seen: Seen) -> None:
+    """The weights are those of the last three looks, whose losses stand in the state: source 0 helps the task too."""
+    state = seen.result.session.state["SkillIt"]
+    own, task = state["losses"].sum(1).tolist()
+    assert state["losses"].shape == (2, 3) and list(seen.result.session.steering.source_weight) == ["SkillIt", "task"]
+    ratio = math.exp(0.5 * (own + 0.5 * task) - 0.5 * task)
+    assert float(state["weight/SkillIt"] / state["weight/task"]) == pytest.approx(ratio)
+    assert sum(seen.result.session.steering.source_weight.values()) == pytest.approx(2)
+
+
+def made_up_holds(seen: Seen) -> None:
+    assert seen.result.log.realised["VRLwF/examples"] == 40
+    rows = seen.result.session.asides["VRLwF"]
+    assert kl(seen.base_model, seen.result.model, rows) < 0.8 * kl(seen.base_model, seen.plain.model, rows)
+
+
+def faults_hold(seen: Seen) -> None:
+    """The first loss is at least the plain one, and by the marks: a label that the base got wrong differs all over."""
+    first, plain = (r.log.loss[0][1]["task"] for r in (seen.result, seen.plain))
+    assert 1.5 * plain < first < 2.5 * plain  # w is below 1 + 0.5 + 1, and the random base knows nothing
+
+
+def explained_holds(seen: Seen) -> None:
+    """40 explanations came, and the model says them more readily than without."""
+    rows = seen.result.session.asides["MORepair"]
+    near, far = (sum(float(losses_of(m, r).sum()) for r in rows) for m in (seen.result.model, seen.plain.model))
+    assert seen.result.log.realised["MORepair/examples"] == 40 and near < 0.98 * far
+
+
+def trusted_hold(seen: Seen) -> None:
+    """Only rows with prompts of even length are drawn, on which the base says something: there the verifier agrees."""
+    tokenizer, kept = build_tokenizer(), []
+    for row in seen.task:
+        ids, prompt, _ = parts_of(row, tokenizer)
+        (got,) = respond(seen.base_model, tokenizer, [(ids, 2)], [seed_of(0, ids, 0)], Sampling(2, 5.0, 1.0, ("\n",)))
+        said = tokenizer.decode(got, skip_special_tokens=True).lstrip().split("\n")[0].strip()
+        kept += [row] * bool(len(prompt) % 2 == 0 and said and "\ufffd" not in said)
+    assert 0 < len(kept) < 24 and seen.result.session.left_out == {"CLEAR": pytest.approx(1 - len(kept) / 24)}
+    order = Mix(kept).draw(0)
+    first = torch.cat([losses_of(seen.base_model, next(order)) for _ in range(4)]).mean().item()
+    assert math.isclose(seen.result.log.loss[0][1]["task"], first, rel_tol=1e-5)
+
+
+def answers_alone_hold(seen: Seen) -> None:
+    """The first loss is that of the answers behind the first token alone."""
+    rows = [r.ids[~r.scored][:1].tolist() + r.ids[r.scored].tolist() for r in drawn_first(seen)]
+    first = torch.cat([losses_of(seen.base_model, token_row(ids, 1)) for ids in rows]).mean().item()
+    assert math.isclose(seen.result.log.loss[0][1]["task"], first, rel_tol=1e-5)
+
+
+def further_pretraining_holds(seen: Seen) -> None:
+    """Six steps on the prompts with the base's labels, every token, and none of these later."""
+    real, losses = seen.result.log.realised, [p["task"] for _, p in seen.result.log.loss]
+    assert real["PCP/examples"] == 24 and real["task/examples"] == 56
+    answers = sorted({tuple(r.ids[r.scored].tolist()) for r in seen.task})
+    made = []
+    for prompt in (r.ids[~r.scored].tolist() for r in seen.task):
+        scores = [losses_of(seen.base_model, token_row([*prompt, *a], len(prompt))).sum() for a in answers]
+        made.append(token_row([*prompt, *answers[int(torch.stack(scores).argmin())]], 1, source="PCP"))
+    order = Mix(seen.task, (Source("PCP", made, 0.3),)).only(("PCP",)).draw(0)
+    first = torch.cat([losses_of(seen.base_model, next(order)) for _ in range(4)]).mean().item()
+    assert math.isclose(losses[0], first, rel_tol=1e-5)
+
+
 # ---- the rows
 
 
@@ -649,6 +714,7 @@ class Case:
     invariant: asserts what the method promises after 20 steps.
     zero_at_base: the part of the loss that is 0 at the base weights; no_zero: why there is none.
     no_default: why its defaults find nothing to do on the tiny model.
+    short: what stands for a default that would have the tiny model write for minutes.
     too_short: words with which its defaults refuse a run of a few steps. ends_at: the steps after which it ends a run.
     needs_rows: it looks at the task's rows as text, which a trainer that has only tokens does not know.
     picks: it compares the rows at hand, which in a trainer of several processes are those of one process.
@@ -661,6 +727,7 @@ class Case:
     zero_at_base: str = ""
     no_zero: str = ""
     no_default: str = ""
+    short: Mapping[str, int] = field(default_factory=dict)
     too_short: str = ""
     ends_at: int = 0
     needs_rows: bool = False
@@ -683,6 +750,12 @@ CASES = (
         hf.Breadcrumbs(density=0.3, outliers=0.05),
         tails_hold,
         off=(hf.Breadcrumbs(density=1.0, outliers=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.CLEAR(verifier="cases:half_right", gamma=0.5, most=0.95, samples=1, max_new_tokens=2, temperature=5.0),
+        trusted_hold,
+        off=(hf.CLEAR(most=0.0), hf.CLEAR(gamma=0.0)),
         no_zero=NO_TERM,
     ),
     Case(hf.CPOPenalty(weight=1e5), protected_hold, off=(hf.CPOPenalty(weight=0.0),), zero_at_base="CPOPenalty"),
@@ -716,10 +789,25 @@ CASES = (
     ),
     Case(hf.Curriculum(start=0.3, epochs=3.0), easy_first_holds, off=(hf.Curriculum(start=1.0),), no_zero=NO_TERM),
     Case(hf.DARE(density=0.3), dropped_holds, off=(hf.DARE(density=1.0),), no_zero=NO_TERM),
+    Case(
+        hf.DART(verifier="cases:half_right", k=2, trials=2, round=1, max_new_tokens=3, temperature=5.0, ended=False),
+        share_holds("DART"),
+        off=(hf.DART(share=0.0),),
+        no_zero=NO_TERM,
+        short={"max_new_tokens": 3},
+        too_short="no right answer of the base",
+    ),
     Case(hf.DFT(), token_loss_holds, no_off="it has no settings: leaving it out is off", no_zero=NO_TERM),
     Case(hf.DGHard(strength=0.6), noise_dropped_holds, off=(hf.DGHard(strength=0.0),), no_zero=NO_TERM),
     Case(hf.EAFT(alpha=30.0), unsure_holds, off=(hf.EAFT(alpha=0.0),), no_zero=NO_TERM),
     Case(hf.EWC(alpha=5.0, rows=4, max_tokens=32), pull_holds, off=(hf.EWC(alpha=0.0),), zero_at_base="EWC"),
+    Case(
+        hf.FAIT(tries=2, max_new_tokens=3, temperature=5.0),
+        faults_hold,
+        off=(hf.FAIT(line=0.0, token=0.0),),
+        no_zero=NO_TERM,
+        short={"max_new_tokens": 3},
+    ),
     Case(hf.FINCH(first=2, power=4.0), finch_holds, off=(hf.FINCH(power=0.0),), no_zero=NO_TERM),
     Case(hf.FLOW(), easy_rows_weigh, no_off="every temperature weights: leaving it out is off", no_zero=NO_TERM),
     Case(
@@ -732,6 +820,12 @@ CASES = (
         hf.Freeze(layers=1, embeddings=True, patterns=("norm",), layer_decay=0.9),
         freeze_holds,
         off=(hf.Freeze(layer_decay=1.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.GOTD(share=0.3, sources=("holdfast:general/text.jsonl",), select=8, pool=24, max_tokens=32),
+        share_holds("GOTD"),
+        off=(hf.GOTD(share=0.0),),
         no_zero=NO_TERM,
     ),
     Case(
@@ -794,6 +888,19 @@ CASES = (
         too_short="no method before it adds one",
     ),
     Case(
+        hf.MORepair(max_new_tokens=4, rows=6),
+        explained_holds,
+        off=(hf.MORepair(weight=0.0), hf.MORepair(rows_per_step=0)),
+        no_zero="an explanation is learnt, so its loss is not 0 at the base",
+        needs_rows=True,
+    ),
+    Case(
+        hf.ManyICL(share=0.3, unit="examples", max_tokens=96, pool=8),
+        share_holds("ManyICL"),
+        off=(hf.ManyICL(share=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
         hf.MaskedThought(max_rate=0.8, warmup=0.5),
         masks_hold,
         off=(hf.MaskedThought(max_rate=0.0),),
@@ -807,9 +914,21 @@ CASES = (
         too_short="one model alone",
     ),
     Case(
+        hf.NonInstructional(share=0.3, max_tokens=48, pool=24),
+        share_holds("NonInstructional"),
+        off=(hf.NonInstructional(share=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
         hf.OrthogonalSubspace(),
         subspace_holds,
         off=(hf.OrthogonalSubspace(rank_frac=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.PCP(share=0.3),
+        further_pretraining_holds,
+        off=(hf.PCP(share=0.0),),
         no_zero=NO_TERM,
     ),
     Case(
@@ -822,6 +941,12 @@ CASES = (
         hf.Replay(share=0.3, sources=(GENERAL,), max_tokens=32),
         share_holds("Replay"),
         off=(hf.Replay(share=0.0),),
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.ResponseTuning(),
+        answers_alone_hold,
+        no_off="without prompts is without prompts: leaving it out is off",
         no_zero=NO_TERM,
     ),
     Case(
@@ -845,6 +970,13 @@ CASES = (
     ),
     Case(hf.SLERP(t=0.4), arc_holds, off=(hf.SLERP(t=1.0),), no_zero=NO_TERM),
     Case(
+        hf.SkillIt(eta=0.5, every=2, share=0.3, cut=0.3, graph=(("SkillIt", "task", 0.5),)),
+        skills_hold,
+        off=(hf.SkillIt(eta=0.0),),
+        no_zero=NO_TERM,
+        too_short="SkillIt weights sources|it never would",
+    ),
+    Case(
         hf.SpIEL(density=0.1, every=6, accumulate=2),
         spiel_holds,
         off=(hf.SpIEL(density=0.0),),
@@ -864,6 +996,12 @@ CASES = (
         no_zero=NO_TERM,
     ),
     Case(hf.UDS(), largest_hold, off=(hf.UDS(keep=1.0),), no_zero=NO_TERM, picks=True),
+    Case(
+        hf.VRLwF(weight=20.0, rows=6, max_tokens=16, rows_per_step=2),
+        made_up_holds,
+        off=(hf.VRLwF(weight=0.0), hf.VRLwF(rows_per_step=0)),
+        zero_at_base="VRLwF",
+    ),
     Case(hf.WiSEFT(alpha=0.5), line_holds(lambda m, _n: m.alpha), off=(hf.WiSEFT(alpha=1.0),), no_zero=NO_TERM),
 )
 BY_NAME = {c.name: c for c in CASES}

@@ -258,7 +258,7 @@ def test_a_stage_trains_what_it_names_from_where_it_says(tiny_model, tokenizer, 
     mix = Rounds().data(Mix(token_rows(rows, tokenizer)), None).only(("more",))
 
     class Later:
-        def only(self, names: Any) -> Any:
+        def only(self, *names: Any) -> Any:
             return self
 
         def draw(self, seed: int) -> Any:

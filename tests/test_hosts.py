@@ -118,6 +118,12 @@ METHODS: dict[str, Sequence[Method]] = {
     "MaskedThought KLToBase": [hf.MaskedThought(max_rate=0.8, warmup=0.5), hf.KLToBase(weight=2.0)],
     "MFTCoder": [hf.InContextMix(pool=16, share=0.5), hf.MFTCoder(weights=(("InContextMix", 3.0),))],
     "TLTraining LoRA": [hf.LoRA(r=4), hf.TLTraining()],
+    "FLOW LoRA": [hf.LoRA(r=4), hf.FLOW()],
+    "EWC LoRA": [hf.LoRA(r=4), hf.EWC(alpha=100.0, rows=2, max_tokens=16)],
+    "FeatureDistillation": [hf.FeatureDistillation(weight=100.0)],
+    "SkillIt": [hf.SkillIt(every=2, share=0.3, cut=0.3, graph=(("SkillIt", "task", 0.5),))],
+    "FAIT": [hf.FAIT(tries=2, max_new_tokens=3, temperature=5.0)],
+    "PCP": [hf.PCP(share=0.4)],
     "filter LoRA": [hf.LoRA(r=4), Unlikely()],
     "by row": [Averaged(per="row", grouped=True)],
     "by source": [Averaged(per="source")],
@@ -130,7 +136,7 @@ class InOrder:
     def __init__(self, rows: Sequence[TokenRow]):
         self.rows = rows
 
-    def only(self, names: Any) -> InOrder:
+    def only(self, *names: Any) -> InOrder:
         return self
 
     def draw(self, seed: int) -> Iterator[TokenRow]:

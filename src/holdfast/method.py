@@ -138,7 +138,8 @@ class Stage:
     """One training of a run, with an optimizer and a schedule of its own.
 
     trains: "prompt", "rest" (whatever the plan's other methods leave trainable), or patterns of names within the rest.
-    sources: names of the sources of the mix that it draws from ("task" is one); None: all.
+    sources: names of the sources of the mix that it draws from ("task" is one); None: all. without: those of them
+    that it leaves to other stages.
     restart: what trains begins again from the base's weights; the state of methods stays.
     """
 
@@ -149,6 +150,12 @@ class Stage:
     keep_best: bool = False
     sources: tuple[str, ...] | None = None
     restart: bool = False
+    without: tuple[str, ...] = ()
+
+    @property
+    def draws(self) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+        """What `Mix.only` is told."""
+        return self.sources, self.without
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,7 +162,7 @@ class Session:
         self.left_out = mix.left_out if mix.kept else {}
         self.effects.update(name for name, share in self.left_out.items() if share)
         for stage in self.stages:
-            mix.only(stage.sources)  # raises for a name that nobody brings
+            mix.only(*stage.draws)  # raises for a name that nobody brings
         self.held_out.cut(mix, self.ctx)
         return mix
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -127,6 +128,12 @@ class Reader:
 def _fill(template: str, values: Mapping[str, str]) -> str:
     """Every {name} once, so that braces in a text stay as they are."""
     return re.sub(r"\{(\w+)\}", lambda m: values.get(m[1], m[0]), template)
+
+
+def empty_turn(tokenizer: Any) -> Rendered:
+    """What a chat template writes before the answer to a user who said nothing."""
+    turn = [{"role": "user", "content": ""}]
+    return Rendered(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
 
 def fits_chats(template: str) -> bool:

@@ -144,20 +144,22 @@ class Mix:
                 found.setdefault(row.source, {}).setdefault(row.key, row)
         return {source: [self.mapped(r) for r in rows.values()] for source, rows in found.items()}
 
-    def only(self, names: Sequence[str] | None) -> Mix:
+    def only(self, names: Sequence[str] | None, without: Sequence[str] = ()) -> Mix:
         """The mix drawn from some of its sources ("task" is one), whose shares keep their proportions; None: all.
+
+        Those in `without` are left out.
 
         Raises:
             PlanError: no source has one of these names.
         """
-        if names is None:
+        if names is None and not without:
             return self
         known = ["task", *(s.name for s in self.sources)]
-        for name in names:
+        for name in (*(names or ()), *without):
             if name not in known:
                 what = f"A stage of the plan draws from {name!r}, which is no source of the mix."
                 raise PlanError(what, suggest(name, known) or f"Known: {', '.join(known)}.")
-        return replace(self, without=frozenset(known) - set(names))
+        return replace(self, without=frozenset(known) - (set(names or known) - set(without)))
 
     def mapped(self, row: TokenRow) -> TokenRow:
         """A drawn row as it is trained on: with the maps so far."""

@@ -194,7 +194,7 @@ class PlannedTrainer(_Base):
 
     def _draw_from(self, stage: Stage) -> None:
         """The rows of a stage, where the plan mixes them."""
-        mix = self._mixed.get(stage.sources)
+        mix = self._mixed.get(stage.draws)
         if mix:
             self.train_dataset, self._known, self._rows_an_epoch = mix.dataset, mix.known, mix.rows_an_epoch
 

@@ -28,7 +28,7 @@ class Mixed:
     rows_an_epoch: int
 
 
-Chosen = tuple[str, ...] | None  # the sources that a stage draws from
+Chosen = tuple[tuple[str, ...] | None, tuple[str, ...]]  # the sources that a stage draws from, and those it leaves out
 
 
 def mixed(session: Session, dataset: Any, options: Any, collator: Any, name: str) -> dict[Chosen, Mixed]:
@@ -42,7 +42,7 @@ def mixed(session: Session, dataset: Any, options: Any, collator: Any, name: str
     """
     if not any(mixes(m) for m in session.methods):
         for stage in session.stages:
-            Mix(()).only(stage.sources)
+            Mix(()).only(*stage.draws)
         if session.held_out.methods:
             session.held_out.cut(Mix(dataset_rows(dataset)), session.ctx)
         return {}
@@ -52,8 +52,8 @@ def mixed(session: Session, dataset: Any, options: Any, collator: Any, name: str
             "Give a dataset with a length.",
         )
     whole = session.mix(dataset_rows(dataset))
-    chosen = dict.fromkeys(s.sources for s in session.stages)
-    return {c: _mixed(whole.only(c), dataset, options, collator, name) for c in chosen}
+    chosen = dict.fromkeys(s.draws for s in session.stages)
+    return {c: _mixed(whole.only(*c), dataset, options, collator, name) for c in chosen}
 
 
 def _mixed(mix: Mix, dataset: Any, options: Any, collator: Any, name: str) -> Mixed:

@@ -122,7 +122,7 @@ class _Loop:
         session, settings, log, checkpoint, done = self.session, self.settings, self.log, self.checkpoint, self.done
         optimizer, schedule, first = self._begin(stage, steps)
         size = settings.batch_size * settings.gradient_accumulation_steps
-        stream = islice(self.mix.only(stage.sources).draw(settings.seed), (done + first) * size, None)
+        stream = islice(self.mix.only(*stage.draws).draw(settings.seed), (done + first) * size, None)
         if settings.watch:
             settings.watch.begin(session, checkpoint, log)
         start = time.perf_counter()
@@ -236,7 +236,7 @@ def rows_of_run(session: Session, mix: Any, settings: Training) -> Iterator[Toke
     """The rows that a run draws, in order, stage after stage."""
     size, done = settings.batch_size * settings.gradient_accumulation_steps, 0
     for stage, steps in split_steps(session.stages, settings.num_steps):
-        yield from islice(mix.only(stage.sources).draw(settings.seed), done * size, (done + steps) * size)
+        yield from islice(mix.only(*stage.draws).draw(settings.seed), done * size, (done + steps) * size)
         done += steps
 
 

@@ -10,16 +10,16 @@ Cost: the extra rows' tokens. Combine with: everything.
 """
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-from holdfast.data.fewshot import Prompt, build, formats_for
+from holdfast.data.fewshot import build, formats_for
 from holdfast.data.mix import Mix, Source
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 from holdfast.measure.tasks import anchor_tasks
 from holdfast.method import Method, Paper
-from holdfast.methods.data._shots import encode_shots
+from holdfast.methods.data._shots import encode_shots, fitting, last_answer, task_shots
 from holdfast.services import Context
 
 
@@ -74,7 +74,8 @@ class InContextMix(Method):
             query = draw.choice(ctx.rows)
             others = [r for r in ctx.rows if r.prompt != query.prompt]  # a duplicate would show the answer
             picked = [*draw.sample(others, k), query]
-            return _task_row(picked, ctx, self.supervision == "all", self.name)
+            whole = fitting(lambda n: task_shots(picked[-n:], ctx, self.name), len(picked), ctx.max_length)
+            return whole if self.supervision == "all" else last_answer(whole)
         tasks = anchor_tasks(self.tasks)
         task, form = tasks[n % len(tasks)], draw.choice(formats_for(ctx.tokenizer))
         pairs = draw.sample(task.items, k + 1)
@@ -87,31 +88,4 @@ class InContextMix(Method):
             tokenizer=ctx.tokenizer,
         )
         whole = encode_shots(prompt, ctx.tokenizer, "task", every_token=False, source=self.name)
-        return whole if self.supervision == "all" else _last_answer(whole)
-
-
-def _last_answer(row: TokenRow) -> TokenRow:
-    """Keep only the last run of targets."""
-    scored = row.scored.copy()
-    end = len(scored) - scored[::-1].argmax()
-    start = end
-    while start and scored[start - 1]:
-        start -= 1
-    scored[:start] = False
-    return replace(row, scored=scored)
-
-
-def _task_row(picked: list, ctx: Context, every_answer: bool, source: str) -> TokenRow:
-    """Task rows one after the other, the last one is the query. Rows too long lose shots from the left."""
-    while True:
-        text, spans = "", []
-        for n, row in enumerate(picked):
-            text += row.prompt if n == 0 else "\n\n" + row.prompt
-            spans.append((len(text), len(text) + len(row.completion)))
-            text += row.completion
-        context = type(picked[0].prompt)(text[: spans[-1][0]])  # what a chat template wrote keeps its mark
-        prompt = Prompt(context, picked[-1].completion, "", tuple(spans[:-1]))
-        whole = encode_shots(prompt, ctx.tokenizer, "task", every_token=False, source=source)
-        if len(whole.ids) <= ctx.max_length or len(picked) == 1:
-            return whole if every_answer else _last_answer(whole)
-        picked = picked[1:]
+        return whole if self.supervision == "all" else last_answer(whole)

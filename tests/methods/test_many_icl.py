@@ -1,0 +1,87 @@
+"""ManyICL: what is in a row, what of it is trained on, and that answers depend on what stands before them alone."""
+
+import pytest
+import torch
+
+from cases import losses_of, run
+from holdfast.data.mix import Mix
+from holdfast.engine.pack import token_row
+from holdfast.errors import PlanError
+from holdfast.measure.tasks import anchor_tasks
+from holdfast.methods import ManyICL
+from holdfast.methods.data._shots import fitting
+from holdfast.services import Context
+
+
+def answers(row, tokenizer):
+    """The texts of the runs of targets, and all the text."""
+    said, run_of = [], []
+    for token, scored in zip(row.ids.tolist(), [*row.scored.tolist()], strict=True):
+        if scored:
+            run_of.append(token)
+        elif run_of:
+            said.append(tokenizer.decode(run_of, skip_special_tokens=True).strip())
+            run_of = []
+    last = tokenizer.decode(run_of, skip_special_tokens=True).strip()
+    return [*said, last], tokenizer.decode(row.ids, skip_special_tokens=True)
+
+
+def test_every_answer_of_one_task_is_trained_on_and_no_input(tiny_model, tokenizer):
+    ctx, task = Context(tiny_model(), tokenizer), next(t for t in anchor_tasks() if t.name == "capitalize")
+    for n in range(3):
+        row = ManyICL(tasks=("capitalize",)).row(n, ctx, 400)
+        said, text = answers(row, tokenizer)
+        pairs = {y: x for x, y in task.items}
+        assert len(said) > 10 and 300 < len(row.ids) <= 400
+        assert len(set(said)) == len(said) and set(said) <= set(pairs)  # no example twice
+        assert all(pairs[y] in text for y in said)
+
+
+def test_rows_of_the_task_itself(tiny_model, tokenizer, rows):
+    ctx = Context(tiny_model(), tokenizer, rows=rows)
+    said, text = answers(ManyICL(source="task").row(0, ctx, 10_000), tokenizer)
+    assert sorted(said) == sorted(r.completion.strip() for r in rows)
+    assert all(text.count(r.prompt) == 1 for r in rows)
+    one = ManyICL(source="task", shots=1).row(0, ctx, 10_000)
+    assert len(answers(one, tokenizer)[0]) == 1  # one example is a plain row
+
+
+def test_a_later_example_does_not_change_an_earlier_answer(tiny_model, tokenizer, rows):
+    ctx, model = Context(tiny_model(), tokenizer, rows=rows), tiny_model()
+    whole = ManyICL(source="task").row(0, ctx, 10_000)
+    short = ManyICL(source="task", shots=24).row(0, ctx, len(whole.ids) // 2)
+    with torch.no_grad():
+        a, b = losses_of(model, whole), losses_of(model, short)
+    shared = short.num_scored - 4  # the last answer of each has its own end
+    assert 10 < shared < whole.num_scored
+    torch.testing.assert_close(a[:shared], b[:shared], rtol=1e-4, atol=1e-5)
+
+
+def test_as_many_examples_as_fit():
+    asked = []
+
+    def write(k):
+        asked.append(k)
+        return token_row([0] * (3 * k + 1), 1)
+
+    assert len(fitting(write, 50, 100).ids) == 100
+    assert len(fitting(write, 20, 100).ids) == 61
+    assert len(fitting(write, 50, 2).ids) == 4  # one, though it does not fit
+    assert len(asked) < 20
+
+
+def test_share_counts_tokens(tiny_model, tokenizer, rows):
+    method = ManyICL(share=0.4, max_tokens=96, pool=8)
+    mix = method.data(Mix([]), Context(tiny_model(), tokenizer, max_length=512))
+    assert mix.sources[0].unit == "tokens" and all(64 < len(r.ids) <= 96 for r in mix.sources[0].rows)
+    real = run([method], tiny_model(), tokenizer, rows, 12).log.realised
+    share = real["ManyICL/tokens"] / sum(n for k, n in real.items() if k.endswith("/tokens"))
+    assert share == pytest.approx(0.4, abs=0.06)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"source": "text"}, {"share": 1.0}, {"unit": "rows"}, {"shots": 0}, {"source": "task"}]
+)
+def test_values_without_meaning_are_refused(wrong, tiny_model, tokenizer):
+    with pytest.raises(PlanError, match="ManyICL"):
+        ManyICL(**wrong).check(Context(tiny_model(), tokenizer))
