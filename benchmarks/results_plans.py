@@ -58,6 +58,11 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "s3ft": ([M.S3FT(max_new_tokens=16)], FULL),  # "contains": with "exact" nothing would change
         "sdft": ([M.LoRA(), M.SDFT(max_completion_length=8)], LORA),
         "s2ft": ([M.S2FT()], LORA),
+        "bottleneck adapter": ([M.BottleneckAdapter()], LORA),
+        "connected adapter": ([M.ConnectedAdapter()], LORA),
+        "ssf": ([M.SSF()], 1e-3),
+        "peqa": ([M.PEQA()], FULL),
+        "loramoe + replay": ([M.LoRAMoE(), M.Replay()], LORA),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -94,6 +99,11 @@ TABLE = [
     "s3ft",
     "sdft",
     "s2ft",
+    "bottleneck adapter",
+    "connected adapter",
+    "ssf",
+    "peqa",
+    "loramoe + replay",
     *AFTERWARDS,
 ]
 
