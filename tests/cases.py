@@ -22,6 +22,7 @@ from holdfast.hosts.plain import Log, Training, rows_of_run, train
 from holdfast.measure.answers import Sampling, respond, seed_of
 from holdfast.method import Method, canonical
 from holdfast.methods.adapt.lift import principal
+from holdfast.methods.adapt.peqa import rounded
 from holdfast.methods.loss._divergence import forward_kl
 from holdfast.methods.loss.gere import _flags, _key, margin
 from holdfast.plan import Host, Plan
@@ -189,6 +190,37 @@ def replaced_again(seen: Seen) -> Weights:
     model = copy.deepcopy(seen.base_model)
     replace(model, seen.method, Context(model, None), seen.result.session.state[seen.method.name])
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def rounded_holds(seen: Seen) -> None:
+    """Folded in, each row is the base's rounded to 15 steps and stretched: no row turned."""
+    beside_holds(seen)
+    model, count = copy.deepcopy(seen.result.model), 0
+    merge(model, seen.method)
+    for name, w in weights_of(model).items():
+        if not matrix(name, w):
+            assert torch.equal(w, seen.base[name])
+            continue
+        ints, scale = rounded(seen.base[name], 4, 0)
+        at_start = ints * scale
+        assert (at_start - seen.base[name]).abs().max() <= 0.5001 * scale.max() and not torch.equal(w, at_start)
+        torch.testing.assert_close(torch.cosine_similarity(w, at_start, dim=1), torch.ones(len(w)), rtol=0, atol=1e-5)
+        count += 1
+    assert count == 14
+
+
+def scaled_holds(seen: Seen) -> None:
+    """Folded in, each row of a matrix points where the base's does, and has another length."""
+    beside_holds(seen)
+    model, count = copy.deepcopy(seen.result.model), 0
+    merge(model, seen.method)
+    for name, w in weights_of(model).items():
+        base = seen.base[name]
+        assert torch.equal(w, base) == ("embed" in name)
+        if matrix(name, w):
+            torch.testing.assert_close(torch.cosine_similarity(w, base, dim=1), torch.ones(len(w)), rtol=0, atol=1e-5)
+            count += int((w.norm(dim=1) / base.norm(dim=1) - 1).abs().max() > 1e-4)
+    assert count == 14
 
 
 def slices_hold(seen: Seen) -> None:
@@ -747,6 +779,12 @@ CASES = (
         zero_at_base="AnchoredSFT",
     ),
     Case(
+        hf.BottleneckAdapter(reduction_factor=4),
+        beside_holds,
+        no_off="without adapters nothing would train: leaving it out is off",
+        no_zero=NO_TERM,
+    ),
+    Case(
         hf.Breadcrumbs(density=0.3, outliers=0.05),
         tails_hold,
         off=(hf.Breadcrumbs(density=1.0, outliers=0.0),),
@@ -774,6 +812,12 @@ CASES = (
         off=(hf.CoBa(cut=0.0),),
         no_zero=NO_TERM,
         too_short="CoBa balances sources",
+    ),
+    Case(
+        hf.ConnectedAdapter(reduction_factor=4),
+        beside_holds,
+        no_off="without adapters nothing would train: leaving it out is off",
+        no_zero=NO_TERM,
     ),
     Case(
         hf.ControlLLM(every=1, weight=5.0),
@@ -881,6 +925,12 @@ CASES = (
         no_zero=NO_TERM,
     ),
     Case(
+        hf.LoRAMoE(r=2, experts=4, lora_dropout=0.0, weight=1.0),
+        beside_holds,
+        no_off="without experts nothing would train: leaving it out is off",
+        no_zero="the router begins anywhere, so the term is not 0 at the base",
+    ),
+    Case(
         hf.MFTCoder(inside="samples"),
         samples_hold,
         off=(hf.MFTCoder(across=False),),
@@ -932,6 +982,12 @@ CASES = (
         no_zero=NO_TERM,
     ),
     Case(
+        hf.PEQA(),
+        rounded_holds,
+        no_off="weights that are not rounded have no scales: leaving it out is off",
+        no_zero=NO_TERM,
+    ),
+    Case(
         hf.ProMoT(num_virtual_tokens=3),
         prompt_holds,
         no_off="a prompt of no tokens is refused: leaving it out is off",
@@ -975,6 +1031,12 @@ CASES = (
         off=(hf.SkillIt(eta=0.0),),
         no_zero=NO_TERM,
         too_short="SkillIt weights sources|it never would",
+    ),
+    Case(
+        hf.SSF(),
+        scaled_holds,
+        no_off="without factors nothing would train: leaving it out is off",
+        no_zero=NO_TERM,
     ),
     Case(
         hf.SpIEL(density=0.1, every=6, accumulate=2),

@@ -214,6 +214,10 @@ class PlannedTrainer(_Base):
             )
         return model
 
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """The trainer's, without vectors that it does not know by name: the plan's own decay as little as norms do."""
+        return [n for n in super().get_decay_parameter_names(model) if model.get_parameter(n).ndim >= 2]
+
     def create_optimizer(self, *args: Any) -> Any:
         if self.optimizer is None and has_rates(self.session):
             self.optimizer = grouped(self, self.session)
