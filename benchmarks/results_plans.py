@@ -59,6 +59,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "sdft": ([M.LoRA(), M.SDFT(max_completion_length=8)], LORA),
         "corda": ([M.CorDA()], LORA),
         "corda, instruction-previewed": ([M.CorDA(corda_method="ipm")], LORA),
+        "eva": ([M.EVA()], LORA),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -96,6 +97,7 @@ TABLE = [
     "sdft",
     "corda",
     "corda, instruction-previewed",
+    "eva",
     *AFTERWARDS,
 ]
 

@@ -169,6 +169,13 @@ def halves_hold(seen: Seen) -> None:
     assert count == 28  # A and B of seven maps in each of two blocks
 
 
+def ranks_hold(seen: Seen) -> None:
+    """As an adapter, whose ranks add up to r for each of fourteen maps and are not all the same."""
+    lora_holds(seen)
+    ranks = [len(w) for n, w in seen.result.weights.items() if ".lora_A." in n]
+    assert sum(ranks) == 14 * seen.method.r and min(ranks) < max(ranks) <= seen.method.rho * seen.method.r
+
+
 def pairs_hold(seen: Seen) -> None:
     """The originals are the base's to the last bit, every copy moved, and switched off the model is the base."""
     inside = {n: w for n, w in seen.result.weights.items() if ".expanded." not in n}
@@ -649,6 +656,13 @@ CASES = (
     Case(hf.DFT(), token_loss_holds, no_off="it has no settings: leaving it out is off", no_zero=NO_TERM),
     Case(hf.DGHard(strength=0.6), noise_dropped_holds, off=(hf.DGHard(strength=0.0),), no_zero=NO_TERM),
     Case(hf.EAFT(alpha=30.0), unsure_holds, off=(hf.EAFT(alpha=0.0),), no_zero=NO_TERM),
+    Case(
+        hf.EVA(r=4, lora_alpha=8),
+        ranks_hold,
+        no_off="a rank of 0 is refused: leaving it out is off",
+        no_zero=NO_TERM,
+        needs_rows=True,
+    ),
     Case(hf.FINCH(first=2, power=4.0), finch_holds, off=(hf.FINCH(power=0.0),), no_zero=NO_TERM),
     Case(
         hf.Freeze(layers=1, embeddings=True, patterns=("norm",), layer_decay=0.9),
