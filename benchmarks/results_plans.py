@@ -60,6 +60,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "corda": ([M.CorDA()], LORA),
         "corda, instruction-previewed": ([M.CorDA(corda_method="ipm")], LORA),
         "eva": ([M.EVA()], LORA),
+        "locft": ([M.LocFT()], 5e-4),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -98,6 +99,7 @@ TABLE = [
     "corda",
     "corda, instruction-previewed",
     "eva",
+    "locft",
     *AFTERWARDS,
 ]
 

@@ -723,6 +723,12 @@ CASES = (
         no_zero=NO_TERM,
     ),
     Case(
+        hf.LocFT(),
+        lambda seen: held(seen, [n for n in seen.base if n != "model.layers.1.mlp.down_proj.weight"]),
+        no_off="one matrix is one: leaving it out is off",
+        no_zero=NO_TERM,
+    ),
+    Case(
         hf.MFTCoder(inside="samples"),
         samples_hold,
         off=(hf.MFTCoder(across=False),),
