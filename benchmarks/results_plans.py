@@ -81,6 +81,8 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "ssf": ([M.SSF()], 1e-3),
         "peqa": ([M.PEQA()], FULL),
         "loramoe + replay": ([M.LoRAMoE(), M.Replay()], LORA),
+        "eva": ([M.EVA()], LORA),
+        "locft": ([M.LocFT()], 5e-4),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -140,6 +142,8 @@ TABLE = [
     "ssf",
     "peqa",
     "loramoe + replay",
+    "eva",
+    "locft",
     *AFTERWARDS,
 ]
 

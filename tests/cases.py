@@ -241,6 +241,13 @@ def slices_hold(seen: Seen) -> None:
     assert {n.rsplit(".", 1)[-1] for n in state} == {"down_proj", "up_proj", "o_proj", "v_proj"}
 
 
+def ranks_hold(seen: Seen) -> None:
+    """As an adapter, whose ranks add up to r for each of fourteen maps and are not all the same."""
+    lora_holds(seen)
+    ranks = [len(w) for n, w in seen.result.weights.items() if ".lora_A." in n]
+    assert sum(ranks) == 14 * seen.method.r and min(ranks) < max(ranks) <= seen.method.rho * seen.method.r
+
+
 def pairs_hold(seen: Seen) -> None:
     """The originals are the base's to the last bit, every copy moved, and switched off the model is the base."""
     inside = {n: w for n, w in seen.result.weights.items() if ".expanded." not in n}
@@ -852,6 +859,13 @@ CASES = (
         no_zero=NO_TERM,
         short={"max_new_tokens": 3},
     ),
+    Case(
+        hf.EVA(r=4, lora_alpha=8),
+        ranks_hold,
+        no_off="a rank of 0 is refused: leaving it out is off",
+        no_zero=NO_TERM,
+        needs_rows=True,
+    ),
     Case(hf.FINCH(first=2, power=4.0), finch_holds, off=(hf.FINCH(power=0.0),), no_zero=NO_TERM),
     Case(hf.FLOW(), easy_rows_weigh, no_off="every temperature weights: leaving it out is off", no_zero=NO_TERM),
     Case(
@@ -929,6 +943,12 @@ CASES = (
         beside_holds,
         no_off="without experts nothing would train: leaving it out is off",
         no_zero="the router begins anywhere, so the term is not 0 at the base",
+    ),
+    Case(
+        hf.LocFT(),
+        lambda seen: held(seen, [n for n in seen.base if n != "model.layers.1.mlp.down_proj.weight"]),
+        no_off="one matrix is one: leaving it out is off",
+        no_zero=NO_TERM,
     ),
     Case(
         hf.MFTCoder(inside="samples"),

@@ -26,6 +26,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from cases import run
 from holdfast import Plan, models, with_plan
 from holdfast import methods as hf
 from holdfast.data.mix import Mix
@@ -93,6 +94,7 @@ METHODS: dict[str, Sequence[Method]] = {
     "none": [],
     "LoRA": [hf.LoRA(r=4)],
     "Freeze": [hf.Freeze(layers=1)],
+    "LocFT": [hf.LocFT()],
     "CorDA": [hf.CorDA(r=4, samples=8, max_tokens=32)],
     "HalfFineTune": [hf.HalfFineTune()],
     "KLToBase": [hf.KLToBase(weight=2.0)],
@@ -146,6 +148,9 @@ class InOrder:
     def draw(self, seed: int) -> Iterator[TokenRow]:
         while True:
             yield from self.rows
+
+    def num_rows(self, epochs: float) -> int:
+        return round(epochs * len(self.rows))
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +301,17 @@ def test_an_epoch_with_a_short_last_step(make, plain, data):
     trainer.train()
     assert trainer.state.global_step == 6  # 12 batches an epoch: 5 + 5 + 2
     assert trainer.session.realised["task/examples"] == 2 * len(data)
+
+
+@pytest.mark.parametrize("more", [[], METHODS["InContextMix"]], ids=["task", "mix"])
+def test_an_epoch_ends_as_in_plain(more, make, tiny_model, tokenizer, rows):
+    """24 tickets in steps of four, or 48 rows with as many of another source: the mean loss of the first pass ends."""
+    methods, ends = [*more, hf.LocFT(threshold=1e9)], 12 if more else 6
+    trainer = make(SFTTrainer, methods, steps=20)
+    trainer.train()
+    assert trainer.state.global_step == ends and "LocFT" in trainer.session.steering.ended
+    got = run(methods, tiny_model(), tokenizer, rows, 20)
+    assert len(got.log.loss) == ends and "LocFT" in got.log.ended
 
 
 def test_several_epochs_of_a_mix_go_on_in_it(make, plain):

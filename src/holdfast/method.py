@@ -80,6 +80,7 @@ class Past:
     weights. All three whole, each gathered when it is asked for; grads only for methods whose `needs` has
     "gradients", base only for those that have "base_weights".
     held_out: source -> mean loss per token of the method's held-out rows, at the steps that `looks` names.
+    epochs: whole passes over the task's rows that are done with this step; 0 where nobody knows how many rows it has.
     """
 
     step: int
@@ -91,6 +92,7 @@ class Past:
     params: Mapping[str, torch.Tensor] = field(default_factory=dict)
     base: Mapping[str, torch.Tensor] = field(default_factory=dict)
     held_out: Mapping[str, float] = field(default_factory=dict)
+    epochs: int = 0
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class Session:
         self.merging = Merging(self.methods, self.state, ctx.base_dir, self.num_layers)
         self.held_out = HeldOut(self.methods)
         self.first, self.total = 0, 0  # the stage's first step, and how many the run has; hosts set both
+        self.epoch_steps = 0.0  # of one pass over the task's rows; 0: unknown; hosts set it
         self.rolling, self.total_loss = Rolling(self), Total(self)
         self._source_of: dict[str, str] = {}  # label of a row -> the method whose source it came from
         self.params: dict[str, torch.nn.Parameter] = {}
@@ -379,6 +380,7 @@ class Session:
             Wholes({n: p.grad for n, p in self.params.items() if p.grad is not None}),
             Wholes(self.params),
             Wholes(self.base_weights),
+            epochs=int((step + 1) / self.epoch_steps + 1e-9) if self.epoch_steps else 0,
         )
         score = Look(self.ctx, {}, self._look).token_logp
         self.effects.update(self.steering.ask(past, self.held_out.losses(step, self.model, score)))

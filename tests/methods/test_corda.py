@@ -27,8 +27,7 @@ def linear(weight):
 @pytest.mark.parametrize(("mode", "part"), [("kpm", [0.0, 1.0]), ("ipm", [1.0, 0.0])])
 def test_parts_by_hand(mode, part):
     """W = I, covariance diag(3, 1): mean 2, damped by 0.02 to C = diag(3.02, 1.02) = W C.
-    The smallest: u = e2, v^T C^-1 = e2^T / 1.02, their product times 1.02 is e2 e2^T. s = 2: B0 A0 is half.
-    """
+    The smallest: u = e2, v^T C^-1 = e2^T / 1.02, their product times 1.02 is e2 e2^T; s = 2: B0 A0 is half."""
     a, b = CorDA(r=1, lora_alpha=2, corda_method=mode).parts(
         linear([[1.0, 0.0], [0.0, 1.0]]), torch.diag(torch.tensor([3.0, 1.0]))
     )

@@ -241,6 +241,8 @@ class PlannedTrainer(_Base):
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step, self._of_step = self._done + self.state.global_step, Counter()
         self.session.first, self.session.total = self._done, self._total or self.state.max_steps
+        rows = self._rows_an_epoch or (len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else 0)
+        self.session.epoch_steps = steps_of(self.args, rows) if rows else 0
         self.session.begin_step(self._step, self.optimizer)
         if not self._loss_is_ours or not batches:
             return batches, items

@@ -159,6 +159,7 @@ class _Loop:
         session, settings = self.session, self.settings
         model = session.enter(stage)
         session.first, session.total = self.done, settings.num_steps
+        session.epoch_steps = self.mix.num_rows(1) / (settings.batch_size * settings.gradient_accumulation_steps)
         self.checkpoint.follow(session)
         optimizer = _optimizer(session, settings, stage)
         session.hook(optimizer)
