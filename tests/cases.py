@@ -553,6 +553,24 @@ def shown_answers_hold(seen: Seen) -> None:
     assert seen.result.log.realised["SDFT/examples"] == 80 and not seen.result.log.realised["task/examples"]
 
 
+def repair_holds(seen: Seen) -> None:
+    """In the second half, on rows of its own, only chosen tensors within the budget moved."""
+    weights, state = seen.middle[0], seen.result.session.state["FPF"]
+    chosen = {n for n in seen.base if state[f"chosen/{n}"]}
+    assert {n for n, w in seen.result.weights.items() if not torch.equal(w, weights[n])} == chosen
+    total = sum(w.numel() for w in seen.base.values())
+    assert 0 < sum(seen.base[n].numel() for n in chosen) <= seen.method.budget * total
+    assert seen.result.log.realised["FPF:instructions/examples"] == 40 == seen.result.log.realised["task/examples"]
+
+
+def average_holds(seen: Seen) -> None:
+    """The training is that of the plain run; what comes out lags behind it, in every tensor."""
+    assert seen.result.log.loss == seen.plain.log.loss
+    for n, w in seen.base.items():
+        mine, whole = seen.result.weights[n] - w, seen.plain.weights[n] - w
+        assert 0 < mine.norm() < whole.norm(), n
+
+
 # ---- the rows
 
 
@@ -589,6 +607,12 @@ class Case:
 
 NO_TERM = "it adds no term to the loss"
 CASES = (
+    Case(
+        hf.AdaptiveEMA(fallback=0.2),
+        average_holds,
+        no_off="an average that is the weights themselves has no rate: leaving it out is off",
+        no_zero=NO_TERM,
+    ),
     Case(
         hf.AnchoredSFT(weight=0.5),
         token_loss_holds,
@@ -629,6 +653,12 @@ CASES = (
     Case(hf.DGHard(strength=0.6), noise_dropped_holds, off=(hf.DGHard(strength=0.0),), no_zero=NO_TERM),
     Case(hf.EAFT(alpha=30.0), unsure_holds, off=(hf.EAFT(alpha=0.0),), no_zero=NO_TERM),
     Case(hf.FINCH(first=2, power=4.0), finch_holds, off=(hf.FINCH(power=0.0),), no_zero=NO_TERM),
+    Case(
+        hf.FPF(repair_share=0.5, budget=0.3, sources=(GENERAL,), max_tokens=32),
+        repair_holds,
+        off=(hf.FPF(repair_share=0.0), hf.FPF(k=0)),
+        no_zero=NO_TERM,
+    ),
     Case(
         hf.Freeze(layers=1, embeddings=True, patterns=("norm",), layer_decay=0.9),
         freeze_holds,
@@ -707,6 +737,7 @@ CASES = (
         no_zero=NO_TERM,
         too_short="one model alone",
     ),
+    Case(hf.MovingAverage(decay=0.9), average_holds, off=(hf.MovingAverage(decay=0.0),), no_zero=NO_TERM),
     Case(
         hf.OrthogonalSubspace(),
         subspace_holds,

@@ -147,17 +147,20 @@ class Mix:
     def only(self, names: Sequence[str] | None) -> Mix:
         """The mix drawn from some of its sources ("task" is one), whose shares keep their proportions; None: all.
 
+        Where each name stands behind a minus, it is drawn from all but these.
+
         Raises:
             PlanError: no source has one of these names.
         """
         if names is None:
             return self
         known = ["task", *(s.name for s in self.sources)]
-        for name in names:
-            if name not in known:
-                what = f"A stage of the plan draws from {name!r}, which is no source of the mix."
-                raise PlanError(what, suggest(name, known) or f"Known: {', '.join(known)}.")
-        return replace(self, without=frozenset(known) - set(names))
+        plain = {n.removeprefix("-") for n in names}
+        for name in sorted(plain - set(known)):
+            what = f"A stage of the plan draws from {name!r}, which is no source of the mix."
+            raise PlanError(what, suggest(name, known) or f"Known: {', '.join(known)}.")
+        minus = all(n.startswith("-") for n in names)
+        return replace(self, without=frozenset(plain if minus else set(known) - plain))
 
     def _mapped(self, row: TokenRow) -> TokenRow:
         for function in self.maps:
