@@ -553,6 +553,17 @@ def shown_answers_hold(seen: Seen) -> None:
     assert seen.result.log.realised["SDFT/examples"] == 80 and not seen.result.log.realised["task/examples"]
 
 
+def graft_holds(seen: Seen) -> None:
+    """At most the share of the blocks' and norms' entries changed: the largest changes; embeddings are the base's."""
+    taken = {n: seen.plain.weights[n] - w for n, w in seen.base.items() if "layers." in n or w.ndim == 1}
+    kept = {n: seen.result.weights[n] != seen.base[n] for n in taken}
+    assert all(torch.equal(seen.result.weights[n], w) for n, w in seen.base.items() if n not in taken)
+    assert all(torch.equal(seen.result.weights[n][k], seen.plain.weights[n][k]) for n, k in kept.items())
+    inside, outside = (torch.cat([taken[n].abs()[kept[n] == x] for n in taken]) for x in (True, False))
+    total = len(inside) + len(outside)
+    assert inside.min() > outside.max() and 0.98 * seen.method.share < len(inside) / total <= seen.method.share
+
+
 def repair_holds(seen: Seen) -> None:
     """In the second half, on rows of its own, only chosen tensors within the budget moved."""
     weights, state = seen.middle[0], seen.result.session.state["FPF"]
@@ -770,6 +781,12 @@ CASES = (
         no_zero="the teacher reads another prompt, so the term is not 0 at the base",
     ),
     Case(hf.SLERP(t=0.4), arc_holds, off=(hf.SLERP(t=1.0),), no_zero=NO_TERM),
+    Case(
+        hf.SkillGraft(share=0.1),
+        graft_holds,
+        off=(hf.SkillGraft(share=1.0, embeddings=True),),
+        no_zero=NO_TERM,
+    ),
     Case(
         hf.SpIEL(density=0.1, every=6, accumulate=2),
         spiel_holds,
