@@ -56,6 +56,9 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "spiel": ([M.SpIEL()], FULL),
         "lt-sft": ([M.LTSFT()], FULL),
         "control llm": ([M.ControlLLM()], FULL),
+        "moving average": ([M.MovingAverage(decay=0.9)], FULL),  # 0.25, the default, is the last step or two
+        "adaptive ema": ([M.AdaptiveEMA()], FULL),
+        "fpf": ([M.FPF()], FULL),
         "s3ft": ([M.S3FT(max_new_tokens=16)], FULL),  # "contains": with "exact" nothing would change
         "sdft": ([M.LoRA(), M.SDFT(max_completion_length=8)], LORA),
         "corda": ([M.CorDA()], LORA),
@@ -117,6 +120,9 @@ TABLE = [
     "spiel",
     "lt-sft",
     "control llm",
+    "moving average",
+    "adaptive ema",
+    "fpf",
     "s3ft",
     "sdft",
     "corda",

@@ -741,6 +741,35 @@ def further_pretraining_holds(seen: Seen) -> None:
     assert math.isclose(losses[0], first, rel_tol=1e-5)
 
 
+def graft_holds(seen: Seen) -> None:
+    """At most the share of the blocks' and norms' entries changed: the largest changes; embeddings are the base's."""
+    taken = {n: seen.plain.weights[n] - w for n, w in seen.base.items() if "layers." in n or w.ndim == 1}
+    kept = {n: seen.result.weights[n] != seen.base[n] for n in taken}
+    assert all(torch.equal(seen.result.weights[n], w) for n, w in seen.base.items() if n not in taken)
+    assert all(torch.equal(seen.result.weights[n][k], seen.plain.weights[n][k]) for n, k in kept.items())
+    inside, outside = (torch.cat([taken[n].abs()[kept[n] == x] for n in taken]) for x in (True, False))
+    total = len(inside) + len(outside)
+    assert inside.min() > outside.max() and 0.98 * seen.method.share < len(inside) / total <= seen.method.share
+
+
+def repair_holds(seen: Seen) -> None:
+    """In the second half, on rows of its own, only chosen tensors within the budget moved."""
+    weights, state = seen.middle[0], seen.result.session.state["FPF"]
+    chosen = {n for n in seen.base if state[f"chosen/{n}"]}
+    assert {n for n, w in seen.result.weights.items() if not torch.equal(w, weights[n])} == chosen
+    total = sum(w.numel() for w in seen.base.values())
+    assert 0 < sum(seen.base[n].numel() for n in chosen) <= seen.method.budget * total
+    assert seen.result.log.realised["FPF:instructions/examples"] == 40 == seen.result.log.realised["task/examples"]
+
+
+def average_holds(seen: Seen) -> None:
+    """The training is that of the plain run; what comes out lags behind it, in every tensor."""
+    assert seen.result.log.loss == seen.plain.log.loss
+    for n, w in seen.base.items():
+        mine, whole = seen.result.weights[n] - w, seen.plain.weights[n] - w
+        assert 0 < mine.norm() < whole.norm(), n
+
+
 # ---- the rows
 
 
@@ -779,6 +808,12 @@ class Case:
 
 NO_TERM = "it adds no term to the loss"
 CASES = (
+    Case(
+        hf.AdaptiveEMA(fallback=0.2),
+        average_holds,
+        no_off="an average that is the weights themselves has no rate: leaving it out is off",
+        no_zero=NO_TERM,
+    ),
     Case(
         hf.AnchoredSFT(weight=0.5),
         token_loss_holds,
@@ -873,6 +908,12 @@ CASES = (
         states_hold,
         off=(hf.FeatureDistillation(weight=0.0),),
         zero_at_base="FeatureDistillation",
+    ),
+    Case(
+        hf.FPF(repair_share=0.5, budget=0.3, sources=(GENERAL,), max_tokens=32),
+        repair_holds,
+        off=(hf.FPF(repair_share=0.0), hf.FPF(k=0)),
+        no_zero=NO_TERM,
     ),
     Case(
         hf.Freeze(layers=1, embeddings=True, patterns=("norm",), layer_decay=0.9),
@@ -983,6 +1024,7 @@ CASES = (
         no_zero=NO_TERM,
         too_short="one model alone",
     ),
+    Case(hf.MovingAverage(decay=0.9), average_holds, off=(hf.MovingAverage(decay=0.0),), no_zero=NO_TERM),
     Case(
         hf.NonInstructional(share=0.3, max_tokens=48, pool=24),
         share_holds("NonInstructional"),
@@ -1056,6 +1098,12 @@ CASES = (
         hf.SSF(),
         scaled_holds,
         no_off="without factors nothing would train: leaving it out is off",
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.SkillGraft(share=0.1),
+        graft_holds,
+        off=(hf.SkillGraft(share=1.0, embeddings=True),),
         no_zero=NO_TERM,
     ),
     Case(

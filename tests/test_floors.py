@@ -21,7 +21,7 @@ FLOORS = (  # lowest first; a package stands for its modules, unless one of them
     {"models"},
     {"measure"},
     {"services", "method", "sites", "methods", "plan", "session"},  # the law
-    {"hosts"},
+    {"hosts", "decode"},
     {"report", "diagnose"},
     {"runs"},  # what verbs share
     {"verbs"},

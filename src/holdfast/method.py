@@ -301,6 +301,14 @@ class Method:
         """Change the optimizer's step of one parameter (after - before, weight decay included)."""
         return step
 
+    def settled(self, name: str, param: torch.Tensor, state: State) -> torch.Tensor:
+        """What one parameter that trained becomes when the run is over (part of `update`), in fp32.
+
+        Asked once, after the last step and before `merge`, of an adapter's parameters too. Entries that `entries` does
+        not choose stay as they are.
+        """
+        return param
+
     def merge(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> torch.Tensor:
         """Combine one tensor after training, in fp32.
 
@@ -374,7 +382,13 @@ class Method:
     def sites(self) -> tuple[str, ...]:
         """The sites this method overrides; helpers count for the site they belong to."""
         helpers = {"lr_factor": "adapt", "asides": "data", "redraws": "entries", "others": "merge", "survey": "merge"}
-        helpers |= {"held_out": "steer", "looks": "steer", "stage_ends": "stages", "merged": "replace"}
+        helpers |= {
+            "held_out": "steer",
+            "looks": "steer",
+            "stage_ends": "stages",
+            "merged": "replace",
+            "settled": "update",
+        }
         own = {helpers.get(s, s) for s in (*SITES, *helpers) if getattr(type(self), s) is not getattr(Method, s)}
         return tuple(s for s in SITES if s in own)
 

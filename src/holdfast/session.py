@@ -435,8 +435,20 @@ class Session:
 
     # ---- after training
 
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """What trained becomes what the update site says of it, in plan order, the chosen entries alone."""
+        for m in (m for m in self.methods if type(m).settled is not Method.settled):
+            for name, p in self.params.items():
+                new = cut_like(m.settled(name, whole(p.detach()).float(), self.state_of(m)).to(p), p)
+                mask = self.chosen.masks.get(name)
+                p.copy_(new if mask is None else torch.where(mask, new, p.detach()))
+            self.effects[m.name] += 1
+
     def merge(self) -> None:
-        """The merge site: on dense weights in place; on a LoRA adapter by scaling its B, which is exact."""
+        """What trained is settled; then the merge site: on dense weights in place, on a LoRA adapter by scaling its B,
+        which is exact."""
+        self._settle()
         lora = [(n, p) for n, p in self.model.named_parameters() if LORA_B.search(n)]
         if lora:
             self.merging.scale_adapter([(LORA_B.split(canonical(n))[0] + ".weight", p) for n, p in lora])

@@ -110,6 +110,11 @@ class Adapted:
         finally:
             inside.weight, layer.merged_adapters = hollow, []
 
+    @property
+    def names(self) -> list[str]:
+        """The weights that it changes."""
+        return list(self._layers)
+
     def _refuse(self, base: Any) -> None:
         left = _beside(Path(self._source.path), self._layers)
         if left:

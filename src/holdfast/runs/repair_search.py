@@ -35,6 +35,7 @@ GRID: dict[str, list[dict[str, Any]]] = {  # ours; the papers search the same se
     "Breadcrumbs": [{"density": 1.0, "outliers": o} for o in (0.001, 0.01, 0.05, 0.2)],
     "DARE": [{"density": d} for d in (0.1, 0.3, 0.6)],
     "SLERP": [{"t": n / 5} for n in range(1, 5)],
+    "SkillGraft": [{"share": s} for s in (1e-4, 1e-3, 0.01, 0.05)],
     "DGHard": [{"strength": 1.0}, {"strength": 1.0, "control": True}],
     "IntruderReduction": [
         *({"mitigation_lambda": x} for x in (0.75, 0.5, 0.25, 0.0)),

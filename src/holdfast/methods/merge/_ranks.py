@@ -20,5 +20,18 @@ def threshold(counts: torch.Tensor, share: float) -> float:
     """The magnitude that the largest `share` of what was counted reaches, at least one number."""
     wanted = max(1, int(share * int(counts.sum())))
     bins_above = int((counts.flip(0).cumsum(0) < wanted).sum())
-    bits = torch.tensor((BINS - 1 - bins_above) << DROPPED_BITS, dtype=torch.int32)
-    return bits.view(torch.float32).item()
+    return _edge(BINS - 1 - bins_above)
+
+
+def within(counts: torch.Tensor, share: float) -> float:
+    """The magnitude that at most `share` of what was counted reaches: bins from the largest on, while they fit whole.
+
+    Zeros never reach it; where not even the largest fit, nothing does.
+    """
+    fits = int((counts.flip(0).cumsum(0) <= share * int(counts.sum())).sum())
+    return _edge(min(max(1, BINS - fits), BINS - 1))
+
+
+def _edge(number: int) -> float:
+    """The lowest magnitude of a bin."""
+    return torch.tensor(number << DROPPED_BITS, dtype=torch.int32).view(torch.float32).item()
