@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from results import read
-from results_plans import BATCH, FULL, HERE, LORA, OUT, STEPS, TASKS
+from leaderboard_plans import BATCH, FULL, HERE, LORA, OUT, STEPS, TASKS
 
 BASE, KEEP = "smollm2-135m", 0.95
 KINDS = {"full": FULL, "lora": LORA}

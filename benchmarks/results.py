@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import results_table
-from results_plans import BATCH, HERE, LIMIT, OUT, SHARED_LIMIT, STEPS, TASKS, TEST, path_of, plans, wanted
+from leaderboard_plans import BATCH, HERE, LIMIT, OUT, SHARED_LIMIT, STEPS, TASKS, TEST, path_of, plans, wanted
 
 # ---- one run
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from holdfast.measure import stats
 from holdfast.report import plots
-from results_plans import BATCH, STEPS, TABLE, TEST, plans
+from leaderboard_plans import BATCH, STEPS, TABLE, TEST, plans
 
 MARKS = ("<!-- results -->", "<!-- end of results -->")
 SHORT = {

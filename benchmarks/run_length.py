@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import results
-from results_plans import BATCH, DEFAULT, LIMIT, OUT
+from leaderboard_plans import BATCH, DEFAULT, LIMIT, OUT
 
 LENGTHS = (4, 15, 60, 250, 1000, 2000)
 FACTORS = (1 / 3, 1.0, 3.0)
