@@ -34,7 +34,7 @@ def timed(name: str, methods: list[Any], tokens: Any, rows: Any, steps: int, run
 def main() -> None:
     import torch
 
-    import results
+    import leaderboard_cell
     import leaderboard_plans
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -47,8 +47,8 @@ def main() -> None:
     from holdfast import models
 
     tokenizer = models.load("smollm2-135m")[1]
-    rows, tokens, _, _ = results.read(args.data, args.shared, tokenizer)
-    wanted = {n: m for n, (m, _) in leaderboard_plans.plans().items() if " lr " not in n}
+    rows, tokens, _, _ = leaderboard_cell.read(args.data, args.shared, tokenizer)
+    wanted = {n: m for n, (m, _) in leaderboard_plans.plans().items()}
     if args.only:
         wanted = {n: m for n, m in wanted.items() if n in args.only}
     seen: dict[str, list[float]] = {n: [] for n in wanted}
