@@ -134,6 +134,8 @@ def run(args: argparse.Namespace) -> int:
         return board.wanted(args.only, leaderboard_table.best(board), args.best_first)
 
     print(announce(board, wanted(), args.workers), flush=True)
+    if changed := board.changed():
+        print(f"Measured with settings that have changed since (remove their files to measure again): {changed}")
     until = time.monotonic() + 60 * args.minutes if args.minutes is not None else float("inf")
     failed = drive(board, wanted, in_process(args), args.workers, until)
     left = board.missing(wanted())

@@ -181,6 +181,11 @@ class Board:
         if self.failed != before:
             save(self.folder / FAILED, self.failed)
 
+    def changed(self) -> list[str]:
+        """Methods with cells of another plan than theirs is now."""
+        made = {r["method"]: r["plan"] for r in self.records() if r["method"] in self.methods and "plan" in r}
+        return [name for name, plan in made.items() if plan != self.methods[name][0]]
+
     def seconds(self, cells: Sequence[Cell]) -> float | None:
         """How long cells take on one worker, by the times measured so far: of the method and task, else of the task,
         else of all; None without any."""

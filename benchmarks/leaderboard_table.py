@@ -277,23 +277,29 @@ def short(rows: Sequence[Row], cost: Mapping[Any, float]) -> list[str]:
 
 
 def whole(rows: Sequence[Row], cost: Mapping[Any, float], machines: Mapping[str | None, str]) -> list[str]:
-    """Everything about the rows of one task."""
-    head = ["method", "rate", "seeds", "task", "in-context kept", "other authors' kept", *FURTHER,
-            "within half a point", "KL", "time", "memory", "made"]  # fmt: skip
-    lines = []
-    for r in rows:
-        peak, made = r.peak(), r.made()
-        lines.append([
-            r.name, f"{r.rate:g}", str(len(r.runs)), spread(r), share(r.kept(OURS)), share(r.kept(OTHERS)),
-            *(number(figure_kept(r, suite)) for suite in FURTHER), part_of(r.within()), number(r.figure("kl"), ".3f"),
-            number(cost.get((r.task, r.method, r.before))), NOT if peak is None else f"{peak / 2**30:.2f} GiB",
-            f"{made['date']} {made['commit']} {machines[made['machine']]}",
-        ])  # fmt: skip
+    """Everything about the rows of one task. A column that no row has is named below the table."""
+    columns = {
+        "method": [r.name for r in rows],
+        "rate": [f"{r.rate:g}" for r in rows],
+        "seeds": [str(len(r.runs)) for r in rows],
+        "task": [spread(r) for r in rows],
+        "in-context kept": [share(r.kept(OURS)) for r in rows],
+        "other authors' kept": [share(r.kept(OTHERS)) for r in rows],
+        **{suite: [number(figure_kept(r, suite)) for r in rows] for suite in FURTHER},
+        "within half a point": [part_of(r.within()) for r in rows],
+        "KL": [number(r.figure("kl"), ".3f") for r in rows],
+        "time": [number(cost.get((r.task, r.method, r.before))) for r in rows],
+        "memory": [NOT if r.peak() is None else f"{(r.peak() or 0) / 2**30:.2f} GiB" for r in rows],
+        "made": [f"{(m := r.made())['date']} {m['commit']} {machines[m['machine']]}".rstrip() for r in rows],
+    }
+    empty = [name for name, cells in columns.items() if set(cells) == {NOT}]
+    shown = {name: cells for name, cells in columns.items() if name not in empty}
     base = rows[0].base
     mine = {s: fmean(fmean(x) for x in scores_of(base, s).values()) for s in base["suites"]}
     scores = ", ".join(f"{s} {x:.3f}" for s, x in mine.items())
     first = f"The base: task {fmean(unpacked(base['task_scores'])):.3f}, {scores}."
-    return [first, "", *table(head, lines)]
+    last = ["", f"Not measured in any of these rows: {', '.join(empty)}."] if empty else []
+    return [first, "", *table(list(shown), zip(*shown.values(), strict=True)), *last]
 
 
 def chosen_rates(board: Board) -> list[str]:
@@ -319,7 +325,7 @@ def page(board: Board, rows: Sequence[Row], overhead: Mapping[str, Any]) -> str:
         r = rank_correlation([p for p in points if p[0] == task])
         text += [f"{NAMES[task]}: {r.value:.2f} ({r.low:.2f} to {r.high:.2f}), {r.n} runs."] if r else []
     text += ["", "![KL against forgetting](leaderboard-kl.png)"] if len(points) > 1 else []
-    machines = {**letters, None: "(machine not recorded)"}
+    machines: dict[str | None, str] = {**letters, None: ""}
     for task, title in NAMES.items():
         if some := [r for r in rows if r.task == task]:
             text += ["", f"## {title}", "", *whole(some, cost, machines)]
@@ -361,7 +367,7 @@ COLUMNS = [
     "  LoRA) on the same machine. **memory**: most that the process held until the end of training.",
     "- **learnt x kept** (ours, for the order alone): the gain as a share of the best plain run's gain, times the mean",
     "  of both in-context columns; neither counts more than 1.",
-    "- **made**: when, from which commit, on which machine (below).",
+    "- **made**: when, from which commit, on which machine (a letter, see below; none: not recorded).",
     "- **(before)**: measured before rates were chosen on validation rows and before the other columns existed; shown",
     "  at every rate measured, until the method's rate is chosen.",
 ]

@@ -178,6 +178,13 @@ def test_the_start_says_what_is_missing_and_how_long_it_takes(lead, tmp_path):
     assert words.startswith("13 of 14 cells are missing: about 0.1 hours with 2 workers")
 
 
+def test_cells_of_a_plan_that_has_changed_are_named(lead, tmp_path):
+    board = lead.cells.Board(tmp_path, METHODS)
+    put(lead, board, lead.cells.Cell("sst2", "eaft", 2e-5), plan="[EAFT]")
+    put(lead, board, lead.cells.Cell("sst2", "full", 2e-5), plan="[Replay]")
+    assert board.changed() == ["full"]
+
+
 def test_only_and_the_best_on_all_tasks(lead, tmp_path):
     board = lead.cells.Board(tmp_path, METHODS)
     one, _ = runner(lead, board)
@@ -232,7 +239,8 @@ def test_the_page_has_the_best_first_and_says_what_is_not_measured(lead, filled,
     assert text.index("| full | 2e-05 | 1.000 | 0.50 | 0.50 | 0 % of 2 | 1.000 | 1.00 | 0.50 |") < text.index(
         "| eaft |"
     )
-    assert "| uds (before) | 2e-05 | 1 | 1.000" in text and "2025-12-24 old" in text and "not measured" in text
+    assert "| uds (before) | 2e-05 | 1 | 1.000" in text and "| not measured | 2025-12-24 old |" in text
+    assert "Not measured in any of these rows: language, knowledge" in text
     assert "sst2, eaft at 2e-05, seed 1 (out of memory)" in text and "1.00 GiB | 2026-01-02 abc A |" in text
     assert "2e-05: 0.900, 5e-05: 0.800, 0.0001: 0.700" in text and "- A: M" in text
     assert (docs / "leaderboard.png").stat().st_size > 1000 and (docs / "leaderboard-kl.png").is_file()
