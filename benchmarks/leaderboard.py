@@ -64,7 +64,10 @@ def drive(
                     continue
                 busy.append(cell)
             begun = time.monotonic()
-            error = run_one(cell)
+            try:
+                error = run_one(cell)
+            except Exception as e:  # one broken cell must not end the night
+                error = f"{type(e).__name__}: {e}"
             with turn:
                 board.note(cell, error)
                 failed.extend([cell] * (error is not None))
@@ -84,7 +87,7 @@ def drive(
 def in_process(args: argparse.Namespace) -> Callable[[Cell], str | None]:
     """A cell in a process of its own: whatever happens to it, no other cell sees."""
     threads = str(max(1, (os.cpu_count() or 2) // args.workers))
-    settings = ["--shared", str(args.shared), "--folder", str(args.folder)]
+    settings = ["--shared", str(args.shared), "--folder", str(args.folder), "--model", args.model]
 
     def run_one(cell: Cell) -> str | None:
         told = [cell.task, cell.method, str(cell.rate or 0), str(cell.seed)]
@@ -105,7 +108,7 @@ def one_cell(args: argparse.Namespace) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     task, method, rate, seed = args.cell
     cell = Cell(task, method, float(rate) or None, int(seed))
-    save(args.folder / cell.file, run(cell, Lab(args.shared), methods().get(method, ("", 0))[0]))
+    save(args.folder / cell.file, run(cell, Lab(args.shared, args.model), methods().get(method, ("", 0))[0]))
 
 
 def announce(board: Board, cells: Sequence[Cell], workers: int) -> str:
@@ -149,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shared", type=Path, default=SHARED, help="a folder with text/<task> and icl")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the cells")
     parser.add_argument("--docs", type=Path, default=DOCS)
+    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each: faster than one of two")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this method; may be repeated")
     parser.add_argument("--minutes", type=float, default=None, help="start no cell after so many")

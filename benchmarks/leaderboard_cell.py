@@ -60,7 +60,8 @@ def read(task: str, shared: Path, tokenizer: Any) -> tuple[list[Any], list[Any],
         rows = {s: read_rows(source(s), **TASKS[task], base_dir=HERE, tokenizer=tokenizer) for s in ("train", "test")}
     train = [r for r in rows["train"] if len(tokenizer.encode(r.prompt)) < LONGEST]
     tokens = [tokenize(r, tokenizer, 1024) for r in train]
-    return train, tokens, cap(rows["test"], TEST[task], 0), labels_of(rows["train"]) or ()
+    labels = () if task == "talk" else labels_of(rows["train"]) or ()  # answers in words: only the exact one counts
+    return train, tokens, cap(rows["test"], TEST[task], 0), labels
 
 
 def material(task: str, lab: Lab, tokenizer: Any) -> Material:

@@ -106,7 +106,7 @@ def rows_of(board: Board) -> list[Row]:
     new, old = grouped(board.records()), grouped(board.records(before=True))
     out = []
     for (task, method, rate), runs in new.items():
-        if method in board.methods and rate == board.chosen(method):
+        if method in board.methods and rate == board.chosen(method) and (task, BASE, None) in new:
             out.append(Row(task, method, rate, runs, new[task, BASE, None][0]))
     known = {(r.task, r.method) for r in out}
     for (task, method, rate), runs in old.items():
@@ -193,7 +193,7 @@ def forgetting(board: Board) -> list[tuple[str, str, float, float]]:
     bases = {r["task"]: r for r in runs if r["method"] == BASE}
     out = []
     for run in runs:
-        if "kl" in run["figures"]:
+        if "kl" in run["figures"] and run["task"] in bases:
             row = Row(run["task"], run["method"], run["rate"], [run], bases[run["task"]])
             kept = figure_kept(row, OURS)
             if kept is not None:
@@ -308,8 +308,10 @@ def chosen_rates(board: Board) -> list[str]:
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     lines = []
     for name, choice in found.items():
-        tried = ", ".join(f"{rate}: {x:.3f}" for rate, x in choice["validation"].items())
-        lines.append([name, f"{choice['rate']:g}", tried, choice["sha"][:8]])
+        tried = {float(rate): x for rate, x in choice["validation"].items()}
+        edge = " (at an edge)" if choice["rate"] in (min(tried), max(tried)) else ""
+        scores = ", ".join(f"{rate:g}: {x:.3f}" for rate, x in tried.items())
+        lines.append([name, f"{choice['rate']:g}{edge}", scores, choice["sha"][:8]])
     return table(["method", "chosen rate", "validation accuracy at each rate", "hash"], lines)
 
 

@@ -9,7 +9,6 @@ import pytest
 
 from holdfast import models
 from holdfast.data.rows import identity
-from holdfast.errors import DataError
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 NAMES = ("_common", "leaderboard_plans", "leaderboard_cells", "leaderboard_talk", "leaderboard_peers")
@@ -123,7 +122,7 @@ def runner(lead, board, fails=()):
     def one(cell):
         ran.append(cell)
         if (cell.method, cell.rate) in fails:
-            return "out of memory"
+            raise MemoryError("too much")
         put(lead, board, cell, held="1" * 20, task="01" * 5 if cell.method == "base" else "1" * 10)
         return None
 
@@ -154,8 +153,8 @@ def test_a_failing_cell_is_reported_and_stops_no_other(lead, tmp_path, capsys):
     one, ran = runner(lead, board, fails={("eaft", 5e-5)})
     (bad,) = lead.leaderboard.drive(board, board.wanted, one)
     assert bad.rate == 5e-5 and len(ran) == 2 + 12
-    assert "sst2, eaft at 5e-05, seed 0: FAILED: out of memory" in capsys.readouterr().out
-    assert json.loads((tmp_path / "failed.json").read_text()) == {str(bad): "out of memory"}
+    assert "sst2, eaft at 5e-05, seed 0: FAILED: MemoryError: too much" in capsys.readouterr().out
+    assert json.loads((tmp_path / "failed.json").read_text()) == {str(bad): "MemoryError: too much"}
     later = lead.cells.Board(tmp_path, METHODS)
     one, ran = runner(lead, later)
     lead.leaderboard.drive(later, later.wanted, one)
@@ -242,7 +241,7 @@ def test_the_page_has_the_best_first_and_says_what_is_not_measured(lead, filled,
     assert "| uds (before) | 2e-05 | 1 | 1.000" in text and "| not measured | 2025-12-24 old |" in text
     assert "Not measured in any of these rows: language, knowledge" in text
     assert "sst2, eaft at 2e-05, seed 1 (out of memory)" in text and "1.00 GiB | 2026-01-02 abc A |" in text
-    assert "2e-05: 0.900, 5e-05: 0.800, 0.0001: 0.700" in text and "- A: M" in text
+    assert "| eaft | 2e-05 (at an edge) | 2e-05: 0.900, 5e-05: 0.800, 0.0001: 0.700 |" in text and "- A: M" in text
     assert (docs / "leaderboard.png").stat().st_size > 1000 and (docs / "leaderboard-kl.png").is_file()
     assert "| full fine-tuning | 1.00 | 0.50 (" in (tmp_path / "README.md").read_text()
 
@@ -313,8 +312,8 @@ def test_the_base_is_no_distance_from_itself(lead, lab):
 
 def test_conversations_ask_for_the_first_and_for_the_last_answer(lead, lab, tmp_path):
     tokenizer = models.load(lab.model)[1]
-    test = lead.talk.rows("test", tokenizer, tmp_path)
-    train = lead.talk.rows("train", tokenizer, tmp_path)
+    test, train = (lead.talk.rows(split, tokenizer, tmp_path) for split in ("test", "train"))
+    assert lead.cell.read("talk", lab.shared, tokenizer)[3] == ()  # no labels: the text must be exact
     assert "Shall I pass it on?" in test[1].completion and "Shall I pass it on?" in test[0].prompt
     assert len(train[0].turns) == 2 and not test[0].turns
     asked = {r.completion for r in test[::2]}
@@ -334,7 +333,8 @@ def test_peers_train(lead, lab, number):
     assert 1e-9 < lead.cell.divergence(base, tuned, rows.tokens[:4]) < 1
 
 
-def test_a_missing_data_folder_is_said(lead, lab, tmp_path):
-    tokenizer = models.load(lab.model)[1]
-    with pytest.raises(DataError):
-        lead.cell.material("rte", lead.cell.Lab(tmp_path), tokenizer)
+def test_a_cell_that_fails_in_its_process_says_why(lead, lab, tmp_path):
+    said = {"shared": tmp_path, "folder": tmp_path, "model": lab.model, "workers": 1}
+    run_one = lead.leaderboard.in_process(type("Args", (), said))
+    assert "rte/train.jsonl" in run_one(lead.cells.Cell("rte", "base"))
+    assert not list(tmp_path.iterdir())
