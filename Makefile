@@ -7,7 +7,7 @@ SMOLLM := 0.1.2
 # Without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves some 3 GB of CUDA libraries.
 TORCH_INDEX ?=
 
-.PHONY: setup demo test test-long test-wheel lint types results bench clean
+.PHONY: setup demo test test-long test-wheel lint types leaderboard bench clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,9 +36,9 @@ test-wheel: setup  ## build the wheel, install it with pip and with uv into empt
 lint: setup
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-results: setup  ## the table of docs/results.md (hours; resumable; needs ../shared/data)
-	$(BIN)/python benchmarks/results.py run --workers 2
-	$(BIN)/python benchmarks/results.py table
+leaderboard: setup  ## docs/leaderboard.md and its plots (hours; resumable, MINUTES=60 for a part; needs ../shared/data)
+	-$(BIN)/python benchmarks/leaderboard.py run $(if $(MINUTES),--minutes $(MINUTES))
+	$(BIN)/python benchmarks/leaderboard.py table
 
 bench: setup  ## the measured part of docs/performance.md (hours; resumable; wants a quiet machine)
 	$(BIN)/python benchmarks/speed.py $(if $(wildcard ../shared/data/text),--shared ../shared/data)

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from results_plans import BATCH, HERE, OUT, STEPS, TASKS
+from leaderboard_plans import BATCH, HERE, OUT, STEPS, TASKS
 
 KEEP = {"in-context": 0.97}
 LIMIT, SEEDS = 32, (0, 1, 2)

@@ -4,7 +4,7 @@
     python benchmarks/overhead.py --data sst2 --shared ../shared/data --only lora default
 
 A cycle runs one block of steps of every plan on the same rows; the ratio is that of median step times, and a plan's
-one-off work (base answers, SVDs) is spread over the steps of a run of `results_plans.STEPS` steps.
+one-off work (base answers, SVDs) is spread over the steps of a run of `leaderboard_plans.STEPS` steps.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def timed(name: str, methods: list[Any], tokens: Any, rows: Any, steps: int, run
 def main() -> None:
     import torch
 
-    import results
-    import results_plans
+    import leaderboard_cell
+    import leaderboard_plans
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", choices=tuple(results_plans.TASKS), default="tickets")
+    parser.add_argument("--data", choices=tuple(leaderboard_plans.TASKS), default="tickets")
     parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared" / "data")
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--cycles", type=int, default=3)
@@ -47,15 +47,15 @@ def main() -> None:
     from holdfast import models
 
     tokenizer = models.load("smollm2-135m")[1]
-    rows, tokens, _, _ = results.read(args.data, args.shared, tokenizer)
-    wanted = {n: m for n, (m, _) in results_plans.plans().items() if " lr " not in n}
+    rows, tokens, _, _ = leaderboard_cell.read(args.data, args.shared, tokenizer)
+    wanted = {n: m for n, (m, _) in leaderboard_plans.plans().items()}
     if args.only:
         wanted = {n: m for n, m in wanted.items() if n in args.only}
     seen: dict[str, list[float]] = {n: [] for n in wanted}
     for cycle in range(args.cycles):
         for name, methods in wanted.items():
-            step, once = timed(name, methods, tokens, rows, args.steps, results_plans.STEPS)
-            seen[name].append(step + once / results_plans.STEPS)
+            step, once = timed(name, methods, tokens, rows, args.steps, leaderboard_plans.STEPS)
+            seen[name].append(step + once / leaderboard_plans.STEPS)
             print(cycle, name, f"{step:.3f} s a step, {once:.1f} s once", flush=True)
     middle = {n: statistics.median(t) for n, t in seen.items()}
     against = {n: middle["lora" if any(m.name == "LoRA" for m in ms) else "full"] for n, ms in wanted.items()}

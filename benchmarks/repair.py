@@ -3,9 +3,9 @@
     python benchmarks/repair.py run --shared ../shared/data       # tunes and repairs what is missing
     python benchmarks/repair.py table                             # prints the table of docs/repair.md
 
-The tunings are those of `results.py`: 60 steps of 8 rows, all weights (2e-5) or LoRA (3e-4), no plan. A repair gets
-the test rows of the task, which the tuning has not seen, and the bound in-context 0.95; it chooses on one half of them
-and of the in-context items and reports on the other.
+The tunings are those of `leaderboard.py`: 60 steps of 8 rows, all weights (2e-5) or LoRA (3e-4), no plan. A repair
+gets the test rows of the task, which the tuning has not seen, and the bound in-context 0.95; it chooses on one half of
+them and of the in-context items and reports on the other.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from results import read
-from results_plans import BATCH, FULL, HERE, LORA, OUT, STEPS, TASKS
+from leaderboard_cell import read
+from leaderboard_plans import BATCH, FULL, HERE, LORA, OUT, STEPS, TASKS
 
 BASE, KEEP = "smollm2-135m", 0.95
 KINDS = {"full": FULL, "lora": LORA}

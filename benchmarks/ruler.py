@@ -84,7 +84,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default=Lab.model, help="an alias, hub id or folder")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it works")
     parser.add_argument("--out", type=Path, help="folder of the JSON files")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the runs of results.py")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the cells of leaderboard.py")
     args = parser.parse_args(words)
     if args.smoke and (args.out is None or args.out.resolve() == OUT.resolve()):
         parser.error("--smoke needs its own --out folder: its numbers mean nothing")

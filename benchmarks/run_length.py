@@ -15,12 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import results
-from results_plans import BATCH, DEFAULT, LIMIT, OUT
+import leaderboard_cell
+from leaderboard_cells import BASE, BEFORE, Cell, scores_of
+from leaderboard_plans import BATCH, DEFAULT, FOLDER, HERE, LIMIT, OUT
 
 LENGTHS = (4, 15, 60, 250, 1000, 2000)
 FACTORS = (1 / 3, 1.0, 3.0)
-FOLDER = OUT / "length"
+LENGTH = OUT / "length"
 
 
 def plans() -> dict[str, list[Any]]:
@@ -34,15 +35,13 @@ def plans() -> dict[str, list[Any]]:
 
 
 def path_of(plan: str, steps: int, factor: float, seed: int) -> Path:
-    return FOLDER / f"sst2.{plan.replace(' ', '_')}.{steps}.x{factor:.2g}.{seed}.json"
+    return LENGTH / f"sst2.{plan.replace(' ', '_')}.{steps}.x{factor:.2g}.{seed}.json"
 
 
-def base(shared: Path) -> dict[str, Any]:
-    """The base's answers, which another benchmark keeps."""
-    found = OUT / "sst2.base.0.json"
-    if not found.is_file():
-        results.run("sst2", "base", 0, shared)
-    return json.loads(found.read_text(encoding="utf-8"))
+def base() -> dict[str, Any]:
+    """The base's answers, which the leaderboard keeps."""
+    found = json.loads((FOLDER / BEFORE / Cell("sst2", BASE).file).read_text(encoding="utf-8"))
+    return {"held_out": scores_of(found, "in-context"), "chance": found["chance"]["in-context"]}
 
 
 def run(plan: str, steps: int, factor: float, seed: int, shared: Path) -> None:
@@ -60,7 +59,7 @@ def run(plan: str, steps: int, factor: float, seed: int, shared: Path) -> None:
     start = time.perf_counter()
     model, tokenizer = models.load("smollm2-135m")
     dtype = model.dtype
-    rows, tokens, test, labels = results.read("sst2", shared, tokenizer)
+    rows, tokens, test, labels = leaderboard_cell.read("sst2", shared, tokenizer)
     built = Plan(plans()[plan])
     ctx = Context(model, tokenizer, seed, rows, total_steps=steps, max_length=1024)
     built.check(Host("benchmark"), ctx)
@@ -80,12 +79,12 @@ def run(plan: str, steps: int, factor: float, seed: int, shared: Path) -> None:
         "task": "".join(str(i["correct"]) for i in score_task(tuned, tokenizer, test, labels)),
         "held_out": {t["name"]: "".join(str(i["correct"]) for i in t["items"]) for t in held["tasks"]},
     }  # fmt: skip
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    LENGTH.mkdir(parents=True, exist_ok=True)
     write_json(path_of(plan, steps, factor, seed), found)
 
 
 def kept(found: dict[str, Any], before: dict[str, Any]) -> Any:
-    """Retention with its interval, as docs/results.md has it."""
+    """Retention with its interval, as docs/leaderboard.md has it."""
     from holdfast.measure import stats
 
     tasks = {n: (before["held_out"][n], [int(c) for c in s], None) for n, s in found["held_out"].items()}
@@ -94,10 +93,10 @@ def kept(found: dict[str, Any], before: dict[str, Any]) -> Any:
     return stats.retention(seen, {n: chance[n] for n in seen})
 
 
-def table(shared: Path) -> None:
-    before = base(shared)
+def table() -> None:
+    before = base()
     print("| plan | steps | rate | seed | task | in-context kept |\n|---|--:|--:|--:|--:|--:|")
-    cells = [json.loads(p.read_text(encoding="utf-8")) for p in FOLDER.glob("*.json")]
+    cells = [json.loads(p.read_text(encoding="utf-8")) for p in LENGTH.glob("*.json")]
     for f in sorted(cells, key=lambda f: (f["plan"], f["factor"], f["steps"], f["seed"])):
         r, task = kept(f, before), f["task"].count("1") / len(f["task"])
         share = f"{r.value:.2f} ({r.low:.2f} to {r.high:.2f})"
@@ -107,14 +106,14 @@ def table(shared: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--shared", type=Path, default=results.HERE.parent.parent / "shared" / "data")
+    parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared" / "data")
     parser.add_argument("--plans", nargs="*", default=("default", "lora"))
     parser.add_argument("--steps", nargs="*", type=int, default=LENGTHS)
     parser.add_argument("--factors", nargs="*", type=float, default=FACTORS)
     parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
     if args.what == "table":
-        table(args.shared)
+        table()
         return
     for steps in sorted(args.steps):
         for plan in args.plans:

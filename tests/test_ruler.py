@@ -175,13 +175,19 @@ def test_invariance(ruler, world, tmp_path):
     assert found["again"]["largest"] == 0 < found["no shared prefixes, one by one"]["largest"]
 
 
+def record(folder, method, seed, scores, **further):
+    """A cell of the leaderboard, as far as the ruler reads it."""
+    path = folder / "sst2" / f"{method}.{seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run = {"task": "sst2", "method": method, "rate": 1e-3, "seed": seed, "suites": {"in-context": {"t": scores}}}
+    path.write_text(json.dumps({**run, **further}))
+
+
 def test_noise_and_damage(ruler, world, tmp_path):
     rows = section(ruler, world, "noise", tmp_path)["repetitions"]
     assert len(rows) == 2 and all(r["status"] != "lost" for r in rows)
-    base, tuned = ({"held_out": {"t": [1] * 90}}, {"held_out": {"t": [1] * 60 + [0] * 30}})
-    for name, run in (("base", base | {"chance": {"t": 0.0}}), ("full", tuned)):
-        path = tmp_path / f"sst2.{name}.0.json"
-        path.write_text(json.dumps({"data": "sst2", "method": name, "seed": 0, **run}))
+    record(tmp_path, "base", 0, "1" * 90, chance={"in-context": {"t": 0.0}})
+    record(tmp_path, "full", 0, "1" * 60 + "0" * 30)
     found = section(ruler, world, "damage", tmp_path)
     assert [r["damage"] for r in found["rows"]] == ["noise", "noise", "middle layers scaled"]
     (tuning,) = found["tunings"]
@@ -190,10 +196,8 @@ def test_noise_and_damage(ruler, world, tmp_path):
 
 def test_seeds_reads_recorded_runs_and_trains_if_there_are_none(ruler, world, tmp_path):
     folder = tmp_path / "runs"
-    folder.mkdir()
     for name, seed, right in (("base", 0, 20), ("full", 0, 10), ("full", 1, 12), ("full", 2, 14)):
-        run = {"data": "sst2", "method": name, "seed": seed, "held_out": {"t": [1] * right + [0] * (20 - right)}}
-        (folder / f"sst2.{name}.{seed}.json").write_text(json.dumps(run))
+        record(folder, name, seed, "1" * right + "0" * (20 - right))
     (row,) = section(ruler, world, "seeds", tmp_path / "a", folder)["rows"]
     assert row["over_seeds"]["value"] == pytest.approx(-0.4) and len(row["runs"]) == 3
     (row,) = section(ruler, world, "seeds", tmp_path / "b")["rows"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent.parent
-OUT, RESULTS, PAGE = HERE / "results" / "ruler", HERE / "results", HERE.parent / "docs" / "ruler.md"
+OUT, RESULTS, PAGE = HERE / "results" / "ruler", HERE / "results" / "leaderboard", HERE.parent / "docs" / "ruler.md"
 KEEP, ALPHA = 0.95, 0.05
 Data = dict[str, Any]
 

@@ -78,12 +78,17 @@ def _scaled(model: Any, master: Sequence[Any], scale: float) -> None:
 
 
 def runs_in(folder: Path) -> dict[tuple[str, str], list[Data]]:
-    """(data, method) -> runs of benchmarks/results.py, one per seed."""
-    out: dict[tuple[str, str], list[Data]] = {}
-    for path in sorted(folder.glob("*.*.json")):
+    """(data, method and rate) -> runs of benchmarks/leaderboard.py, one per seed; of two, the one made later."""
+    found: dict[tuple[str, str, int], Data] = {}
+    for path in (*sorted(folder.glob("before/*/*.json")), *sorted(folder.glob("*/*.json"))):
         run = json.loads(path.read_text(encoding="utf-8"))
-        if "held_out" in run:
-            out.setdefault((run["data"], run["method"]), []).append(run)
+        held = {name: [int(c) for c in scores] for name, scores in run["suites"]["in-context"].items()}
+        label = run["method"] + ("" if run["method"] == "base" else f" at {run['rate']:g}")
+        chance = run.get("chance", {}).get("in-context")
+        found[run["task"], label, run["seed"]] = {"held_out": held, "chance": chance}
+    out: dict[tuple[str, str], list[Data]] = {}
+    for (data, label, _), run in found.items():
+        out.setdefault((data, label), []).append(run)
     return out
 
 
@@ -120,7 +125,7 @@ def _twins(runs: Mapping[tuple[str, str], Sequence[Data]]) -> list[Data]:
     """
     rows = []
     for (data, method), found in runs.items():
-        if method in HARMLESS and len(found) > 1 and (data, "base") in runs:
+        if method.split(" at ")[0] in HARMLESS and len(found) > 1 and (data, "base") in runs:
             bare = runs[data, "base"][0]
             base, *seeds = (as_measurement("in-context", r["held_out"], bare["chance"]) for r in (bare, *found))
             harmed = any(judged(base, one)["status"] == "lost" for one in seeds)

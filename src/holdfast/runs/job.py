@@ -99,7 +99,7 @@ class Job:
 
 
 def default_plan() -> list[Any]:
-    """What `holdfast tune` uses when the recipe names no plan; chosen in docs/results.md."""
+    """What `holdfast tune` uses when the recipe names no plan; chosen in docs/leaderboard.md."""
     from holdfast.methods import ICLAnchor, LoRA
 
     return [LoRA(), ICLAnchor()]

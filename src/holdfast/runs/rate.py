@@ -3,13 +3,13 @@
     an adapter:               1.5e-3 min(1, 576 / D)
     the model's own weights:  a tenth of that, at most 2e-5
 
-D, the width: 576 in SmolLM2-135M, where 1.5e-3 was measured for the default plan (docs/results.md). It falls as 1 / D
+D, the width: 576 in SmolLM2-135M, where 1.5e-3 was measured for the default plan (the leaderboard). It falls as 1 / D
 since a step of Adam moves what a matrix puts out in proportion to its width (Tensor Programs V, arXiv 2203.03466).
 That gives 4.2e-4 at 2048 (1B), 2.1e-4 at 4096 (8B) and 1.1e-4 at 8192 (70B), near the 2e-4 and 1e-4 that QLoRA took
 (arXiv 2305.14314; from memory). "LoRA Without Regret" (Thinking Machines, 2025) found a slower fall, with the power
 0.78 for Llama and 0.08 for Qwen, and higher rates for wide models: of the sources this is the careful one, for what is
 too fast costs abilities, and what is too slow only time. The tenth is theirs too. The bound of 2e-5 is ours: on 135M
-the task is learnt better at 5e-5 and 1e-4, and unprotected abilities are lost sooner (docs/results.md).
+the task is learnt better at 5e-5 and 1e-4, and unprotected abilities are lost sooner (docs/leaderboard.md).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ The mathematics is PEFT's; this file only chooses.
 Cost: r (m + n) trained numbers per matrix; the frozen base needs no gradient and no optimizer state.
 Combine with: every data and loss method (the base is one switch away), WiSEFT and LiNeS (exact on the adapter).
 Do not combine with: methods that train the model's own weights (HalfFineTune, OrthogonalSubspace).
-LoRA alone does not protect: see the results page.
+LoRA alone does not protect: see the leaderboard.
 
 "all-linear" leaves out the head, and maps beside which nothing can stand: routers of experts that return more than the
 product (Llama 4), grouped maps (DeepSeek V4), and weights that the layer's own code reads, perhaps in a fused kernel

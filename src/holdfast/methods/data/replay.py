@@ -5,7 +5,7 @@ shorter than needed are repeated, and the run reports what was realised. Text ro
 instruction rows on the answer. Default sources are the small general set shipped with Holdfast; give your own (json,
 jsonl, csv, parquet, hub id). A general set below the model's own quality degrades it.
 Paper: union of general and task data regularises (cocktail effect); its exact ratios were not readable.
-Cost: share / (1 - share) more rows. The folklore cure: see the results page before trusting it.
+Cost: share / (1 - share) more rows. The folklore cure: see the leaderboard before trusting it.
 Combine with: everything.
 """
 

@@ -4,8 +4,8 @@
     loss += weight * mean_t KL(p(.|c_t) || p_base(.|c_t))       direction "reverse" (as in RL; sticks to its modes)
 
 on = "task": the task's own answer tokens. on = "replay": `rows_per_step` rows of general text a step, all tokens; the
-term is then a mean over those. KL on the task's tokens does not control drift on other inputs (see results), and a
-large weight there blocks learning exactly the tokens you want to learn.
+term is then a mean over those. KL on the task's tokens does not control drift on other inputs (see the leaderboard),
+and a large weight there blocks learning exactly the tokens you want to learn.
 The base's answers are computed once and stored as hidden states (exact), or the adapter is switched off.
 Cost: task: one base forward over the rows. replay: those rows' tokens in each step.
 Do not combine with: AnchoredSFT (contained); ProMoT when on = "task".

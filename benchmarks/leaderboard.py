@@ -1,0 +1,172 @@
+"""The leaderboard: what each method learns and what it keeps. Resumable: a small file a run.
+
+    python benchmarks/leaderboard.py run --shared ../shared/data             # trains what is missing: hours
+    python benchmarks/leaderboard.py run --only eaft --only "l2 to init"     # of these methods alone
+    python benchmarks/leaderboard.py run --minutes 60                        # starts no cell after an hour
+    python benchmarks/leaderboard.py table                                   # docs/leaderboard.md and its plots
+
+Every method trains on SST-2 at three learning rates with one seed; validation rows choose one of them; at that rate
+come a second seed and two seeds on the shipped tickets. The ten best and the plain runs are measured on RTE, AG News
+and made conversations too, with three seeds. To measure a cell again, remove its file (for another choice of rate also
+its line of chosen.json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import leaderboard_table
+from leaderboard_cells import BASE, WIDE_SEEDS, Board, Cell, save
+from leaderboard_peers import PEERS
+from leaderboard_plans import FOLDER, HERE, PLAIN, WIDE, plans
+
+SHARED = HERE.parent.parent / "shared" / "data"
+DOCS = HERE.parent / "docs"
+
+
+def methods() -> dict[str, tuple[str, float]]:
+    """name -> (what trains in words, learning rate) of all methods and recipes."""
+    own = {name: (repr(of), rate) for name, (of, rate) in plans().items()}
+    return {**own, **{name: (name, rate) for name, (_, rate) in PEERS.items()}}
+
+
+# ---- many cells
+
+
+def drive(
+    board: Board,
+    wanted: Callable[[], Sequence[Cell]],
+    run_one: Callable[[Cell], str | None],
+    workers: int = 1,
+    until: float = float("inf"),
+) -> list[Cell]:
+    """Run missing cells, several at a time, until none can be run or the clock shows `until`.
+
+    run_one: what is wrong with a cell in words, or None. Returns the cells that failed.
+    """
+    turn, busy, failed = threading.Condition(), list[Cell](), list[Cell]()
+
+    def work() -> None:
+        while time.monotonic() < until:
+            with turn:
+                cell = board.ready(wanted(), busy)
+                if cell is None and not busy:
+                    return
+                if cell is None:  # what others measure now may decide what comes next
+                    turn.wait()
+                    continue
+                busy.append(cell)
+            begun = time.monotonic()
+            try:
+                error = run_one(cell)
+            except Exception as e:  # one broken cell must not end the night
+                error = f"{type(e).__name__}: {e}"
+            with turn:
+                board.note(cell, error)
+                failed.extend([cell] * (error is not None))
+                busy.remove(cell)
+                turn.notify_all()
+            how = f"{time.monotonic() - begun:.0f} s" if error is None else f"FAILED: {error}"
+            print(f"{time.strftime('%H:%M:%S')} {cell}: {how}", flush=True)
+
+    crew = [threading.Thread(target=work, daemon=True) for _ in range(workers)]
+    for one in crew:
+        one.start()
+    for one in crew:
+        one.join()
+    return failed
+
+
+def in_process(args: argparse.Namespace) -> Callable[[Cell], str | None]:
+    """A cell in a process of its own: whatever happens to it, no other cell sees."""
+    threads = str(max(1, (os.cpu_count() or 2) // args.workers))
+    settings = ["--shared", str(args.shared), "--folder", str(args.folder), "--model", args.model]
+
+    def run_one(cell: Cell) -> str | None:
+        told = [cell.task, cell.method, str(cell.rate or 0), str(cell.seed)]
+        command = [sys.executable, str(Path(__file__).resolve()), "cell", *settings, "--cell", *told]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": threads})
+        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        return last[:300] if done.returncode else None
+
+    return run_one
+
+
+def one_cell(args: argparse.Namespace) -> None:
+    """Run one cell and write its file."""
+    import torch
+
+    from leaderboard_cell import Lab, run
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    task, method, rate, seed = args.cell
+    cell = Cell(task, method, float(rate) or None, int(seed))
+    save(args.folder / cell.file, run(cell, Lab(args.shared, args.model), methods().get(method, ("", 0))[0]))
+
+
+def announce(board: Board, cells: Sequence[Cell], workers: int) -> str:
+    """How many cells are missing and how long they take, in words."""
+    missing = board.missing(cells)
+    seconds = board.seconds(missing)
+    long = "no cell was measured so far, so nobody knows how long they take"
+    if seconds is not None:
+        long = f"about {seconds / workers / 3600:.1f} hours with {workers} workers, by the times measured so far"
+    known = sum(c.task in WIDE and c.method != BASE for c in cells)
+    later = len(WIDE) * WIDE_SEEDS * (leaderboard_table.TEN + len(PLAIN)) - known
+    further = f" Up to {later} more come when the best rows are known." if later > 0 else ""
+    return f"{len(missing)} of {len(cells)} cells are missing: {long}.{further}"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what is missing; 1 if a cell failed."""
+    board = Board(args.folder, methods())
+    unknown = [n for n in args.only if n not in board.methods]
+    if unknown:
+        raise SystemExit(
+            f"There is no method {unknown[0]!r} in leaderboard_plans.py. Known: {', '.join(board.order)}."
+        )
+
+    def wanted() -> list[Cell]:
+        return board.wanted(args.only, leaderboard_table.best(board), args.best_first)
+
+    print(announce(board, wanted(), args.workers), flush=True)
+    if changed := board.changed():
+        print(f"Measured with settings that have changed since (remove their files to measure again): {changed}")
+    until = time.monotonic() + 60 * args.minutes if args.minutes is not None else float("inf")
+    failed = drive(board, wanted, in_process(args), args.workers, until)
+    left = board.missing(wanted())
+    print(f"{len(left)} cells are left, {len(failed)} failed{': ' if failed else ''}{'; '.join(map(str, failed))}.")
+    return int(bool(failed))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "table", "cell"))
+    parser.add_argument("--shared", type=Path, default=SHARED, help="a folder with text/<task> and icl")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the cells")
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each: faster than one of two")
+    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this method; may be repeated")
+    parser.add_argument("--minutes", type=float, default=None, help="start no cell after so many")
+    parser.add_argument("--best-first", action="store_true", help="the best so far on all tasks, before other cells")
+    parser.add_argument("--cell", nargs=4, metavar=("TASK", "METHOD", "RATE", "SEED"), help="of `cell`, used by `run`")
+    args = parser.parse_args(argv)
+    if args.what == "table":
+        leaderboard_table.write(Board(args.folder, methods()), args.docs)
+    elif args.what == "cell":
+        one_cell(args)
+    else:
+        return run(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
