@@ -50,6 +50,7 @@ PLANS: dict[str, Sequence[Method]] = {
     "InContextMix": [hf.InContextMix(share=0.5, pool=8)],
     "Replay": [hf.Replay(**HALF)],
     "CoBa": [hf.CoBa(warmup=2, share=0.25, cut=0.3)],  # 18 of the tickets train: 24 rows an epoch
+    "CPOPenalty": [hf.CPOPenalty(weight=1e3)],  # logs are compared to a fixed number of digits
     "SkillIt": [hf.SkillIt(every=2, share=0.25, cut=0.3)],
     "ManyICL": [hf.ManyICL(share=0.5, unit="examples", max_tokens=96, pool=8)],  # the next too: 48 rows an epoch
     "GOTD": [hf.GOTD(share=0.5, sources=("holdfast:general/text.jsonl",), select=8, pool=24, max_tokens=32)],
