@@ -886,6 +886,13 @@ CASES = (
     Case(hf.DFT(), token_loss_holds, no_off="it has no settings: leaving it out is off", no_zero=NO_TERM),
     Case(hf.DGHard(strength=0.6), noise_dropped_holds, off=(hf.DGHard(strength=0.0),), no_zero=NO_TERM),
     Case(hf.EAFT(alpha=30.0), unsure_holds, off=(hf.EAFT(alpha=0.0),), no_zero=NO_TERM),
+    Case(
+        hf.EVA(r=4, lora_alpha=8),
+        ranks_hold,
+        no_off="a rank of 0 is refused: leaving it out is off",
+        no_zero=NO_TERM,
+        needs_rows=True,
+    ),
     Case(hf.EWC(alpha=5.0, rows=4, max_tokens=32), pull_holds, off=(hf.EWC(alpha=0.0),), zero_at_base="EWC"),
     Case(
         hf.FAIT(tries=2, max_new_tokens=3, temperature=5.0),
@@ -894,26 +901,19 @@ CASES = (
         no_zero=NO_TERM,
         short={"max_new_tokens": 3},
     ),
-    Case(
-        hf.EVA(r=4, lora_alpha=8),
-        ranks_hold,
-        no_off="a rank of 0 is refused: leaving it out is off",
-        no_zero=NO_TERM,
-        needs_rows=True,
-    ),
     Case(hf.FINCH(first=2, power=4.0), finch_holds, off=(hf.FINCH(power=0.0),), no_zero=NO_TERM),
     Case(hf.FLOW(), easy_rows_weigh, no_off="every temperature weights: leaving it out is off", no_zero=NO_TERM),
-    Case(
-        hf.FeatureDistillation(weight=100.0),
-        states_hold,
-        off=(hf.FeatureDistillation(weight=0.0),),
-        zero_at_base="FeatureDistillation",
-    ),
     Case(
         hf.FPF(repair_share=0.5, budget=0.3, sources=(GENERAL,), max_tokens=32),
         repair_holds,
         off=(hf.FPF(repair_share=0.0), hf.FPF(k=0)),
         no_zero=NO_TERM,
+    ),
+    Case(
+        hf.FeatureDistillation(weight=100.0),
+        states_hold,
+        off=(hf.FeatureDistillation(weight=0.0),),
+        zero_at_base="FeatureDistillation",
     ),
     Case(
         hf.Freeze(layers=1, embeddings=True, patterns=("norm",), layer_decay=0.9),
@@ -1088,13 +1088,6 @@ CASES = (
     ),
     Case(hf.SLERP(t=0.4), arc_holds, off=(hf.SLERP(t=1.0),), no_zero=NO_TERM),
     Case(
-        hf.SkillIt(eta=0.5, every=2, share=0.3, cut=0.3, graph=(("SkillIt", "task", 0.5),)),
-        skills_hold,
-        off=(hf.SkillIt(eta=0.0),),
-        no_zero=NO_TERM,
-        too_short="SkillIt weights sources|it never would",
-    ),
-    Case(
         hf.SSF(),
         scaled_holds,
         no_off="without factors nothing would train: leaving it out is off",
@@ -1105,6 +1098,13 @@ CASES = (
         graft_holds,
         off=(hf.SkillGraft(share=1.0, embeddings=True),),
         no_zero=NO_TERM,
+    ),
+    Case(
+        hf.SkillIt(eta=0.5, every=2, share=0.3, cut=0.3, graph=(("SkillIt", "task", 0.5),)),
+        skills_hold,
+        off=(hf.SkillIt(eta=0.0),),
+        no_zero=NO_TERM,
+        too_short="SkillIt weights sources|it never would",
     ),
     Case(
         hf.SpIEL(density=0.1, every=6, accumulate=2),

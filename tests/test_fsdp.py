@@ -50,6 +50,13 @@ PLANS: dict[str, Sequence[Method]] = {
     "InContextMix": [hf.InContextMix(share=0.5, pool=8)],
     "Replay": [hf.Replay(**HALF)],
     "CoBa": [hf.CoBa(warmup=2, share=0.25, cut=0.3)],  # 18 of the tickets train: 24 rows an epoch
+    "CPOPenalty": [hf.CPOPenalty(weight=1e3)],  # logs are compared to a fixed number of digits
+    "SkillIt": [hf.SkillIt(every=2, share=0.25, cut=0.3)],
+    "ManyICL": [hf.ManyICL(share=0.5, unit="examples", max_tokens=96, pool=8)],  # the next too: 48 rows an epoch
+    "GOTD": [hf.GOTD(share=0.5, sources=("holdfast:general/text.jsonl",), select=8, pool=24, max_tokens=32)],
+    "NonInstructional": [hf.NonInstructional(share=0.5, max_tokens=48, pool=24)],
+    "PCP": [hf.PCP(share=0.5)],
+    "CLEAR": [hf.CLEAR(mix=0.0, gamma=1.0, most=1 / 3, samples=1, max_new_tokens=2)],  # 16 rows stay
     "LoRA with all": [LORA, hf.KLToBase(weight=2.0), hf.ICLAnchor(pool=8), hf.L2ToInit(alpha=10.0), hf.WiSEFT()],
     "LoRA in part": [LORA, hf.Freeze(layers=1), hf.LiNeS(alpha=0.25)],
     "matrices": [hf.OrthogonalSubspace(mode="factored"), hf.HalfFineTune(), hf.L2ToInit(alpha=10.0)],
@@ -309,7 +316,8 @@ def built_with(methods: Sequence[Method], folder: Path, kind: str = "Trainer", *
 
 def test_refused_under_fsdp(tmp_path, monkeypatch):
     replacing = {c.name for c in CASES if "replace" in c.method.sites()}
-    assert {"ProMoT", "LTSFT", "CoBa", "feedback", "SDFT"} | replacing == set(REFUSED) and len(replacing) > 3
+    others = {"ProMoT", "LTSFT", "PCP", "FPF", "CoBa", "SkillIt", "feedback", "SDFT"}
+    assert others | replacing == set(REFUSED) and len(replacing) > 3
     refused(lambda: built_with([hf.ProMoT()], tmp_path), "Trainer", "FSDP", "ProMoT", "DDP")
     refused(lambda: built_with([hf.LTSFT()], tmp_path), "Trainer", "FSDP", "LTSFT", "stages", "DDP")
     refused(lambda: built_with([hf.CoBa()], tmp_path), "Trainer", "FSDP", "CoBa", "DDP")

@@ -321,3 +321,10 @@ def test_the_demo_comes_with_the_package(tmp_path, monkeypatch):
         load_recipe(Path("holdfast:dmeo"))
     with pytest.raises(RecipeError, match=r"holdfast:demo, override 'training\.sed=1'"):
         load_recipe("holdfast:demo", ["training.sed=1"])
+
+
+def test_the_recipe_for_small_models_says_what_the_guide_does():
+    recipe = load_recipe(Path(__file__).parent.parent / "recipes" / "small_model.yaml")
+    t = recipe.training
+    assert (t.learning_rate, t.lr_scheduler_type, t.warmup_steps) == (2e-5, "constant", 0)
+    assert t.per_device_train_batch_size * t.gradient_accumulation_steps == 128 and list(recipe.plan) == []
