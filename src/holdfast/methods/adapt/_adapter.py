@@ -58,7 +58,7 @@ class Adapter(Method):
             return {n: m for n, m in every.items() if m is not head and n not in apart}
         return {n: m for n, m in every.items() if self.takes(n)}
 
-    def settled(self, model: Any, **more: Any) -> dict[str, Any]:
+    def peft_settings(self, model: Any, **more: Any) -> dict[str, Any]:
         """The arguments of PEFT's configuration; `more` goes before."""
         apart = unfit(model) if self.target_modules == "all-linear" else {}
         alpha = int(self.lora_alpha) if float(self.lora_alpha).is_integer() else self.lora_alpha
@@ -95,7 +95,7 @@ class Adapter(Method):
     def adapt(self, model: Any, ctx: Context, state: State) -> Any:
         from peft import LoraConfig
 
-        return self.wrapped(model, LoraConfig(**self.settled(model)), ctx)
+        return self.wrapped(model, LoraConfig(**self.peft_settings(model)), ctx)
 
 
 def layers(model: Any) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class CorDA(Adapter):
     def adapt(self, model: Any, ctx: Context, state: State) -> Any:
         from peft import LoraConfig
 
-        settled = self.settled(model, r=2 * self.r)
+        settled = self.peft_settings(model, r=2 * self.r)
         settled["lora_alpha"] *= 2  # the same s
         model = self.wrapped(model, LoraConfig(**settled), ctx)
         for name, module in layers(model).items():

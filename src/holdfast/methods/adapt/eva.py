@@ -81,7 +81,7 @@ class EVA(Adapter):
 
         rows = task_rows(ctx, self.name, self.samples, self.max_tokens)
         more = {"target_modules": list(self.maps(ctx.model)), "exclude_modules": None, **self._eva}
-        config, quiet = LoraConfig(**self.settled(ctx.model, **more)), {"show_progress_bar": False}
+        config, quiet = LoraConfig(**self.peft_settings(ctx.model, **more)), {"show_progress_bar": False}
         with as_base(ctx.model), torch.random.fork_rng(devices=[]):
             found = get_eva_state_dict(
                 ctx.model, _Batches(self, rows), config, _run, gather_distributed_inputs=False, **quiet
@@ -91,7 +91,7 @@ class EVA(Adapter):
     def adapt(self, model: Any, ctx: Context, state: State) -> Any:
         from peft import LoraConfig, initialize_lora_eva_weights
 
-        model = self.wrapped(model, LoraConfig(**self.settled(model)), ctx)
+        model = self.wrapped(model, LoraConfig(**self.peft_settings(model)), ctx)
         config = model.peft_config["default"]
         vars(config).update(self._eva)
         found = {f"{WRAPPED}{key.removeprefix('A/')}": a for key, a in state.items() if key.startswith("A/")}

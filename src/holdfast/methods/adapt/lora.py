@@ -48,4 +48,4 @@ class LoRA(Adapter):
         from peft import LoraConfig
 
         more = {"use_rslora": self.use_rslora, "use_dora": self.use_dora}
-        return self.wrapped(model, LoraConfig(**self.settled(model, **more)), ctx)
+        return self.wrapped(model, LoraConfig(**self.peft_settings(model, **more)), ctx)
