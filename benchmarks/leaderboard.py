@@ -23,7 +23,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import leaderboard_table
-from leaderboard_cells import BASE, WIDE_SEEDS, Board, Cell, save
+from holdfast.errors import HoldfastError
+from leaderboard_cells import BASE, WIDE_SEEDS, Board, Cell, Entry, save
 from leaderboard_peers import PEERS
 from leaderboard_plans import FOLDER, HERE, PLAIN, WIDE, plans
 
@@ -31,10 +32,12 @@ SHARED = HERE.parent.parent / "shared" / "data"
 DOCS = HERE.parent / "docs"
 
 
-def methods() -> dict[str, tuple[str, float]]:
-    """name -> (what trains in words, learning rate) of all methods and recipes."""
-    own = {name: (repr(of), rate) for name, (of, rate) in plans().items()}
-    return {**own, **{name: (name, rate) for name, (_, rate) in PEERS.items()}}
+def methods() -> dict[str, Entry]:
+    """All methods and recipes by name."""
+    from holdfast.plan import Plan
+
+    own = {name: Entry(repr(of), rate, Plan(of).trains_new) for name, (of, rate) in plans().items()}
+    return {**own, **{name: Entry(name, peer.rate, peer.adapter) for name, peer in PEERS.items()}}
 
 
 # ---- many cells
@@ -108,7 +111,8 @@ def one_cell(args: argparse.Namespace) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     task, method, rate, seed = args.cell
     cell = Cell(task, method, float(rate) or None, int(seed))
-    save(args.folder / cell.file, run(cell, Lab(args.shared, args.model), methods().get(method, ("", 0))[0]))
+    words = "" if method == BASE else methods()[method].words
+    save(args.folder / cell.file, run(cell, Lab(args.shared, args.model), words))
 
 
 def announce(board: Board, cells: Sequence[Cell], workers: int) -> str:
@@ -161,10 +165,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.what == "table":
         leaderboard_table.write(Board(args.folder, methods()), args.docs)
-    elif args.what == "cell":
-        one_cell(args)
-    else:
+        return 0
+    if args.what == "run":
         return run(args)
+    try:
+        one_cell(args)
+    except HoldfastError as e:
+        print(e.what, file=sys.stderr)
+        return 1
     return 0
 
 

@@ -50,6 +50,16 @@ class Cell:
         return f"{self.task}, {self.method}{rate}" + ("" if self.method == BASE else f", seed {self.seed}")
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A method of the plans: what trains, in words that decide the run; its learning rate there; whether it trains an
+    adapter and none of the model's own weights."""
+
+    words: str
+    rate: float
+    adapter: bool = False
+
+
 # ---- files
 
 
@@ -85,12 +95,9 @@ def scores_of(record: Mapping[str, Any], what: str) -> dict[str, list[float]]:
 
 
 class Board:
-    """What is there, what is missing, and in which order.
+    """What is there, what is missing, and in which order."""
 
-    methods: name -> (what trains, in words that decide the run; its learning rate in the plans).
-    """
-
-    def __init__(self, folder: Path, methods: Mapping[str, tuple[str, float]]):
+    def __init__(self, folder: Path, methods: Mapping[str, Entry]):
         self.folder, self.methods = folder, dict(methods)
         self.failed: dict[str, str] = read_json(folder / FAILED)
         self.tried: set[Cell] = set()  # failed in this run: not tried again by it
@@ -121,12 +128,12 @@ class Board:
             return None
         rate = best_rate(found)
         validation = {f"{r:g}": x for r, x in found.items()}
-        sha = content_key(self.methods[name][0], rate, STEPS, BATCH)
+        sha = content_key(self.methods[name].words, rate, STEPS, BATCH)
         save(self.folder / CHOSEN, {**known, name: {"rate": rate, "validation": validation, "sha": sha}})
         return rate
 
     def rates(self, name: str) -> tuple[float, ...]:
-        return rates(self.methods[name][1])
+        return rates(self.methods[name].rate)
 
     # ---- what is to do
 
@@ -184,7 +191,7 @@ class Board:
     def changed(self) -> list[str]:
         """Methods with cells of another plan than theirs is now."""
         made = {r["method"]: r["plan"] for r in self.records() if r["method"] in self.methods and "plan" in r}
-        return [name for name, plan in made.items() if plan != self.methods[name][0]]
+        return [name for name, plan in made.items() if plan != self.methods[name].words]
 
     def seconds(self, cells: Sequence[Cell]) -> float | None:
         """How long cells take on one worker, by the times measured so far: of the method and task, else of the task,

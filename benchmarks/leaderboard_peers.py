@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from leaderboard_plans import FULL, LORA
 
 CALIBRATION = 256  # general rows that CorDA looks at, as its documentation advises
-SHARE = 0.1  # of general rows in the mix
 
 
 def full(model: Any, tokenizer: Any) -> tuple[Any, Any]:
@@ -65,14 +65,28 @@ def corda(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     return model, config
 
 
-PEERS: dict[str, tuple[Callable[[Any, Any], tuple[Any, Any]], float]] = {
-    "TRL SFT, full": (full, FULL),
-    "TRL + PEFT LoRA": (lora, LORA),
-    "TRL + PEFT LoRA, 10 % general data": (lora, LORA),
-    "TRL + PEFT OSF": (osf, FULL),
-    "TRL + PEFT CorDA": (corda, 1e-4),
+@dataclass(frozen=True)
+class Peer:
+    """A recipe. share: of general rows among those that train."""
+
+    prepare: Callable[[Any, Any], tuple[Any, Any]]
+    rate: float
+    adapter: bool = True
+    share: float = 0.0
+
+    @property
+    def merges(self) -> bool:
+        """Whether PEFT has changed the weights beside the adapter, so that only the merged model is the tuned one."""
+        return self.prepare in (osf, corda)
+
+
+PEERS = {
+    "TRL SFT, full": Peer(full, FULL, adapter=False),
+    "TRL + PEFT LoRA": Peer(lora, LORA),
+    "TRL + PEFT LoRA, 10 % general data": Peer(lora, LORA, share=0.1),
+    "TRL + PEFT OSF": Peer(osf, FULL, adapter=False),
+    "TRL + PEFT CorDA": Peer(corda, 1e-4),
 }
-MIXED = "TRL + PEFT LoRA, 10 % general data"
 
 
 def general(tokenizer: Any) -> list[Any]:
@@ -98,11 +112,11 @@ def train(
 
     disable_progress_bars()
     torch.manual_seed(seed)
-    dtype, mix = model.dtype, Mix(tokens)
-    if name == MIXED:
-        mix = mix.add(Source("general", general(tokenizer), SHARE))
+    dtype, mix, peer = model.dtype, Mix(tokens), PEERS[name]
+    if peer.share:
+        mix = mix.add(Source("general", general(tokenizer), peer.share))
     rows = list(islice(mix.draw(seed), steps * batch))
-    model, adapter = PEERS[name][0](model, tokenizer)
+    model, adapter = peer.prepare(model, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         settings = SFTConfig(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=batch, learning_rate=rate, seed=seed,
@@ -116,9 +130,10 @@ def train(
         )
         trainer.train()
     tuned: Any = trainer.model
-    if adapter is not None and not name.startswith("TRL + PEFT LoRA"):
-        tuned = tuned.merge_and_unload()  # OSF and CorDA have changed the weights beside the adapter
-    _common.set_weights(tuned, dtype) if adapter is None or tuned is not trainer.model else None
+    if peer.merges:
+        tuned = tuned.merge_and_unload()
+    if peer.merges or adapter is None:  # what PEFT trains stays in fp32, as it is used
+        _common.set_weights(tuned, dtype)
     if getattr(tuned, "is_gradient_checkpointing", False):
         tuned.gradient_checkpointing_disable()
     return tuned.requires_grad_(False).eval()

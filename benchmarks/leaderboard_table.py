@@ -168,8 +168,7 @@ def times(board: Board, rows: Sequence[Row], overhead: Mapping[str, Any]) -> dic
         if row.before:
             found = overhead.get(row.task, {"ratio": {}})["ratio"].get(row.method)
         else:
-            words = board.methods[row.method][0]
-            kind = "lora" if "LoRA" in words or "CorDA" in words else "full"
+            kind = "lora" if board.methods[row.method].adapter else "full"
             plain = [r for r in rows if (r.task, r.method, r.before) == (row.task, kind, False)]
             own, theirs = spent(row.runs, row), spent(plain[0].runs, row) if plain else None
             found = own / theirs if own and theirs else None
@@ -365,8 +364,8 @@ COLUMNS = [
     "- **within half a point**: share of all evaluations (each task of each suite that can be measured, mean over runs)",
     "  that are at most half a point below the base.",
     "- **KL**: KL(base || tuned) in nats, mean over the answer's tokens of the task's own test rows.",
-    "- **time**: CPU seconds of training, preparation included, over those of plain tuning of the same kind (full or",
-    "  LoRA) on the same machine. **memory**: most that the process held until the end of training.",
+    "- **time**: CPU seconds of training, preparation included, over those of plain tuning on the same machine (LoRA",
+    "  for what trains an adapter, else full). **memory**: most that the process held until the end of training.",
     "- **learnt x kept** (ours, for the order alone): the gain as a share of the best plain run's gain, times the mean",
     "  of both in-context columns; neither counts more than 1.",
     "- **made**: when, from which commit, on which machine (a letter, see below; none: not recorded).",

@@ -13,7 +13,6 @@ from holdfast.data.rows import identity
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 NAMES = ("_common", "leaderboard_plans", "leaderboard_cells", "leaderboard_talk", "leaderboard_peers")
 NAMES = (*NAMES, "leaderboard_cell", "leaderboard_table", "leaderboard")
-METHODS = {"full": ("[]", 2e-5), "eaft": ("[EAFT]", 2e-5)}
 pytestmark = pytest.mark.filterwarnings("default")  # what other libraries warn of is not ours
 
 
@@ -26,6 +25,10 @@ def lead():
         yield type("Lead", (), found)
         for name in NAMES:
             sys.modules.pop(name)
+
+
+def entries(lead):
+    return {"full": lead.cells.Entry("[]", 2e-5), "eaft": lead.cells.Entry("[EAFT]", 2e-5)}
 
 
 def record(cell, task="1" * 10, held="1" * 20, kl=0.1, validation=0.5, **further):
@@ -65,10 +68,11 @@ def test_scores_are_packed_and_come_back(lead, tmp_path):
 def test_methods_have_files_of_their_own_and_three_rates(lead):
     known = lead.leaderboard.methods()
     assert len({lead.cells.Cell("sst2", name, 1e-3).file.lower() for name in known}) == len(known)
-    for name, (words, rate) in known.items():
-        low, middle, high = lead.plans.rates(rate)
+    for name, entry in known.items():
+        low, middle, high = lead.plans.rates(entry.rate)
         assert low < middle < high, name
-        assert "object at 0x" not in words, name
+        assert "object at 0x" not in entry.words, name
+    assert known["lora"].adapter and known["TRL + PEFT CorDA"].adapter and not known["full"].adapter
     assert lead.plans.rates(2e-5) == (2e-5, 5e-5, 1e-4) and lead.plans.rates(3e-2) == (1e-2, 3e-2, 9e-2)
 
 
@@ -91,7 +95,7 @@ def test_the_rate_with_the_best_validation_score_is_chosen_and_the_lowest_of_equ
 
 
 def test_a_choice_reads_no_reported_score_waits_for_all_rates_and_stays(lead, tmp_path):
-    board = lead.cells.Board(tmp_path, METHODS)
+    board = lead.cells.Board(tmp_path, entries(lead))
     Cell = lead.cells.Cell
     put(lead, board, Cell("sst2", "eaft", 2e-5), validation=0.7, task="1111111111")
     put(lead, board, Cell("sst2", "eaft", 5e-5), validation=0.8, task="0000000000")
@@ -101,11 +105,11 @@ def test_a_choice_reads_no_reported_score_waits_for_all_rates_and_stays(lead, tm
     said = json.loads((tmp_path / "chosen.json").read_text())["eaft"]
     assert said["validation"] == {"2e-05": 0.7, "5e-05": 0.8, "0.0001": 0.6} and len(said["sha"]) == 24
     put(lead, board, Cell("sst2", "eaft", 1e-4), validation=0.9)
-    assert lead.cells.Board(tmp_path, METHODS).chosen("eaft") == 5e-5
+    assert lead.cells.Board(tmp_path, entries(lead)).chosen("eaft") == 5e-5
 
 
 def test_a_rate_that_fails_leaves_the_others(lead, tmp_path):
-    board = lead.cells.Board(tmp_path, METHODS)
+    board = lead.cells.Board(tmp_path, entries(lead))
     for rate, score in ((2e-5, 0.6), (5e-5, 0.7)):
         put(lead, board, lead.cells.Cell("sst2", "eaft", rate), validation=score)
     board.note(lead.cells.Cell("sst2", "eaft", 1e-4), "the loss is not finite")
@@ -130,7 +134,7 @@ def runner(lead, board, fails=()):
 
 
 def test_all_cells_run_once_and_a_new_method_adds_its_own(lead, tmp_path):
-    board = lead.cells.Board(tmp_path, {"full": METHODS["full"]})
+    board = lead.cells.Board(tmp_path, {"full": entries(lead)["full"]})
     one, ran = runner(lead, board)
     assert lead.leaderboard.drive(board, board.wanted, one, workers=2) == []
     assert len(ran) == 2 + 6 and len(set(ran)) == 8
@@ -141,7 +145,7 @@ def test_all_cells_run_once_and_a_new_method_adds_its_own(lead, tmp_path):
         ("tickets", 1),
     }
     assert [c for c in ran if c.method == "base"] == ran[:2]
-    again = lead.cells.Board(tmp_path, METHODS)
+    again = lead.cells.Board(tmp_path, entries(lead))
     one, ran = runner(lead, again)
     lead.leaderboard.drive(again, again.wanted, one)
     assert {c.method for c in ran} == {"eaft"} and len(ran) == 6
@@ -149,20 +153,20 @@ def test_all_cells_run_once_and_a_new_method_adds_its_own(lead, tmp_path):
 
 
 def test_a_failing_cell_is_reported_and_stops_no_other(lead, tmp_path, capsys):
-    board = lead.cells.Board(tmp_path, METHODS)
+    board = lead.cells.Board(tmp_path, entries(lead))
     one, ran = runner(lead, board, fails={("eaft", 5e-5)})
     (bad,) = lead.leaderboard.drive(board, board.wanted, one)
     assert bad.rate == 5e-5 and len(ran) == 2 + 12
     assert "sst2, eaft at 5e-05, seed 0: FAILED: MemoryError: too much" in capsys.readouterr().out
     assert json.loads((tmp_path / "failed.json").read_text()) == {str(bad): "MemoryError: too much"}
-    later = lead.cells.Board(tmp_path, METHODS)
+    later = lead.cells.Board(tmp_path, entries(lead))
     one, ran = runner(lead, later)
     lead.leaderboard.drive(later, later.wanted, one)
     assert ran == [bad] and not json.loads((tmp_path / "failed.json").read_text())
 
 
 def test_nothing_starts_without_a_base_or_when_time_is_over(lead, tmp_path):
-    board = lead.cells.Board(tmp_path, METHODS)
+    board = lead.cells.Board(tmp_path, entries(lead))
     one, ran = runner(lead, board)
     assert lead.leaderboard.drive(board, board.wanted, one, until=0.0) == [] and not ran
     one, ran = runner(lead, board, fails={("base", None)})
@@ -170,7 +174,7 @@ def test_nothing_starts_without_a_base_or_when_time_is_over(lead, tmp_path):
 
 
 def test_the_start_says_what_is_missing_and_how_long_it_takes(lead, tmp_path):
-    board = lead.cells.Board(tmp_path, METHODS)
+    board = lead.cells.Board(tmp_path, entries(lead))
     assert "14 of 14 cells are missing: no cell was measured" in lead.leaderboard.announce(board, board.wanted(), 2)
     put(lead, board, lead.cells.Cell("sst2", "base"))
     words = lead.leaderboard.announce(board, board.wanted(), 2)
@@ -178,14 +182,14 @@ def test_the_start_says_what_is_missing_and_how_long_it_takes(lead, tmp_path):
 
 
 def test_cells_of_a_plan_that_has_changed_are_named(lead, tmp_path):
-    board = lead.cells.Board(tmp_path, METHODS)
+    board = lead.cells.Board(tmp_path, entries(lead))
     put(lead, board, lead.cells.Cell("sst2", "eaft", 2e-5), plan="[EAFT]")
     put(lead, board, lead.cells.Cell("sst2", "full", 2e-5), plan="[Replay]")
     assert board.changed() == ["full"]
 
 
 def test_only_and_the_best_on_all_tasks(lead, tmp_path):
-    board = lead.cells.Board(tmp_path, METHODS)
+    board = lead.cells.Board(tmp_path, entries(lead))
     one, _ = runner(lead, board)
     assert {c.method for c in board.wanted(["eaft"])} == {"base", "eaft"}
     lead.leaderboard.drive(board, board.wanted, one)
@@ -203,7 +207,7 @@ def test_only_and_the_best_on_all_tasks(lead, tmp_path):
 @pytest.fixture
 def filled(lead, tmp_path):
     """full learns all and keeps half, eaft learns half and keeps all; an earlier row of another method."""
-    board = lead.cells.Board(tmp_path / "cells", METHODS)
+    board = lead.cells.Board(tmp_path / "cells", entries(lead))
     Cell = lead.cells.Cell
     put(lead, board, Cell("sst2", "base"), task="1111100000", held="1" * 20)
     for rate, score in ((2e-5, 0.9), (5e-5, 0.8), (1e-4, 0.7)):
@@ -277,7 +281,7 @@ def lab(lead, world):
 
 
 def test_a_cell_from_end_to_end(lead, lab, tmp_path):
-    board = lead.cells.Board(tmp_path, {"eaft": METHODS["eaft"]})
+    board = lead.cells.Board(tmp_path, {"eaft": entries(lead)["eaft"]})
     base, cell = lead.cells.Cell("sst2", "base"), lead.cells.Cell("sst2", "eaft", 1e-3)
     for one in (base, cell):
         lead.cells.save(board.folder / one.file, lead.cell.run(one, lab, "words"))
@@ -320,11 +324,16 @@ def test_conversations_ask_for_the_first_and_for_the_last_answer(lead, lab, tmp_
     assert len(asked) > 5 * len(lead.talk.REPLIES) - 5
 
 
-@pytest.mark.parametrize("number", range(5))
-def test_peers_train(lead, lab, number):
+LATER = pytest.mark.long  # the others go the same ways
+PEERS = {"full": [LATER], "LoRA": [LATER], "10 % general data": [], "OSF": [], "CorDA": []}
+
+
+@pytest.mark.parametrize("end", [pytest.param(name, marks=marks) for name, marks in PEERS.items()])
+def test_peers_train(lead, lab, end):
     """Every recipe moves the model and gives it back plain enough to be asked."""
     pytest.importorskip("trl")
-    name = list(lead.peers.PEERS)[number]
+    (name,) = [n for n in lead.peers.PEERS if n.endswith(end)]
+    assert len(PEERS) == len(lead.peers.PEERS)
     model, tokenizer = models.load(lab.model)
     rows = lead.cell.material("sst2", lab, tokenizer)
     tuned = lead.peers.train(name, model, tokenizer, rows.tokens, 1e-3, 0, 2, 4)
@@ -333,6 +342,7 @@ def test_peers_train(lead, lab, number):
     assert 1e-9 < lead.cell.divergence(base, tuned, rows.tokens[:4]) < 1
 
 
+@LATER
 def test_a_cell_that_fails_in_its_process_says_why(lead, lab, tmp_path):
     said = {"shared": tmp_path, "folder": tmp_path, "model": lab.model, "workers": 1}
     run_one = lead.leaderboard.in_process(type("Args", (), said))
