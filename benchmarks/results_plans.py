@@ -61,6 +61,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "corda, instruction-previewed": ([M.CorDA(corda_method="ipm")], LORA),
         "eva": ([M.EVA()], LORA),
         "locft": ([M.LocFT()], 5e-4),
+        "o-lora, 64 directions of the base": ([M.OrthogonalLoRA(principal=64, hard=True)], LORA),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -100,6 +101,7 @@ TABLE = [
     "corda, instruction-previewed",
     "eva",
     "locft",
+    "o-lora, 64 directions of the base",
     *AFTERWARDS,
 ]
 

@@ -176,6 +176,19 @@ def ranks_hold(seen: Seen) -> None:
     assert sum(ranks) == 14 * seen.method.r and min(ranks) < max(ranks) <= seen.method.rho * seen.method.r
 
 
+def apart_holds(seen: Seen) -> None:
+    """As an adapter; and what each map reads best of the base's inputs goes through it as before."""
+    lora_holds(seen)
+    count = 0
+    for name, w in seen.base.items():
+        if matrix(name, w):
+            a, b = (seen.result.weights[name.replace("weight", f"lora_{x}.default.weight")] for x in "AB")
+            main = torch.linalg.svd(w, full_matrices=False).Vh[: seen.method.principal]
+            assert b.norm() > 1e-3 and (main @ a.T).abs().max() < 1e-6, name
+            count += 1
+    assert count == 14
+
+
 def pairs_hold(seen: Seen) -> None:
     """The originals are the base's to the last bit, every copy moved, and switched off the model is the base."""
     inside = {n: w for n, w in seen.result.weights.items() if ".expanded." not in n}
@@ -747,6 +760,13 @@ CASES = (
         no_off="a soup of one is refused: leaving it out is off",
         no_zero=NO_TERM,
         too_short="one model alone",
+    ),
+    Case(
+        hf.OrthogonalLoRA(r=4, lora_alpha=8, principal=5, hard=True),
+        apart_holds,
+        no_off="nothing to be orthogonal to is refused: leaving it out is off",
+        no_zero="soft, the start is not orthogonal, so the term is not 0 at the base; hard mode has no term",
+        too_short="without earlier adapters it is LoRA",
     ),
     Case(
         hf.OrthogonalSubspace(),

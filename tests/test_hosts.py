@@ -95,6 +95,8 @@ METHODS: dict[str, Sequence[Method]] = {
     "LoRA": [hf.LoRA(r=4)],
     "Freeze": [hf.Freeze(layers=1)],
     "LocFT": [hf.LocFT()],
+    "OrthogonalLoRA": [hf.OrthogonalLoRA(r=4, principal=3)],
+    "OrthogonalLoRA hard": [hf.OrthogonalLoRA(r=4, principal=3, hard=True)],
     "CorDA": [hf.CorDA(r=4, samples=8, max_tokens=32)],
     "HalfFineTune": [hf.HalfFineTune()],
     "KLToBase": [hf.KLToBase(weight=2.0)],
