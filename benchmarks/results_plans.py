@@ -62,6 +62,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "eva": ([M.EVA()], LORA),
         "locft": ([M.LocFT()], 5e-4),
         "o-lora, 64 directions of the base": ([M.OrthogonalLoRA(principal=64, hard=True)], LORA),
+        "coso": ([M.CoSO()], FULL),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -102,6 +103,7 @@ TABLE = [
     "eva",
     "locft",
     "o-lora, 64 directions of the base",
+    "coso",
     *AFTERWARDS,
 ]
 

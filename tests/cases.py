@@ -213,6 +213,21 @@ def subspace_holds(seen: Seen) -> None:
     assert count == 14  # seven matrices in each of two blocks
 
 
+def outside_holds(seen: Seen) -> None:
+    """Matrices moved, with nothing inside M; all else is the base to the last bit."""
+    state, count = seen.result.session.state["CoSO"], 0
+    for name, value in seen.result.weights.items():
+        moved = value - seen.base[name]
+        if f"M/{name}" not in state:
+            assert torch.equal(value, seen.base[name]), name
+            continue
+        m, loose = state[f"M/{name}"], seen.plain.weights[name] - seen.base[name]
+        assert moved.norm() > 0 and (m.T @ moved).norm() < 1e-5 * moved.norm(), name
+        assert (m.T @ loose).norm() > 0.1 * loose.norm(), name
+        count += 1
+    assert count == 14
+
+
 def prompt_holds(seen: Seen) -> None:
     weights, prompt = seen.middle
     assert all(torch.equal(weights[n], w) for n, w in seen.base.items())
@@ -651,6 +666,12 @@ CASES = (
         off=(hf.CoBa(cut=0.0),),
         no_zero=NO_TERM,
         too_short="CoBa balances sources",
+    ),
+    Case(
+        hf.CoSO(rank=4, every=3, sketch=6, samples=4, max_tokens=16, rows_per_gradient=2),
+        outside_holds,
+        no_off="a rank of 0 is refused: leaving it out is off",
+        no_zero=NO_TERM,
     ),
     Case(
         hf.ControlLLM(every=1, weight=5.0),
