@@ -63,6 +63,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "locft": ([M.LocFT()], 5e-4),
         "o-lora, 64 directions of the base": ([M.OrthogonalLoRA(principal=64, hard=True)], LORA),
         "coso": ([M.CoSO()], FULL),
+        "adalora": ([M.AdaLoRA()], LORA),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
     }
@@ -104,6 +105,7 @@ TABLE = [
     "locft",
     "o-lora, 64 directions of the base",
     "coso",
+    "adalora",
     *AFTERWARDS,
 ]
 

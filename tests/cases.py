@@ -146,7 +146,7 @@ def half_holds(seen: Seen) -> None:
 
 
 def lora_holds(seen: Seen) -> None:
-    inside = {n: w for n, w in seen.result.weights.items() if ".lora_" not in n}
+    inside = {n: w for n, w in seen.result.weights.items() if ".lora_" not in n and ".ranknum." not in n}
     assert inside.keys() == seen.base.keys() and len(inside) < len(seen.result.weights)
     assert all(torch.equal(w, seen.base[n]) for n, w in inside.items())
     ids = torch.as_tensor(seen.task[0].ids)[None]
@@ -187,6 +187,15 @@ def apart_holds(seen: Seen) -> None:
             assert b.norm() > 1e-3 and (main @ a.T).abs().max() < 1e-6, name
             count += 1
     assert count == 14
+
+
+def budget_holds(seen: Seen) -> None:
+    """As an adapter; and of all maps target_r ranks a map are left, not the same number in each."""
+    lora_holds(seen)
+    left = [int((w != 0).sum()) for n, w in seen.result.weights.items() if ".lora_E." in n]
+    assert len(left) == 14 and sum(left) == 14 * seen.method.target_r and min(left) < max(left)
+    whole = [int((w != 0).sum()) for n, w in seen.middle[0].items() if ".lora_E." in n]
+    assert sum(left) < sum(whole) == seen.method.budget(10, 20, 14) < 14 * seen.method.r
 
 
 def pairs_hold(seen: Seen) -> None:
@@ -639,6 +648,12 @@ class Case:
 
 NO_TERM = "it adds no term to the loss"
 CASES = (
+    Case(
+        hf.AdaLoRA(r=4, target_r=2, lora_alpha=8, delta_t=2),
+        budget_holds,
+        no_off="a rank of 0 is refused: leaving it out is off",
+        no_zero="random A and B are not orthonormal, so the term is not 0 at the base",
+    ),
     Case(
         hf.AnchoredSFT(weight=0.5),
         token_loss_holds,
