@@ -150,7 +150,7 @@ def half_holds(seen: Seen) -> None:
 
 
 def lora_holds(seen: Seen) -> None:
-    inside = {n: w for n, w in seen.result.weights.items() if ".lora_" not in n}
+    inside = {n: w for n, w in seen.result.weights.items() if ".lora_" not in n and ".ranknum." not in n}
     assert inside.keys() == seen.base.keys() and len(inside) < len(seen.result.weights)
     assert all(torch.equal(w, seen.base[n]) for n, w in inside.items())
     ids = torch.as_tensor(seen.task[0].ids)[None]
@@ -248,6 +248,28 @@ def ranks_hold(seen: Seen) -> None:
     assert sum(ranks) == 14 * seen.method.r and min(ranks) < max(ranks) <= seen.method.rho * seen.method.r
 
 
+def apart_holds(seen: Seen) -> None:
+    """As an adapter; and what each map reads best of the base's inputs goes through it as before."""
+    lora_holds(seen)
+    count = 0
+    for name, w in seen.base.items():
+        if matrix(name, w):
+            a, b = (seen.result.weights[name.replace("weight", f"lora_{x}.default.weight")] for x in "AB")
+            main = torch.linalg.svd(w, full_matrices=False).Vh[: seen.method.principal]
+            assert b.norm() > 1e-3 and (main @ a.T).abs().max() < 1e-6, name
+            count += 1
+    assert count == 14
+
+
+def budget_holds(seen: Seen) -> None:
+    """As an adapter; and of all maps target_r ranks a map are left, not the same number in each."""
+    lora_holds(seen)
+    left = [int((w != 0).sum()) for n, w in seen.result.weights.items() if ".lora_E." in n]
+    assert len(left) == 14 and sum(left) == 14 * seen.method.target_r and min(left) < max(left)
+    whole = [int((w != 0).sum()) for n, w in seen.middle[0].items() if ".lora_E." in n]
+    assert sum(left) < sum(whole) == seen.method.budget(10, 20, 14) < 14 * seen.method.r
+
+
 def pairs_hold(seen: Seen) -> None:
     """The originals are the base's to the last bit, every copy moved, and switched off the model is the base."""
     inside = {n: w for n, w in seen.result.weights.items() if ".expanded." not in n}
@@ -270,6 +292,21 @@ def subspace_holds(seen: Seen) -> None:
             assert inside.norm() / moved.norm() < 1e-5, name
             count += 1
     assert count == 14  # seven matrices in each of two blocks
+
+
+def outside_holds(seen: Seen) -> None:
+    """Matrices moved, with nothing inside M; all else is the base to the last bit."""
+    state, count = seen.result.session.state["CoSO"], 0
+    for name, value in seen.result.weights.items():
+        moved = value - seen.base[name]
+        if f"M/{name}" not in state:
+            assert torch.equal(value, seen.base[name]), name
+            continue
+        m, loose = state[f"M/{name}"], seen.plain.weights[name] - seen.base[name]
+        assert moved.norm() > 0 and (m.T @ moved).norm() < 1e-5 * moved.norm(), name
+        assert (m.T @ loose).norm() > 0.1 * loose.norm(), name
+        count += 1
+    assert count == 14
 
 
 def prompt_holds(seen: Seen) -> None:
@@ -815,6 +852,12 @@ CASES = (
         no_zero=NO_TERM,
     ),
     Case(
+        hf.AdaLoRA(r=4, target_r=2, lora_alpha=8, delta_t=2),
+        budget_holds,
+        no_off="a rank of 0 is refused: leaving it out is off",
+        no_zero="random A and B are not orthonormal, so the term is not 0 at the base",
+    ),
+    Case(
         hf.AnchoredSFT(weight=0.5),
         token_loss_holds,
         no_off="weight 0 is DFT, tested as such",
@@ -859,6 +902,12 @@ CASES = (
         hf.ConnectedAdapter(reduction_factor=4),
         beside_holds,
         no_off="without adapters nothing would train: leaving it out is off",
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.CoSO(rank=4, every=3, sketch=6, samples=4, max_tokens=16, rows_per_gradient=2),
+        outside_holds,
+        no_off="a rank of 0 is refused: leaving it out is off",
         no_zero=NO_TERM,
     ),
     Case(
@@ -1030,6 +1079,13 @@ CASES = (
         share_holds("NonInstructional"),
         off=(hf.NonInstructional(share=0.0),),
         no_zero=NO_TERM,
+    ),
+    Case(
+        hf.OrthogonalLoRA(r=4, lora_alpha=8, principal=5, hard=True),
+        apart_holds,
+        no_off="nothing to be orthogonal to is refused: leaving it out is off",
+        no_zero="soft, the start is not orthogonal, so the term is not 0 at the base; hard mode has no term",
+        too_short="without earlier adapters it is LoRA",
     ),
     Case(
         hf.OrthogonalSubspace(),

@@ -31,10 +31,10 @@ def task_rows(ctx: Context, owner: str, count: int, most: int) -> list[TokenRow]
 
 
 def general_rows(ctx: Context, owner: str, sources: Sequence[str], count: int, most: int) -> list[TokenRow]:
-    """As `task_rows`, of general data files."""
+    """As `task_rows`, of general data files; every token is a target."""
     from holdfast.methods.data.replay import read_sources
 
-    rows = [r.cut(most) for r in read_sources(sources, ctx, owner=owner)[:count]]
+    rows = [r.cut(most) for r in read_sources(sources, ctx, owner=owner, all_tokens=True)[:count]]
     return [r for r in rows if r.scored.any()]
 
 
