@@ -107,6 +107,7 @@ METHODS: dict[str, Sequence[Method]] = {
     "steps on feedback": [Watcher()],
     "stages": [TwoRounds()],
     "ControlLLM": [hf.ControlLLM(every=1, weight=5.0), hf.KLToBase(weight=2.0)],
+    "HalfFineTune in rounds": [hf.HalfFineTune(rounds=3), hf.InContextMix(pool=16, share=0.5)],
     "S2FT": [hf.S2FT(d_ratio=0.2, v_ratio=0.5)],
     "PEQA": [hf.PEQA(), hf.KLToBase(weight=2.0)],
     "LoRAMoE": [hf.LoRAMoE(r=2, experts=4, weight=5.0, lora_dropout=0.0), hf.InContextMix(pool=16, share=0.5)],

@@ -195,7 +195,8 @@ class Method:
     def adapt(self, model: Any, ctx: Context, state: State) -> Any:
         """Choose what trains (set requires_grad to False, never to True) or wrap modules. Returns the model.
 
-        `state` is what `prepare` measured, in a resumed run too.
+        Asked at the beginning of every stage, whose name is `ctx.stage`; a method that wraps, once. `state` is what
+        `prepare` measured, in a resumed run too.
         """
         return model
 

@@ -32,6 +32,7 @@ class Context:
     total_steps: optimizer steps of the whole run, 0 when unknown.
     tell: hears of long work before training: the share done and words; None, nobody listens.
     notes: sentences about the data that the report passes on.
+    stage: name of the stage that is being set up, or trained; "" before the first one.
     """
 
     model: Any
@@ -43,6 +44,7 @@ class Context:
     base_dir: Any = None
     tell: Callable[[float, str], None] | None = None
     notes: list[str] = field(default_factory=list)
+    stage: str = ""
     _identity: str = ""  # of the base, once it was asked
 
     def answers(

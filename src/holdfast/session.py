@@ -174,7 +174,7 @@ class Session:
 
     def enter(self, stage: Stage) -> Any:
         """Set up what trains in `stage`; returns the model (wrapped by an adapter, perhaps)."""
-        self.stage = stage
+        self.stage, self.ctx.stage = stage, stage.name
         soft = getattr(inner(self.model), SOFT_PROMPT, None)
         if stage.trains == "prompt":
             owner = next(m for m in self.methods if "stages" in m.sites())

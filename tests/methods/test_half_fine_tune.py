@@ -2,12 +2,17 @@
 
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
+import torch
 
+from cases import run, same, weights_of
 from holdfast.errors import PlanError
 from holdfast.method import layer_of
-from holdfast.methods import HalfFineTune
+from holdfast.methods import LTSFT, HalfFineTune, ProMoT
+from holdfast.plan import Plan
+from holdfast.services import Context
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
@@ -95,3 +100,54 @@ def test_optimizer_holds_only_the_chosen_half(tiny_model, start):
 def test_unknown_architecture_is_refused():
     with pytest.raises(PlanError, match="no attention matrices"):
         HalfFineTune().choose(["h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight"])
+
+
+# ---- rounds
+
+
+def test_each_round_draws_its_own_half_and_the_first_is_that_of_one_round(tiny_model):
+    names = list(sizes(tiny_model(layers=4)))
+    method = HalfFineTune(rounds=4)
+    halves = [frozenset(method.choose(names, n)) for n in range(4)]
+    assert len(set(halves)) == 4 and halves[0] == HalfFineTune().choose(names)
+    assert [s.name for s in method.stages()] == [f"round-{n}" for n in range(4)]
+
+
+def test_what_a_round_froze_stays_as_the_round_found_it(tiny_model, tokenizer, rows):
+    """Three rounds of two steps, with weight decay and clipping: in each, what is chosen moves and nothing else."""
+    method, seen = HalfFineTune(rounds=3), [weights_of(tiny_model())]
+
+    def watch(session, step):
+        if step % 2 == 0:
+            seen.append(weights_of(session.model))
+
+    run([method], tiny_model(), tokenizer, rows, 6, watch=watch, weight_decay=0.1)
+    assert len(seen) == 4
+    for number, (before, after) in enumerate(pairwise(seen)):
+        chosen = method.choose(list(before), number)
+        for name, w in before.items():
+            assert torch.equal(w, after[name]) == (name not in chosen), (number, name)
+
+
+def test_a_run_killed_in_a_later_round_goes_on_with_its_half(tmp_path, tiny_model, tokenizer, rows):
+    class Killed(Exception):
+        pass
+
+    def die(_session, step):
+        if step == 8:
+            raise Killed
+
+    settings = {"steps": 9, "save_steps": 2}
+    with pytest.raises(Killed):
+        run([HalfFineTune(rounds=3)], tiny_model(), tokenizer, rows, watch=die, folder=tmp_path, **settings)
+    again = run([HalfFineTune(rounds=3)], tiny_model(), tokenizer, rows, folder=tmp_path, **settings)
+    same(again, run([HalfFineTune(rounds=3)], tiny_model(), tokenizer, rows, **settings))
+
+
+def test_rounds_own_the_stages_and_one_round_does_not():
+    for other in (LTSFT(), ProMoT()):
+        Plan([HalfFineTune(), other]).check_together()
+        with pytest.raises(PlanError, match="split the run into stages"):
+            Plan([HalfFineTune(rounds=2), other]).check_together()
+    with pytest.raises(PlanError, match="rounds is 0"):
+        HalfFineTune(rounds=0).check(Context(None, None))

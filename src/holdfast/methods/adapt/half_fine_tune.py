@@ -3,11 +3,14 @@
     attention: 2 of {q, k, v, o};   feed-forward: 2 of {gate, up, down} in half of the layers, 1 in the other half;
     half of the norms;   embeddings and head always train (switch: `train_embeddings`)
 
+`rounds` splits the run into as many trainings; each begins with a new optimizer and schedule and draws another half:
+what one round froze another may train, and in each the frozen half stays as the round found it. The paper draws anew
+at each task; within one task rounds are ours.
 Choosing "2 of 4" by count is half of the weights only when q, k, v, o have equal size. Under grouped-query attention
 k and v are small, so by default (`exact_half`) one of {q, o} and one of {k, v} is drawn: exactly half always.
-Paper: rounds redraw the half at each task or stage; here one round per run (another `seed` is another round).
-Cost: gradients and optimizer state halve. Frozen tensors stay bit-identical.
-Combine with: every loss and data method, ProMoT, WiSEFT. Do not combine with: LoRA.
+Cost: gradients and optimizer state halve. Frozen tensors stay bit-identical, with one round to the base; in half
+precision what a round froze is rounded to it, as the export is.
+Combine with: every loss and data method, ProMoT (with one round), WiSEFT. Do not combine with: LoRA.
 """
 
 import random
@@ -17,9 +20,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from holdfast.errors import PlanError
-from holdfast.method import Method, Paper, canonical, layer_of
+from holdfast.method import Method, Paper, Stage, canonical, layer_of
 from holdfast.methods.adapt._parts import ATTENTION, FEED_FORWARD
 from holdfast.services import Context, State
+
+ROUND = "round-"  # begins the names of its stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,21 +34,34 @@ class HalfFineTune(Method):
     seed: int = 0
     exact_half: bool = True  # ours; False is the paper's rule by count (Sec. 3)
     train_embeddings: bool = True  # paper: embeddings and head always train
+    rounds: int = 1  # paper: one for each task; each draws its own half
 
     paper: ClassVar = Paper("HFT: Half Fine-Tuning for Large Language Models", "2404.18466")
     does: ClassVar = "freezes a random half of each layer's matrices"
     needs: ClassVar = frozenset({"dense"})
 
+    def check(self, ctx: Context) -> None:
+        if self.rounds < 1:
+            raise PlanError(f"HalfFineTune.rounds is {self.rounds}.", "Use at least 1.")
+
+    def sites(self) -> tuple[str, ...]:
+        """With one round the run is left whole, so that another method may split it."""
+        return tuple(s for s in super().sites() if s != "stages" or self.rounds > 1)
+
+    def stages(self) -> tuple[Stage, ...]:
+        return tuple(Stage(f"{ROUND}{n}") for n in range(self.rounds)) if self.rounds > 1 else ()
+
     def adapt(self, model: Any, ctx: Context, state: State) -> Any:
-        chosen = self.choose([canonical(n) for n, _ in model.named_parameters()])
+        number = int(ctx.stage.removeprefix(ROUND)) if self.rounds > 1 else 0
+        chosen = self.choose([canonical(n) for n, _ in model.named_parameters()], number)
         for name, p in model.named_parameters():
             if canonical(name) not in chosen:
                 p.requires_grad_(False)
         return model
 
-    def choose(self, names: list[str]) -> set[str]:
-        """The names that train."""
-        draw = random.Random(f"HalfFineTune/{self.seed}")
+    def choose(self, names: list[str], number: int = 0) -> set[str]:
+        """The names that train in a round, from 0."""
+        draw = random.Random(f"HalfFineTune/{self.seed}" + (f"/{number}" if number else ""))
         layers: dict[int, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         train: set[str] = set()
         for name in names:
