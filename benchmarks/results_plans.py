@@ -63,6 +63,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "connected adapter": ([M.ConnectedAdapter()], LORA),
         "ssf": ([M.SSF()], 1e-3),
         "peqa": ([M.PEQA()], FULL),
+        "gs-lora": ([M.GSLoRA()], LORA),
         "loramoe + replay": ([M.LoRAMoE(), M.Replay()], LORA),
         "anchor (weight 1), lora lr 1e-3": ([M.LoRA(), anchor], 1e-3),
         "anchor (weight 1), full lr 5e-5": ([anchor], 5e-5),
@@ -106,6 +107,7 @@ TABLE = [
     "ssf",
     "peqa",
     "loramoe + replay",
+    "gs-lora",
     *AFTERWARDS,
 ]
 

@@ -225,6 +225,22 @@ def slices_hold(seen: Seen) -> None:
     assert {n.rsplit(".", 1)[-1] for n in state} == {"down_proj", "up_proj", "o_proj", "v_proj"}
 
 
+def groups_hold(seen: Seen) -> None:
+    """An adapter on feed-forward nets alone; each block's A shrank; what was to be unlearnt became less likely."""
+    lora_holds(seen)
+    own = {n: w for n, w in seen.result.weights.items() if n not in seen.base}
+    assert len(own) == 12 and all(".mlp." in n for n in own)
+    begun = weights_of(seen.method.adapt(copy.deepcopy(seen.base_model), Context(seen.base_model, None), {}))
+    for layer in ("layers.0.", "layers.1."):
+        before, after = (sum(w[n].square().sum() for n in own if layer in n and ".lora_A." in n) for w in (begun, own))
+        assert 0 < after < 0.9 * before
+    rows = seen.result.session.asides["GSLoRA"]
+    models = seen.base_model, seen.plain.model, seen.result.model
+    a, b, c = (sum(losses_of(m, r).mean().item() for r in rows) for m in models)
+    assert c - a > 0.1 > 10 * abs(b - a)
+    assert seen.result.log.realised["GSLoRA/examples"] == 20
+
+
 def pairs_hold(seen: Seen) -> None:
     """The originals are the base's to the last bit, every copy moved, and switched off the model is the base."""
     inside = {n: w for n, w in seen.result.weights.items() if ".expanded." not in n}
@@ -717,6 +733,12 @@ CASES = (
         freeze_holds,
         off=(hf.Freeze(layer_decay=1.0),),
         no_zero=NO_TERM,
+    ),
+    Case(
+        hf.GSLoRA(r=4, lora_alpha=8, weight=0.5, forget=(GENERAL,), forget_weight=20.0, max_tokens=32),
+        groups_hold,
+        no_off="without its terms it is a LoRA of the feed-forward nets: leaving it out is off",
+        no_zero="its terms are of the adapter's size and of rows to unlearn, and not 0 at the base",
     ),
     Case(
         hf.GeRe(weight=30.0, replay=0.0, pool=4, max_tokens=32),
