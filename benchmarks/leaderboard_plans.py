@@ -120,6 +120,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "o-lora, 64 directions of the base": ([M.OrthogonalLoRA(principal=64, hard=True)], LORA),
         "coso": ([M.CoSO()], FULL),
         "adalora": ([M.AdaLoRA()], LORA),
+        "gs-lora": ([M.GSLoRA()], LORA),
         "dft": ([M.DFT()], FULL),
         "anchored sft": ([M.AnchoredSFT()], FULL),
         "tl-training": ([M.TLTraining()], FULL),

@@ -270,6 +270,22 @@ def budget_holds(seen: Seen) -> None:
     assert sum(left) < sum(whole) == seen.method.budget(10, 20, 14) < 14 * seen.method.r
 
 
+def groups_hold(seen: Seen) -> None:
+    """An adapter on feed-forward nets alone; each block's A shrank; what was to be unlearnt became less likely."""
+    lora_holds(seen)
+    own = {n: w for n, w in seen.result.weights.items() if n not in seen.base}
+    assert len(own) == 12 and all(".mlp." in n for n in own)
+    begun = weights_of(seen.method.adapt(copy.deepcopy(seen.base_model), Context(seen.base_model, None), {}))
+    for layer in ("layers.0.", "layers.1."):
+        before, after = (sum(w[n].square().sum() for n in own if layer in n and ".lora_A." in n) for w in (begun, own))
+        assert 0 < after < 0.9 * before
+    rows = seen.result.session.asides["GSLoRA"]
+    models = seen.base_model, seen.plain.model, seen.result.model
+    a, b, c = (sum(losses_of(m, r).mean().item() for r in rows) for m in models)
+    assert c - a > 0.1 > 10 * abs(b - a)
+    assert seen.result.log.realised["GSLoRA/examples"] == 20
+
+
 def pairs_hold(seen: Seen) -> None:
     """The originals are the base's to the last bit, every copy moved, and switched off the model is the base."""
     inside = {n: w for n, w in seen.result.weights.items() if ".expanded." not in n}
@@ -975,6 +991,12 @@ CASES = (
         share_holds("GOTD"),
         off=(hf.GOTD(share=0.0),),
         no_zero=NO_TERM,
+    ),
+    Case(
+        hf.GSLoRA(r=4, lora_alpha=8, weight=0.5, forget=(GENERAL,), forget_weight=20.0, max_tokens=32),
+        groups_hold,
+        no_off="without its terms it is a LoRA of the feed-forward nets: leaving it out is off",
+        no_zero="its terms are of the adapter's size and of rows to unlearn, and not 0 at the base",
     ),
     Case(
         hf.GeRe(weight=30.0, replay=0.0, pool=4, max_tokens=32),

@@ -281,8 +281,8 @@ class Method:
         """(N,) weights of the task's token losses, without gradient; positions of other owners are ignored."""
         return None
 
-    def loss(self, view: View) -> Term | None:
-        """One addend of the loss, or None when there is nothing to add at this step.
+    def loss(self, view: View) -> Term | tuple[Term, ...] | None:
+        """One addend of the loss, or several of different kinds, or None when there is nothing to add at this step.
 
         Under FSDP2 `view.params` and `view.base_weights` are cut over processes: what is done element by element, and
         sums, come out right; before a product of matrices take `engine.shards.whole(p)`.

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_what_a_round_froze_stays_as_the_round_found_it(tiny_model, tokenizer, r
 
     run([method], tiny_model(), tokenizer, rows, 6, watch=watch, weight_decay=0.1)
     assert len(seen) == 4
-    for number, (before, after) in enumerate(zip(seen, seen[1:], strict=False)):
+    for number, (before, after) in enumerate(pairwise(seen)):
         chosen = method.choose(list(before), number)
         for name, w in before.items():
             assert torch.equal(w, after[name]) == (name not in chosen), (number, name)

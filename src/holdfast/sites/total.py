@@ -24,7 +24,7 @@ from holdfast.engine.replaced import Handed
 from holdfast.engine.shards import whole
 from holdfast.engine.ways import LAST, States, inner
 from holdfast.errors import NoEffect
-from holdfast.method import Method
+from holdfast.method import Method, Term
 from holdfast.sites.scale import divided
 
 Parts = dict[str, torch.Tensor]
@@ -84,19 +84,26 @@ class Total:
         total = self._of_task(step, seen, views)
         parts = {"task": total.detach()}
         for m in session.methods:
-            term = m.loss(views[m.name]) if seen.first or m.name not in self._once else None
-            if term is None:
-                continue
-            if term.owner is None:
+            found = m.loss(views[m.name]) if seen.first or m.name not in self._once else None
+            terms = () if found is None else found if isinstance(found, tuple) else (found,)
+            if isinstance(found, Term) and found.owner is None:
                 self._once.add(m.name)
-                value = whole(term.value) * step.share
-            else:
-                value = divided(term, seen.packed, step.counts)
-            self._must_carry(m, value)
-            session.effects[m.name] += not seen.again
-            total = total + value
-            parts[m.name] = value.detach()
+            values = [self._scaled(m, t, step, seen) for t in terms if seen.first or t.owner is not None]
+            if values:
+                session.effects[m.name] += not seen.again
+                value = torch.stack(values).sum()
+                total = total + value
+                parts[m.name] = value.detach()
         return total, parts
+
+    def _scaled(self, method: Method, term: Term, step: Step, seen: Seen) -> torch.Tensor:
+        """This forward's part of a term."""
+        if term.owner is None:
+            value = whole(term.value) * step.share
+        else:
+            value = divided(term, seen.packed, step.counts)
+        self._must_carry(method, value)
+        return value
 
     def _of_task(self, step: Step, seen: Seen, views: Mapping[str, Any]) -> torch.Tensor:
         session = self.session

@@ -3,7 +3,7 @@
     attention: 2 of {q, k, v, o};   feed-forward: 2 of {gate, up, down} in half of the layers, 1 in the other half;
     half of the norms;   embeddings and head always train (switch: `train_embeddings`)
 
-`rounds` splits the run into as many trainings; each begins with a new optimizer and schedule and draws another half, so
+`rounds` splits the run into as many trainings; each begins with a new optimizer and schedule and draws another half:
 what one round froze another may train, and in each the frozen half stays as the round found it. The paper draws anew
 at each task; within one task rounds are ours.
 Choosing "2 of 4" by count is half of the weights only when q, k, v, o have equal size. Under grouped-query attention
