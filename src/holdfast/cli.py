@@ -173,6 +173,13 @@ def check(
     batch_tokens: BatchTokens = BATCH_TOKENS,
     invariant: Invariant = False,
     why: Annotated[bool, typer.Option("--why", help="Also look for the place and the kind of a loss.")] = False,
+    cause: Annotated[
+        list[str] | None,
+        typer.Option("--cause", help="A further diagnosis, such as 'mode connectivity'; may be repeated."),
+    ] = None,
+    ancestor: Annotated[
+        str | None, typer.Option("--ancestor", help="The model BASE was tuned from, for 'safety subspaces'.")
+    ] = None,
     base_revision: Revision = None,
     tuned_revision: Revision = None,
     out: Out = None,
@@ -197,6 +204,8 @@ def check(
         batch_tokens=batch_tokens,
         invariant=invariant,
         why=why,
+        causes=tuple(cause or ()),
+        ancestor=ancestor,
         trust_remote_code=trust_remote_code,
     )
 

@@ -14,13 +14,21 @@ from typing import Any
 from holdfast.errors import HoldfastError, suggest
 from holdfast.report.schema import DiagnosisPart
 
-DIAGNOSES: dict[str, str] = {  # run order, cheap to dear
+DIAGNOSES: dict[str, str] = {  # run order, cheap to dear; these are made where none is named
     "layer drift": "layer_drift:diagnose",
     "intruder dimensions": "intruder:diagnose",
     "tuco": "tuco:diagnose",
     "parameter sensitivity": "sensitivity:diagnose",
     "format or ability": "formats:diagnose",
     "revival": "revival:diagnose",
+}
+MORE: dict[str, str] = {  # only by name
+    "class separability": "classes:diagnose",
+    "safety subspaces": "subspaces:diagnose",
+    "entities": "entities:diagnose",
+    "mode connectivity": "connectivity:diagnose",
+    "novelty": "novelty:diagnose",
+    "faithfulness": "faithfulness:diagnose",
 }
 NOTHING = "Nothing unusual"  # how the sentence of an inconspicuous finding begins
 
@@ -36,6 +44,7 @@ class Case:
         before: measurements of `base` as `measure.asking.score_suite` returns them; may be empty.
         after: the same of `tuned`.
         seed: draws prompts and controls.
+        ancestor: the model that `base` itself was tuned from, for diagnoses that ask about three; may be None.
     """
 
     base: Any
@@ -44,6 +53,7 @@ class Case:
     before: Sequence[dict[str, Any]] = ()
     after: Sequence[dict[str, Any]] = ()
     seed: int = 0
+    ancestor: Any = None
 
 
 @dataclass(frozen=True)
@@ -74,17 +84,15 @@ def run(
     names: Sequence[str] | None = None,
     tell: Callable[[str, float, str], None] = lambda *_: None,
 ) -> list[Finding]:
-    """Run the diagnoses (`names`, or all) in the order of `DIAGNOSES`; one that cannot be made says why.
+    """Run the diagnoses (`names`, or those of `DIAGNOSES`), those of `MORE` last; one that cannot be made says why.
 
     `tell(phase, share done, name)` hears of the progress.
 
     Raises:
         HoldfastError: a name is unknown.
     """
-    for name in names or ():
-        if name not in DIAGNOSES:
-            raise HoldfastError(f"There is no diagnosis {name!r}.", suggest(name, tuple(DIAGNOSES)))
-    wanted = [n for n in DIAGNOSES if names is None or n in names]
+    check_names(names or ())
+    wanted = [*DIAGNOSES] if names is None else [n for n in (*DIAGNOSES, *MORE) if n in names]
     findings = []
     for n, name in enumerate(wanted):
         tell("diagnose", n / len(wanted), name)
@@ -96,6 +104,13 @@ def run(
     return findings
 
 
+def check_names(names: Sequence[str]) -> None:
+    """Raise HoldfastError for a name that no diagnosis has."""
+    for name in names:
+        if name not in {**DIAGNOSES, **MORE}:
+            raise HoldfastError(f"There is no diagnosis {name!r}.", suggest(name, (*DIAGNOSES, *MORE)))
+
+
 def _function(name: str) -> Callable[[Case], Finding]:
-    module, function = DIAGNOSES[name].split(":")
+    module, function = {**DIAGNOSES, **MORE}[name].split(":")
     return getattr(importlib.import_module(f"holdfast.diagnose.{module}"), function)

@@ -33,6 +33,8 @@ def check(
     keep: Mapping[str, float] | None = None,
     suites: Sequence[str] = ("default",),
     why: bool = False,
+    causes: Sequence[str] = (),
+    ancestor: str | None = None,
     trust_remote_code: bool = False,
     tell: Tell = silent,
     **settings: Any,
@@ -40,7 +42,9 @@ def check(
     """Compare two models on the same items; returns a report (`report.schema`) whose verdict says kept or lost.
 
     keep: share of each ability that must be left, 0.95 by default. why: look for the place of a loss too (both models
-    are in memory then). `settings` go to `Subject.measure`.
+    are in memory then). causes: names of further diagnoses (`diagnose.MORE`), or of some where `why` is not set.
+    ancestor: the model that `base` was tuned from, for diagnoses that ask about three. `settings` go to
+    `Subject.measure`.
 
     Raises:
         ModelError: the two models do not read text the same way, so their scores cannot be paired.
@@ -50,13 +54,14 @@ def check(
     from holdfast.report.comparison import comparison
     from holdfast.runs.subject import Subject
 
-    names, keep = names_of(suites), dict(keep or {})
+    names, keep, wanted = names_of(suites), dict(keep or {}), _wanted(why, causes)
     _check_floors(keep, names)
     first = Subject(base, base_revision, trust_remote_code)
     second = Subject(tuned, tuned_revision, trust_remote_code)
+    third = Subject(ancestor, None, trust_remote_code) if ancestor else None
     _check_pair(base, first, tuned, second)
     before = first.measure(names, phase="measure before", tell=tell, **settings)
-    if not why:
+    if not wanted:
         first.forget()  # one model in memory at a time
     after = second.measure(names, phase="measure after", tell=tell, **settings)
     return comparison(
@@ -66,7 +71,7 @@ def check(
         after,
         second.tokenizer,
         shown=examples(lambda: second.model, second.tokenizer, before, after),
-        diagnosis=_diagnosis(first, second, before, after, tell) if why else None,
+        diagnosis=_diagnosis(first, second, third, before, after, wanted, tell) if wanted else None,
     )
 
 
@@ -89,11 +94,22 @@ def _check_pair(base: str, first: Subject, tuned: str, second: Subject) -> None:
         )
 
 
-def _diagnosis(first: Subject, second: Subject, before: Any, after: Any, tell: Tell) -> list[Any]:
+def _wanted(why: bool, causes: Sequence[str]) -> list[str]:
+    """The names of the diagnoses to make."""
+    from holdfast.diagnose import DIAGNOSES, check_names
+
+    check_names(causes)
+    return [*dict.fromkeys((*(DIAGNOSES if why else ()), *causes))]
+
+
+def _diagnosis(
+    first: Subject, second: Subject, third: Subject | None, before: Any, after: Any, names: Sequence[str], tell: Tell
+) -> list[Any]:
     from holdfast.diagnose import Case, run
 
-    case = Case(first.model, second.model, second.tokenizer, before, after)
-    return [f.part() for f in run(case, tell=tell)]
+    ancestor = third.model if third else None
+    case = Case(first.model, second.model, second.tokenizer, before, after, ancestor=ancestor)
+    return [f.part() for f in run(case, names, tell=tell)]
 
 
 def command(base: str, tuned: str, *, keep: Sequence[str], out: Sequence[Path], **settings: Any) -> int:

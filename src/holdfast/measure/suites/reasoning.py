@@ -26,7 +26,7 @@ DATA = Path(__file__).with_name("data") / "reasoning.json"
 LIMIT = 24  # items of a task
 STEPS_SHARE = 3  # one in so many is also asked with steps: writing costs far more than scoring
 STEPS_TOKENS = 48  # three lines of arithmetic and the final sentence, one token a digit
-_QUESTION = "Q: {question}\nA:"
+QUESTION = "Q: {question}\nA:"
 _NUMBER = re.compile(r"answer is:?\s*(-?\d[\d,]*(?:\.\d+)?)", re.IGNORECASE)
 
 
@@ -88,14 +88,14 @@ def _scored(task: dict[str, Any], item: dict[str, Any]) -> Probe:
 
 
 def _with_steps(task: dict[str, Any], item: dict[str, Any]) -> Probe:
-    shots = "".join(f"{_QUESTION.format(**s)} {s['steps']} The answer is {s['answer']}.\n" for s in task["shots"])
+    shots = "".join(f"{QUESTION.format(**s)} {s['steps']} The answer is {s['answer']}.\n" for s in task["shots"])
     answer = item["answers"][item["right"]]
     name = f"{task['name']} with steps"
     return Probe(
         name,
         f"{name}/{item['n']}",
         "generate",
-        shots + _QUESTION.format(**item),
+        shots + QUESTION.format(**item),
         judge=partial(final_answer_is, answer),
         expected=f"... The answer is {answer}.",
         max_tokens=STEPS_TOKENS,
