@@ -2,12 +2,14 @@
 
 import json
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from browser import CHROMIUM, assert_fits
 from holdfast import cli
+from holdfast.data import task
 from holdfast.errors import HoldfastError, PlanError, RecipeError, TrainingError
 from holdfast.measure import stats
 from holdfast.measure.packed import pack, unpack
@@ -16,6 +18,7 @@ from holdfast.measure.stats import Estimate
 from holdfast.recipe import recipe_from
 from holdfast.report import compared
 from holdfast.runs import compare as runs
+from holdfast.runs import halves, job, task_rows
 from holdfast.runs.compare_report import hypervolume
 from holdfast.runs.contestants import Cell, check_grid, plans_of
 from holdfast.verbs.compare import compare
@@ -273,6 +276,26 @@ def test_a_finished_comparison_does_nothing(whole, world, monkeypatch):
     folder, report = whole
     monkeypatch.setattr(runs, "checked", None)
     assert go(world, folder) == report
+
+
+def test_nothing_is_done_twice(world, tmp_path, monkeypatch):
+    """Two plans at two rates and two seeds: one base loaded, its rows read and each half asked once."""
+    monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
+    loads, reads, scored, rows = [], [], [], []
+
+    def counts(module, name, into, what=lambda *a, **k: 1):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: into.append(what(*a, **k)) or real(*a, **k))
+
+    counts(job, "load", loads)
+    counts(task, "prepare", reads)
+    counts(halves, "score_suite", scored, lambda model, tokenizer, suite, **k: suite.probes[0].id)
+    counts(task_rows, "score_task", rows)
+    assert not go(world, tmp_path)["failed"]
+    assert (len(loads), len(reads)) == (1, 1)
+    choosing, reporting = 1 + 4, 1 + 4  # the base and runs: two rates of two plans, two seeds of two plans
+    assert sorted(Counter(scored).values()) == [choosing, choosing, reporting]
+    assert len(rows) == choosing + reporting
 
 
 def test_a_folder_belongs_to_one_comparison(whole, world):

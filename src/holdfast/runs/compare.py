@@ -6,8 +6,8 @@
 3. The chosen rate trains with the other seeds, and all its runs are measured on test rows and the other half.
 
 Every run is a folder in `runs/`, as `tune` makes them, and goes on where it was killed. A run that fails is reported
-and stops no other. The base is measured once, and rows are tokenised once. Of the models only the best of each plan so
-far is kept, and none at the end.
+and stops no other. The base is loaded and measured once, and rows are tokenised once. Of the models only the best of
+each plan so far is kept, and none at the end.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from holdfast.measure.packed import pack, pack_suite
 from holdfast.measure.parts import REPORT
 from holdfast.recipe import Export, Recipe, recipe_from
 from holdfast.runs import export, settle, training
+from holdfast.runs.bases import Bases
 from holdfast.runs.compare_report import Ends, compared, point_of
 from holdfast.runs.contestants import Cell, check_grid, plans_of
 from holdfast.runs.folder import JsonOrder, RunFolder
@@ -75,7 +76,7 @@ class _Work:
         self, wish: Wish, recipe: Recipe, plans: Mapping[str, Any], base_dir: Path, folder: RunFolder, tell: Tell
     ):
         self.wish, self.recipe, self.plans, self.base_dir = wish, recipe, plans, base_dir
-        self.folder, self.tell = folder, tell
+        self.folder, self.tell, self.bases = folder, tell, Bases()
         self.failed: dict[str, str] = {}
         self.rates: dict[str, float] = {}  # of each plan, before a factor
         self._done, self._all = 0, len(plans) * (len(wish.factors) + wish.seeds)
@@ -211,7 +212,7 @@ class _Work:
         return recipe.model_copy(update={"plan": plan, "data": data, "training": training, "export": exported})
 
     def _run(self, cell: Cell, tell: Tell) -> Run:
-        return Run(self._variant(cell), self.base_dir, tell, halved=True)
+        return Run(self._variant(cell), self.base_dir, tell, halved=True, bases=self.bases)
 
     def _of(self, cell: Cell) -> Tell:
         return lambda phase, share, words: self.tell("compare", self._done / self._all, f"{cell.label}: {phase}")
