@@ -32,13 +32,13 @@ def test_a_copy_is_a_fresh_load_whatever_was_done_to_the_one_before(world, tmp_p
     recipe = asked(world, tmp_path)
     source = job.models.resolve(str(world.base))
     shared, (fresh, _) = bases.Bases(), job.load(recipe, source, merge_adapter=True)
-    first = shared.load(recipe, source)
+    first = shared.load(recipe, source, job.load)
     LoRA().adapt(first, Context(first, None), {})
     with torch.no_grad():
         for p in first.parameters():
             p.add_(1.0)
     first.config.use_cache = not first.config.use_cache
-    second = shared.load(recipe, source)
+    second = shared.load(recipe, source, job.load)
     assert [n for n, _ in second.named_modules()] == [n for n, _ in fresh.named_modules()]
     mine, theirs = numbers(second), numbers(fresh)
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
@@ -69,7 +69,9 @@ def test_another_base_is_loaded(world, tmp_path, tiny_model, tokenizer):
     other = tmp_path / "other"
     job.models.save_model(tiny_model(layers=1), tokenizer, other, card=None)
     shared, recipe = bases.Bases(), asked(world, tmp_path)
-    layers = [shared.load(recipe, job.models.resolve(str(p))).config.num_hidden_layers for p in (world.base, other)]
+    layers = [
+        shared.load(recipe, job.models.resolve(str(p)), job.load).config.num_hidden_layers for p in (world.base, other)
+    ]
     assert layers == [2, 1]
 
 
@@ -78,7 +80,7 @@ def test_without_room_each_run_loads(world, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "load", lambda *a, **k: loads.append(1) or real(*a, **k))
     monkeypatch.setattr(bases, "free_memory", lambda: 1000.0)
     shared, recipe = bases.Bases(), asked(world, tmp_path)
-    models = [shared.load(recipe, job.models.resolve(str(world.base))) for _ in range(2)]
+    models = [shared.load(recipe, job.models.resolve(str(world.base)), job.load) for _ in range(2)]
     assert len(loads) == 2 and models[0] is not models[1]
 
 

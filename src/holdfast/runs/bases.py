@@ -8,6 +8,7 @@ load (packed weights, code of others), every run loads anew.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 from holdfast import models
@@ -26,10 +27,8 @@ class Bases:
         self._kept: Any = None
         self.taught: dict[Any, Any] = {}  # the latest answers of this base (`services.Teacher.learn`)
 
-    def load(self, recipe: Recipe, source: models.ModelSource) -> Any:
-        """The model of `source` as `runs.job.load` gives it, to be changed at will."""
-        from holdfast.runs.job import load
-
+    def load(self, recipe: Recipe, source: models.ModelSource, load: Callable[..., tuple[Any, Any]]) -> Any:
+        """The model of `source` as `load` (`runs.job.load`) gives it, to be changed at will."""
         key = content_key(source.path, source.sha, recipe.model.model_dump(mode="json"), recipe.training.bf16)
         if key != self._key:
             self._key, self._kept = "", None  # the old one makes room first

@@ -1,7 +1,7 @@
 """compare: plans on one recipe, each over a grid of as many trials, told apart on items that chose nothing.
 
 1. Every plan trains once at each rate and strength of the grid, with the first seed. Validation rows and one half of
-   every suite's items choose one: the best task score among those that keep what is to be kept, else the nearest to it.
+   every suite's items choose: the best task score among those that keep what is to be kept, else the nearest to it.
 2. What was chosen is written down with its hash, before anything of the other half is looked at.
 3. The chosen one trains with the other seeds, and all its runs are measured on test rows and the other half.
 

@@ -127,7 +127,7 @@ def checked(run: Run) -> Job:
         for suite in certain(run.recipe):
             check_suite(suite, ask, longest)
         if run.bases:
-            model = run.bases.load(run.recipe, source)
+            model = run.bases.load(run.recipe, source, load)
         else:
             model, tokenizer = load(run.recipe, source, merge_adapter=True)
         check_model(run, source, model, tokenizer, plan)

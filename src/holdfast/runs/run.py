@@ -7,13 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from holdfast.recipe import Recipe
+from holdfast.runs.bases import Bases
 from holdfast.runs.folder import RunFolder
-
-if TYPE_CHECKING:
-    from holdfast.runs.bases import Bases
 
 Tell = Callable[[str, float, str], None]  # phase, share done (0..1), words beside the bar
 # WORK is what a mended recipe would spoil
