@@ -2,22 +2,28 @@
 
 import json
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from browser import CHROMIUM, assert_fits
 from holdfast import cli
+from holdfast.data import task
 from holdfast.errors import HoldfastError, PlanError, RecipeError, TrainingError
 from holdfast.measure import stats
 from holdfast.measure.packed import pack, unpack
 from holdfast.measure.recipes import kept
 from holdfast.measure.stats import Estimate
+from holdfast.methods import ICLAnchor, KLToBase, LoRA, Replay, all_methods
+from holdfast.plan import Plan
 from holdfast.recipe import recipe_from
 from holdfast.report import compared
 from holdfast.runs import compare as runs
+from holdfast.runs import halves, job, task_rows
 from holdfast.runs.compare_report import hypervolume
-from holdfast.runs.contestants import Cell, check_grid, plans_of
+from holdfast.runs.contestants import Cell, check_seeds, plans_of
+from holdfast.runs.grid import check_grid, finer, grid
 from holdfast.verbs.compare import compare
 from holdfast.verbs.tune import tune
 from tiny_run import recipe_data
@@ -175,19 +181,68 @@ def test_the_plans_by_name(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("factors", "seeds", "words"),
+    ("factors", "strengths", "words"),
     [
-        ((), 1, "empty"),
-        ((1.0, 0.0), 1, "by 0"),
-        ((1.0, 1.0), 1, "twice"),
-        ((1 / 3, 0.33333), 1, "twice"),
-        ((1.0,), 0, "0 seeds"),
-        ((float("nan"),), 1, "nan"),
+        ((), (1.0,), "learning rates is empty"),
+        ((1.0, 0.0), (1.0,), "learning rate cannot be multiplied by 0"),
+        ((1.0, 1.0), (1.0,), "twice"),
+        ((1 / 3, 0.33333), (1.0,), "twice"),
+        ((float("nan"),), (1.0,), "nan"),
+        ((1.0,), (), "strengths is empty"),
+        ((1.0,), (0.0,), "strength cannot be multiplied by 0"),
+        ((1.0,), (1.0, -0.3), "strength cannot be multiplied by -0.3"),
+        ((1.0,), (0.5, 0.5), "strengths .* twice"),
     ],
 )
-def test_grids_that_hold_nothing(factors, seeds, words):
+def test_grids_that_hold_nothing(factors, strengths, words):
     with pytest.raises(PlanError, match=words):
-        check_grid(factors, seeds)
+        check_grid(factors, strengths)
+
+
+@pytest.mark.parametrize("kind", [m for m in all_methods().values() if m.strengths], ids=lambda m: m.__name__)
+def test_what_a_method_calls_its_strength(kind):
+    one = kind()
+    assert {*one.odds} <= {*one.strengths} and any(getattr(one, f) for f in one.strengths)
+    same, half, double = (one.stronger(f).settings() for f in (1.0, 0.5, 2.0))
+    assert all(same[name] == pytest.approx(getattr(one, name)) for name in one.strengths)
+    for name, value in one.settings().items():
+        if name not in one.strengths:
+            assert half[name] == double[name] == value
+        elif value:
+            assert half[name] < value < double[name] and (
+                name not in one.odds or one.stronger(1e6).settings()[name] < 1
+            )
+
+
+def test_strengths_by_hand():
+    assert KLToBase(weight=0.5).stronger(0.3) == KLToBase(weight=0.15)
+    assert ICLAnchor(weight=2.0, gold=0.0).stronger(3) == ICLAnchor(weight=6.0, gold=0.0)
+    assert Replay(share=0.5).stronger(3).share == pytest.approx(0.75)  # three rows to each of the task's, not one
+    assert LoRA().stronger(3) == LoRA()
+    plan = Plan([LoRA(), KLToBase(weight=0.5)])
+    assert plan.has_strength and plan.stronger(2) == Plan([LoRA(), KLToBase(weight=1.0)])
+    assert not Plan([LoRA(), KLToBase(weight=0.0)]).has_strength
+
+
+def test_no_seeds_are_no_run():
+    with pytest.raises(PlanError, match="0 seeds"):
+        check_seeds(0)
+
+
+def test_every_plan_has_as_many_trials():
+    rates, strengths = (0.5, 1.0, 2.0), (0.3, 1.0)
+    strong, plain = (grid("p", 0, rates, strengths, has) for has in (True, False))
+    assert len(strong) == len(plain) == 6 and len({c.folder for c in (*strong, *plain)}) == 9
+    assert {(c.factor, c.strength) for c in strong} == {(f, s) for f in rates for s in strengths}
+    assert {c.strength for c in plain} == {1.0} and {*rates} < {c.factor for c in plain}
+    assert (strong[0].factor, strong[0].strength) == (plain[0].factor, plain[0].strength) == (1.0, 1.0)
+
+
+def test_rates_between_by_hand():
+    """Of the gaps 1 to 4 and 4 to 8 the first is wider: its middle is 2; then all are equal, and the lowest goes."""
+    assert finer((8.0, 1.0, 4.0), 4) == pytest.approx([1, 2, 4, 8])
+    assert finer((8.0, 1.0, 4.0), 5) == pytest.approx([1, 2**0.5, 2, 4, 8])
+    assert finer((1.0,), 3) == [1.0]
 
 
 # ---- whole comparisons
@@ -275,10 +330,66 @@ def test_a_finished_comparison_does_nothing(whole, world, monkeypatch):
     assert go(world, folder) == report
 
 
+def test_nothing_is_done_twice(world, tmp_path, monkeypatch):
+    """Two plans at two rates and two seeds: one base loaded, its rows read and each half asked once."""
+    monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
+    loads, reads, scored, rows = [], [], [], []
+
+    def counts(module, name, into, what=lambda *a, **k: 1):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: into.append(what(*a, **k)) or real(*a, **k))
+
+    counts(job, "load", loads)
+    counts(task, "prepare", reads)
+    counts(halves, "score_suite", scored, lambda model, tokenizer, suite, **k: suite.probes[0].id)
+    counts(task_rows, "score_task", rows)
+    assert not go(world, tmp_path)["failed"]
+    assert (len(loads), len(reads)) == (1, 1)
+    choosing, reporting = 1 + 4, 1 + 4  # the base and runs: two rates of two plans, two seeds of two plans
+    assert sorted(Counter(scored).values()) == [choosing, choosing, reporting]
+    assert len(rows) == choosing + reporting
+
+
 def test_a_folder_belongs_to_one_comparison(whole, world):
     folder, _ = whole
     with pytest.raises(RecipeError, match="another recipe"):
         go(world, folder, seeds=3)
+
+
+def test_strengths_are_tried_and_told(world, tmp_path):
+    methods, options = ("plain", "LoRA+KLToBase"), {"factors": (1.0,), "strengths": (0.5, 1.0), "seeds": 2}
+    report = go(world, tmp_path, methods, **options)
+    assert not report["failed"]
+    rows = {r["name"]: r for r in report["rows"]}
+    assert [t["strength"] for t in rows["LoRA+KLToBase"]["trials"]] == [1.0, 0.5]
+    assert [t["strength"] for t in rows["plain"]["trials"]] == [1.0]
+    weaker = json.loads((tmp_path / "out/runs/LoRA-KLToBase.x1.s0.5.0/training.json").read_text())
+    own = json.loads((tmp_path / "out/runs/LoRA-KLToBase.x1.0/training.json").read_text())
+    assert weaker["terms"]["KLToBase"][-1][1] != own["terms"]["KLToBase"][-1][1]
+    chosen = json.loads((tmp_path / "out/chosen.json").read_text())
+    assert {n: c["strength"] for n, c in chosen.items()} == {n: r["strength"] for n, r in rows.items()}
+    for name in ("compare.md", "compare.html"):
+        assert "strength" in (tmp_path / "out" / name).read_text()
+    with pytest.raises(RecipeError, match="another recipe"):
+        go(world, tmp_path, methods, **{**options, "strengths": (0.3, 1.0)})
+
+
+def test_a_folder_from_before_strengths_goes_on(whole, world, monkeypatch):
+    folder, report = whole
+    order = json.loads((folder / "out/recipe.yaml").read_text())
+    assert order.pop("strengths") == [1.0]
+    (folder / "out/recipe.yaml").write_text(json.dumps(order))
+    (folder / "out/compare.json").unlink()
+    monkeypatch.setattr(runs.training, "trained", None)
+    assert without_clock(go(world, folder)) == without_clock(report)
+
+
+def test_a_report_from_before_strengths_is_shown(whole):
+    old = json.loads(json.dumps(whole[1]))
+    for row in old["rows"]:
+        for one in (row, *row["trials"]):
+            del one["strength"]
+    assert compared.page(old) == compared.page(whole[1]) and "strength" not in compared.page(old)
 
 
 def test_a_folder_of_tune_is_no_place_for_a_comparison(world, tmp_path):

@@ -253,7 +253,7 @@ def test_adapters_on_a_tied_weight_are_exported_as_trained(world, tmp_path, targ
 def test_there_may_be_no_room_for_a_second_copy(world, tmp_path, monkeypatch):
     from holdfast.models import exported
 
-    monkeypatch.setattr(exported, "_free_memory", lambda: 1000.0)
+    monkeypatch.setattr(exported, "free_memory", lambda: 1000.0)
     tune(recipe(world, tmp_path / "run", training={"max_steps": 1}))
     assert load(tmp_path / "run" / "report.json")["tuned"]["export"].startswith("not checked: there is no room")
 

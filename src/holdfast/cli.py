@@ -271,18 +271,30 @@ def compare(
         list[float] | None,
         typer.Option("--factor", help="What the learning rate is multiplied by; repeated (default: 1/3, 1 and 3)."),
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", help="Runs of each plan at its best rate.")] = 1,
+    strength: Annotated[
+        list[float] | None,
+        typer.Option("--strength", help="What the strength of each method is multiplied by; repeated (default: 1)."),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="Runs of each plan at its best settings.")] = 1,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs, the table and the page.")] = Path(
         "runs/compared"
     ),
     set: Set = None,
     debug: Debug = False,
 ) -> int:
-    """Compare plans on one recipe: each at its best learning rate, told apart on items that chose nothing."""
+    """Compare plans on one recipe: each at its best settings, told apart on items that chose nothing."""
     _start(debug)
     from holdfast.verbs import compare as verb
 
-    return verb.command(recipe, set or (), methods=methods.split(","), factors=factor, seeds=seeds, out=out)
+    return verb.command(
+        recipe,
+        set or (),
+        methods=methods.split(","),
+        factors=factor,
+        strengths=strength,
+        seeds=seeds,
+        out=out,
+    )
 
 
 @_command

@@ -176,6 +176,8 @@ class Method:
     whole_rows: ClassVar[bool] = False  # `loss` or `token_weight` reads rows as wholes: a long one is not cut for it
     leaves: ClassVar[str] = "stay"  # what `entries` does not choose any more: "stay" or "return" (to the base)
     scales_update: ClassVar[bool] = False  # `merge` only scales tuned - base, so it is exact on a LoRA adapter too
+    strengths: ClassVar[tuple[str, ...]] = ()  # fields that say how strongly it acts
+    odds: ClassVar[tuple[str, ...]] = ()  # those of them that are a part of a whole and stay below 1
 
     # ---- the sites
 
@@ -391,6 +393,15 @@ class Method:
         }
         own = {helpers.get(s, s) for s in (*SITES, *helpers) if getattr(type(self), s) is not getattr(Method, s)}
         return tuple(s for s in SITES if s in own)
+
+    def stronger(self, factor: float) -> Method:
+        """The same with every field of `strengths` times `factor`; of a part of a whole p its odds p / (1 - p)."""
+
+        def scaled(name: str) -> float:
+            value = getattr(self, name)
+            return factor * value / (1 - value + factor * value) if name in self.odds else factor * value
+
+        return dataclasses.replace(self, **{n: scaled(n) for n in self.strengths if getattr(self, n)})
 
     def settings(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

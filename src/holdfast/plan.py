@@ -75,6 +75,17 @@ class Plan:
     def to_recipe(self) -> list[dict[str, dict[str, Any]]]:
         return [{m.name: {k: _plain(v) for k, v in m.settings().items()}} for m in self.methods]
 
+    # ---- strength
+
+    @property
+    def has_strength(self) -> bool:
+        """Whether some method says which of its fields are its strength, and they are not 0."""
+        return any(getattr(m, field) for m in self.active for field in m.strengths)
+
+    def stronger(self, factor: float) -> Plan:
+        """The plan with the strength of each method times `factor` (`Method.stronger`)."""
+        return Plan([m.stronger(factor) for m in self.methods])
+
     # ---- checks
 
     @property

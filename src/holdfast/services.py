@@ -33,6 +33,7 @@ class Context:
     tell: hears of long work before training: the share done and words; None, nobody listens.
     notes: sentences about the data that the report passes on.
     stage: name of the stage that is being set up, or trained; "" before the first one.
+    taught: the base's answers to rows, kept for other runs on the same base (`Teacher.learn`); None: for nobody.
     """
 
     model: Any
@@ -45,6 +46,7 @@ class Context:
     tell: Callable[[float, str], None] | None = None
     notes: list[str] = field(default_factory=list)
     stage: str = ""
+    taught: dict[Any, Any] | None = None
     _identity: str = ""  # of the base, once it was asked
 
     def answers(
@@ -249,11 +251,27 @@ class Teacher:
         rows: Sequence[TokenRow],
         batch_tokens: int = 1024,
         progress: Callable[[float], None] | None = None,
+        taught: dict[Any, Any] | None = None,
     ) -> None:
-        """Store the answers of the untouched `model` on `rows` (duplicates once)."""
+        """Store the answers of the untouched `model` on `rows` (duplicates once).
+
+        taught: the last answers of the same base; those to just these rows are taken as they are, else they are
+        replaced. Other rows would share forwards and so round otherwise.
+        """
         new = list({r.key: r for r in rows if r.key not in self._store}.values())
         if not new or not (self.exact_head or len(self.layers) > 1):
             return
+        asked = (self.layers, batch_tokens, tuple(r.key for r in new))
+        taught = {} if taught is None else taught
+        if asked not in taught:
+            taught.clear()
+            taught[asked] = self._learnt(model, new, batch_tokens, progress)
+        self._take(*taught[asked])
+
+    def _learnt(
+        self, model: Any, new: Sequence[TokenRow], batch_tokens: int, progress: Callable[[float], None] | None
+    ) -> tuple[list[TokenRow], dict[int, list[torch.Tensor]]]:
+        """The rows in the order of their states, and the states by layer."""
         rank, num = world(model)
         dealt = [new] if num == 1 else [[new[i] for i in p] for p in shares(new, [len(r.ids) for r in new], num)]
         was_training = model.training
@@ -271,8 +289,11 @@ class Teacher:
             lengths = [[r.num_scored for r in rows] for rows in dealt]
             device = next(model.parameters()).device
             hidden = {n: gather_rows(h, lengths, device) for n, h in hidden.items()}
+        return [r for rows in dealt for r in rows], hidden
+
+    def _take(self, rows: Sequence[TokenRow], hidden: Mapping[int, list[torch.Tensor]]) -> None:
         at = sum(len(h) for h in self._hidden[LAST])
-        for row in (r for rows in dealt for r in rows):
+        for row in rows:
             self._store[row.key] = (at, row.num_scored)
             at += row.num_scored
         for n in self.layers:

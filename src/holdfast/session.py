@@ -110,7 +110,7 @@ class Session:
             apart = {*self.asides, *(m.name for m in self.rolling.methods)}  # these do not ask about the task's rows
             on_task = any(asks & m.needs and m.name not in apart for m in self.methods)
             known = [*used, *(teacher_rows if on_task and not self._rewrites else ())]
-            self.teacher.learn(self.model, known, progress=progress)
+            self.teacher.learn(self.model, known, progress=progress, taught=self.ctx.taught)
             # a cut model answers only when all processes ask at once, so there nothing is asked of it
             in_place = any(m.wraps for m in self.methods) and not self.sharded
             unknown = on_task and (self._rewrites or not (self.knows_rows and self.teacher.exact_head))

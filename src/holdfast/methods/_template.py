@@ -24,6 +24,7 @@ class ZLoss(Method):
 
     paper: ClassVar = Paper("PaLM: Scaling Language Modeling with Pathways", "2204.02311")
     does: ClassVar = "keeps the softmax normaliser near 1"
+    strengths: ClassVar = ("weight",)
 
     def off(self) -> bool:
         return self.weight == 0

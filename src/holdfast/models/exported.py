@@ -190,7 +190,7 @@ def _place(tuned: Any, packed: bool) -> Any:
     import torch
 
     need = ROOM * sum(p.numel() * p.element_size() for p in tuned.parameters())
-    if _free_memory() < need:  # files go through the CPU's memory in any case
+    if free_memory() < need:  # files go through the CPU's memory in any case
         return None
     if tuned.device.type != "cuda":
         return tuned.device
@@ -199,7 +199,7 @@ def _place(tuned: Any, packed: bool) -> Any:
     return None if packed else torch.device("cpu")
 
 
-def _free_memory() -> float:
+def free_memory() -> float:
     """Bytes of main memory that can be had; infinity where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

@@ -56,9 +56,12 @@ def page(report: Part) -> str:
         f"<h1>{html(r['task']['name'])}</h1><p>{html(r['advice'])}</p>",
         html_table(_head(r), [(cells, False) for cells in _cells(r)]),
         *pictures,
-        "<p>A dot is a plan at its chosen learning rate, on items that chose nothing; the table's first is bold.</p>",
-        "<h2>What chose the learning rates</h2>",
-        html_table(["plan", "learning rate", "task", *r["keep"]], [(cells, False) for cells in _trials(r)]),
+        "<p>A dot is a plan at its chosen settings, on items that chose nothing; the table's first is bold.</p>",
+        f"<h2>What chose {'rates and strengths' if _strengths(r) else 'the learning rates'}</h2>",
+        html_table(
+            ["plan", "learning rate", *(["strength"] if _strengths(r) else []), "task", *r["keep"]],
+            [(cells, False) for cells in _trials(r)],
+        ),
         f"<p>{html(FAILED)}</p><ul>{failed}</ul>" if failed else "",
         f"<p>{html(_foot(r))}</p>",
     ]
@@ -68,7 +71,21 @@ def page(report: Part) -> str:
 
 
 def _head(r: Part) -> list[str]:
-    return ["plan", r["task"]["metric"], *(f"{n} kept" for n in _abilities(r)), "verdict", "rate", "seconds", "area"]
+    settings = ["rate", "strength"] if _strengths(r) else ["rate"]
+    return [
+        "plan",
+        r["task"]["metric"],
+        *(f"{n} kept" for n in _abilities(r)),
+        "verdict",
+        *settings,
+        "seconds",
+        "area",
+    ]
+
+
+def _strengths(r: Part) -> bool:
+    """Whether some plan was tried at another strength than its own."""
+    return any(trial.get("strength", 1) != 1 for row in r["rows"] for trial in row["trials"])
 
 
 def _abilities(r: Part) -> list[str]:
@@ -78,10 +95,10 @@ def _abilities(r: Part) -> list[str]:
 def _cells(r: Part) -> Iterator[list[str]]:
     """The base, then every plan, the best first."""
     names = _abilities(r)
-    yield ["base", schema.estimate(r["task"]["base"]), *("" for _ in names), "", "", "", ""]
+    yield ["base", schema.estimate(r["task"]["base"]), *("" for _ in _head(r)[2:])]
     for row in r["rows"]:
         kept = {a["name"]: share(a["retention"]) for a in row["abilities"]}
-        cost = [f"{row['learning_rate']:.2g}", f"{row['seconds']:.0f}", f"{row['hypervolume']:.2f}"]
+        cost = [*_settings(r, row), f"{row['seconds']:.0f}", f"{row['hypervolume']:.2f}"]
         words = schema.ability_status({"status": row["status"]}).word.lower()
         yield [row["name"], schema.estimate(row["task"]), *(kept.get(n, "-") for n in names), words, *cost]
 
@@ -90,7 +107,13 @@ def _trials(r: Part) -> Iterator[list[str]]:
     for row in r["rows"]:
         for trial in row["trials"]:
             kept = [share(trial["kept"].get(name)) for name in r["keep"]]
-            yield [row["name"], f"{trial['learning_rate']:.2g}", schema.estimate(trial["task"]), *kept]
+            yield [row["name"], *_settings(r, trial), schema.estimate(trial["task"]), *kept]
+
+
+def _settings(r: Part, of: Part) -> list[str]:
+    """The learning rate of a row or a trial, and by how much its strength was multiplied where that differs."""
+    strength = [f"{of.get('strength', 1):.3g}"] if _strengths(r) else []
+    return [f"{of['learning_rate']:.2g}", *strength]
 
 
 def _dots(r: Part, name: str) -> list[dict[str, Any]]:

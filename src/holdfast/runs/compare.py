@@ -1,17 +1,18 @@
-"""compare: plans on one recipe, each over the same grid of learning rates, told apart on items that chose nothing.
+"""compare: plans on one recipe, each over a grid of as many trials, told apart on items that chose nothing.
 
-1. Every plan trains once at each rate of the grid, with the first seed. Validation rows and one half of every suite's
-   items choose the rate: the best task score among those that keep what is to be kept, else the nearest to it.
+1. Every plan trains once at each rate and strength of the grid, with the first seed. Validation rows and one half of
+   every suite's items choose: the best task score among those that keep what is to be kept, else the nearest to it.
 2. What was chosen is written down with its hash, before anything of the other half is looked at.
-3. The chosen rate trains with the other seeds, and all its runs are measured on test rows and the other half.
+3. The chosen one trains with the other seeds, and all its runs are measured on test rows and the other half.
 
 Every run is a folder in `runs/`, as `tune` makes them, and goes on where it was killed. A run that fails is reported
-and stops no other. The base is measured once, and rows are tokenised once. Of the models only the best of each plan so
-far is kept, and none at the end.
+and stops no other. The base is loaded and measured once, and rows are tokenised once. Of the models only the best of
+each plan so far is kept, and none at the end.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ from holdfast.measure.packed import pack, pack_suite
 from holdfast.measure.parts import REPORT
 from holdfast.recipe import Export, Recipe, recipe_from
 from holdfast.runs import export, settle, training
+from holdfast.runs.bases import Bases
 from holdfast.runs.compare_report import Ends, compared, point_of
-from holdfast.runs.contestants import Cell, check_grid, plans_of
+from holdfast.runs.contestants import Cell, built, check_seeds, plans_of
 from holdfast.runs.folder import JsonOrder, RunFolder
+from holdfast.runs.grid import check_grid, grid
 from holdfast.runs.halves import CHOOSE, Halves, Measured
 from holdfast.runs.job import Job, checked
 from holdfast.runs.measuring import base_key
@@ -47,6 +50,7 @@ class Wish(JsonOrder):
     methods: tuple[str, ...]
     factors: tuple[float, ...]
     seeds: int
+    strengths: tuple[float, ...] = (1.0,)
 
 
 def compare(wish: Wish, base_dir: Path, out: Path, tell: Tell = silent) -> dict[str, Any]:
@@ -56,7 +60,8 @@ def compare(wish: Wish, base_dir: Path, out: Path, tell: Tell = silent) -> dict[
         HoldfastError: one clear message for what a user can mend, before any training.
     """
     recipe = recipe_from(wish.recipe)
-    check_grid(wish.factors, wish.seeds)
+    check_grid(wish.factors, wish.strengths)
+    check_seeds(wish.seeds)
     plans = plans_of(wish.methods, recipe)
     if recipe.measure.skip_before:
         what = "measure.skip_before leaves nothing to compare with: what was kept is a share of the base's score."
@@ -75,10 +80,10 @@ class _Work:
         self, wish: Wish, recipe: Recipe, plans: Mapping[str, Any], base_dir: Path, folder: RunFolder, tell: Tell
     ):
         self.wish, self.recipe, self.plans, self.base_dir = wish, recipe, plans, base_dir
-        self.folder, self.tell = folder, tell
+        self.folder, self.tell, self.bases = folder, tell, Bases()
         self.failed: dict[str, str] = {}
         self.rates: dict[str, float] = {}  # of each plan, before a factor
-        self._done, self._all = 0, len(plans) * (len(wish.factors) + wish.seeds)
+        self._done, self._all = 0, len(plans) * (len(wish.factors) * len(wish.strengths) + wish.seeds)
 
     def run(self) -> dict[str, Any]:
         """Both phases and the report."""
@@ -112,10 +117,10 @@ class _Work:
     # ---- the first phase
 
     def _pick(self, name: str) -> tuple[list[Any], Cell | None]:
-        """(what each rate scored on the choosing half, the cell of the chosen one or None if all failed)."""
-        points: list[Any] = []
-        for factor in sorted(self.wish.factors, key=lambda f: (f != 1, f)):
-            cell = Cell(name, factor, self.recipe.training.seed)
+        """(what each trial scored on the choosing half, the cell of the chosen one or None if all failed)."""
+        wish, points = self.wish, []
+        has = built(self.plans[name]).has_strength
+        for cell in grid(name, self.recipe.training.seed, wish.factors, wish.strengths, has):
             found = self._try(cell, CHOOSE)
             if found is not None:
                 points.append(point_of(self._ends(CHOOSE), cell, found))
@@ -131,7 +136,11 @@ class _Work:
         """What was chosen, with the hash of all that decides a run; before the reporting half is looked at."""
         known = self.folder.read(CHOSEN)
         said = {
-            name: {"factor": cell.factor, "sha": content_key(self._variant(cell).model_dump(mode="json"))}
+            name: {
+                "factor": cell.factor,
+                "strength": cell.strength,
+                "sha": content_key(self._variant(cell).model_dump(mode="json")),
+            }
             for name, cell in cells.items()
             if cell
         }
@@ -143,7 +152,7 @@ class _Work:
     def _report(self, chosen: Cell) -> Iterator[tuple[Cell, Measured]]:
         """The runs of a plan that were measured on the reporting half."""
         for n in range(self.wish.seeds):
-            cell = Cell(chosen.plan, chosen.factor, self.recipe.training.seed + n)
+            cell = dataclasses.replace(chosen, seed=self.recipe.training.seed + n)
             found = self._try(cell, REPORT)
             if found is not None:
                 shutil.rmtree(self._run(cell, silent).export, ignore_errors=True)
@@ -208,10 +217,12 @@ class _Work:
         data = recipe.data.model_copy(update={"seed": recipe.seed_of_rows})  # the same rows, in another order
         exported = Export(dtype=recipe.export.dtype)  # no model is handed over
         plan = self.plans[cell.plan]
+        if cell.strength != 1:
+            plan = built(plan).stronger(cell.strength).to_recipe()
         return recipe.model_copy(update={"plan": plan, "data": data, "training": training, "export": exported})
 
     def _run(self, cell: Cell, tell: Tell) -> Run:
-        return Run(self._variant(cell), self.base_dir, tell, halved=True)
+        return Run(self._variant(cell), self.base_dir, tell, halved=True, bases=self.bases)
 
     def _of(self, cell: Cell) -> Tell:
         return lambda phase, share, words: self.tell("compare", self._done / self._all, f"{cell.label}: {phase}")

@@ -70,7 +70,7 @@ def compared(
     failed: Mapping[str, str],
     seeds: int,
 ) -> dict[str, Any]:
-    """Everything for compare.json: what chose the rates stands beside, and never inside, what is reported."""
+    """Everything for compare.json: what chose the settings stands beside, and never inside, what is reported."""
     rows = [_row(ends, name, trials[name], runs) for name, runs in final.items() if runs]
     best = max((p.value for points in trials.values() for p in points), default=0.0)
     base = ends.value(task_estimates(ends.metric, ends.base["task"], ends.base["task"])["after"])
@@ -99,7 +99,7 @@ def compared(
 
 
 def _row(ends: Ends, name: str, trials: Sequence[Point], runs: Sequence[tuple[Cell, Measured]]) -> dict[str, Any]:
-    """One plan at its chosen rate, over its seeds."""
+    """One plan at its chosen settings, over its seeds."""
     found = [one for _, one in runs]
     each = [Estimate.from_dict(ends.task(one)["after"]) for one in found]
     abilities = ends.abilities(found)
@@ -107,13 +107,17 @@ def _row(ends: Ends, name: str, trials: Sequence[Point], runs: Sequence[tuple[Ce
     return {
         "name": name,
         "learning_rate": found[0]["learning_rate"],
+        "strength": runs[0][0].strength,
         "task": stats.mean_of_runs(each).to_dict(),
         "abilities": abilities,
         "status": max(worst, key=ORDER.index) if worst else "unclear",
         "seeds": [cell.seed for cell, _ in runs],
         "seconds": sum(one["seconds"] for one in found) / len(found),
         "tokens_per_second": sum(one["tokens_per_second"] for one in found) / len(found),
-        "trials": [{"factor": p.candidate.factor, "margin": p.margin, **p.shown} for p in trials],
+        "trials": [
+            {"factor": p.candidate.factor, "strength": p.candidate.strength, "margin": p.margin, **p.shown}
+            for p in trials
+        ],
     }
 
 

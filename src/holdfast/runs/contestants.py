@@ -22,20 +22,23 @@ OWN = {"plain": "full tuning, no method", "default": "the default plan", "recipe
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run of a comparison: a plan, how much its learning rate is multiplied, and a seed."""
+    """One training run of a comparison: a plan, by how much its rate and strength are multiplied, and a seed."""
 
     plan: str
     factor: float
     seed: int
+    strength: float = 1.0
 
     @property
     def folder(self) -> str:
         """Its name in the folder of the comparison."""
-        return f"{safe_name(self.plan)}.x{written(self.factor)}.{self.seed}"
+        strength = "" if self.strength == 1 else f".s{written(self.strength)}"
+        return f"{safe_name(self.plan)}.x{written(self.factor)}{strength}.{self.seed}"
 
     @property
     def label(self) -> str:
-        return f"{self.plan}, rate x {written(self.factor)}, seed {self.seed}"
+        strength = "" if self.strength == 1 else f", strength x {written(self.strength)}"
+        return f"{self.plan}, rate x {written(self.factor)}{strength}, seed {self.seed}"
 
 
 def written(factor: float) -> str:
@@ -72,20 +75,16 @@ def _plan(name: str, recipe: Recipe) -> Any:
             raise PlanError(what, "Name every method of the plan, as in LoRA+Replay.")
         if wrong is not None:
             raise PlanError(f"There is no method {wrong!r}.", suggest(wrong, [*known, *OWN]))
-    built = Plan(default_plan()) if found is None else Plan.from_recipe(found)
-    built.check_together()
+    built(found).check_together()
     return found
 
 
-def check_grid(factors: Sequence[float], seeds: int) -> None:
-    """Raise PlanError for a grid in which nothing stands."""
-    if not factors:
-        raise PlanError("The grid of learning rates is empty.", "Write --factor 1, for example.")
-    bad = next((f for f in factors if not 0 < f < float("inf")), None)
-    if bad is not None:
-        raise PlanError(f"A learning rate cannot be multiplied by {bad:g}.", "Give numbers above 0, such as 0.33.")
-    if len({written(f) for f in factors}) < len(factors):
-        what = f"The grid of learning rates {list(factors)} holds one twice, to three digits."
-        raise PlanError(what, "Name each factor once.")
+def built(plan: Any) -> Plan:
+    """The plan of a recipe's `plan`, of which None is the default one."""
+    return Plan(default_plan()) if plan is None else Plan.from_recipe(plan)
+
+
+def check_seeds(seeds: int) -> None:
+    """Raise PlanError where nothing would run."""
     if seeds < 1:
         raise PlanError(f"{seeds} seeds are no run.", "Write --seeds 1 or more.")

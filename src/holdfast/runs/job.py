@@ -126,7 +126,10 @@ def checked(run: Run) -> Job:
         ask = _ask(run.recipe, tokenizer, task)
         for suite in certain(run.recipe):
             check_suite(suite, ask, longest)
-        model, tokenizer = load(run.recipe, source, merge_adapter=True)
+        if run.bases:
+            model = run.bases.load(run.recipe, source, load)
+        else:
+            model, tokenizer = load(run.recipe, source, merge_adapter=True)
         check_model(run, source, model, tokenizer, plan)
     session = _session(run, plan, model, tokenizer, task, longest)
     mix = session.mix(task.token_rows, _order(run))
@@ -180,6 +183,7 @@ def _session(run: Run, plan: Plan, model: Any, tokenizer: Any, task: TaskData, l
     """The plan on the real model, all of it checked."""
     t, most = run.recipe.training, min(run.recipe.data.max_length, longest)
     ctx = Context(model, tokenizer, t.seed, task.train, max_length=most, base_dir=run.base_dir)
+    ctx.taught = run.bases.taught if run.bases else None
     if t.packing and any(m.prompts for m in plan.active):
         plan.check(Host("training.packing: true", packing=True), ctx)
     plan.check(_host(run.recipe), ctx)

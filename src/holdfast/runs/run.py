@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from holdfast.recipe import Recipe
+from holdfast.runs.bases import Bases
 from holdfast.runs.folder import RunFolder
 
 Tell = Callable[[str, float, str], None]  # phase, share done (0..1), words beside the bar
@@ -30,6 +31,7 @@ class Run:
         tell: hears phase, share done and words.
         timing: seconds of each phase so far.
         halved: whether what chooses anything sees one half of items and rows alone, as others report on the rest.
+        bases: where the base comes from that it shares with other runs; None: it loads one.
     """
 
     recipe: Recipe
@@ -37,6 +39,7 @@ class Run:
     tell: Tell = silent
     timing: dict[str, float] = field(default_factory=dict)
     halved: bool = False
+    bases: Bases | None = None
 
     def __post_init__(self) -> None:
         self.folder = RunFolder(Path(self.recipe.training.output_dir), self.recipe, WORK)

@@ -1,7 +1,7 @@
 """One recipe with several seeds: a run for each, in a folder of its own, and a verdict about the recipe.
 
 The seeds change everything that is drawn in training (order of the rows, an adapter's start, anchors); the rows
-that are trained on and measured are the same. The base is measured once.
+that are trained on and measured are the same. The base is loaded and measured once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from holdfast.measure.recipes import kept
 from holdfast.measure.stats import Estimate
 from holdfast.recipe import KEEP_FRAC, Recipe
 from holdfast.report import markdown, page
+from holdfast.runs.bases import Bases
 from holdfast.runs.folder import LAST
 from holdfast.runs.run import Run, Tell
 
@@ -43,14 +44,15 @@ def check_seeds(recipe: Recipe, seeds: int) -> None:
 
 
 def runs_of(recipe: Recipe, base_dir: Path, seeds: int, tell: Tell) -> Iterator[Run]:
-    """The runs, one after the other; they share their rows."""
+    """The runs, one after the other; they share their rows and the base."""
+    bases = Bases()
     for n in range(seeds):
         seed = recipe.training.seed + n
         place = str(Path(recipe.training.output_dir) / f"seed-{seed}")
         training = recipe.training.model_copy(update={"seed": seed, "output_dir": place})
         data = recipe.data.model_copy(update={"seed": recipe.seed_of_rows})
         mine = recipe.model_copy(update={"training": training, "data": data})
-        yield Run(mine, base_dir, _named(tell, f"seed {seed} ({n + 1} of {seeds})"))
+        yield Run(mine, base_dir, _named(tell, f"seed {seed} ({n + 1} of {seeds})"), bases=bases)
 
 
 def _named(tell: Tell, label: str) -> Tell:

@@ -1,4 +1,4 @@
-"""compare: several plans on one recipe, each at its best learning rate, told apart on items that chose nothing.
+"""compare: several plans on one recipe, each at its best settings, told apart on items that chose nothing.
 
 The folder OUT is a run folder: the same command goes on where it was, and a finished one does nothing. Runs that
 failed are tried again.
@@ -29,12 +29,14 @@ def compare(
     *,
     overrides: Sequence[str] = (),
     factors: Sequence[float] = FACTORS,
+    strengths: Sequence[float] = (1.0,),
     seeds: int = 1,
     tell: Tell = silent,
 ) -> dict[str, Any]:
     """Compare `methods` (plans by name: `runs.contestants`) on a recipe; returns what stands in `out`/compare.json.
 
-    factors: what the recipe's learning rate is multiplied by. seeds: runs of each plan at the rate that was chosen.
+    factors: what the recipe's learning rate is multiplied by. strengths: the same for what each method calls its
+    strength. seeds: runs of each plan at the settings that were chosen.
 
     Raises:
         HoldfastError: one clear message for what a user can mend, before any training.
@@ -49,7 +51,7 @@ def compare(
         )
     here = Path.cwd() if isinstance(recipe, Recipe) else Path(recipe).absolute().parent
     loaded = _resolved(recipe, here) if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    wish = Wish(loaded.model_dump(mode="json"), tuple(methods), tuple(factors), seeds)
+    wish = Wish(loaded.model_dump(mode="json"), tuple(methods), tuple(factors), seeds, tuple(strengths))
     report = run(wish, here, Path(out), tell)
     for name, text in (("compare.md", shown.markdown), ("compare.html", shown.page)):
         write_text(Path(out) / name, text(report))
@@ -57,7 +59,14 @@ def compare(
 
 
 def command(
-    recipe: Path, overrides: Sequence[str], *, methods: Sequence[str], factors: Any, seeds: int, out: Path
+    recipe: Path,
+    overrides: Sequence[str],
+    *,
+    methods: Sequence[str],
+    factors: Sequence[float] | None,
+    strengths: Sequence[float] | None,
+    seeds: int,
+    out: Path,
 ) -> int:
     """`holdfast compare`: the table and the advice on the terminal and in files, and an exit code."""
     from holdfast.report import compared as shown
@@ -70,6 +79,7 @@ def command(
             out,
             overrides=overrides,
             factors=FACTORS if factors is None else factors,
+            strengths=strengths or (1.0,),
             seeds=seeds,
             tell=progress.tell,
         )

@@ -50,6 +50,7 @@ class ControlLLM(Method):
         note="the id is from memory; equations, defaults and what is said of the code were not checked",
     )
     does: ClassVar = "trains copies of some layers beside the frozen ones and mixes their states"
+    strengths: ClassVar = ("weight",)
     wraps: ClassVar = True
     copies: ClassVar = True
 

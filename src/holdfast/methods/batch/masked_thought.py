@@ -41,6 +41,8 @@ class MaskedThought(Method):
                             "Reasoning Learning of Language Models", "2403.02178",
                             "read in summaries and in the released code")  # fmt: skip
     does: ClassVar = "replaces tokens of the answers that are read by random ones and keeps the targets"
+    strengths: ClassVar = ("max_rate",)
+    odds: ClassVar = strengths
     writes: ClassVar = frozenset({"ids", "targets"})
 
     def off(self) -> bool:

@@ -39,6 +39,8 @@ class InContextMix(Method):
     paper: ClassVar = Paper("Steering Large Language Models for Machine Translation with Finetuning and In-Context "
                             "Learning", "2310.13448", "the default ratio comes from no paper")  # fmt: skip
     does: ClassVar = "adds few-shot prompts with gold answers to the training data"
+    strengths: ClassVar = ("share",)
+    odds: ClassVar = strengths
 
     def off(self) -> bool:
         return self.share == 0

@@ -38,6 +38,8 @@ class Replay(Method):
     paper: ClassVar = Paper("Mixing It Up: The Cocktail Effect of Multi-Task Fine-Tuning on LLM Performance",
                             "2410.01109", "the default share comes from no paper")  # fmt: skip
     does: ClassVar = "mixes general text and instructions into the training data"
+    strengths: ClassVar = ("share",)
+    odds: ClassVar = strengths
 
     def off(self) -> bool:
         return self.share == 0

@@ -45,6 +45,7 @@ class GeRe(Method):
     paper: ClassVar = Paper("GeRe: Towards Efficient Anti-Forgetting in Continual Learning of LLM via General Samples "
                             "Replay", "2508.04676")  # fmt: skip
     does: ClassVar = "replays general text and holds its hidden states inside the base's bands"
+    strengths: ClassVar = ("weight", "replay")
     whole_rows: ClassVar = True
 
     def off(self) -> bool:

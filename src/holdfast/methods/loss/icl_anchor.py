@@ -60,6 +60,7 @@ class ICLAnchor(Method):
     paper: ClassVar = Paper("Steering Large Language Models for Machine Translation with Finetuning and In-Context "
                             "Learning", "2310.13448", "the loss itself is ours; no paper defines it")  # fmt: skip
     does: ClassVar = "holds the output distribution near the base's on few-shot prompts of other tasks"
+    strengths: ClassVar = ("weight", "gold")
     needs: ClassVar = frozenset({"base_logits"})
 
     def off(self) -> bool:

@@ -39,6 +39,7 @@ class KLToBase(Method):
 
     paper: ClassVar = Paper("Learning without Forgetting", "1606.09282")
     does: ClassVar = "holds the output distribution near the base's"
+    strengths: ClassVar = ("weight",)
     needs: ClassVar = frozenset({"base_logits"})
 
     @property

@@ -30,6 +30,7 @@ class L2ToInit(Method):
 
     paper: ClassVar = Paper("A Closer Look at Rehearsal-Free Continual Learning", "2203.17269")
     does: ClassVar = "penalises the squared distance of the weights from the base"
+    strengths: ClassVar = ("alpha",)
     needs: ClassVar = frozenset({"base_weights"})
 
     def off(self) -> bool:

@@ -32,6 +32,7 @@ class FINCH(Method):
     paper: ClassVar = Paper("Fine-Tuning Without Forgetting via Loss-Adaptive Learning Rates", "2605.20005",
                             "read in abstract only; reference and cap are ours")  # fmt: skip
     does: ClassVar = "takes smaller steps where the loss is high"
+    strengths: ClassVar = ("power",)
 
     def off(self) -> bool:
         return self.power == 0

@@ -28,6 +28,7 @@ class AnchoredSFT(Method):
     paper: ClassVar = Paper("Anchored Supervised Fine-Tuning", "2509.23753",
                             "the default was read in a secondary source")  # fmt: skip
     does: ClassVar = "weights tokens by their probability and adds a KL to the base on the answers"
+    strengths: ClassVar = ("weight",)
     needs: ClassVar = frozenset({"base_logits"})
     refuses: ClassVar = {
         "DFT": "AnchoredSFT already contains DFT's weight, and twice would be p squared.",

@@ -35,6 +35,7 @@ class EAFT(Method):
     paper: ClassVar = Paper("Entropy-Adaptive Fine-Tuning: Resolving Confident Conflicts to Mitigate Forgetting",
                             "2601.02151", "read in summaries and in the released code")  # fmt: skip
     does: ClassVar = "weights each token's loss by the entropy of the model's answer there"
+    strengths: ClassVar = ("alpha",)
     refuses: ClassVar = {"DFT": WHY, "AnchoredSFT": WHY}
 
     def off(self) -> bool:
