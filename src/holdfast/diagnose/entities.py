@@ -167,8 +167,8 @@ def told(base: np.ndarray, tuned: np.ndarray, mixed: np.ndarray, chance: float) 
         "entities",
         sentence,
         f"Probability of the right one of the things in {len(base)} prompts, chance {chance:g}; then in the tuned"
-        " model with the base's attention output of one layer at the last token. Intervals are corrected for the number"
-        " of layers.",
+        " model with the base's attention output of one layer at the last token. Intervals are corrected for the "
+        "number of layers.",
         [["layer", "with the base's attention", "back"]]
         + [[label(n), f"{mixed[:, n].mean():.2f}", f"{e.value:+.2f}"] for n, e in enumerate(back)],
         {"base": float(base.mean()), "tuned": float(tuned.mean()), "back": back[best].value, "layer": float(best)},

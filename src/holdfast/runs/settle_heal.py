@@ -39,6 +39,9 @@ def healed(job: Job, tuned: Any, tell: Callable[[float, str], None]) -> Any:
         return models.merged(own, label) if hasattr(own, "peft_config") else own
 
     def base() -> Any:
+        bases = job.run.bases
+        if bases:
+            return bases.load(job.recipe, job.source, load)
         return load(job.recipe, job.source, merge_adapter=True)[0]
 
     session = healing(base, plain, job.tokenizer, lambda _: _rows(job), steps=STEPS, tell=tell)
