@@ -73,7 +73,7 @@ class AdaLoRA(Adapter):
     def adapt(self, model: Any, ctx: Context, state: State) -> Any:
         from peft import AdaLoraConfig
 
-        settled = self.settled(model, init_r=self.r, target_r=self.target_r, total_step=max(1, ctx.total_steps))
+        settled = self.peft_settings(model, init_r=self.r, target_r=self.target_r, total_step=max(1, ctx.total_steps))
         del settled["r"]
         # PEFT would add its term to losses that trainers make themselves, and not to ours
         return self.wrapped(model, AdaLoraConfig(**settled, orth_reg_weight=0.0), ctx)
