@@ -110,6 +110,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "non-instructional": ([M.NonInstructional()], FULL),
         "response tuning": ([M.ResponseTuning()], FULL),
         "pcp": ([M.PCP()], FULL),
+        "anchored decay": ([M.AnchoredDecay()], FULL),
         "bottleneck adapter": ([M.BottleneckAdapter()], LORA),
         "connected adapter": ([M.ConnectedAdapter()], LORA),
         "ssf": ([M.SSF()], 1e-3),

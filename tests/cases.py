@@ -867,6 +867,7 @@ CASES = (
         no_off="an average that is the weights themselves has no rate: leaving it out is off",
         no_zero=NO_TERM,
     ),
+    Case(hf.AnchoredDecay(alpha=100.0), pull_holds, off=(hf.AnchoredDecay(alpha=0.0),), no_zero=NO_TERM),
     Case(
         hf.AdaLoRA(r=4, target_r=2, lora_alpha=8, delta_t=2),
         budget_holds,
