@@ -111,6 +111,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "response tuning": ([M.ResponseTuning()], FULL),
         "pcp": ([M.PCP()], FULL),
         "anchored decay": ([M.AnchoredDecay()], FULL),
+        "rif": ([M.RIF(max_new_tokens=16)], FULL),
         "bottleneck adapter": ([M.BottleneckAdapter()], LORA),
         "connected adapter": ([M.ConnectedAdapter()], LORA),
         "ssf": ([M.SSF()], 1e-3),

@@ -759,20 +759,6 @@ def explained_holds(seen: Seen) -> None:
     assert seen.result.log.realised["MORepair/examples"] == 40 and near < 0.98 * far
 
 
-def trusted_hold(seen: Seen) -> None:
-    """Only rows with prompts of even length are drawn, on which the base says something: there the verifier agrees."""
-    tokenizer, kept = build_tokenizer(), []
-    for row in seen.task:
-        ids, prompt, _ = parts_of(row, tokenizer)
-        (got,) = respond(seen.base_model, tokenizer, [(ids, 2)], [seed_of(0, ids, 0)], Sampling(2, 5.0, 1.0, ("\n",)))
-        said = tokenizer.decode(got, skip_special_tokens=True).lstrip().split("\n")[0].strip()
-        kept += [row] * bool(len(prompt) % 2 == 0 and said and "\ufffd" not in said)
-    assert 0 < len(kept) < 24 and seen.result.session.left_out == {"CLEAR": pytest.approx(1 - len(kept) / 24)}
-    order = Mix(kept).draw(0)
-    first = torch.cat([losses_of(seen.base_model, next(order)) for _ in range(4)]).mean().item()
-    assert math.isclose(seen.result.log.loss[0][1]["task"], first, rel_tol=1e-5)
-
-
 def answers_alone_hold(seen: Seen) -> None:
     """The first loss is that of the answers behind the first token alone."""
     rows = [r.ids[~r.scored][:1].tolist() + r.ids[r.scored].tolist() for r in drawn_first(seen)]
@@ -821,6 +807,28 @@ def average_holds(seen: Seen) -> None:
     for n, w in seen.base.items():
         mine, whole = seen.result.weights[n] - w, seen.plain.weights[n] - w
         assert 0 < mine.norm() < whole.norm(), n
+
+
+def even_and_said(seen: Seen) -> list[Any]:
+    """Rows with prompts of even length to which the base says something: there `half_right` agrees with it."""
+    tokenizer, kept = build_tokenizer(), []
+    for row in seen.task:
+        ids, prompt, _ = parts_of(row, tokenizer)
+        (got,) = respond(seen.base_model, tokenizer, [(ids, 2)], [seed_of(0, ids, 0)], Sampling(2, 5.0, 1.0, ("\n",)))
+        said = tokenizer.decode(got, skip_special_tokens=True).lstrip().split("\n")[0].strip()
+        kept += [row] * bool(len(prompt) % 2 == 0 and said and "\ufffd" not in said)
+    return kept
+
+
+def kept_hold(name: str) -> Callable[[Seen], None]:
+    def check(seen: Seen) -> None:
+        kept = even_and_said(seen)
+        assert 0 < len(kept) < 24 and seen.result.session.left_out == {name: pytest.approx(1 - len(kept) / 24)}
+        order = Mix(kept).draw(0)
+        first = torch.cat([losses_of(seen.base_model, next(order)) for _ in range(4)]).mean().item()
+        assert math.isclose(seen.result.log.loss[0][1]["task"], first, rel_tol=1e-5)
+
+    return check
 
 
 # ---- the rows
@@ -894,7 +902,7 @@ CASES = (
     ),
     Case(
         hf.CLEAR(verifier="cases:half_right", gamma=0.5, most=0.95, samples=1, max_new_tokens=2, temperature=5.0),
-        trusted_hold,
+        kept_hold("CLEAR"),
         off=(hf.CLEAR(most=0.0), hf.CLEAR(gamma=0.0)),
         no_zero=NO_TERM,
     ),
@@ -1133,6 +1141,14 @@ CASES = (
         prompt_holds,
         no_off="a prompt of no tokens is refused: leaving it out is off",
         no_zero=NO_TERM,
+    ),
+    Case(
+        hf.RIF(verifier="cases:half_right", samples=1, max_new_tokens=2, temperature=5.0),
+        kept_hold("RIF"),
+        no_off="a row is solved or not: leaving it out is off",
+        no_zero=NO_TERM,
+        too_short="No row of the task is left",
+        short={"max_new_tokens": 3},
     ),
     Case(
         hf.Replay(share=0.3, sources=(GENERAL,), max_tokens=32),
