@@ -112,6 +112,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "pcp": ([M.PCP()], FULL),
         "anchored decay": ([M.AnchoredDecay()], FULL),
         "rif": ([M.RIF(max_new_tokens=16)], FULL),
+        "on-policy kl": ([M.LoRA(), M.OnPolicyKL(max_new_tokens=16)], LORA),
         "bottleneck adapter": ([M.BottleneckAdapter()], LORA),
         "connected adapter": ([M.ConnectedAdapter()], LORA),
         "ssf": ([M.SSF()], 1e-3),

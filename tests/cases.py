@@ -831,6 +831,17 @@ def kept_hold(name: str) -> Callable[[Seen], None]:
     return check
 
 
+def own_words_hold(seen: Seen) -> None:
+    """40 answers came, and on what the base says to the prompts the model is nearer to it than without."""
+    tokenizer, made = build_tokenizer(), []
+    for row in seen.task:
+        ids = parts_of(row, tokenizer)[0]
+        (said,) = respond(seen.base_model, tokenizer, [(ids, 4)], [seed_of(9, ids, 0)], Sampling(4, 1.0))
+        made.append(token_row([*ids, *said], len(ids)))
+    assert seen.result.log.realised["OnPolicyKL/examples"] == 40
+    assert kl(seen.base_model, seen.result.model, made) < 0.8 * kl(seen.base_model, seen.plain.model, made)
+
+
 # ---- the rows
 
 
@@ -1110,6 +1121,12 @@ CASES = (
         share_holds("NonInstructional"),
         off=(hf.NonInstructional(share=0.0),),
         no_zero=NO_TERM,
+    ),
+    Case(
+        hf.OnPolicyKL(weight=20.0, max_new_tokens=4),
+        own_words_hold,
+        off=(hf.OnPolicyKL(weight=0.0), hf.OnPolicyKL(prompts=0)),
+        zero_at_base="OnPolicyKL",
     ),
     Case(
         hf.OrthogonalLoRA(r=4, lora_alpha=8, principal=5, hard=True),
