@@ -653,6 +653,11 @@ def half_right(answer: str, reference: str, row: Any) -> bool:
     return len(row.prompt) % 2 == 0
 
 
+def two_thirds(answer: str, reference: str, row: Any) -> bool:
+    """A verifier that is right about 16 of the 24 tickets, where rounds of rows must divide."""
+    return len(row.prompt) % 3 != 1
+
+
 def parts_of(row: Any, tokenizer: Any) -> tuple[list[int], str, str]:
     """The prompt's tokens, its text and the answer's text of a ticket."""
     start = int(row.scored.argmax())
