@@ -886,18 +886,18 @@ class Case:
 NO_TERM = "it adds no term to the loss"
 CASES = (
     Case(
+        hf.AdaLoRA(r=4, target_r=2, lora_alpha=8, delta_t=2),
+        budget_holds,
+        no_off="a rank of 0 is refused: leaving it out is off",
+        no_zero="random A and B are not orthonormal, so the term is not 0 at the base",
+    ),
+    Case(
         hf.AdaptiveEMA(fallback=0.2),
         average_holds,
         no_off="an average that is the weights themselves has no rate: leaving it out is off",
         no_zero=NO_TERM,
     ),
     Case(hf.AnchoredDecay(alpha=100.0), pull_holds, off=(hf.AnchoredDecay(alpha=0.0),), no_zero=NO_TERM),
-    Case(
-        hf.AdaLoRA(r=4, target_r=2, lora_alpha=8, delta_t=2),
-        budget_holds,
-        no_off="a rank of 0 is refused: leaving it out is off",
-        no_zero="random A and B are not orthonormal, so the term is not 0 at the base",
-    ),
     Case(
         hf.AnchoredSFT(weight=0.5),
         token_loss_holds,
@@ -940,15 +940,15 @@ CASES = (
         too_short="CoBa balances sources",
     ),
     Case(
-        hf.ConnectedAdapter(reduction_factor=4),
-        beside_holds,
-        no_off="without adapters nothing would train: leaving it out is off",
-        no_zero=NO_TERM,
-    ),
-    Case(
         hf.CoSO(rank=4, every=3, sketch=6, samples=4, max_tokens=16, rows_per_gradient=2),
         outside_holds,
         no_off="a rank of 0 is refused: leaving it out is off",
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.ConnectedAdapter(reduction_factor=4),
+        beside_holds,
+        no_off="without adapters nothing would train: leaving it out is off",
         no_zero=NO_TERM,
     ),
     Case(
