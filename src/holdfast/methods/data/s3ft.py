@@ -8,8 +8,8 @@ Then ordinary training on the targets. `ok` is a verifier: "exact", "contains", 
 (answer, reference, row) -> 0..1, right from `least` on. With "exact" a right answer is the given one, so nothing
 changes, and the run is refused. An answer that did not end within `max_new_tokens` is not taken; where the given
 answer is one line behind a plain prompt, the first line counts. The base is asked once, before training, in the chat
-template that wrote the rows; answers are kept in the cache. own = false leaves y1 out: every answer is rewritten, as in
-the self-distillation of arXiv 2402.13669. The paper's own wording of y2 was not readable: ours is `rewrite`, where
+template that wrote the rows; answers are kept in the cache. own = false leaves y1 out: every answer is rewritten, as
+in the self-distillation of arXiv 2402.13669. The paper's own wording of y2 was not readable: ours is `rewrite`, where
 {prompt} and {answer} stand for their texts (for chats it must begin with {prompt}).
 Pitfalls: a weak verifier accepts wrong answers; the model keeps its own style, so do not use it where the style of the
 given answers is the task; a paraphrase may say that it was shown the answer.
