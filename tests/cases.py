@@ -653,6 +653,11 @@ def half_right(answer: str, reference: str, row: Any) -> bool:
     return len(row.prompt) % 2 == 0
 
 
+def two_thirds(answer: str, reference: str, row: Any) -> bool:
+    """A verifier that is right about 16 of the 24 tickets, where rounds of rows must divide."""
+    return len(row.prompt) % 3 != 1
+
+
 def parts_of(row: Any, tokenizer: Any) -> tuple[list[int], str, str]:
     """The prompt's tokens, its text and the answer's text of a ticket."""
     start = int(row.scored.argmax())
@@ -759,20 +764,6 @@ def explained_holds(seen: Seen) -> None:
     assert seen.result.log.realised["MORepair/examples"] == 40 and near < 0.98 * far
 
 
-def trusted_hold(seen: Seen) -> None:
-    """Only rows with prompts of even length are drawn, on which the base says something: there the verifier agrees."""
-    tokenizer, kept = build_tokenizer(), []
-    for row in seen.task:
-        ids, prompt, _ = parts_of(row, tokenizer)
-        (got,) = respond(seen.base_model, tokenizer, [(ids, 2)], [seed_of(0, ids, 0)], Sampling(2, 5.0, 1.0, ("\n",)))
-        said = tokenizer.decode(got, skip_special_tokens=True).lstrip().split("\n")[0].strip()
-        kept += [row] * bool(len(prompt) % 2 == 0 and said and "\ufffd" not in said)
-    assert 0 < len(kept) < 24 and seen.result.session.left_out == {"CLEAR": pytest.approx(1 - len(kept) / 24)}
-    order = Mix(kept).draw(0)
-    first = torch.cat([losses_of(seen.base_model, next(order)) for _ in range(4)]).mean().item()
-    assert math.isclose(seen.result.log.loss[0][1]["task"], first, rel_tol=1e-5)
-
-
 def answers_alone_hold(seen: Seen) -> None:
     """The first loss is that of the answers behind the first token alone."""
     rows = [r.ids[~r.scored][:1].tolist() + r.ids[r.scored].tolist() for r in drawn_first(seen)]
@@ -823,6 +814,39 @@ def average_holds(seen: Seen) -> None:
         assert 0 < mine.norm() < whole.norm(), n
 
 
+def even_and_said(seen: Seen) -> list[Any]:
+    """Rows with prompts of even length to which the base says something: there `half_right` agrees with it."""
+    tokenizer, kept = build_tokenizer(), []
+    for row in seen.task:
+        ids, prompt, _ = parts_of(row, tokenizer)
+        (got,) = respond(seen.base_model, tokenizer, [(ids, 2)], [seed_of(0, ids, 0)], Sampling(2, 5.0, 1.0, ("\n",)))
+        said = tokenizer.decode(got, skip_special_tokens=True).lstrip().split("\n")[0].strip()
+        kept += [row] * bool(len(prompt) % 2 == 0 and said and "\ufffd" not in said)
+    return kept
+
+
+def kept_hold(name: str) -> Callable[[Seen], None]:
+    def check(seen: Seen) -> None:
+        kept = even_and_said(seen)
+        assert 0 < len(kept) < 24 and seen.result.session.left_out == {name: pytest.approx(1 - len(kept) / 24)}
+        order = Mix(kept).draw(0)
+        first = torch.cat([losses_of(seen.base_model, next(order)) for _ in range(4)]).mean().item()
+        assert math.isclose(seen.result.log.loss[0][1]["task"], first, rel_tol=1e-5)
+
+    return check
+
+
+def own_words_hold(seen: Seen) -> None:
+    """40 answers came, and on what the base says to the prompts the model is nearer to it than without."""
+    tokenizer, made = build_tokenizer(), []
+    for row in seen.task:
+        ids = parts_of(row, tokenizer)[0]
+        (said,) = respond(seen.base_model, tokenizer, [(ids, 4)], [seed_of(9, ids, 0)], Sampling(4, 1.0))
+        made.append(token_row([*ids, *said], len(ids)))
+    assert seen.result.log.realised["OnPolicyKL/examples"] == 40
+    assert kl(seen.base_model, seen.result.model, made) < 0.8 * kl(seen.base_model, seen.plain.model, made)
+
+
 # ---- the rows
 
 
@@ -862,17 +886,18 @@ class Case:
 NO_TERM = "it adds no term to the loss"
 CASES = (
     Case(
-        hf.AdaptiveEMA(fallback=0.2),
-        average_holds,
-        no_off="an average that is the weights themselves has no rate: leaving it out is off",
-        no_zero=NO_TERM,
-    ),
-    Case(
         hf.AdaLoRA(r=4, target_r=2, lora_alpha=8, delta_t=2),
         budget_holds,
         no_off="a rank of 0 is refused: leaving it out is off",
         no_zero="random A and B are not orthonormal, so the term is not 0 at the base",
     ),
+    Case(
+        hf.AdaptiveEMA(fallback=0.2),
+        average_holds,
+        no_off="an average that is the weights themselves has no rate: leaving it out is off",
+        no_zero=NO_TERM,
+    ),
+    Case(hf.AnchoredDecay(alpha=100.0), pull_holds, off=(hf.AnchoredDecay(alpha=0.0),), no_zero=NO_TERM),
     Case(
         hf.AnchoredSFT(weight=0.5),
         token_loss_holds,
@@ -893,7 +918,7 @@ CASES = (
     ),
     Case(
         hf.CLEAR(verifier="cases:half_right", gamma=0.5, most=0.95, samples=1, max_new_tokens=2, temperature=5.0),
-        trusted_hold,
+        kept_hold("CLEAR"),
         off=(hf.CLEAR(most=0.0), hf.CLEAR(gamma=0.0)),
         no_zero=NO_TERM,
     ),
@@ -915,15 +940,15 @@ CASES = (
         too_short="CoBa balances sources",
     ),
     Case(
-        hf.ConnectedAdapter(reduction_factor=4),
-        beside_holds,
-        no_off="without adapters nothing would train: leaving it out is off",
-        no_zero=NO_TERM,
-    ),
-    Case(
         hf.CoSO(rank=4, every=3, sketch=6, samples=4, max_tokens=16, rows_per_gradient=2),
         outside_holds,
         no_off="a rank of 0 is refused: leaving it out is off",
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.ConnectedAdapter(reduction_factor=4),
+        beside_holds,
+        no_off="without adapters nothing would train: leaving it out is off",
         no_zero=NO_TERM,
     ),
     Case(
@@ -1103,6 +1128,12 @@ CASES = (
         no_zero=NO_TERM,
     ),
     Case(
+        hf.OnPolicyKL(weight=20.0, max_new_tokens=4),
+        own_words_hold,
+        off=(hf.OnPolicyKL(weight=0.0), hf.OnPolicyKL(prompts=0)),
+        zero_at_base="OnPolicyKL",
+    ),
+    Case(
         hf.OrthogonalLoRA(r=4, lora_alpha=8, principal=5, hard=True),
         apart_holds,
         no_off="nothing to be orthogonal to is refused: leaving it out is off",
@@ -1132,6 +1163,14 @@ CASES = (
         prompt_holds,
         no_off="a prompt of no tokens is refused: leaving it out is off",
         no_zero=NO_TERM,
+    ),
+    Case(
+        hf.RIF(verifier="cases:half_right", samples=1, max_new_tokens=2, temperature=5.0),
+        kept_hold("RIF"),
+        no_off="a row is solved or not: leaving it out is off",
+        no_zero=NO_TERM,
+        too_short="No row of the task is left",
+        short={"max_new_tokens": 3},
     ),
     Case(
         hf.Replay(share=0.3, sources=(GENERAL,), max_tokens=32),

@@ -57,6 +57,7 @@ PLANS: dict[str, Sequence[Method]] = {
     "NonInstructional": [hf.NonInstructional(share=0.5, max_tokens=48, pool=24)],
     "PCP": [hf.PCP(share=0.5)],
     "CLEAR": [hf.CLEAR(mix=0.0, gamma=1.0, most=1 / 3, samples=1, max_new_tokens=2)],  # 16 rows stay
+    "RIF": [hf.RIF(verifier="cases:two_thirds", max_new_tokens=3, temperature=5.0)],  # here too
     "LoRA with all": [LORA, hf.KLToBase(weight=2.0), hf.ICLAnchor(pool=8), hf.L2ToInit(alpha=10.0), hf.WiSEFT()],
     "LoRA in part": [LORA, hf.Freeze(layers=1), hf.LiNeS(alpha=0.25)],
     "matrices": [hf.OrthogonalSubspace(mode="factored"), hf.HalfFineTune(), hf.L2ToInit(alpha=10.0)],
@@ -316,7 +317,7 @@ def built_with(methods: Sequence[Method], folder: Path, kind: str = "Trainer", *
 
 def test_refused_under_fsdp(tmp_path, monkeypatch):
     replacing = {c.name for c in CASES if "replace" in c.method.sites()}
-    others = {"ProMoT", "LTSFT", "PCP", "FPF", "CoBa", "SkillIt", "feedback", "SDFT"}
+    others = {"ProMoT", "LTSFT", "PCP", "FPF", "CoBa", "SkillIt", "feedback", "SDFT", "OnPolicyKL"}
     assert others | replacing == set(REFUSED) and len(replacing) > 3
     refused(lambda: built_with([hf.ProMoT()], tmp_path), "Trainer", "FSDP", "ProMoT", "DDP")
     refused(lambda: built_with([hf.LTSFT()], tmp_path), "Trainer", "FSDP", "LTSFT", "stages", "DDP")

@@ -137,3 +137,12 @@ def test_values_without_meaning(settings, words, ctx):
     with pytest.raises(PlanError, match=words) as caught:
         S3FT(**settings).check(ctx)
     assert caught.value.cure
+
+
+def test_rewriting_alone(ctx, tokenizer):
+    """Without own answers only 3 + 3 changes: its paraphrase holds the 6."""
+    task = [tokenize(r, tokenizer, 512) for r in ROWS]
+    mix = S3FT(verifier="number", own=False).data(Mix(task), ctx)
+    said = {prompt: answer for prompt, answer in drawn(mix, 4, tokenizer)}
+    assert said["Q: 3 + 3?"].startswith(" six, or 6") and said["Q: 2 + 2?"] == " 4<|eos|>"
+    assert ctx.notes[-1] == "S3FT trains on 0 own answers, 1 paraphrases, 3 given answers for 4 rows (verifier number)"

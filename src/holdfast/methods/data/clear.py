@@ -24,13 +24,13 @@ import numpy as np
 from holdfast.data.asked import Asked, Reader, fits_chats
 from holdfast.data.encoder import Encoder, stops_of
 from holdfast.data.mix import Mix
-from holdfast.data.rows import Row
 from holdfast.engine.base import token_logp
 from holdfast.engine.pack import token_row
 from holdfast.errors import PlanError
 from holdfast.measure.answers import room_of
 from holdfast.measure.verifiers import verifier
 from holdfast.method import Method, Paper
+from holdfast.methods.data._samples import judged
 from holdfast.services import Context
 
 QUESTION = (
@@ -95,18 +95,11 @@ class CLEAR(Method):
         return {key: self.mix * agree[key] + (1 - self.mix) * reflect[key] for key in asked}
 
     def _agreement(self, asked: Mapping[bytes, Asked], reader: Reader, ctx: Context) -> dict[bytes, float]:
-        judge, found = verifier(self.verifier, ctx.base_dir), {}
-        for line in (True, False):
-            some = {key: a for key, a in asked.items() if a.one_line == line}
-            said = ctx.answers(
-                [a.ids for a in some.values()], num=self.samples, temperature=self.temperature,
-                max_new_tokens=self.max_new_tokens, stop=("\n",) if line else (), words="CLEAR: answers of the base",
-            )  # fmt: skip
-            for (key, a), answers in zip(some.items(), said, strict=True):
-                texts = [reader.said(ids, a, ended=False) for ids in answers]
-                scores = [judge(t, a.answer, Row(a.prompt, a.answer)) if t else 0.0 for t in texts]
-                found[key] = sum(scores) / len(scores)
-        return found
+        found = judged(
+            asked, reader, ctx, self.verifier, num=self.samples, temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens, ended=False, words="CLEAR: answers of the base",
+        )  # fmt: skip
+        return {key: sum(score for _, score in said) / len(said) for key, said in found.items()}
 
     def _reflection(self, asked: Mapping[bytes, Asked], reader: Reader, ctx: Context) -> dict[bytes, float]:
         letters = reader.encoder.bare(LETTERS)

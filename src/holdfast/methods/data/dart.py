@@ -22,12 +22,12 @@ from typing import ClassVar
 from holdfast.data.asked import Asked, Reader
 from holdfast.data.encoder import Encoder, stops_of
 from holdfast.data.mix import Mix, Source
-from holdfast.data.rows import Row
 from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import NoEffect, PlanError
 from holdfast.measure.answers import room_of
 from holdfast.measure.verifiers import verifier
 from holdfast.method import Method, Paper
+from holdfast.methods.data._samples import judged
 from holdfast.services import Context
 
 
@@ -84,7 +84,6 @@ class Sampler:
         rows = {r.key: r for r in map(mix.mapped, mix.kept)}
         room = room_of(ctx.model) - method.max_new_tokens
         self.rows = {key: (r, a) for key, r in rows.items() if (a := self.reader.read(r)) and len(a.ids) <= room}
-        self.judge = verifier(method.verifier, ctx.base_dir)
         self.found: dict[bytes, dict[str, TokenRow]] = {key: {} for key in self.rows}
         self.wrong: dict[bytes, float] = {}
 
@@ -109,27 +108,18 @@ class Sampler:
     def _ask(self, keys: Sequence[bytes], num: int) -> None:
         """Have `num` answers to these rows, those of earlier rounds from the cache."""
         m = self.method
-        for line in (True, False):
-            some = [key for key in keys if self.rows[key][1].one_line == line]
-            said = self.ctx.answers(
-                [self.rows[key][1].ids for key in some], num=num, temperature=m.temperature,
-                max_new_tokens=m.max_new_tokens, stop=("\n",) if line else (), words="DART: answers of the base",
-            )  # fmt: skip
-            for key, answers in zip(some, said, strict=True):
-                self._judge(key, answers)
-
-    def _judge(self, key: bytes, answers: Sequence[Sequence[int]]) -> None:
-        row, asked = self.rows[key]
-        right = 0
-        for ids in answers:
-            text = self.reader.said(ids, asked, self.method.ended)
-            if text is None or self.judge(text, asked.answer, Row(asked.prompt, asked.answer)) < self.method.least:
-                continue
-            right += 1
-            made = self._made(asked, text, row)
-            if made is not None:
-                self.found[key].setdefault(" ".join(text.split()), made)
-        self.wrong[key] = 1 - right / len(answers)
+        found = judged(
+            {key: self.rows[key][1] for key in keys}, self.reader, self.ctx, m.verifier, num=num,
+            temperature=m.temperature, max_new_tokens=m.max_new_tokens, ended=m.ended,
+            words="DART: answers of the base",
+        )  # fmt: skip
+        for key, said in found.items():
+            right = [text for text, score in said if text and score >= m.least]
+            self.wrong[key] = 1 - len(right) / len(said)
+            for text in right:
+                made = self._made(self.rows[key][1], text, self.rows[key][0])
+                if made is not None:
+                    self.found[key].setdefault(" ".join(text.split()), made)
 
     def _made(self, asked: Asked, text: str, row: TokenRow) -> TokenRow | None:
         made = self.reader.answered(asked, text, row, self.ctx.max_length)

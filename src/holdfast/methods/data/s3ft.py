@@ -8,8 +8,9 @@ Then ordinary training on the targets. `ok` is a verifier: "exact", "contains", 
 (answer, reference, row) -> 0..1, right from `least` on. With "exact" a right answer is the given one, so nothing
 changes, and the run is refused. An answer that did not end within `max_new_tokens` is not taken; where the given
 answer is one line behind a plain prompt, the first line counts. The base is asked once, before training, in the chat
-template that wrote the rows; answers are kept in the cache. The paper's own wording of y2 was not readable: ours is
-`rewrite`, where {prompt} and {answer} stand for their texts (for chats it must begin with {prompt}).
+template that wrote the rows; answers are kept in the cache. own = false leaves y1 out: every answer is rewritten, as
+in the self-distillation of arXiv 2402.13669. The paper's own wording of y2 was not readable: ours is `rewrite`, where
+{prompt} and {answer} stand for their texts (for chats it must begin with {prompt}).
 Pitfalls: a weak verifier accepts wrong answers; the model keeps its own style, so do not use it where the style of the
 given answers is the task; a paraphrase may say that it was shown the answer.
 Cost: one or two generations a row before training. Combine with: LoRA, Replay, everything.
@@ -49,6 +50,7 @@ class S3FT(Method):
     temperature: float = 0.0  # ours: the likeliest answer
     top_p: float = 1.0  # ours: all tokens
     ended: bool = True  # ours: answers that were cut off are not taken
+    own: bool = True  # the paper; false: rewriting alone
 
     paper: ClassVar = Paper("Selective Self-to-Supervised Fine-Tuning for Generalization in Large Language Models",
                             "2502.08130", "the wording of the rewrite prompt was not readable")  # fmt: skip
@@ -111,7 +113,8 @@ class Exchange:
                 if made is not None:
                     chosen[key], kind[key] = made, name
 
-        take(SELF, {key: a.ids for key, a in asked.items()})
+        if m.own:
+            take(SELF, {key: a.ids for key, a in asked.items()})
         shown = {key: self._shown(a, reader) for key, a in asked.items() if kind[key] == GOLD}
         take(PARAPHRASE, {key: ids for key, ids in shown.items() if ids})
         return chosen, Counter(kind[r.key] for r in rows)

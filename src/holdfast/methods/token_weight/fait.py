@@ -27,11 +27,11 @@ import torch
 from holdfast.data.asked import Asked, Reader
 from holdfast.data.encoder import Encoder, stops_of
 from holdfast.data.mix import Mix
-from holdfast.data.rows import Row
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import NoEffect, PlanError
 from holdfast.measure.verifiers import verifier
 from holdfast.method import Method, Paper
+from holdfast.methods.data._samples import judged
 from holdfast.services import Context, View
 
 TOKEN, LINE = "FAIT/token", "FAIT/line"  # under which the marks stand in the rows
@@ -104,29 +104,19 @@ class Marks:
 
     def _wrong(self, asked: dict[bytes, Asked], rows: dict[bytes, TokenRow], reader: Reader) -> dict[bytes, list[int]]:
         """For each row the targets of the wrong answer that is most like its own."""
-        judge = verifier(self.method.verifier, self.ctx.base_dir)
+        m, ctx = self.method, self.ctx
+        samples = judged(
+            asked, reader, ctx, m.verifier, num=m.tries, temperature=m.temperature, max_new_tokens=m.max_new_tokens,
+            ended=False, words="FAIT: answers of the base",
+        )  # fmt: skip
         found: dict[bytes, list[int]] = {}
-        for key, said in self._said(asked).items():
-            a = asked[key]
-            texts = dict.fromkeys(t for ids in said if (t := reader.said(ids, a, ended=False)))
-            wrong = [t for t in texts if judge(t, a.answer, Row(a.prompt, a.answer)) < 1]
-            made = [r for t in wrong if (r := reader.answered(a, t, rows[key], self.ctx.max_length)) is not None]
+        for key, said in samples.items():
+            wrong = dict.fromkeys(text for text, score in said if text and score < 1)
+            made = [reader.answered(asked[key], text, rows[key], ctx.max_length) for text in wrong]
             own = _targets(rows[key])
-            likest = max(made, key=lambda r: _matcher(own, _targets(r)).ratio(), default=None)
+            likest = max((r for r in made if r), key=lambda r: _matcher(own, _targets(r)).ratio(), default=None)
             if likest is not None:
                 found[key] = _targets(likest)
-        return found
-
-    def _said(self, asked: dict[bytes, Asked]) -> dict[bytes, list[list[int]]]:
-        """The base's samples for each row, of one line where its own answer is one."""
-        m, found = self.method, {}
-        for line in (True, False):
-            some = {key: a.ids for key, a in asked.items() if a.one_line == line}
-            said = self.ctx.answers(
-                list(some.values()), num=m.tries, temperature=m.temperature, max_new_tokens=m.max_new_tokens,
-                stop=("\n",) if line else (), words="FAIT: answers of the base",
-            )  # fmt: skip
-            found |= dict(zip(some, said, strict=True))
         return found
 
     def _marks(self, row: TokenRow, wrong: Ids, reader: Reader) -> dict[str, np.ndarray]:
