@@ -372,6 +372,17 @@ class Method:
         return any(s.trains == "prompt" for s in self.stages() or ())
 
     @property
+    def only_prompts(self) -> bool:
+        """Whether it leaves the whole run to a soft prompt, so that no weight trains."""
+        return self.prompts and all(s.trains == "prompt" for s in self.stages())
+
+    @property
+    def rests_beside_a_prompt(self) -> bool:
+        """Whether it does nothing while a soft prompt trains: it works on weights, or with rows that rest then."""
+        idle = {"replace", "adapt", "entries", "rollouts", "steer", "update", "merge"} & set(self.sites())
+        return bool(idle) or "base_weights" in self.needs or type(self).asides is not Method.asides
+
+    @property
     def restarts(self) -> bool:
         """Whether one of its stages begins again from the base."""
         return any(s.restart for s in self.stages() or ())

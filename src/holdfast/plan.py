@@ -150,6 +150,19 @@ class Plan:
                 "Keep one of them.",
             )
 
+        self._check_prompt()
+
+    def _check_prompt(self) -> None:
+        """What would do nothing where nothing but a soft prompt trains."""
+        owner = next((m for m in self.active if m.only_prompts), None)
+        idle = next((m for m in self.active if owner and m.rests_beside_a_prompt), None)
+        if owner and idle:
+            raise PlanError(
+                f"{owner.name} trains a soft prompt and no weight, and {idle.name} works on weights, or with rows of "
+                "its own, that rest while a prompt trains.",
+                f"Remove {idle.name}, or use ProMoT, which trains weights after the prompt.",
+            )
+
     def _check_writers(self) -> None:
         """What one method alone decides about the rows."""
         writer: dict[str, Method] = {}
