@@ -367,14 +367,14 @@ class Method:
         return type(self).__name__
 
     @property
-    def prompts(self) -> bool:
+    def trains_prompt(self) -> bool:
         """Whether one of its stages trains a soft prompt."""
         return any(s.trains == "prompt" for s in self.stages() or ())
 
     @property
     def only_prompts(self) -> bool:
         """Whether it leaves the whole run to a soft prompt, so that no weight trains."""
-        return self.prompts and all(s.trains == "prompt" for s in self.stages())
+        return self.trains_prompt and all(s.trains == "prompt" for s in self.stages())
 
     @property
     def rests_beside_a_prompt(self) -> bool:

@@ -190,7 +190,7 @@ class Plan:
     def check_host(self, host: Host) -> None:
         """The part of `check` that needs the host alone: what its loop, or a quantised base, cannot do."""
         for m in self.active:
-            if host.packing and m.prompts:
+            if host.packing and m.trains_prompt:
                 raise PlanError(
                     f"{m.name} puts a soft prompt before every example, but {host.name} packs several examples into "
                     "one row, where only the first would get it.",

@@ -91,6 +91,13 @@ def test_values_without_meaning_are_refused(settings, words, tiny_model, tokeniz
         hf.PromptTuning(**settings).check(Context(tiny_model(), tokenizer))
 
 
+def test_a_setting_of_that_name_is_no_soft_prompt():
+    """OnPolicyKL has a setting `prompts`."""
+    assert [m.trains_prompt for m in (SMALL, hf.ProMoT(), hf.OnPolicyKL(), hf.LTSFT())] == [True, True, False, False]
+    assert [m.only_prompts for m in (SMALL, hf.ProMoT(), hf.OnPolicyKL())] == [True, False, False]
+    Plan([hf.OnPolicyKL()]).check_host(Host("SFTTrainer", packing=True))
+
+
 def test_packed_rows_of_a_trainer_are_refused():
     with pytest.raises(PlanError, match="PromptTuning puts a soft prompt"):
         Plan([SMALL]).check_host(Host("SFTTrainer", packing=True))
