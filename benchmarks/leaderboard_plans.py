@@ -124,6 +124,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "coso": ([M.CoSO()], FULL),
         "adalora": ([M.AdaLoRA()], LORA),
         "gs-lora": ([M.GSLoRA()], LORA),
+        "prompt tuning": ([M.PromptTuning()], FULL),  # it has a rate of its own
         "dft": ([M.DFT()], FULL),
         "anchored sft": ([M.AnchoredSFT()], FULL),
         "tl-training": ([M.TLTraining()], FULL),

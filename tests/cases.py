@@ -333,6 +333,15 @@ def prompt_holds(seen: Seen) -> None:
     assert all(not torch.equal(w, seen.base[n]) for n, w in seen.result.weights.items())
 
 
+def prompt_alone_holds(seen: Seen) -> None:
+    """Every weight is the base's to the last bit; the prompt moved, and the task is likelier behind it."""
+    assert all(torch.equal(w, seen.base[n]) for n, w in seen.result.weights.items())
+    init = seen.result.session.state["PromptTuning"]["init"]
+    assert seen.result.soft.shape == init.shape and (seen.result.soft - init).abs().min() > 0
+    losses = [p["task"] for _, p in seen.result.log.loss]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
 def share_holds(name: str) -> Callable[[Seen], None]:
     def check(seen: Seen) -> None:
         real = seen.result.log.realised
@@ -1161,6 +1170,12 @@ CASES = (
     Case(
         hf.ProMoT(num_virtual_tokens=3),
         prompt_holds,
+        no_off="a prompt of no tokens is refused: leaving it out is off",
+        no_zero=NO_TERM,
+    ),
+    Case(
+        hf.PromptTuning(num_virtual_tokens=3),
+        prompt_alone_holds,
         no_off="a prompt of no tokens is refused: leaving it out is off",
         no_zero=NO_TERM,
     ),

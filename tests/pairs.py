@@ -163,6 +163,17 @@ def orders(a: Method, b: Method) -> list[Pair]:
     return [p for p in pairs if said(p) is None]
 
 
+def alone(method: Method) -> bool:
+    """Whether nothing but a soft prompt trains beside it."""
+    return [s.trains for s in method.stages()] == ["prompt"]
+
+
+def idle(method: Method) -> bool:
+    works = set(weight_sites()) - {"grad"} | {"rollouts", "steer"}
+    asides = type(method).asides is not Method.asides
+    return bool(works & set(method.sites())) or asides or "base_weights" in method.needs
+
+
 def law(a: Method, b: Method) -> str:
     """Why docs/design.md forbids this order of two methods, "" if it does not: from its words, not from code."""
     sites = set(a.sites()) & set(b.sites())
@@ -174,6 +185,8 @@ def law(a: Method, b: Method) -> str:
         return "what is compared with the base's weights must be there"
     if sites & {"stages", "decode"}:
         return f"one owner of {', '.join(sorted(sites & {'stages', 'decode'}))}"
+    if any(alone(x) and idle(y) for x, y in ((a, b), (b, a))):
+        return "while a prompt trains, weights and rows beside the task rest"
     if "entries" in sites and a.leaves != b.leaves:
         return "what leaves stays or returns"
     if any(x.wraps and "dense" in y.needs for x, y in ((a, b), (b, a))):

@@ -22,6 +22,7 @@ from holdfast.method import Method, Term
 from holdfast.plan import Host, Plan
 from holdfast.services import Context
 from holdfast.session import Session
+from pairs import orders
 
 each = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 HARD = {"weight_decay": 0.1, "max_grad_norm": 1.0, "learning_rate": 2e-3}
@@ -327,7 +328,7 @@ def test_9_nothing_else_moved(case, tiny_model, tokenizer, rows):
 @pytest.mark.parametrize("lora", [False, True], ids=["dense", "lora"])
 @each
 def test_10_finite_in_bf16(case, lora, tied, tiny_model, tokenizer, rows):
-    if lora and (case.method.wraps or "dense" in case.method.needs):
+    if lora and orders(hf.LoRA(), case.method) == []:
         pytest.skip("the planner refuses this pair; test_pairs.py holds the words")
     methods = [hf.LoRA(r=4), case.method] if lora else [case.method]
     model = tiny_model(tied).to(torch.bfloat16)
@@ -439,7 +440,8 @@ def test_12_export_gives_the_same_logits(case, base_folder, tokenizer, rows, tmp
         loaded = PeftModel.from_pretrained(plain_model, folder) if wraps else plain_model
     with torch.no_grad():
         assert torch.equal(loaded.eval()(ids).logits, result.model(ids).logits)
-        assert not torch.equal(loaded(ids).logits, AutoModelForCausalLM.from_pretrained(base_folder)(ids).logits)
+        if not case.method.only_prompts:
+            assert not torch.equal(loaded(ids).logits, AutoModelForCausalLM.from_pretrained(base_folder)(ids).logits)
     assert AutoTokenizer.from_pretrained(folder).encode(rows[0].prompt) == tokenizer.encode(rows[0].prompt)
 
 

@@ -367,9 +367,20 @@ class Method:
         return type(self).__name__
 
     @property
-    def prompts(self) -> bool:
+    def trains_prompt(self) -> bool:
         """Whether one of its stages trains a soft prompt."""
         return any(s.trains == "prompt" for s in self.stages() or ())
+
+    @property
+    def only_prompts(self) -> bool:
+        """Whether it leaves the whole run to a soft prompt, so that no weight trains."""
+        return self.trains_prompt and all(s.trains == "prompt" for s in self.stages())
+
+    @property
+    def rests_beside_a_prompt(self) -> bool:
+        """Whether it does nothing while a soft prompt trains: it works on weights, or with rows that rest then."""
+        idle = {"replace", "adapt", "entries", "rollouts", "steer", "update", "merge"} & set(self.sites())
+        return bool(idle) or "base_weights" in self.needs or type(self).asides is not Method.asides
 
     @property
     def restarts(self) -> bool:

@@ -150,6 +150,19 @@ class Plan:
                 "Keep one of them.",
             )
 
+        self._check_prompt()
+
+    def _check_prompt(self) -> None:
+        """What would do nothing where nothing but a soft prompt trains."""
+        owner = next((m for m in self.active if m.only_prompts), None)
+        idle = next((m for m in self.active if owner and m.rests_beside_a_prompt), None)
+        if owner and idle:
+            raise PlanError(
+                f"{owner.name} trains a soft prompt and no weight, and {idle.name} works on weights, or with rows of "
+                "its own, that rest while a prompt trains.",
+                f"Remove {idle.name}, or use ProMoT, which trains weights after the prompt.",
+            )
+
     def _check_writers(self) -> None:
         """What one method alone decides about the rows."""
         writer: dict[str, Method] = {}
@@ -177,7 +190,7 @@ class Plan:
     def check_host(self, host: Host) -> None:
         """The part of `check` that needs the host alone: what its loop, or a quantised base, cannot do."""
         for m in self.active:
-            if host.packing and m.prompts:
+            if host.packing and m.trains_prompt:
                 raise PlanError(
                     f"{m.name} puts a soft prompt before every example, but {host.name} packs several examples into "
                     "one row, where only the first would get it.",

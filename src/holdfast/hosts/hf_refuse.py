@@ -71,7 +71,7 @@ def _wrong_together(plan: Plan, given: Mapping[str, Any], ours: bool) -> Iterato
     if method := _first(plan, "batch", "rollouts"):
         what = "exchanges rows of a batch, but {} would add NEFTune's noise by the batch's own shape"
         yield method.name, noise, what, "Leave neftune_noise_alpha out."
-    if method := next((m for m in plan.active if m.prompts), None):
+    if method := next((m for m in plan.active if m.trains_prompt), None):
         what = "reads the task behind a soft prompt, for which {}'s NEFTune noise is not defined"
         yield method.name, noise, what, "Leave neftune_noise_alpha out."
         metrics = given.get("compute_metrics") or given.get("preprocess_logits_for_metrics")

@@ -51,7 +51,7 @@ def check_asked(recipe: Recipe) -> None:
 def check_fits(recipe: Recipe, plan: Any, source: Any) -> None:
     """Raise PlanError where the plan leaves something else than the one folder that is converted or uploaded."""
     wraps = next((m.name for m in plan.active if m.wraps), None)
-    prompts = next((m.name for m in plan.active if m.prompts), None)
+    prompts = next((m.name for m in plan.active if m.trains_prompt), None)
     if recipe.export.gguf and wraps and not recipe.export.merge:
         what = f"export.gguf converts whole weights, but {wraps} leaves weights of its own beside the base's."
         raise PlanError(what, "Set export.merge: true.")

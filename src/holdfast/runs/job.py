@@ -184,11 +184,11 @@ def _session(run: Run, plan: Plan, model: Any, tokenizer: Any, task: TaskData, l
     t, most = run.recipe.training, min(run.recipe.data.max_length, longest)
     ctx = Context(model, tokenizer, t.seed, task.train, max_length=most, base_dir=run.base_dir)
     ctx.taught = run.bases.taught if run.bases else None
-    if t.packing and any(m.prompts for m in plan.active):
+    if t.packing and any(m.trains_prompt for m in plan.active):
         plan.check(Host("training.packing: true", packing=True), ctx)
     plan.check(_host(run.recipe), ctx)
     for m in plan.active:
-        if m.prompts:
+        if m.trains_prompt:
             check_metric(task, m.name)
             check_export(model, tokenizer, m.name)
     return Session(plan, model, ctx, compute_dtype=model.dtype, knows_rows=True, packing=t.packing is not False)

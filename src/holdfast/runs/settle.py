@@ -44,7 +44,7 @@ class Change:
         params = {canonical(n): p for n, p in job.session.model.named_parameters()}
         self.adapter = any(LORA_B.search(n) for n in params)
         lora = all(any(part in n for part in LORA) for n in job.session.params)
-        prompt = any(m.prompts for m in job.session.plan.active)
+        prompt = any(m.trains_prompt for m in job.session.plan.active)
         self.straight = not prompt and (lora or not self.adapter)
         whole = self.straight and not self.adapter
         self._base = tensors_of(job.source, job.session.model) if whole else None

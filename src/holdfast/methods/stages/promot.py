@@ -15,7 +15,6 @@ A model that cannot read one (no `inputs_embeds`, or tokens looked up again insi
 Export: the tuned model, and `prompt/`, a PEFT prompt-tuning adapter on it; generate with it by `use_cache=False`.
 """
 
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -26,6 +25,7 @@ from holdfast.engine.ways import SOFT_PROMPT, inner
 from holdfast.errors import PlanError
 from holdfast.measure.soft_prompt import check_reading
 from holdfast.method import Method, Paper, Stage, State
+from holdfast.methods.stages._soft_prompt import sampled
 from holdfast.services import Context
 
 
@@ -49,11 +49,7 @@ class ProMoT(Method):
         check_reading(ctx.model, ctx.tokenizer, self.name)
 
     def prepare(self, ctx: Context) -> State:
-        table = inner(ctx.model).get_input_embeddings().weight
-        draw = random.Random(f"ProMoT/{self.seed}")
-        special = set(getattr(ctx.tokenizer, "all_special_ids", ()))
-        ids = draw.sample([i for i in range(table.shape[0]) if i not in special], self.num_virtual_tokens)
-        return {"init": table[ids].detach().float().clone()}
+        return {"init": sampled(ctx, self.num_virtual_tokens, f"ProMoT/{self.seed}")}
 
     def stages(self) -> tuple[Stage, ...]:
         return (
