@@ -49,6 +49,27 @@ def test_reports_in_every_format(world, monkeypatch, tmp_path):
     assert ET.parse(outs[3]).getroot().tag.startswith("testsuite")
 
 
+def test_causes_by_name_and_a_third_model(world, monkeypatch, capsys, tmp_path):
+    same, out = [world.base, world.base], tmp_path / "r.json"
+    names = ["safety subspaces", "mode connectivity"]
+    words = [w for name in names for w in ("--cause", name)]
+    code = exit_of(
+        monkeypatch, "check", *same, *words, "--ancestor", world.base, "--num-fewshot", 1, *ONE, "--out", out
+    )
+    assert code == 3 and "mode connectivity: Nothing unusual" in capsys.readouterr().out.replace("\n", " ")
+    found = json.loads(out.read_text())["diagnosis"]
+    assert [f["name"] for f in found] == names
+    assert all(f["finding"].startswith("Nothing unusual") for f in found)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [(("--cause", "entitties"), "entities"), (("--ancestor", "x"), "safety subspaces")]
+)
+def test_causes_that_make_no_sense(world, monkeypatch, capsys, words, message):
+    assert exit_of(monkeypatch, "check", world.base, world.base, *words) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_another_tokenizer_is_refused(world, tiny_model, tokenizer, tmp_path):
     other = type(tokenizer).from_pretrained(world.base)
     other.add_tokens(["<new>"])

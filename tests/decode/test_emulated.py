@@ -1,6 +1,7 @@
 """Emulated tuning: values by hand, its limits, and real generation with three models."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -83,10 +84,14 @@ def test_generates_what_teacher_forcing_says(three):
 @torch.no_grad()
 def test_a_draft_of_the_small_model_changes_nothing(three):
     large, tuned, base = three
-    wanted = large.generate(PROMPT, logits_processor=[EmulatedTuning(tuned, base, beta=0.5)], **GREEDY)
-    process = EmulatedTuning(tuned, base, beta=0.5)
-    got = large.generate(PROMPT, logits_processor=[process], assistant_model=build_model(seed=2), **GREEDY)
+    wanted = large.generate(PROMPT, logits_processor=[EmulatedTuning(tuned, base, beta=1.5)], **GREEDY)
+    process, draft = EmulatedTuning(tuned, base, beta=1.5), build_model(seed=2)
+    draft.generation_config.update(assistant_confidence_threshold=0.0, num_assistant_tokens=5)
+    asked = []
+    process.base.logits = lambda ids, read=process.base.logits: asked.append(ids.shape[1]) or read(ids)
+    got = large.generate(PROMPT, logits_processor=[process], assistant_model=draft, **GREEDY)
     assert torch.equal(got, wanted)
+    assert any(now < was for was, now in pairwise(asked))  # it went back behind a draft
 
 
 @torch.no_grad()

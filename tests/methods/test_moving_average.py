@@ -6,7 +6,7 @@ import torch
 from cases import run
 from holdfast.errors import PlanError
 from holdfast.method import Past, canonical
-from holdfast.methods import LIFT, LoRA, MovingAverage
+from holdfast.methods import LoRA, MovingAverage, SpIEL
 
 
 def after(method, *weights):
@@ -56,11 +56,14 @@ def test_the_factors_of_an_adapter_are_averaged(tiny_model, tokenizer, rows):
         torch.testing.assert_close(got.weights[name], mean, rtol=1e-5, atol=1e-7)
 
 
-def test_entries_that_do_not_train_stay(tiny_model, tokenizer, rows):
+def test_entries_that_left_are_the_bases(tiny_model, tokenizer, rows):
+    """Entries of SpIEL come and go: the average remembers those that left, and they stay at the base all the same."""
     base = dict(tiny_model().named_parameters())
-    got = run([LIFT(lora_rank=2, filter_rank=4), MovingAverage(decay=0.5)], tiny_model(), tokenizer, rows, 4)
-    masks = got.session.chosen.masks
+    sparse = SpIEL(density=0.1, every=3, accumulate=1)
+    got = run([sparse, MovingAverage(decay=0.9)], tiny_model(), tokenizer, rows, 9)
+    masks, state = got.session.chosen.masks, got.session.state["MovingAverage"]
     assert masks and all(torch.equal(got.weights[n][~m], base[n].detach()[~m]) for n, m in masks.items())
+    assert any(not torch.equal(state[f"average/{n}"][~m], base[n].detach()[~m]) for n, m in masks.items())
     assert any(not torch.equal(got.weights[n], base[n]) for n in masks)
 
 

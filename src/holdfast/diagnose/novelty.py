@@ -4,8 +4,9 @@
     texts: tokens drawn from softmax(log p_tuned - log p_base) where p_tuned >= ALPHA of its largest
 
 Isonuma and Titov, ICLR 2025 (2410.14765), the static form; read in abstract and summaries. Their iterative form tunes
-a copy of the base on the texts so far and contrasts again; that is not built. Theirs, too: to rank given texts by c
-(`contrasts`), which finds novel ones.
+the base on the texts so far and contrasts again, so that what was found makes room for what else is new: `iterated`,
+with the short LoRA training of the revival test. Theirs, too: to rank given texts by c (`contrasts`), which finds
+novel ones.
 
 Ours: 16 texts of at most 24 tokens from nothing, ALPHA 0.1, temperature 1, and the rule: something new is there when
 the median of c a token over the upper half of the texts is CLEAR or more. What the texts say is a hint at labels,
@@ -17,6 +18,7 @@ Cost: 24 steps of generation of both models, and one forward over the texts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from statistics import median
 from typing import Any
 
@@ -26,6 +28,8 @@ from holdfast.data.encoder import Encoder, stops_of
 from holdfast.decode.contrast import Contrast
 from holdfast.diagnose import NOTHING, Case, Finding
 from holdfast.diagnose._pair import evaluating
+from holdfast.diagnose.revival import LEARNING_RATE, briefly_tuned
+from holdfast.engine.pack import token_row
 from holdfast.errors import ModelError
 
 TEXTS, TOKENS, ALPHA = 16, 24, 0.1  # ours
@@ -73,6 +77,21 @@ def _ended(row: list[int], start: int, stops: frozenset[int]) -> list[int]:
     """A row up to and with its end, without the padding behind it."""
     end = next((n for n, t in enumerate(row) if n >= start and t in stops), len(row) - 1)
     return row[: end + 1]
+
+
+def iterated(case: Case, rounds: int = 3, learning_rate: float = LEARNING_RATE) -> list[list[list[int]]]:
+    """Texts (tokens) of each round; from the second on, against the base after a short training on all texts so far.
+
+    Both models are left as they were. Costs a training and TOKENS steps of generation a round.
+    """
+    encoder = Encoder(case.tokenizer, stops_of(getattr(case.tuned, "generation_config", None)))
+    start, found = encoder.first, []
+    for n in range(rounds):
+        rows = [token_row(t, len(start)) for texts in found for t in texts if len(t) > len(start)]
+        taught = briefly_tuned(case.base, case.tokenizer, rows, case.seed, learning_rate) if rows else None
+        with taught or nullcontext(case.base) as base, evaluating(base, case.tuned):
+            found.append(written(base, case.tuned, start, encoder.stops, case.seed + n))
+    return found
 
 
 def contrasts(base: Any, tuned: Any, texts: Sequence[Sequence[int]], start: int = 1) -> list[float]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ("EXIT", "check", "command", "may_write", "write")
 EXIT = {"kept": 0, "lost": 1, "unclear": 3, "not checked": 3}
 
+THREE = "safety subspaces"  # the diagnosis that asks about three models
+
 
 def check(
     base: str,
@@ -54,12 +56,14 @@ def check(
     from holdfast.report.comparison import comparison
     from holdfast.runs.subject import Subject
 
-    names, keep, wanted = names_of(suites), dict(keep or {}), _wanted(why, causes)
+    names, keep, wanted = names_of(suites), dict(keep or {}), _wanted(why, causes, ancestor)
     _check_floors(keep, names)
     first = Subject(base, base_revision, trust_remote_code)
     second = Subject(tuned, tuned_revision, trust_remote_code)
     third = Subject(ancestor, None, trust_remote_code) if ancestor else None
     _check_pair(base, first, tuned, second)
+    if ancestor and third:
+        _check_pair(ancestor, third, base, first)
     before = first.measure(names, phase="measure before", tell=tell, **settings)
     if not wanted:
         first.forget()  # one model in memory at a time
@@ -94,11 +98,14 @@ def _check_pair(base: str, first: Subject, tuned: str, second: Subject) -> None:
         )
 
 
-def _wanted(why: bool, causes: Sequence[str]) -> list[str]:
+def _wanted(why: bool, causes: Sequence[str], ancestor: str | None) -> list[str]:
     """The names of the diagnoses to make."""
     from holdfast.diagnose import DIAGNOSES, check_names
 
     check_names(causes)
+    if ancestor and THREE not in causes:
+        what = f"An ancestor ({ancestor}) is named, but no diagnosis that asks about three models."
+        raise HoldfastError(what, f"Add --cause '{THREE}'.")
     return [*dict.fromkeys((*(DIAGNOSES if why else ()), *causes))]
 
 

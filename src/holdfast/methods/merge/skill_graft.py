@@ -4,9 +4,9 @@
     at most `share` of the entries, so of equal ones beyond it none is taken;   embeddings and head stay the base's
 
 The paper finds that about 0.01 % of the entries can keep more than 95 % of the tuned accuracy. That is after training
-the mask on the task; this is where its training starts, the largest changes alone, which it uses as the baseline: a
-merge sees no data. Expect to need a larger share, above all behind AdamW (the authors tune with SGD; from memory).
-Sizes are counted in bins 2^-12 wide, and a bin that does not fit whole is left out.
+the mask on the task (`runs/graft.py`); this is where its training starts, the largest changes alone, which it uses as
+the baseline: a merge sees no data. Expect to need a larger share, above all behind AdamW (the authors tune with SGD;
+from memory). Sizes are counted in bins 2^-12 wide, and a bin that does not fit whole is left out.
 Unlike `TIES` with one model, which takes all of a bin, may trim each tensor alone and changes embeddings too.
 Cost: two passes over the weights. Combine with: everything that trains the model's own weights.
 """
