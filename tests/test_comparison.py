@@ -1,8 +1,10 @@
 """compare: plans on one recipe. Figures of several runs, packed scores, and whole comparisons of a tiny model."""
 
 import json
+import shutil
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,14 +21,18 @@ from holdfast.methods import ICLAnchor, KLToBase, LoRA, Replay, all_methods
 from holdfast.plan import Plan
 from holdfast.recipe import recipe_from
 from holdfast.report import compared
-from holdfast.runs import compare as runs
-from holdfast.runs import halves, job, task_rows
+from holdfast.runs import cluster, halves, job, search, task_rows
+from holdfast.runs import comparison as runs
 from holdfast.runs.compare_report import hypervolume
 from holdfast.runs.contestants import Cell, check_seeds, plans_of
-from holdfast.runs.grid import check_grid, finer, grid
+from holdfast.runs.grid import Grid, check_grid, finer
+from holdfast.runs.repair_search import Point
+from holdfast.runs.search import Search
 from holdfast.verbs.compare import compare
 from holdfast.verbs.tune import tune
 from tiny_run import recipe_data
+
+NAN = {"learning_rate": 1e30}
 
 # ---- figures of several runs
 
@@ -231,7 +237,7 @@ def test_no_seeds_are_no_run():
 
 def test_every_plan_has_as_many_trials():
     rates, strengths = (0.5, 1.0, 2.0), (0.3, 1.0)
-    strong, plain = (grid("p", 0, rates, strengths, has) for has in (True, False))
+    strong, plain = (Grid("p", 0, rates, strengths, has).cells for has in (True, False))
     assert len(strong) == len(plain) == 6 and len({c.folder for c in (*strong, *plain)}) == 9
     assert {(c.factor, c.strength) for c in strong} == {(f, s) for f in rates for s in strengths}
     assert {c.strength for c in plain} == {1.0} and {*rates} < {c.factor for c in plain}
@@ -498,3 +504,160 @@ def test_the_command(whole, world, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 0 and "plain" in capsys.readouterr().out
+
+
+# ---- a search instead of the grid
+
+
+def test_the_search_by_hand():
+    """The plan itself comes first; what was told decides what comes later, and the same again in another process."""
+
+    def walk(margins, num=24):
+        trials, seen = Search("p", 0, num, has=True), []
+        while cell := trials.ask():
+            seen.append(cell)
+            margin = margins(cell)
+            trials.tell(None if margin is None else Point(cell, cell.factor, margin, ()))
+        return seen
+
+    def centre(cells):
+        return float(np.exp(np.mean([np.log(c.factor) for c in cells])))
+
+    bound = walk(lambda cell: 1 - cell.factor)
+    assert len(bound) == 24 and (bound[0].factor, bound[0].strength) == (1.0, 1.0)
+    assert all(0.1 <= c.factor <= 10 and 0.25 <= c.strength <= 4 for c in bound)
+    assert walk(lambda cell: 1 - cell.factor) == bound
+    free = walk(lambda cell: 1.0)
+    assert free[:10] == bound[:10], "drawn at random"
+    assert centre(bound[10:]) < 1 < 3 < centre(free[10:]), "the best that keeps is 1, without a bound 10"
+    assert len(walk(lambda cell: None, num=4)) == 4
+    only = Search("p", 0, 4, has=False).ask()
+    assert only is not None and only.strength == 1.0
+
+
+def test_a_search_goes_on_with_the_same_trials(world, tmp_path, monkeypatch):
+    options = {"factors": None, "search": 3, "seeds": 1}
+    methods = ["LoRA+KLToBase"]
+    first = go(world, tmp_path, methods, **options)
+    (row,) = first["rows"]
+    assert len(row["trials"]) == 3 and len({t["strength"] for t in row["trials"]}) == 3
+    plain, count = runs.training.trained, []
+
+    def dies(job):
+        count.append(1)
+        if len(count) == 3:
+            raise Killed
+        return plain(job)
+
+    monkeypatch.setattr(runs.training, "trained", dies)
+    with pytest.raises(Killed):
+        go(world, tmp_path, methods, "again", **options)
+    monkeypatch.setattr(runs.training, "trained", lambda job: count.append(1) or plain(job))
+    assert without_clock(go(world, tmp_path, methods, "again", **options)) == without_clock(first)
+    assert len(count) == 4
+    with pytest.raises(RecipeError, match="another recipe"):
+        go(world, tmp_path, methods, **{**options, "search": 4})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"search": 3, "factors": (1.0,)}, "--search 3 chooses its settings itself, and --factor names some"),
+        ({"search": 3, "factors": None, "strengths": (1.0,)}, "--strength names some"),
+        ({"search": 0, "factors": None}, "--search 0 is no trial"),
+        ({"strengths": (1.0, 0.0)}, "strength cannot be multiplied by 0"),
+        ({"strengths": (-1.0,)}, "strength cannot be multiplied by -1"),
+    ],
+)
+def test_settings_that_contradict_each_other(world, tmp_path, options, words):
+    with pytest.raises(PlanError, match=words):
+        go(world, tmp_path, **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "extra", "options"),
+    [(cluster, "ray", {"ray": True}), (search, "search", {"search": 2, "factors": None})],
+)
+def test_an_extra_that_is_missing(world, tmp_path, monkeypatch, module, extra, options):
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    with pytest.raises(HoldfastError, match=f"--{extra} needs the package") as error:
+        go(world, tmp_path, **options)
+    assert error.value.cure == f'Run: pip install "holdfast-lm[{extra}]".'
+
+
+# ---- a full disk
+
+
+def test_a_disk_without_room_fails_each_run_and_loses_nothing(world, tmp_path, monkeypatch):
+    options = {"factors": (1.0,), "seeds": 1}
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
+    found = go(world, tmp_path, ["LoRA"], **options)
+    assert list(found["failed"]) == ["LoRA, rate x 1, seed 0"] and "0.0 GB free" in str(found["failed"])
+    monkeypatch.undo()
+    assert not go(world, tmp_path, ["LoRA"], **options)["failed"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a device that is always full")
+def test_a_disk_that_fills_up_fails_the_run_that_writes(world, tmp_path, monkeypatch):
+    plain = runs.training.trained
+
+    def fills(job):
+        if job.recipe.plan == []:
+            (job.run.path / "log.jsonl").symlink_to("/dev/full")
+        return plain(job)
+
+    monkeypatch.setattr(runs.training, "trained", fills)
+    found = go(world, tmp_path, factors=(1.0,), seeds=1)
+    assert list(found["failed"]) == ["plain, rate x 1, seed 0"] and [r["name"] for r in found["rows"]] == ["LoRA"]
+    assert "log.jsonl could not be written: No space left on device." in found["failed"]["plain, rate x 1, seed 0"]
+
+
+# ---- a cluster
+
+
+@pytest.mark.parametrize(
+    ("machines", "most", "needs"),
+    [
+        ([{"CPU": 2}], 6, {"num_cpus": 1}),
+        ([{"CPU": 16}, {"CPU": 48}], 4, {"num_cpus": 16}),
+        ([{"CPU": 16}, {"CPU": 48}], 1, {"num_cpus": 48}),
+        ([{"CPU": 64}, {"CPU": 32, "GPU": 4}], 3, {"num_gpus": 1, "num_cpus": 8}),
+        ([{}], 3, {"num_cpus": 1}),
+    ],
+)
+def test_the_share_of_a_run(machines, most, needs):
+    assert cluster.share(machines, most) == needs
+
+
+@pytest.mark.long  # starting Ray takes longer than all that it does here
+def test_a_local_ray_gives_the_same_table(whole, world, tmp_path, monkeypatch):
+    """Two workers; then a driver that dies between the phases, and a serial one that finds its runs done."""
+    import ray
+    import torch
+
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        alone = runs.training.trained
+        monkeypatch.setattr(runs.training, "trained", None)  # nothing is trained in this process
+        assert without_clock(go(world, tmp_path, ray=True)) == without_clock(whole[1])
+        options = {"factors": None, "search": 2, "seeds": 1}
+        searched = go(world, tmp_path, ["LoRA+KLToBase"], "search", ray=True, **options)
+        broken = go(world, tmp_path, ["LoRA"], "broken", ray=True, recipe=asked(world, tmp_path, training=NAN))
+        monkeypatch.setattr(runs.Comparison, "_write_down", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            go(world, tmp_path, name="killed", ray=True)
+    finally:
+        ray.shutdown()
+    monkeypatch.undo()
+    again = []
+    monkeypatch.setattr(runs.training, "trained", lambda job: again.append(1) or alone(job))
+    assert without_clock(go(world, tmp_path, name="killed")) == without_clock(whole[1])
+    assert len(again) == 2, "the second seed of each plan"
+    serial = go(world, tmp_path, ["LoRA+KLToBase"], "serial", **options)
+    assert without_clock(serial) == without_clock(searched)
+    same = go(world, tmp_path, ["LoRA"], "same", recipe=asked(world, tmp_path, training=NAN))
+    assert broken["failed"] and broken["failed"].keys() == same["failed"].keys()

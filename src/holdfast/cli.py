@@ -275,7 +275,11 @@ def compare(
         list[float] | None,
         typer.Option("--strength", help="What the strength of each method is multiplied by; repeated (default: 1)."),
     ] = None,
+    search: Annotated[
+        int | None, typer.Option("--search", help="So many trials of each plan by Optuna, instead of the grid.")
+    ] = None,
     seeds: Annotated[int, typer.Option("--seeds", help="Runs of each plan at its best settings.")] = 1,
+    ray: Annotated[bool, typer.Option("--ray", help="Do the runs on a Ray cluster (RAY_ADDRESS, else here).")] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the runs, the table and the page.")] = Path(
         "runs/compared"
     ),
@@ -292,7 +296,9 @@ def compare(
         methods=methods.split(","),
         factors=factor,
         strengths=strength,
+        search=search,
         seeds=seeds,
+        ray=ray,
         out=out,
     )
 

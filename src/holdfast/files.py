@@ -105,7 +105,7 @@ def no_bars() -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    fresh = path.with_name(path.name + ".new")
+    fresh = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.new")  # another process may write the same
     try:
         fresh.write_text(text, encoding="utf-8")
         os.replace(fresh, path)

@@ -165,8 +165,12 @@ class RunFolder:
 
         Work that goes on from a checkpoint writes the steps after it again; the last line counts.
         """
-        with (self.path / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with (self.path / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as e:
+            what = f"{self.path / LOG} could not be written: {e.strerror or e}."
+            raise TrainingError(what, "Free some disk space and start the same command again.") from e
 
     def check_room(self, need: int, what: str) -> None:
         """Raise TrainingError unless the disk has `need` bytes free for `what` (plural)."""

@@ -13,6 +13,7 @@ from math import sqrt
 
 from holdfast.errors import PlanError
 from holdfast.runs.contestants import Cell, written
+from holdfast.runs.repair_search import Point
 
 WORDS = {"--factor": ("learning rate", "0.33"), "--strength": ("strength", "0.3")}
 
@@ -31,13 +32,24 @@ def check_grid(factors: Sequence[float], strengths: Sequence[float]) -> None:
             raise PlanError(what, f"Name each {option} once.")
 
 
-def grid(plan: str, seed: int, factors: Sequence[float], strengths: Sequence[float], has: bool) -> list[Cell]:
-    """The trials of a plan, its own settings first. has: whether it has a strength."""
-    if has:
-        pairs = [(f, s) for s in strengths for f in factors]
-    else:
-        pairs = [(f, 1.0) for f in finer(factors, len(factors) * len(strengths))]
-    return [Cell(plan, f, seed, s) for f, s in sorted(pairs, key=lambda p: (p[1] != 1, p[1], p[0] != 1, p[0]))]
+class Grid:
+    """The trials of a plan, its own settings first; asked as `search.Search`. has: whether the plan has a strength."""
+
+    def __init__(self, plan: str, seed: int, factors: Sequence[float], strengths: Sequence[float], has: bool):
+        if has:
+            pairs = [(f, s) for s in strengths for f in factors]
+        else:
+            pairs = [(f, 1.0) for f in finer(factors, len(factors) * len(strengths))]
+        ordered = sorted(pairs, key=lambda p: (p[1] != 1, p[1], p[0] != 1, p[0]))
+        self.cells = [Cell(plan, f, seed, s) for f, s in ordered]
+        self._next = iter(self.cells)
+
+    def ask(self) -> Cell | None:
+        """What is tried next; None: nothing is left."""
+        return next(self._next, None)
+
+    def tell(self, point: Point | None) -> None:
+        """What it scored, which changes nothing here."""
 
 
 def finer(factors: Sequence[float], num: int) -> list[float]:

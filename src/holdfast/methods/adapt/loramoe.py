@@ -58,6 +58,7 @@ class LoRAMoE(Method):
         note="beta, delta and what the paper divides by were not verified",
     )
     does: ClassVar = "trains several low-rank experts with a router, balanced by the kind of row (experimental)"
+    strengths: ClassVar = ("weight",)
     wraps: ClassVar = True
     whole_rows: ClassVar = True
 

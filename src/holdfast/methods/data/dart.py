@@ -49,6 +49,8 @@ class DART(Method):
     paper: ClassVar = Paper("DART-Math: Difficulty-Aware Rejection Tuning for Mathematical Problem-Solving",
                             "2407.13690", "read in the README of the official code")  # fmt: skip
     does: ClassVar = "adds the base's own right answers, more of them for harder rows"
+    strengths: ClassVar = ("share",)
+    odds: ClassVar = strengths
 
     def off(self) -> bool:
         return self.share == 0

@@ -45,6 +45,8 @@ class GOTD(Method):
     paper: ClassVar = Paper("Get more for less: Principled Data Selection for Warming Up Fine-Tuning in LLMs",
                             "2405.02774", "the calibration of potentials was read in a summary")  # fmt: skip
     does: ClassVar = "mixes in the texts that pull the pool fastest towards the target, by optimal transport"
+    strengths: ClassVar = ("share",)
+    odds: ClassVar = strengths
 
     def off(self) -> bool:
         return self.share == 0

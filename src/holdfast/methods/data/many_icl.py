@@ -42,6 +42,8 @@ class ManyICL(Method):
     paper: ClassVar = Paper("You Only Fine-tune Once: Many-Shot In-Context Fine-Tuning for Large Language Model",
                             "2506.11103", "read in the abstract; no code was released")  # fmt: skip
     does: ClassVar = "adds rows of many solved examples of one task, with every answer trained on"
+    strengths: ClassVar = ("share",)
+    odds: ClassVar = strengths
 
     def off(self) -> bool:
         return self.share == 0

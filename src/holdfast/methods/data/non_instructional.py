@@ -42,6 +42,8 @@ class NonInstructional(Method):
                             "Pre-trained Language Models without Instruction-Following Data", "2409.00096",
                             "read in a summary")  # fmt: skip
     does: ClassVar = "adds second halves of texts as answers to their first halves (a baseline)"
+    strengths: ClassVar = ("share",)
+    odds: ClassVar = strengths
 
     def off(self) -> bool:
         return self.share == 0

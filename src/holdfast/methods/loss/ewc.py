@@ -47,6 +47,7 @@ class EWC(Method):
     paper: ClassVar = Paper("Overcoming catastrophic forgetting in neural networks", "1612.00796",
                             "scaling and cutting of F are ours")  # fmt: skip
     does: ClassVar = "penalises the distance of the weights from the base, by how much general text depends on each"
+    strengths: ClassVar = ("alpha",)
     needs: ClassVar = frozenset({"base_weights"})
 
     def off(self) -> bool:

@@ -42,6 +42,7 @@ class FeatureDistillation(Method):
     paper: ClassVar = Paper("A Closer Look at Rehearsal-Free Continual Learning", "2203.17269",
                             "read in a summary; layers and scaling are ours")  # fmt: skip
     does: ClassVar = "holds hidden states near the base's"
+    strengths: ClassVar = ("weight",)
     needs: ClassVar = frozenset({"base_hidden"})
 
     @property

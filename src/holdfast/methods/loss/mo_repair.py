@@ -47,6 +47,7 @@ class MORepair(Method):
     paper: ClassVar = Paper("MORepair: Teaching LLMs to Repair Code via Multi-Objective Fine-Tuning", "2404.12636",
                             "its id was not checked; read in summaries and in the released code")  # fmt: skip
     does: ClassVar = "learns explanations of the answers beside the answers"
+    strengths: ClassVar = ("weight",)
 
     def off(self) -> bool:
         return self.weight == 0 or self.rows_per_step == 0

@@ -1,0 +1,259 @@
+"""A comparison: plans on one recipe, each over a grid of as many trials, told apart on items that chose nothing.
+
+1. Every plan trains once at each rate and strength of the grid, with the first seed. Validation rows and one half of
+   every suite's items choose: the best task score among those that keep what is to be kept, else the nearest to it.
+2. What was chosen is written down with its hash, before anything of the other half is looked at.
+3. The chosen one trains with the other seeds, and all its runs are measured on test rows and the other half.
+
+Every run is a folder in `runs/`, as `tune` makes them, and goes on where it was killed. A run that fails is reported
+and stops no other. The base is loaded and measured once, and rows are tokenised once. Of the models only the best of
+each plan so far is kept, and none at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from holdfast.errors import HoldfastError
+from holdfast.files import content_key
+from holdfast.measure.packed import pack, pack_suite
+from holdfast.measure.parts import REPORT
+from holdfast.recipe import Export, Recipe, recipe_from
+from holdfast.runs import export, settle, training
+from holdfast.runs.bases import Bases
+from holdfast.runs.compare_report import Ends, compared, point_of
+from holdfast.runs.contestants import Cell, built, plans_of
+from holdfast.runs.folder import JsonOrder, RunFolder
+from holdfast.runs.grid import Grid
+from holdfast.runs.halves import CHOOSE, Halves, Measured
+from holdfast.runs.job import Job, checked
+from holdfast.runs.measuring import base_key
+from holdfast.runs.repair_search import choose
+from holdfast.runs.run import Run, Tell, silent
+from holdfast.runs.search import Search
+
+LAST, CHOSEN = "compare.json", "chosen.json"
+WORK = {"runs", CHOSEN, LAST}
+HALVES = (CHOOSE, REPORT)
+INPUTS = ("model", "data", "metric")  # of all plans; what a plan merges with belongs to its runs
+
+
+@dataclass(frozen=True)
+class Wish(JsonOrder):
+    """What a comparison is asked for; a folder belongs to one."""
+
+    recipe: Mapping[str, Any]
+    methods: tuple[str, ...]
+    factors: tuple[float, ...]
+    seeds: int
+    strengths: tuple[float, ...] = (1.0,)
+    search: int = 0  # trials of each plan, instead of the grid
+
+    @property
+    def trials(self) -> int:
+        """Of each plan, at the most."""
+        return self.search or len(self.factors) * len(self.strengths)
+
+
+class Comparison:
+    """One comparison at work, in the folder `out`, from wherever it stands.
+
+    Raises:
+        HoldfastError: a plan cannot take part.
+    """
+
+    def __init__(self, wish: Wish, base_dir: Path, out: Path, tell: Tell = silent, bases: Bases | None = None):
+        self.wish, self.base_dir, self.tell = wish, base_dir, tell
+        self.recipe = recipe_from(wish.recipe)
+        self.plans = plans_of(wish.methods, self.recipe)
+        self.folder = RunFolder(out, wish, WORK, Wish.read, LAST, "--out")
+        self.bases = bases or Bases()
+        self.failed: dict[str, str] = {}
+        self.rates: dict[str, float] = {}  # of each plan, before a factor
+        self._done, self._all = 0, len(self.plans) * (wish.trials + wish.seeds)
+
+    @property
+    def share_done(self) -> float:
+        """0..1, counted in runs."""
+        return self._done / self._all
+
+    def run(self) -> dict[str, Any]:
+        """Both phases and the report."""
+        self.begin()
+        picked = {name: self.pick(name) for name in self.plans}
+        self._write_down({n: cell for n, (_, cell) in picked.items()})
+        self.before_report([cell for _, cell in picked.values() if cell])
+        final = {name: list(self._report(cell)) for name, (_, cell) in picked.items() if cell}
+        trials = {name: points for name, (points, _) in picked.items()}
+        report = compared(self._ends(REPORT), trials, final, self.failed, self.wish.seeds)
+        self.folder.write(LAST, report)
+        return self.folder.read(LAST)
+
+    def begin(self) -> None:
+        """Every plan on its real model and data, before any of them trains; the base is measured on both halves."""
+        for n, name in enumerate(self.plans):
+            self.tell("check", n / len(self.plans), name)
+            job = checked(self._run(Cell(name, 1.0, self.recipe.training.seed), silent))
+            self.rates[name] = job.training.learning_rate
+            if n == 0:
+                self.folder.keep_inputs({k: v for k, v in job.inputs().items() if k in INPUTS})
+                self._measure_base(job)
+
+    def _measure_base(self, job: Job) -> None:
+        halves, key = Halves(job), base_key(job, job.model)
+        for half in HALVES:
+            if self.folder.read(f"base.{half}.json") is None:
+                found = halves.measured(half, job.model, key=key, tell=self._told("measure before"))
+                self.folder.write(f"base.{half}.json", found)
+        self.folder.write("task.json", _task_of(job))
+
+    # ---- the first phase
+
+    def trials(self, name: str) -> Any:
+        """Who says what is tried of a plan."""
+        has, seed, wish = built(self.plans[name]).has_strength, self.recipe.training.seed, self.wish
+        if wish.search:
+            return Search(name, seed, wish.search, has)
+        return Grid(name, seed, wish.factors, wish.strengths, has)
+
+    def pick(self, name: str) -> tuple[list[Any], Cell | None]:
+        """(what each trial scored on the choosing half, the cell of the chosen one or None if all failed)."""
+        points: dict[Cell, Any] = {}
+        trials = self.trials(name)
+        while cell := trials.ask():
+            found = self.attempt(cell, CHOOSE)
+            point = None if found is None else point_of(self._ends(CHOOSE), cell, found)
+            trials.tell(point)
+            if point:
+                points[cell] = point
+                self._keep_only(choose([*points.values()]).candidate, [*points])
+        found = [*points.values()]
+        return found, choose(found).candidate if found else None
+
+    def _keep_only(self, best: Cell, others: Sequence[Cell]) -> None:
+        for cell in others:
+            if cell != best:
+                shutil.rmtree(self._run(cell, silent).export, ignore_errors=True)
+
+    def _write_down(self, cells: Mapping[str, Cell | None]) -> None:
+        """What was chosen, with the hash of all that decides a run; before the reporting half is looked at."""
+        known = self.folder.read(CHOSEN)
+        said = {
+            name: {
+                "factor": cell.factor,
+                "strength": cell.strength,
+                "sha": content_key(self._variant(cell).model_dump(mode="json")),
+            }
+            for name, cell in cells.items()
+            if cell
+        }
+        if known is None or self.failed:
+            self.folder.write(CHOSEN, said)
+
+    # ---- the second phase
+
+    def before_report(self, chosen: Sequence[Cell]) -> None:
+        """Hears which cells were chosen, before any is trained with further seeds."""
+
+    def _report(self, chosen: Cell) -> Iterator[tuple[Cell, Measured]]:
+        """The runs of a plan that were measured on the reporting half."""
+        for cell in self.seeds(chosen):
+            found = self.attempt(cell, REPORT)
+            if found is not None:
+                shutil.rmtree(self._run(cell, silent).export, ignore_errors=True)
+                yield cell, found
+
+    def seeds(self, chosen: Cell) -> list[Cell]:
+        return [dataclasses.replace(chosen, seed=self.recipe.training.seed + n) for n in range(self.wish.seeds)]
+
+    # ---- one run
+
+    def attempt(self, cell: Cell, half: str) -> Measured | None:
+        """Scores of a run on one half, or None with the reason written down."""
+        if cell.label in self.failed:
+            return None
+        try:
+            self.before(cell, half)
+            return self._measured(cell, half)
+        except HoldfastError as e:
+            self.failed[cell.label] = str(e)
+        except (RuntimeError, OSError) as e:  # out of memory, a full disk, and what a library refuses on this device
+            self.failed[cell.label] = f"{type(e).__name__}: {e}"
+        return None
+
+    def before(self, cell: Cell, half: str) -> None:
+        """Hears of a run before it is looked for."""
+
+    def _measured(self, cell: Cell, half: str) -> Measured:
+        """Scores of a run on one half, packed; trained first where it is not."""
+        run = self._run(cell, self._of(cell))
+        run.path.mkdir(parents=True, exist_ok=True)
+        found = run.folder.read(f"{half}.json")
+        if found is None:
+            found = self.ask(run, half)
+        self._done += 1
+        return found
+
+    def ask(self, run: Run, half: str) -> Measured:
+        """Train a run where it is not trained yet, measure one half and write it down."""
+        run.folder.claim()
+        job = checked(run)
+        if not run.folder.read("training.json"):
+            run.folder.check_room(export.room(job), f"checkpoints and export of {run.path.name}")
+        if self.recipe.measure.budget:
+            settle.remember(job, base_key(job, job.model))
+        tuned, soft = export.loaded(run) if run.folder.read("training.json") else training.trained(job)
+        found = Halves(job).measured(half, tuned, soft, tell=lambda x, words: run.tell("measure after", x, words))
+        base, done = self.folder.read(f"base.{half}.json"), run.folder.read("training.json")
+        packed = {
+            "learning_rate": job.training.learning_rate,
+            "seconds": done["seconds_with_prepare"],
+            "tokens_per_second": done["tokens_per_second"],
+            "abilities": [pack_suite(a, b) for a, b in zip(found["abilities"], base["abilities"], strict=True)],
+            "task": pack(found["task"], base["task"]),
+        }
+        run.folder.write(f"{half}.json", packed)
+        return packed
+
+    def _ends(self, half: str) -> Ends:
+        """The base's side of one half, and what must be kept."""
+        return Ends(self.folder.read("task.json"), self.folder.read(f"base.{half}.json"), self.recipe.measure.keep)
+
+    def _variant(self, cell: Cell) -> Recipe:
+        """The recipe of a run."""
+        recipe = self.recipe
+        rate = "auto" if recipe.training.learning_rate == "search" else recipe.training.learning_rate  # the grid does
+        if cell.factor != 1:
+            rate = self.rates[cell.plan] * cell.factor
+        changed = {
+            "seed": cell.seed,
+            "learning_rate": rate,
+            "output_dir": str(self.folder.path / "runs" / cell.folder),
+        }
+        training = recipe.training.model_copy(update=changed)
+        data = recipe.data.model_copy(update={"seed": recipe.seed_of_rows})  # the same rows, in another order
+        exported = Export(dtype=recipe.export.dtype)  # no model is handed over
+        plan = self.plans[cell.plan]
+        if cell.strength != 1:
+            plan = built(plan).stronger(cell.strength).to_recipe()
+        return recipe.model_copy(update={"plan": plan, "data": data, "training": training, "export": exported})
+
+    def _run(self, cell: Cell, tell: Tell) -> Run:
+        return Run(self._variant(cell), self.base_dir, tell, halved=True, bases=self.bases)
+
+    def _of(self, cell: Cell) -> Tell:
+        return lambda phase, share, words: self.tell("compare", self.share_done, f"{cell.label}: {phase}")
+
+    def _told(self, phase: str) -> Callable[[float, str], None]:
+        return lambda share, words: self.tell(phase, share, words)
+
+
+def _task_of(job: Job) -> dict[str, Any]:
+    task = job.task
+    source = "test" if job.recipe.data.test else "validation"
+    return {"name": task.name, "metric": task.metric, "split": source, "chance": task.chance}
