@@ -406,6 +406,24 @@ def test_heal_pulls_towards_the_base_and_reads_no_label(world, tokenizer, tmp_pa
     assert apart[1] < 0.7 * apart[0]
 
 
+@pytest.mark.parametrize("floor, heals", [(0.8, True), (0.1, False)])
+def test_by_default_it_is_healed_where_the_merges_fall_short(world, tmp_path, monkeypatch, floor, heals):
+    """At 0.8 the best merge gives back much of the task; at 0.1 the tuned model meets the bound itself."""
+    monkeypatch.setitem(repair_search.GRID, "heal", [{"steps": 6}])
+    settings = {"data": world.data, **ROWS, "suites": ("language",), "limit": 4}
+    got = repair(world.base, world.tuned, tmp_path / "out", keep={"language": floor}, **settings)
+    seen = {p["label"]: p for p in got["points"] if len(p["parts"]) == 2}
+    assert ("heal steps 6" in seen) == heals and any(label.startswith("TIES") for label in seen)
+    if heals:
+        merges = [
+            p["task"]["value"] for label, p in seen.items() if p["meets"] and label not in ("base", "heal steps 6")
+        ]
+        lost, gained = min(merges) - seen["tuned model"]["task"]["value"], seen["base"]["task"]["value"]
+        assert lost > 0.1 * (gained - seen["tuned model"]["task"]["value"])
+    else:
+        assert got["chosen"]["label"] == "tuned model"
+
+
 def test_a_healed_candidate_is_written_and_made_once(world, tmp_path, monkeypatch):
     monkeypatch.setitem(repair_search.GRID, "heal", [{"steps": 6}])
     made, plain = [], repair_run.heal

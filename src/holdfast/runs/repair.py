@@ -21,9 +21,9 @@ from holdfast.models.related import check_related
 from holdfast.recipe import KEEP_FRAC
 from holdfast.runs import repair_goal
 from holdfast.runs.folder import JsonOrder, RunFolder
-from holdfast.runs.repair_heal import check_prompts, heal, write
+from holdfast.runs.repair_heal import FEWEST, check_prompts, heal, write
 from holdfast.runs.repair_judge import BASE, CHOOSING, Judge
-from holdfast.runs.repair_search import DEFAULT, HEAL, TUNED, Candidate, Point, candidates, search
+from holdfast.runs.repair_search import DEFAULT, HEAL, TUNED, Candidate, Point, candidates, choose, search
 from holdfast.runs.run import Tell, silent
 from holdfast.sites import adapter_files
 from holdfast.sites.merge_files import Pair
@@ -32,6 +32,7 @@ from holdfast.versions import versions
 MODEL, ADAPTER, HEALED, LAST = "model", "adapter", "heal.safetensors", "repair.json"
 WORK = {MODEL, ADAPTER, HEALED, LAST}
 ENDS = (BASE, TUNED)
+GIVEN_BACK = 0.1  # ours: of what the tuning gained
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,19 @@ class _Work:
             return self.judge.point(who, first, self._told("search", share, (1 - share) / len(asked)))
 
         fine = self._told("second look")
-        return search(asked, coarse, lambda who: self.judge.point(who, CHOOSING, fine), self.wish.also)
+        points, chosen = search(asked, coarse, lambda who: self.judge.point(who, CHOOSING, fine), self.wish.also)
+        if tuple(self.wish.methods) == DEFAULT and self._falls_short(points, chosen):
+            points.append(self.judge.point(candidates([HEAL])[0], CHOOSING, fine))
+            chosen = choose([p for p in points if p.parts == chosen.parts])
+        return points, chosen
+
+    def _falls_short(self, points: Sequence[Point], chosen: Point) -> bool:
+        """Whether no merge meets the bound without giving back much of what was gained, and healing is possible."""
+        if len(self.goal.prompts) < FEWEST:
+            return False
+        tuned = next(p for p in points if p.candidate == TUNED)
+        base = self.judge.point(BASE, CHOOSING, self._told("measure before"))
+        return not chosen.meets or tuned.value - chosen.value > GIVEN_BACK * (tuned.value - base.value)
 
     def _may_search(self) -> None:
         if not self.judge.measurable(CHOOSING, self._told("measure before")):
