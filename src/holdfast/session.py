@@ -326,7 +326,10 @@ class Session:
         Returns: (loss, its parts without gradient). Nobody waits for them here; see `hosts.losses`.
         """
         self.effects.update(self._source_of[r.source] for r in rows if r.source in self._source_of)
-        return self.total_loss.loss(Step(model, counts, step, share), rows)
+        loss, parts = self.total_loss.loss(Step(model, counts, step, share), rows)
+        if self.stage.trains == "prompt" and torch.is_grad_enabled() and not loss.requires_grad:
+            loss = loss + 0 * self.params[SOFT_PROMPT].sum()  # none of these rows is read with the prompt
+        return loss, parts
 
     def view(self, m: Method | None, step: Step, seen: Seen) -> View:
         """What method `m` may see of a forward or a piece of it; None: what nobody in particular may."""

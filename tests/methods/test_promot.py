@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from cases import run
 from holdfast.engine.forward import forward
 from holdfast.engine.pack import TokenRow, pack
 from holdfast.engine.ways import SOFT_PROMPT
 from holdfast.errors import PlanError
-from holdfast.methods import ICLAnchor, LoRA, ProMoT
+from holdfast.methods import ICLAnchor, InContextMix, LoRA, ProMoT
 from holdfast.plan import Host, Plan
 from holdfast.services import Context
 
@@ -111,3 +112,13 @@ def test_packing_hosts_are_refused(tiny_model, tokenizer):
 def test_values_that_make_no_sense(tiny_model, tokenizer, wrong):
     with pytest.raises(PlanError, match="ProMoT"):
         ProMoT(**wrong).check(Context(tiny_model(), tokenizer))
+
+
+def test_a_micro_batch_without_rows_of_the_task_is_no_error(tiny_model, tokenizer, rows):
+    """Rows of other sources are read without the prompt, so that nothing of such a micro-batch has a gradient."""
+    plan = [ProMoT(num_virtual_tokens=2), InContextMix(share=0.6, pool=8)]
+    one, many = (
+        run(plan, tiny_model(), tokenizer, rows, 4, batch_size=size, gradient_accumulation_steps=4 // size)
+        for size in (4, 1)
+    )
+    torch.testing.assert_close(many.soft, one.soft, rtol=1e-3, atol=1e-4)
