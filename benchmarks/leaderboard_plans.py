@@ -123,6 +123,7 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "o-lora, 64 directions of the base": ([M.OrthogonalLoRA(principal=64, hard=True)], LORA),
         "coso": ([M.CoSO()], FULL),
         "adalora": ([M.AdaLoRA()], LORA),
+        "greentrainer": ([M.GreenTrainer()], FULL),
         "gs-lora": ([M.GSLoRA()], LORA),
         "prompt tuning": ([M.PromptTuning()], FULL),  # it has a rate of its own
         "dft": ([M.DFT()], FULL),

@@ -325,6 +325,19 @@ def outside_holds(seen: Seen) -> None:
     assert count == 14
 
 
+def chosen_hold(seen: Seen) -> None:
+    """After the first step nothing but the chosen tensors moved, and their backward costs what it may."""
+    state, names = seen.result.session.state["GreenTrainer"], list(seen.base)
+    chosen = {n for n in names if f"chosen/{n}" in state}
+    assert all(not torch.equal(w, seen.base[n]) for n, w in seen.result.weights.items())
+    assert chosen == {n for n, w in seen.result.weights.items() if not torch.equal(w, seen.middle[0][n])}
+    sizes = [w.numel() for w in seen.base.values()]
+    above = sizes[min(names.index(n) for n in chosen) + 1 :]
+    forward = sum(sizes[1:])  # the embeddings, which are the head too, stand below
+    whole, spent = sum(sizes) + forward, sum(seen.base[n].numel() for n in chosen) + sum(above)
+    assert 0 < spent <= (seen.method.rho * (whole + forward) - forward) + 0.01 * whole
+
+
 def prompt_holds(seen: Seen) -> None:
     weights, prompt = seen.middle
     assert all(torch.equal(weights[n], w) for n, w in seen.base.items())
@@ -1037,6 +1050,12 @@ CASES = (
         bands_hold,
         off=(hf.GeRe(weight=0.0, replay=0.0), hf.GeRe(rows_per_step=0)),
         zero_at_base="GeRe",
+    ),
+    Case(
+        hf.GreenTrainer(rho=0.6, epochs=100),
+        chosen_hold,
+        no_off="rho 1 still leaves out what does not help: leaving it out is off",
+        no_zero=NO_TERM,
     ),
     Case(hf.HalfFineTune(), half_holds, no_off="half is half: leaving it out is off", no_zero=NO_TERM),
     Case(

@@ -267,6 +267,9 @@ def test_a_stage_trains_what_it_names_from_where_it_says(tiny_model, tokenizer, 
                 next(order)
             return order
 
+        def num_rows(self, epochs: float) -> int:
+            return mix.num_rows(epochs)
+
     train(session, Later(), Training(4, batch_size=4, learning_rate=1e-3, save_steps=0, **STEP))
     for name, p in again.named_parameters():
         torch.testing.assert_close(p.detach(), got.weights[name], rtol=0, atol=1e-7)

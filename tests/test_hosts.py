@@ -95,6 +95,7 @@ METHODS: dict[str, Sequence[Method]] = {
     "LoRA": [hf.LoRA(r=4)],
     "Freeze": [hf.Freeze(layers=1)],
     "LocFT": [hf.LocFT()],
+    "GreenTrainer": [hf.GreenTrainer(rho=0.6, epochs=1)],
     "AdaLoRA": [hf.AdaLoRA(r=4, target_r=2, tinit=0.25, tfinal=0.25)],
     "CoSO": [hf.CoSO(rank=4, every=2, sketch=6, samples=4, max_tokens=16, rows_per_gradient=2)],
     "OrthogonalLoRA": [hf.OrthogonalLoRA(r=4, principal=3)],

@@ -76,6 +76,7 @@ def test_penalty_by_hand(toy_view):
 
 def test_the_start_is_the_base(tiny_model, start, token_rows):
     session = start([AdaLoRA(**SMALL)], tiny_model())
+    assert {n.split(".")[-2] for n in session.params} == {"lora_A", "lora_B", "lora_E"}
     assert torch.equal(forward(session.model, token_rows)[1], forward(tiny_model(), token_rows)[1])
 
 

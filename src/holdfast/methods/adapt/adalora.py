@@ -19,6 +19,7 @@ Combine with: data and loss methods, WiSEFT and LiNeS (exact). Do not combine wi
 """
 
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, ClassVar
 
 import torch
@@ -72,11 +73,17 @@ class AdaLoRA(Adapter):
 
     def adapt(self, model: Any, ctx: Context, state: State) -> Any:
         from peft import AdaLoraConfig
+        from peft.tuners.tuners_utils import BaseTuner
 
         settled = self.peft_settings(model, init_r=self.r, target_r=self.target_r, total_step=max(1, ctx.total_steps))
         del settled["r"]
-        # PEFT would add its term to losses that trainers make themselves, and not to ours
-        return self.wrapped(model, AdaLoraConfig(**settled, orth_reg_weight=0.0), ctx)
+        model = self.wrapped(model, AdaLoraConfig(**settled, orth_reg_weight=0.0), ctx)
+        for name, p in model.named_parameters():
+            if ".ranknum." in name:  # a divisor, which PEFT marks for training and does not save
+                p.requires_grad_(False)
+        # PEFT's own forward makes its term for losses that a trainer makes, and fails on weights that are cut
+        model.base_model.forward = MethodType(BaseTuner.forward, model.base_model)
+        return model
 
     def loss(self, view: View) -> Term | None:
         found = [whole(p) for n, p in view.params.items() if ".lora_A.default" in n]
