@@ -22,9 +22,9 @@ def test_scores_by_hand():
 
 def test_the_largest_that_fit_are_chosen():
     score, sizes = {"a": 5.0, "b": 3.0, "c": 2.0, "d": 0.0}, {"a": 30, "b": 50, "c": 20, "d": 0}
-    assert most_forgetful(score, sizes, 0.3) == {"a"}
-    assert most_forgetful(score, sizes, 0.5) == {"a", "c"}  # b would be too much
-    assert most_forgetful(score, sizes, 1.0) == {"a", "b", "c"} and most_forgetful(score, sizes, 0.1) == set()
+    assert most_forgetful(score, sizes, 30) == {"a"}
+    assert most_forgetful(score, sizes, 50) == {"a", "c"}  # b would be too much
+    assert most_forgetful(score, sizes, 100) == {"a", "b", "c"} and most_forgetful(score, sizes, 10) == set()
 
 
 def test_k_times_in_turn_only_the_chosen_move_on_rows_of_their_own(tiny_model, tokenizer, rows):

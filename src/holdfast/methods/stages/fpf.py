@@ -2,7 +2,7 @@
 
     stage "train"    the plan's own training, without the rows for repair
     score            s_m = mean |theta_m - theta_0| of a tensor m / median of that over the tensors of its type
-    chosen           largest scores first, as long as they fit into `budget` of all that trains
+    chosen           largest scores first, as long as they fit into `budget` of the model's entries
     stage "repair"   only the chosen tensors train, on `sources` alone;   k times in turn
 
 Type: the name without the number of its layer; a tensor without fellows (embeddings, final norm, head) is compared
@@ -38,7 +38,7 @@ class FPF(Method):
     """Forgetting prioritized finetuning (Zhao et al., ICML 2023), arXiv 2304.04158."""
 
     k: int = 1  # repairs; the paper's k-FPF about 9 (unverified)
-    budget: float = 0.1  # ours: part of all that trains which a repair may change
+    budget: float = 0.1  # ours: part of the model's entries that a repair may change
     repair_share: float = 0.2  # ours: part of the steps
     sources: tuple[str, ...] = GENERAL  # files of rows for repair
     max_tokens: int = 256  # ours; longer rows are cut
@@ -86,7 +86,8 @@ class FPF(Method):
         if stage.name.startswith("repair"):
             return {REPAIRS: torch.tensor(False)}
         moved = {n: float((params[n].float() - base[n].float()).abs().mean()) for n in params}
-        chosen = most_forgetful(scores(moved), {n: params[n].numel() for n in params}, self.budget)
+        room = self.budget * sum(w.numel() for w in base.values())
+        chosen = most_forgetful(scores(moved), {n: params[n].numel() for n in params}, room)
         if not chosen:
             what = f"FPF.budget is {self.budget}, but no tensor that moved is so small."
             raise PlanError(what, "Raise it.")
@@ -112,9 +113,9 @@ def _type(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name)
 
 
-def most_forgetful(score: Mapping[str, float], sizes: Mapping[str, int], budget: float) -> set[str]:
-    """The tensors of largest score that fit together into `budget` of all entries; those of score 0 never."""
-    left, chosen = budget * sum(sizes.values()), set()
+def most_forgetful(score: Mapping[str, float], sizes: Mapping[str, int], room: float) -> set[str]:
+    """The tensors of largest score that fit together into `room` entries; those of score 0 never."""
+    left, chosen = room, set()
     for name in sorted((n for n in score if score[n] > 0), key=lambda n: (-score[n], n)):
         if sizes[name] <= left:
             chosen.add(name)
