@@ -56,6 +56,7 @@ class GSLoRA(Method):
         "Continual Forgetting for Pre-trained Vision Models", "2403.11530", note="ids and defaults are from memory"
     )
     does: ClassVar = "trains a LoRA of the feed-forward nets with a group lasso on its blocks, and can unlearn rows"
+    strengths: ClassVar = ("weight",)
     wraps: ClassVar = True
     whole_rows: ClassVar = True
 

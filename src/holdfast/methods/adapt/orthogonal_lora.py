@@ -55,6 +55,7 @@ class OrthogonalLoRA(Adapter):
     paper: ClassVar = Paper("Orthogonal Subspace Learning for Language Model Continual Learning", "2310.14152",
                             "its results on unseen tasks were not verified")  # fmt: skip
     does: ClassVar = "trains an adapter orthogonal to those of earlier tasks"
+    strengths: ClassVar = ("weight",)
 
     def check(self, ctx: Context) -> None:
         super().check(ctx)

@@ -40,6 +40,7 @@ class OnPolicyKL(Method):
     paper: ClassVar = Paper("Learning without Forgetting", "1606.09282",
                             "the term on own answers is ours; no paper defines it here")  # fmt: skip
     does: ClassVar = "holds the output distribution near the base's on the model's own answers"
+    strengths: ClassVar = ("weight",)
     needs: ClassVar = frozenset({"base_logits"})
     refuses: ClassVar = {"ProMoT": "ProMoT reads the task with a soft prompt, which the base lacks."}
 

@@ -36,6 +36,7 @@ class AnchoredDecay(Method):
     paper: ClassVar = Paper("A Closer Look at Rehearsal-Free Continual Learning", "2203.17269",
                             "the decoupled form is ours")  # fmt: skip
     does: ClassVar = "walks a little of the way back to the base after every step"
+    strengths: ClassVar = ("alpha",)
 
     def off(self) -> bool:
         return self.alpha == 0
