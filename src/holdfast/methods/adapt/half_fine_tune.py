@@ -1,7 +1,8 @@
 """Half fine-tuning: train a random half of every layer's matrices and freeze the other half.
 
     attention: 2 of {q, k, v, o};   feed-forward: 2 of {gate, up, down} in half of the layers, 1 in the other half;
-    or 1 of {up, down} where there is no gate;   half of the norms;   embeddings and head always train (switch: `train_embeddings`)
+    or 1 of {up, down} where there is no gate;   half of the norms;
+    embeddings and head always train (switch: `train_embeddings`)
 
 `rounds` splits the run into as many trainings; each begins with a new optimizer and schedule and draws another half:
 what one round froze another may train, and in each the frozen half stays as the round found it. The paper draws anew
