@@ -56,6 +56,7 @@ CONFIGS = {
         max_position_embeddings=128,
     ),
 }
+FUSED = ("gpt2", "neox", "phi3", "mixtral")  # what is fused has no half
 PLANS = {
     "adapter": lambda: [M.LoRA(r=2), M.KLToBase()],
     "dense": lambda: [M.Freeze(layers=1), M.L2ToInit(), M.KLToBase(), M.LiNeS()],
@@ -130,7 +131,7 @@ def test_plans_train(name, plan, tokenizer):
         session.prepare(rows())
         log = train(session, session.mix(rows()), settings)
     except PlanError as e:
-        assert name == "gpt2" and plan == "subspace" and "Freeze" in str(e)  # fused attention has no half
+        assert name in FUSED and plan == "subspace" and "Freeze" in str(e)
         return
     session.merge()
     session.finish()

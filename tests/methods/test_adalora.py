@@ -44,6 +44,19 @@ def test_importance_and_choice_by_hand():
     assert (e + method.update("m.lora_E.default", step, e, state)).tolist() == [[0.0], [1.25]]
 
 
+def test_a_masked_rank_comes_back():
+    """E (0, 0.1), gradients (100, 0.01), lr 0.01: I = (1, 0.001), where |0 * 100| would be 0 for ever."""
+    method = AdaLoRA(r=2, target_r=1, tinit=0.0, tfinal=0.0)
+    steering = Steering([method], {"AdaLoRA": {}})
+    state = steering.state["AdaLoRA"]
+    e = torch.tensor([[0.0], [0.1]])
+    params = {"m.lora_E.default": e, "m.lora_A.default": torch.ones(2, 2), "m.lora_B.default": torch.ones(2, 2)}
+    grads = {"m.lora_E.default": torch.tensor([[100.0], [0.01]])}
+    steering.ask(Past(0, 1, {}, 0.01, grads=grads, params=params))
+    assert state["kept/m"].tolist() == [[True], [False]]
+    torch.testing.assert_close(state["importance/m.lora_E.default"], torch.tensor([[0.15], [0.00015]]))
+
+
 def test_the_same_ranks_as_peft(tiny_model, tokenizer):
     """Two steps of the same numbers through PEFT's own allocator."""
     model, method = tiny_model(), AdaLoRA(**SMALL, tinit=0.0, tfinal=0.0)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import weakref
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from holdfast.engine.pack import token_row
 from holdfast.errors import PlanError
 from holdfast.methods import CorDA, LoRA, WiSEFT
 from holdfast.methods.adapt._adapter import layers
-from holdfast.methods.adapt._inputs import covariances, general_rows
+from holdfast.methods.adapt._inputs import covariances, general_rows, grouped
 from holdfast.services import Context
 
 SMALL = {"r": 4, "lora_alpha": 8, "samples": 8, "max_tokens": 32}
@@ -60,7 +61,34 @@ def test_covariances_by_hand(tiny_model, tokenizer):
             x = model.model.layers[0].input_layernorm(model.model.embed_tokens(torch.tensor(ids)))
         x = x / x.abs().max()
         wanted = wanted + sum(torch.outer(t, t) for t in x) / 2
-    torch.testing.assert_close(covariances(ctx, maps, [token_row(r, 1) for r in rows], "CorDA")["q"], wanted)
+    ((_, got),) = covariances(ctx, maps, [token_row(r, 1) for r in rows], "CorDA")
+    torch.testing.assert_close(got, wanted)
+
+
+def test_covariances_in_groups(tiny_model, tokenizer):
+    """Widths 32 and 64: 4 KB and 16 KB. Within 8 KB q and k go together, and down, too large, alone."""
+    model, seen = tiny_model(), []
+    layer = model.model.layers[0]
+    maps = {
+        "q": layer.self_attn.q_proj,
+        "k": layer.self_attn.k_proj,
+        "down": layer.mlp.down_proj,
+        "up": layer.mlp.up_proj,
+    }
+    assert [list(g) for g in grouped(maps, 8192)] == [["q", "k"], ["down"], ["up"]]
+    ctx, rows = Context(model, tokenizer, tell=lambda done, _: seen.append(done)), [token_row([0, 5, 9], 1)]
+    whole, parts = (dict(covariances(ctx, maps, rows, "CorDA", most)) for most in (2**30, 8192))
+    assert all(torch.equal(whole[n], parts[n]) for n in maps) and list(whole) == list(maps) == list(parts)
+    assert seen == pytest.approx([1, 1 / 3, 2 / 3, 1])
+
+
+def test_covariances_are_let_go(tiny_model, tokenizer):
+    """One at a time: nothing else holds one that was handed out."""
+    model = tiny_model()
+    maps = {n: m for n, m in model.named_modules() if n.endswith("_proj")}
+    given = covariances(Context(model, tokenizer), maps, [token_row([0, 5, 9], 1)], "CorDA")
+    held = [weakref.ref(covariance) for _, covariance in given]
+    assert sum(ref() is not None for ref in held) <= 1
 
 
 @pytest.mark.parametrize("mode", ["kpm", "ipm"])
@@ -112,6 +140,7 @@ def test_what_is_to_be_kept_moves_less(tmp_path, tiny_model, tokenizer, rows):
     [
         ({"corda_method": "both"}, "both"),
         ({"samples": 0}, "samples"),
+        ({"sources": ()}, "sources is empty"),
         ({"r": 0}, "rank"),
         ({"r": 17}, "16 directions"),
     ],
@@ -127,4 +156,14 @@ def test_what_cannot_be_measured_is_named(tiny_model, tokenizer):
     with pytest.raises(PlanError, match="no text of them"):
         CorDA(**SMALL, corda_method="ipm").prepare(ctx)
     with pytest.raises(PlanError, match="no input of idle"):
-        covariances(ctx, {"idle": torch.nn.Linear(2, 2)}, [token_row([0, 5], 1)], "CorDA")
+        list(covariances(ctx, {"idle": torch.nn.Linear(2, 2)}, [token_row([0, 5], 1)], "CorDA"))
+
+
+@pytest.mark.parametrize(("value", "words"), [(0.0, "o_proj: its inputs are all 0"), (float("nan"), "o_proj.*finite")])
+def test_inputs_that_cannot_be_decomposed_are_named(value, words, tiny_model, tokenizer):
+    """PEFT would fail from inside, or double its damping for ever."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.fill_(value)
+    with pytest.raises(PlanError, match=words):
+        CorDA(**SMALL, target_modules=("o_proj",)).prepare(Context(model, tokenizer))

@@ -111,7 +111,13 @@ def test_nothing_moves_inside_m_under_adam(tiny_model, tokenizer, rows):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"), [({"rank": 0}, "sizes"), ({"energy": 1.1}, "energy"), ({"patterns": ("no such",)}, "no such")]
+    ("wrong", "words"),
+    [
+        ({"rank": 0}, "sizes"),
+        ({"energy": 1.1}, "energy"),
+        ({"patterns": ("no such",)}, "no such"),
+        ({"sources": ()}, "sources"),
+    ],
 )
 def test_values_that_make_no_sense(wrong, words, tiny_model, tokenizer):
     with pytest.raises(PlanError, match=words):

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+import zoo
 from cases import run, same, weights_of
 from holdfast.errors import PlanError
 from holdfast.method import layer_of
@@ -97,9 +98,22 @@ def test_optimizer_holds_only_the_chosen_half(tiny_model, start):
     assert held == len(chosen)
 
 
-def test_unknown_architecture_is_refused():
-    with pytest.raises(PlanError, match="no attention matrices"):
-        HalfFineTune().choose(["h.0.attn.c_attn.weight", "h.0.mlp.c_fc.weight"])
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [(k, "q") for k in ("gpt2", "phi3", "gpt_neox")]
+    + [("phi", "o")]
+    + [(k, "up") for k in ("gptj", "gpt_neo", "mixtral")],
+)
+def test_fused_and_unusual_names_are_refused(kind, part):
+    """A part that no name gives away would be frozen in every half."""
+    with pytest.raises(PlanError, match=f"no {part} map in layer 0 .fused"):
+        HalfFineTune().choose(list(sizes(zoo.build(kind))))
+
+
+def test_without_a_gate_one_of_two_trains():
+    chosen = HalfFineTune().choose(list(sizes(zoo.build("opt"))))
+    for layer in range(zoo.LAYERS):
+        assert len(picked(chosen, layer, (".fc1.weight", ".fc2.weight"))) == 1
 
 
 # ---- rounds

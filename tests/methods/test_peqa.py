@@ -52,6 +52,37 @@ def test_scales_by_hand(group, wanted):
     assert y.tolist() == [[wanted]] and grad.tolist() == [1.0]
 
 
+@pytest.mark.parametrize("group", [0, 128])
+def test_no_copy_of_the_integers_is_kept(group):
+    """What stays for the backward is smaller than a map of a million numbers in fp32, and gradients are as without."""
+    made, x = Rounded(nn.Linear(1024, 1024), 4, group), torch.randn(3, 1024, requires_grad=True)
+    held = []
+
+    def note(t):
+        held.append(t.numel() * t.element_size() if t.data_ptr() != made.ints.data_ptr() else 0)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = made(x)
+    assert sum(held) < 2**18
+    wanted = linear_of(x, made)
+    torch.testing.assert_close(y, wanted)
+    inputs = [x, made.change]
+    for own, plain in zip(*(torch.autograd.grad(t.square().sum(), inputs) for t in (y, wanted)), strict=True):
+        torch.testing.assert_close(own, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
+
+
+def linear_of(x, made):
+    return torch.nn.functional.linear(x, made.weight(), made.base_layer.bias)
+
+
+def test_in_fp16_sums_stay_in_range():
+    """A row (-0.01, 0.14, 0.14, ...): s0 = 0.01, Q = (-1, 14, ...); 1024 inputs of 8 bring 14 * 8 * 1023 > 65504."""
+    original = linear([[-0.01] + [0.14] * 1023]).half()
+    y = Rounded(original, 4, 0)(torch.full((1, 1024), 8.0, dtype=torch.float16))
+    torch.testing.assert_close(y.float(), torch.tensor([[8 * (0.14 * 1023 - 0.01)]]), rtol=2e-3, atol=0)
+
+
 def test_a_scale_does_not_fall_below_0():
     made = Rounded(linear([[-1.0, 2.0]]), 2, 0)
     with torch.no_grad():

@@ -9,7 +9,9 @@ from cases import run
 from holdfast import methods as hf
 from holdfast.engine.forward import forward
 from holdfast.engine.replaced import replaced_in
+from holdfast.errors import PlanError
 from holdfast.methods.adapt.ssf import Scaled, adds_one, is_norm
+from holdfast.services import Context
 from holdfast.sites.replace import merge
 
 
@@ -48,7 +50,7 @@ def test_without_a_bias_there_is_the_factor_alone():
     assert made(X).tolist() == [[3.0, 7.0]] and made.folded().bias is None
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "gpt_neox", "opt", "qwen2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "gpt_neox", "opt", "qwen2", "gpt2"])
 def test_step_0_is_the_base_and_folding_is_exact(kind, start, token_rows):
     """Norms that multiply by their weight or by one more, layer norms and maps with biases, norms of heads."""
     model = zoo.build(kind).eval()
@@ -62,9 +64,22 @@ def test_step_0_is_the_base_and_folding_is_exact(kind, start, token_rows):
         tuned = forward(model, token_rows)[1]
         names = set(replaced_in(model))
         merge(model, method)
-        assert not replaced_in(model) and any("norm" in n for n in names)
+        assert not replaced_in(model) and any("norm" in n or "ln_" in n for n in names)
         torch.testing.assert_close(forward(model, token_rows)[1], tuned, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(tuned, base, atol=1e-2)
+
+
+def test_turned_maps_are_scaled_too(start):
+    """Each block of GPT-2: c_attn 96, c_proj 32, c_fc 128, c_proj 32; each has a bias, so twice that."""
+    session = start([hf.SSF(norms=False)], zoo.build("gpt2"))
+    assert sum(p.numel() for p in session.params.values()) == zoo.LAYERS * 2 * (96 + 32 + 128 + 32)
+
+
+def test_norms_alone_are_refused(tiny_model, tokenizer):
+    model = tiny_model()
+    model.model.layers = nn.ModuleList([model.model.norm])
+    with pytest.raises(PlanError, match="no linear map"):
+        hf.SSF().check(Context(model, tokenizer))
 
 
 def test_norms_are_told_apart():

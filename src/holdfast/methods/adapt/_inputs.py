@@ -1,7 +1,7 @@
 """What goes into the linear maps of the untouched base: rows to run through it, and covariances of the inputs."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,6 +12,8 @@ from holdfast.engine.forward import forward
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 from holdfast.services import Context
+
+MOST = 8 * 2**30  # bytes of covariances at a time
 
 
 def task_rows(ctx: Context, owner: str, count: int, most: int) -> list[TokenRow]:
@@ -40,12 +42,36 @@ def general_rows(ctx: Context, owner: str, sources: Sequence[str], count: int, m
 
 @torch.no_grad()
 def covariances(
-    ctx: Context, maps: Mapping[str, Any], rows: Sequence[TokenRow], owner: str
-) -> dict[str, torch.Tensor]:
+    ctx: Context, maps: Mapping[str, Any], rows: Sequence[TokenRow], owner: str, most: int = MOST
+) -> Iterator[tuple[str, torch.Tensor]]:
     """For each linear map (n, n) fp32: mean over rows of X^T X, X (T, n) its inputs divided by the largest |X|.
 
-    Rows run alone, without padding. Raises PlanError for a map that none of them reaches.
+    One at a time, so that whoever asks may let go of it. Rows run alone, without padding, once for every group of maps
+    whose covariances take `most` bytes.
+
+    Raises:
+        PlanError: a map that no row reaches, or whose inputs are all 0 or not finite.
     """
+    with as_base(ctx.model):
+        forward(ctx.model, rows[:1])  # a model is tried when it is first run, on rows of nobody
+    groups = list(grouped(maps, most))
+    for number, group in enumerate(groups):
+        sums, counts = _sums(ctx, group, rows, owner, number / len(groups), 1 / len(groups))
+        for name in group:
+            if not counts[name]:
+                what = f"{owner} saw no input of {name} on {len(rows)} rows."
+                raise PlanError(what, f"Leave it out of {owner}.target_modules, or take more rows.")
+            size = sums[name].trace()
+            if not size.isfinite() or not size:
+                what = f"{owner} cannot measure {name}: its inputs are {'all 0' if not size else 'not all finite'}."
+                raise PlanError(what, f"Leave it out of {owner}.target_modules, or load the model in another dtype.")
+            yield name, sums.pop(name).div_(counts[name])
+
+
+def _sums(
+    ctx: Context, maps: Mapping[str, Any], rows: Sequence[TokenRow], owner: str, done: float, share: float
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """X^T X of each map summed over its calls, and how many calls these were."""
     sums: dict[str, torch.Tensor] = {}
     counts = dict.fromkeys(maps, 0)
 
@@ -54,21 +80,31 @@ def covariances(
         if not x.numel():
             return
         x = x / x.abs().max().clamp(min=1e-30)
-        sums[name] = sums.get(name, 0) + x.T @ x
+        if name not in sums:
+            sums[name] = x.new_zeros(x.shape[1], x.shape[1])
+        sums[name].addmm_(x.T, x)
         counts[name] += 1
 
-    with as_base(ctx.model):
-        forward(ctx.model, rows[:1])  # a model is tried when it is first run, on rows of nobody
     with as_base(ctx.model), _watched(maps, add):
         for n, row in enumerate(rows):
             forward(ctx.model, [row])
             if ctx.tell:
-                ctx.tell((n + 1) / len(rows), f"{owner}: inputs of the base's maps")
-    missed = next((n for n in maps if not counts[n]), None)
-    if missed:
-        what = f"{owner} saw no input of {missed} on {len(rows)} rows."
-        raise PlanError(what, f"Leave it out of {owner}.target_modules, or take more rows.")
-    return {name: sums[name] / counts[name] for name in maps}
+                ctx.tell(done + share * (n + 1) / len(rows), f"{owner}: inputs of the base's maps")
+    return sums, counts
+
+
+def grouped(maps: Mapping[str, Any], most: int) -> Iterator[dict[str, Any]]:
+    """The maps in order, as many together as have covariances of up to `most` bytes, at least one."""
+    part: dict[str, Any] = {}
+    size = 0
+    for name, m in maps.items():
+        own = 4 * (m.in_features if isinstance(m, torch.nn.Linear) else m.weight.shape[0]) ** 2
+        if part and size + own > most:
+            yield part
+            part, size = {}, 0
+        part[name], size = m, size + own
+    if part:
+        yield part
 
 
 @contextmanager

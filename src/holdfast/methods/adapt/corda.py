@@ -11,7 +11,7 @@ the base up to rounding (in bf16 too, where the paper's residual would be rounde
 Damping and SVD are PEFT's. Its calibration is not used: it breaks on batches and counts padding. Here rows run alone,
 each scaled by its largest |x|, where the paper's code takes the size of the largest x.
 Weight decay pulls A and B to 0 and not to A0 and B0, so it takes those parts out of the weight: leave it at 0.
-Cost: one pass over `samples` rows, n x n numbers a map while it lasts, one SVD a map; then that of a LoRA of rank 2 r,
+Cost: a pass over `samples` rows for every 8 GB of n x n numbers a map, one SVD a map; then that of a LoRA of rank 2 r,
 half of it frozen. It protects by its start alone: training may turn A and B anywhere.
 Combine with: every data and loss method, WiSEFT and LiNeS (exact), Replay. Do not combine with: LoRA, EVA.
 """
@@ -56,6 +56,8 @@ class CorDA(Adapter):
             raise PlanError(f"CorDA.corda_method is {self.corda_method!r}.", "Use 'kpm' or 'ipm'.")
         if self.samples < 1 or self.max_tokens < 2:
             raise PlanError("CorDA needs samples of at least 1 and max_tokens of at least 2.", "Mend them.")
+        if self.corda_method == "kpm" and not self.sources:
+            raise PlanError("CorDA.sources is empty, so nothing says what is to be kept.", "Name files, or use 'ipm'.")
         for name, m in self.maps(ctx.model).items():
             if not m.weight.is_floating_point() or getattr(m.weight, "quant_state", None) is not None:
                 raise PlanError(f"CorDA decomposes plain weights, but {name} has few bits.", "Load it unquantised.")
@@ -70,7 +72,7 @@ class CorDA(Adapter):
         else:
             rows = general_rows(ctx, self.name, self.sources, self.samples, self.max_tokens)
         maps, state = self.maps(ctx.model), {}
-        for name, covariance in covariances(ctx, maps, rows, self.name).items():
+        for name, covariance in covariances(ctx, maps, rows, self.name):
             state[f"A/{name}"], state[f"B/{name}"] = self.parts(maps[name], covariance)
         return state
 

@@ -1,7 +1,8 @@
 """Half fine-tuning: train a random half of every layer's matrices and freeze the other half.
 
     attention: 2 of {q, k, v, o};   feed-forward: 2 of {gate, up, down} in half of the layers, 1 in the other half;
-    half of the norms;   embeddings and head always train (switch: `train_embeddings`)
+    or 1 of {up, down} where there is no gate;   half of the norms;
+    embeddings and head always train (switch: `train_embeddings`)
 
 `rounds` splits the run into as many trainings; each begins with a new optimizer and schedule and draws another half:
 what one round froze another may train, and in each the frozen half stays as the round found it. The paper draws anew
@@ -16,20 +17,26 @@ Combine with: every loss and data method, ProMoT (with one round), WiSEFT. Do no
 import random
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Stage, canonical, layer_of
-from holdfast.methods.adapt._parts import ATTENTION, FEED_FORWARD
+from holdfast.methods.adapt._parts import ATTENTION, FEED_FORWARD, part_of
 from holdfast.services import Context, State
 
 ROUND = "round-"  # begins the names of its stages
+NEEDED = (*ATTENTION, "up", "down")  # a gate is not in every feed-forward net
 
 
 @dataclass(frozen=True, kw_only=True)
 class HalfFineTune(Method):
-    """HFT (Hui et al., ACL 2025), arXiv 2404.18466."""
+    """HFT (Hui et al., ACL 2025), arXiv 2404.18466.
+
+    Raises:
+        PlanError: rounds below 1, or a layer without q, k, v, o, up or down of its own.
+    """
 
     seed: int = 0
     exact_half: bool = True  # ours; False is the paper's rule by count (Sec. 3)
@@ -72,15 +79,12 @@ class HalfFineTune(Method):
                 train |= {name} if draw.random() < 0.5 else set()
             elif self.train_embeddings:
                 train.add(name)
-        if not any(layer.get(p) for layer in layers.values() for p in ATTENTION):
-            raise PlanError(
-                "HalfFineTune knows no attention matrices in this architecture (fused or unusually named).",
-                "Use Freeze with name patterns instead.",
-            )
+        _complete(layers)
         order = sorted(layers)
         two = set(draw.sample(order, len(order) // 2))  # layers that train two of gate, up, down
         for n in order:
-            for part in self._attention(draw) + draw.sample(list(FEED_FORWARD), 2 if n in two else 1):
+            parts = [p for p in FEED_FORWARD if layers[n][p]]
+            for part in self._attention(draw) + draw.sample(parts, min(2 if n in two else 1, len(parts) - 1)):
                 train |= set(layers[n][part])
             norms = sorted(layers[n]["norm"])
             train |= set(draw.sample(norms, len(norms) // 2))
@@ -94,7 +98,15 @@ class HalfFineTune(Method):
 
 def _part(name: str) -> str:
     stem = re.sub(r"\.(weight|bias)$", "", name)
-    for part, pattern in {**ATTENTION, **FEED_FORWARD}.items():
-        if re.search(pattern, stem):
-            return part
-    return "norm" if "norm" in stem or ".ln" in stem else "other"
+    return part_of(stem) or ("norm" if "norm" in stem or ".ln" in stem else "other")
+
+
+def _complete(layers: Mapping[int, Mapping[str, list[str]]]) -> None:
+    """Refuse layers where a part is missing: it would be frozen in every half."""
+    missing = next(((n, p) for n in sorted(layers) for p in NEEDED if not layers[n].get(p)), None)
+    if missing or not layers:
+        where = "{1} map in layer {0}".format(*missing) if missing else "layers"
+        raise PlanError(
+            f"HalfFineTune draws from q, k, v, o, up and down maps, and finds no {where} (fused or unusually named).",
+            "Use Freeze with name patterns instead.",
+        )

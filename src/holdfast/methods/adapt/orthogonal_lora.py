@@ -96,7 +96,7 @@ class OrthogonalLoRA(Adapter):
         for name, m in maps.items():
             w = whole_weight(m).float()
             if self.principal:
-                rows[name].append(torch.linalg.svd(w, full_matrices=False).Vh[: self.principal].to(w))
+                rows[name].append(torch.linalg.svd(w, full_matrices=False).Vh[: self.principal].clone())
             if rows[name]:
                 state[f"A/{name}"] = torch.cat([a.to(w.device) for a in rows[name]]).contiguous()
                 state[f"Q/{name}"] = q = basis(state[f"A/{name}"])

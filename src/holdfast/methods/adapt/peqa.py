@@ -10,14 +10,14 @@ mends the rounding. Every linear map of the blocks is rounded; embeddings, head 
 Differences from the paper: the integers are multiplied out at every step, so nothing is saved but optimizer state, and
 the unrounded base stays beside them (no integer kernels); the range of a row always holds 0.
 ds moves by the learning rate itself and scales are small: rates as of full tuning, not of adapters. A scale that would
-fall to 0 is held at a hundredth of its start. Cost: one byte a weight beside the base; a product with the scales.
+fall to 0 is held at a hundredth of its start. Cost: one byte a weight beside the base, multiplied out at every use.
 Combine with: KLToBase, ICLAnchor, data methods. Do not combine with: LoRA, what compares weights with the base's.
 Export: the scales' changes, for `holdfast.load`, which rounds its base again (load it in the type it was trained in);
 with export.merge a plain model whose weights are the rounded ones, in the base's type.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ from holdfast.services import Context, State
 
 LEAST = 0.01  # of a scale, in parts of what it began with
 TINY = 1e-8  # a scale of zeros
+NEAR = 2.0**-8  # about a scale: in fp16 sums over bare integers would overflow; a power of 2 rounds nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,16 +93,56 @@ class Rounded(Replaced):
 
     def weight(self) -> torch.Tensor:
         """(m, n) multiplied out."""
-        scales = self.scales()
-        return (self.ints.view(*scales.shape, -1) * scales[..., None]).view_as(self.ints)
+        return multiplied(self.ints, self.scales())
 
     def changed(self, x: torch.Tensor) -> torch.Tensor:
-        bias, scales = self.base_layer.bias, self.scales()
+        bias, scales, dtype = self.base_layer.bias, self.scales(), self.base_layer.weight.dtype
         if scales.shape[1] > 1:
-            return linear(x, self.weight().to(self.base_layer.weight.dtype), bias)
-        y = linear(x, self.ints.to(self.base_layer.weight.dtype))
-        scaled = y * scales[:, 0]  # what the gradient of the scales needs is y alone
+            y = _Grouped.apply(x, self.ints, scales, dtype)
+            return y if bias is None else y + bias.to(y.dtype)
+        y = _Shared.apply(x, self.ints, dtype)
+        scaled = y * (scales[:, 0] / NEAR)  # what the gradient of the scales needs is y alone
         return (scaled if bias is None else scaled + bias).to(y.dtype)
+
+
+class _Shared(torch.autograd.Function):
+    """x (..., n) times NEAR times the integers; the backward multiplies them out again, and keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, ints: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(ints)
+        ctx.dtype = x.dtype
+        return linear(x, ints.to(dtype).mul_(NEAR))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad,), (ints,) = grads, ctx.saved_tensors
+        return (grad @ ints.to(grad.dtype).mul_(NEAR)).to(ctx.dtype), None, None
+
+
+class _Grouped(torch.autograd.Function):
+    """x (..., n) times the weight; the backward multiplies it out again, and keeps x alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, ints: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, ints, scales)
+        ctx.dtype = dtype
+        return linear(x, multiplied(ints, scales).to(dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor, None]:
+        (grad,), (x, ints, scales) = grads, ctx.saved_tensors
+        weight = multiplied(ints, scales).to(ctx.dtype).to(grad.dtype)
+        by_weight = grad.flatten(0, -2).T @ x.flatten(0, -2).to(grad.dtype)
+        by_scale = (by_weight.float().view(*scales.shape, -1) * ints.view(*scales.shape, -1)).sum(-1)
+        return (grad @ weight).to(x.dtype), None, by_scale, None
+
+
+def multiplied(ints: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """(m, n) integers times the scales (m, groups) of their groups."""
+    return (ints.view(*scales.shape, -1) * scales[..., None]).view_as(ints)
 
 
 def rounded(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,16 +20,23 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from holdfast.engine.replaced import Replaced
-from holdfast.method import Method, Paper
+from holdfast.engine.ways import inner
+from holdfast.errors import PlanError
+from holdfast.method import Method, Paper, layer_of
 from holdfast.methods.adapt._parts import is_map, with_weight
 from holdfast.services import Context, State
 
 
 @dataclass(frozen=True, kw_only=True)
 class SSF(Method):
-    """Scaling and shifting features (NeurIPS 2022), arXiv 2210.08823."""
+    """Scaling and shifting features (NeurIPS 2022), arXiv 2210.08823.
+
+    Raises:
+        PlanError: a model without linear maps in its blocks.
+    """
 
     norms: bool = True  # paper: after every operation; False leaves the norms alone
 
@@ -39,10 +46,14 @@ class SSF(Method):
     does: ClassVar = "trains a factor for each channel of every map and norm, and folds it into the weights"
     wraps: ClassVar = True
 
+    def check(self, ctx: Context) -> None:
+        core = inner(ctx.model)
+        if not any(_scales(core, name, m) for name, m in core.named_modules()):
+            what = f"SSF finds no linear map in the blocks of {type(core).__name__}, so norms alone would train."
+            raise PlanError(what, "Use another method.")
+
     def replace(self, name: str, module: nn.Module, ctx: Context, state: State) -> Replaced | None:
-        if is_map(ctx.model, name, module) or (self.norms and is_norm(module)):
-            return Scaled(module)
-        return None
+        return Scaled(module) if _scales(ctx.model, name, module) or (self.norms and is_norm(module)) else None
 
     def merged(self, name: str, module: Replaced) -> nn.Module:
         assert isinstance(module, Scaled)
@@ -57,7 +68,8 @@ class Scaled(Replaced):
         weight, bias = original.weight, getattr(original, "bias", None)
         assert isinstance(weight, torch.Tensor)
         # 1 + delta and not gamma: near 1 a half-precision number would lose what was learnt
-        self.delta = nn.Parameter(torch.zeros(len(weight), dtype=weight.dtype, device=weight.device))
+        width = weight.shape[-1] if isinstance(original, Conv1D) else len(weight)
+        self.delta = nn.Parameter(torch.zeros(width, dtype=weight.dtype, device=weight.device))
         self.shift = None if bias is None else nn.Parameter(torch.zeros_like(self.delta))
 
     def changed(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -72,11 +84,18 @@ class Scaled(Replaced):
         bias = None if self.shift is None else gamma * original.bias.float() + self.shift.float()
         if isinstance(original, nn.Linear):
             return with_weight(original, gamma[:, None] * original.weight.float(), bias)
-        plain, one = copy.deepcopy(original), float(adds_one(original))
+        plain = copy.deepcopy(original)
+        one = 0.0 if isinstance(original, Conv1D) else float(adds_one(original))  # Conv1D's channels are last, too
         plain.weight.copy_(gamma * (original.weight.float() + one) - one)
         if bias is not None:
             plain.bias.copy_(bias)
         return plain
+
+
+def _scales(model: Any, name: str, module: nn.Module) -> bool:
+    """Whether a module is a linear map of a block, GPT-2's turned ones too."""
+    turned = isinstance(module, Conv1D) and layer_of(f"{name}.weight") is not None
+    return turned or is_map(model, name, module)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -64,6 +64,10 @@ class CoSO(Method):
     def check(self, ctx: Context) -> None:
         if min(self.rank, self.every, self.sketch, self.samples, self.rows_per_gradient) < 1 or self.max_tokens < 2:
             raise PlanError("CoSO needs sizes of at least 1, and max_tokens of at least 2.", "Mend them.")
+        if not self.sources:
+            raise PlanError(
+                "CoSO.sources is empty, so nothing says what is to be kept.", "Name files of general text."
+            )
         if not 0 < self.energy <= 1:
             raise PlanError(f"CoSO.energy is {self.energy}.", "Use a part above 0 and at most 1.")
         if not any(self.touches(canonical(n), p) for n, p in ctx.model.named_parameters()):
@@ -79,7 +83,7 @@ class CoSO(Method):
         """M of every matrix, by its name."""
         params = {canonical(n): p for n, p in ctx.model.named_parameters() if self.touches(canonical(n), p)}
         sketches: State = {}
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():  # of all devices, which manual_seed sets
             torch.manual_seed(ctx.seed)
             for gradients in self._gradients(ctx, list(params.values())):
                 for name, g in zip(params, gradients, strict=True):
@@ -108,7 +112,7 @@ class CoSO(Method):
         new = [n for n in past.grads if past.step % self.every == 0 or f"P/{n}" not in state]
         if not new:
             return None
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng():
             torch.manual_seed(past.step)
             return Steer(state={f"P/{n}": self._choose(past.grads[n].float(), state[f"M/{n}"]) for n in new})
 
