@@ -713,8 +713,10 @@ def test_maps_run_in_order_over_every_row():
 
 
 def test_steps_of_stages_add_up():
-    stages = hf.ProMoT(prompt_share=0.3).stages()
-    for total in range(2, 30):
+    for stages, total in [(hf.ProMoT(prompt_share=0.3).stages(), n) for n in range(2, 30)] + [
+        (hf.FPF(k=k).stages(), n)
+        for k, n in ((1, 2), (3, 14), (9, 18), (9, 30))  # rounded, the last get none
+    ]:
         parts = [n for _, n in plain.split_steps(stages, total)]
         assert sum(parts) == total and min(parts) >= 1
 

@@ -143,6 +143,10 @@ def test_looks_that_see_nothing_are_refused(world, tmp_path):
         planned(recipe(world, tmp_path / "run", data=data, eval_steps=2), world.folder)
     with pytest.raises(PlanError, match="ProMoT splits it into stages"):
         planned(recipe(world, tmp_path / "run", [{"ProMoT": {"num_virtual_tokens": 2}}], eval_steps=2), world.folder)
+    for method in ("MovingAverage", "AdaptiveEMA"):
+        best = {"eval_steps": 2, "load_best_model_at_end": True}
+        with pytest.raises(PlanError, match=f"best look, but {method} ends with an average along training"):
+            planned(recipe(world, tmp_path / "run", [{method: {}}], **best), world.folder)
 
 
 def test_the_probe_is_work_of_its_recipe(world, tmp_path):

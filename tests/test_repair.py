@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from browser import CHROMIUM, assert_fits
 from holdfast import cli, models
@@ -23,6 +23,7 @@ from holdfast.measure.probe import Ask, Group, Probe, Suite
 from holdfast.measure.suites import build
 from holdfast.methods import ICLAnchor
 from holdfast.methods.loss._divergence import forward_kl
+from holdfast.plan import Plan
 from holdfast.report import repair as shown
 from holdfast.runs import repair as repair_run
 from holdfast.runs import repair_heal, repair_judge, repair_search
@@ -30,6 +31,7 @@ from holdfast.runs.repair_goal import from_data
 from holdfast.runs.repair_heal import Healed, heal, write
 from holdfast.runs.repair_search import GRID, HEAL, TUNED, Candidate, Point, best, candidates, choose, frontier, search
 from holdfast.services import Context
+from holdfast.session import Session
 from holdfast.sites.adapter_files import may_scale
 from holdfast.sites.merge_files import Pair, merge_files
 from holdfast.verbs.repair import repair
@@ -422,6 +424,35 @@ def test_by_default_it_is_healed_where_the_merges_fall_short(world, tmp_path, mo
         assert lost > 0.1 * (gained - seen["tuned model"]["task"]["value"])
     else:
         assert got["chosen"]["label"] == "tuned model"
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set")
+def test_a_change_of_turned_weights_is_written_in_their_shape(tokenizer, tmp_path):
+    """GPT-2 stores its maps (in, out): what `Healed` adds is what PEFT's own merge adds."""
+    sizes = {
+        "n_embd": 32,
+        "n_layer": 1,
+        "n_head": 4,
+        "n_positions": 64,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    model = GPT2LMHeadModel(GPT2Config(**sizes))
+    tuned = {n: p.detach().clone() for n, p in model.named_parameters()}
+    session = Session(Plan([hf.LoRA(r=2)]), model, Context(model, tokenizer))
+    session.prepare([])
+    session.enter(session.stage)
+    with torch.no_grad():
+        for name, p in session.params.items():
+            p.normal_(generator=torch.Generator().manual_seed(len(name)))
+    write(session, tmp_path / "heal.safetensors")
+    healed = Healed(file=str(tmp_path / "heal.safetensors"))
+    merged = dict(session.model.merge_and_unload().named_parameters())
+    for name in (n for n in tuned if not n.startswith("lm_head")):
+        got = healed.merge(name, {"tuned": tuned[name]}, {}, 1)
+        torch.testing.assert_close(got, merged[name].detach(), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(merged["transformer.h.0.attn.c_attn.weight"], tuned["transformer.h.0.attn.c_attn.weight"])
 
 
 def test_a_healed_candidate_is_written_and_made_once(world, tmp_path, monkeypatch):

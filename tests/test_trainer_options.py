@@ -595,6 +595,12 @@ REFUSED: dict[str, Refused] = {
         plan=PROMOT,
         words=("ProMoT", "load_best_model_at_end"),
     ),
+    "best of an average": Refused(
+        {**EVALS, "load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2},
+        given(eval_dataset=pairs),
+        plan=[hf.MovingAverage()],
+        words=("MovingAverage", "load_best_model_at_end"),
+    ),
 }
 
 

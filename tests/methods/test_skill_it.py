@@ -7,7 +7,7 @@ import pytest
 from cases import run
 from holdfast.errors import PlanError
 from holdfast.method import Past
-from holdfast.methods import Replay, SkillIt
+from holdfast.methods import ProMoT, Replay, SkillIt
 from holdfast.services import Context
 from holdfast.sites.steering import Steering
 
@@ -73,6 +73,14 @@ def test_sources_of_other_methods_are_skills(tiny_model, tokenizer, rows):
     weights = got.session.steering.source_weight
     assert set(weights) == {"task", "Replay:instructions", "Replay:text"}
     assert math.isclose(sum(weights.values()), 3) and weights["Replay:text"] > 1 > weights["task"]
+
+
+def test_a_run_that_does_not_look_at_its_beginning(tiny_model, tokenizer, rows):
+    """ProMoT's prompt stage steers nothing: the first look comes later, and its losses count."""
+    plan = [ProMoT(num_virtual_tokens=2), Replay(share=0.3, max_tokens=32), SkillIt(cut=0.25, every=3)]
+    got = run(plan, tiny_model(), tokenizer, rows, 8)
+    assert got.session.state["SkillIt"]["losses"].shape == (3, 1)  # at step 6; the stage of the model begins at 4
+    assert math.isclose(sum(got.session.steering.source_weight.values()), 3)
 
 
 def test_what_cannot_work_is_refused(tiny_model, tokenizer, rows):

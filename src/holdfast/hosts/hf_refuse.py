@@ -80,6 +80,9 @@ def _wrong_together(plan: Plan, given: Mapping[str, Any], ours: bool) -> Iterato
     if method := _first(plan, "stages"):
         what = "ends each stage with its last weights, but {} was asked for load_best_model_at_end"
         yield method.name, options.load_best_model_at_end, what, "Set it to False."
+    if method := next((m for m in plan.active if type(m).settled is not Method.settled), None):
+        what = "ends with an average along training, but {} was asked for load_best_model_at_end"
+        yield method.name, options.load_best_model_at_end, what, "Keep one of them."
     if method := _first(plan, "grad", "entries", "steer", "update"):
         yield method.name, optim.endswith(INSIDE_BACKWARD), *_steps_early(f"optim={optim!r}")
     if method := _first(plan, "entries"):

@@ -242,10 +242,11 @@ def rows_of_run(session: Session, mix: Any, settings: Training) -> Iterator[Toke
 
 
 def split_steps(stages: Sequence[Stage], total: int) -> list[tuple[Stage, int]]:
-    """Give each stage its share of the steps, at least one; the last takes the rest."""
+    """Give each stage its share of the steps, at least one while there are any; the last takes the rest."""
     whole, out, left = sum(s.share for s in stages), [], total
     for n, stage in enumerate(stages):
-        steps = left if n == len(stages) - 1 else max(1, round(total * stage.share / whole))
+        later = len(stages) - 1 - n
+        steps = max(1, min(round(total * stage.share / whole), left - later)) if later else left
         out.append((stage, min(steps, left)))
         left -= out[-1][1]
     return out

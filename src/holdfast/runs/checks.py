@@ -106,10 +106,10 @@ def check_budget(recipe: Recipe, session: Session) -> None:
 
 
 def check_looks(recipe: Recipe, task: TaskData, session: Session) -> None:
-    """Refuse looks during training that see nothing, or that would mix up the stages of a plan.
+    """Refuse looks during training that see nothing, mix up the stages of a plan, or choose what is undone.
 
     Raises:
-        HoldfastError: no validation rows, or a plan of several stages.
+        HoldfastError: no validation rows, a plan of several stages, or an average beside the best look's weights.
     """
     if recipe.training.eval_steps is None:
         return
@@ -120,6 +120,10 @@ def check_looks(recipe: Recipe, task: TaskData, session: Session) -> None:
         owner = next(m.name for m in session.plan.active if "stages" in m.sites())
         what = f"training.eval_steps compares looks over the whole run, but {owner} splits it into stages."
         raise PlanError(what, f"Remove training.eval_steps, or {owner}.")
+    owner = next((m.name for m in session.methods if type(m).settled is not Method.settled), None)
+    if owner and recipe.training.load_best_model_at_end:
+        what = "training.load_best_model_at_end keeps the weights of the best look, but"
+        raise PlanError(f"{what} {owner} ends with an average along training.", "Keep one of them.")
 
 
 def check_search(recipe: Recipe, task: TaskData, session: Session) -> None:

@@ -156,7 +156,10 @@ def _trained(
 
 
 def write(session: Session, target: Path) -> None:
-    """Write the change, whole or not at all: s B and A of each map, by the name of its weight."""
+    """Write the change, whole or not at all: s B and A of each map, by the name of its weight.
+
+    Where the weight is stored turned, (in, out) as in GPT-2, they are A^T and s B^T, so that B A has its shape.
+    """
     from peft.tuners.lora import LoraLayer
     from safetensors.torch import save_file
 
@@ -164,10 +167,11 @@ def write(session: Session, target: Path) -> None:
     for name, m in session.model.named_modules():
         if isinstance(m, LoraLayer):
             (adapter,) = m.active_adapters
-            a, b = m.lora_A[adapter].weight, m.lora_B[adapter].weight
+            a, b = m.lora_A[adapter].weight.detach().float(), m.lora_B[adapter].weight.detach().float()
+            b = b * m.scaling[adapter]
+            a, b = (b.T, a.T) if getattr(m, "fan_in_fan_out", False) else (a, b)
             place = canonical(f"{name}.weight")
-            found[f"{place}.A"] = a.detach().float().cpu().contiguous()
-            found[f"{place}.B"] = (b.detach().float() * m.scaling[adapter]).cpu().contiguous()
+            found[f"{place}.A"], found[f"{place}.B"] = a.cpu().contiguous(), b.cpu().contiguous()
     assert found and inner(session.model) is not None
     part = target.with_name(f".{target.name}.part")
     save_file(found, part)

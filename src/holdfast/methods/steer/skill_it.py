@@ -106,11 +106,10 @@ class SkillIt(Method):
     def _look(self, past: Past, state: State) -> State:
         """The state after a look: losses of the last ones, and weights."""
         names = sorted(past.held_out)
+        losses = state.get("losses", torch.zeros((len(names), 0), dtype=torch.float64)).cpu()
         if past.step:
             now = torch.tensor([past.held_out[n] for n in names], dtype=torch.float64)[:, None]
-            losses = torch.cat([state["losses"].cpu(), now], 1)[:, -self.window :]
-        else:
-            losses = torch.zeros((len(names), 0), dtype=torch.float64)
+            losses = torch.cat([losses, now], 1)[:, -self.window :]
         seen = losses if losses.shape[1] else torch.ones((len(names), 1), dtype=torch.float64)
         weights = len(names) * (self.eta * self.matrix(names) @ seen.sum(1)).softmax(0)
         return {"losses": losses} | {f"weight/{n}": w for n, w in zip(names, weights, strict=True)}
