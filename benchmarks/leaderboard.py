@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> int:
         )
 
     def wanted() -> list[Cell]:
-        return board.wanted(args.only, leaderboard_table.best(board), args.best_first)
+        return board.wanted(args.only, leaderboard_table.best(board), args.best_first, args.own_first)
 
     print(announce(board, wanted(), args.workers), flush=True)
     if changed := board.changed():
@@ -161,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this method; may be repeated")
     parser.add_argument("--minutes", type=float, default=None, help="start no cell after so many")
     parser.add_argument("--best-first", action="store_true", help="the best so far on all tasks, before other cells")
+    parser.add_argument("--own-first", action="store_true", help="every method at its own rate, before other rates")
     parser.add_argument("--cell", nargs=4, metavar=("TASK", "METHOD", "RATE", "SEED"), help="of `cell`, used by `run`")
     args = parser.parse_args(argv)
     if args.what == "table":

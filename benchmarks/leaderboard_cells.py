@@ -142,10 +142,13 @@ class Board:
         """Names of methods: those that all are compared with first."""
         return sorted(self.methods, key=lambda n: FIRST.index(n) if n in FIRST else len(FIRST))
 
-    def wanted(self, only: Sequence[str] = (), best: Sequence[str] = (), wide_first: bool = False) -> list[Cell]:
+    def wanted(
+        self, only: Sequence[str] = (), best: Sequence[str] = (), wide_first: bool = False, own_first: bool = False
+    ) -> list[Cell]:
         """All cells in the order of need; those whose rate is not chosen yet have none.
 
         only: these methods alone. best: methods that are measured on all tasks. wide_first: those cells before others.
+        own_first: every method at its own rate before others.
         """
         names = [n for n in self.order if n in only or not only]
         many = [cell for name in names for cell in self._of(name)]
@@ -157,6 +160,8 @@ class Board:
             if name in best
         ]
         bases = [Cell(task, BASE) for task in (CHOOSES, SECOND, *(WIDE if wide else ()))]
+        own = [Cell(CHOOSES, name, self.methods[name].rate) for name in names] if own_first else []
+        many = list(dict.fromkeys([*own, *many]))
         return [*bases, *wide, *many] if wide_first else [*bases, *many, *wide]
 
     def _of(self, name: str) -> Iterator[Cell]:

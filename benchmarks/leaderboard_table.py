@@ -38,7 +38,8 @@ README = {  # method -> its name there, and the rate to show where none is chose
 
 @dataclass(frozen=True)
 class Row:
-    """A method at one rate on one task. before: measured before rates were chosen on validation rows."""
+    """A method at one rate on one task. before: measured before rates were chosen on validation rows; open: the rate is
+    its own, and others were not tried yet."""
 
     task: str
     method: str
@@ -46,10 +47,11 @@ class Row:
     runs: Sequence[Data]
     base: Data
     before: bool = False
+    open: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.method}{' (before)' if self.before else ''}"
+        return f"{self.method}{' (before)' if self.before else ' (one rate)' if self.open else ''}"
 
     def accuracy(self) -> stats.Estimate:
         """Of the task over all runs; the interval clusters the answers to one item."""
@@ -102,13 +104,16 @@ def seen(tasks: Mapping[str, list[float]], chance: Mapping[str, float]) -> dict[
 
 
 def rows_of(board: Board) -> list[Row]:
-    """Every method at its chosen rate; at each rate that was measured before where none is chosen yet."""
+    """Every method at its chosen rate; where none is chosen yet, at its own and at each that was measured before."""
     new, old = grouped(board.records()), grouped(board.records(before=True))
     out = []
     for (task, method, rate), runs in new.items():
-        if method in board.methods and rate == board.chosen(method) and (task, BASE, None) in new:
-            out.append(Row(task, method, rate, runs, new[task, BASE, None][0]))
-    known = {(r.task, r.method) for r in out}
+        if method not in board.methods or (task, BASE, None) not in new:
+            continue
+        chosen = board.chosen(method)
+        if rate == (board.methods[method].rate if chosen is None else chosen):
+            out.append(Row(task, method, rate, runs, new[task, BASE, None][0], open=chosen is None))
+    known = {(r.task, r.method) for r in out if not r.open}
     for (task, method, rate), runs in old.items():
         if method != BASE and (task, method) not in known:
             out.append(Row(task, method, rate, runs, old[task, BASE, None][0], before=True))
@@ -151,7 +156,7 @@ def figure_kept(row: Row, suite: str) -> float | None:
 
 def best(board: Board, count: int = TEN) -> list[str]:
     """The methods that are measured on all tasks: the best on the first task whose rate is chosen, and the plain ones."""
-    rows = [r for r in rows_of(board) if r.task == CHOOSES and not r.before]
+    rows = [r for r in rows_of(board) if r.task == CHOOSES and not (r.before or r.open)]
     ranked = sorted((r for r in rows if merit(rows, r) is not None), key=lambda r: -(merit(rows, r) or 0.0))
     names = [r.method for r in ranked if r.method not in PLAIN][:count]
     return [*(n for n in PLAIN if n in board.methods and board.chosen(n) is not None), *names]
@@ -369,6 +374,7 @@ COLUMNS = [
     "- **learnt x kept** (ours, for the order alone): the gain as a share of the best plain run's gain, times the mean",
     "  of both in-context columns; neither counts more than 1.",
     "- **made**: when, from which commit, on which machine (a letter, see below; none: not recorded).",
+    "- **(one rate)**: at its own rate of `leaderboard_plans.py`, one seed; no rate is chosen yet.",
     "- **(before)**: measured before rates were chosen on validation rows and before the other columns existed; shown",
     "  at every rate measured, until the method's rate is chosen.",
 ]
@@ -412,7 +418,7 @@ def save_kl(points: Sequence[tuple[str, str, float, float]], path: Path) -> None
 
 def readme(board: Board, rows: Sequence[Row], path: Path) -> None:
     """Put the short table on the first screen of the README, between its marks."""
-    here = {(r.method, r.rate if r.before else None): r for r in rows if r.task == CHOOSES}
+    here = {(r.method, r.rate if r.before else None): r for r in rows if r.task == CHOOSES and not r.open}
     lines = []
     for name, (words, rate) in README.items():
         row = here.get((name, None)) or here.get((name, rate))

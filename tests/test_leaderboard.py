@@ -232,6 +232,19 @@ def test_rows_are_the_chosen_rates_in_order_of_merit_and_what_was_before(lead, f
     assert uds.peak() is None and uds.figure("kl") is None
 
 
+def test_a_method_at_its_own_rate_alone_is_shown_as_such_and_decides_nothing(lead, tmp_path):
+    board = lead.cells.Board(tmp_path, entries(lead))
+    Cell = lead.cells.Cell
+    first = [c for c in board.wanted(own_first=True) if c.task == "sst2"][:4]
+    assert first[1:3] == [Cell("sst2", "full", 2e-5), Cell("sst2", "eaft", 2e-5)] and first[3].rate == 5e-5
+    assert sorted(map(str, board.wanted(own_first=True))) == sorted(map(str, board.wanted()))
+    put(lead, board, Cell("sst2", "base"))
+    put(lead, board, Cell("sst2", "eaft", 2e-5))
+    put(lead, board, Cell("sst2", "full", 5e-5))  # not its own
+    assert [r.name for r in lead.table.rows_of(board)] == ["eaft (one rate)"]
+    assert lead.table.best(board) == [] and not (tmp_path / "chosen.json").exists()
+
+
 def test_the_page_has_the_best_first_and_says_what_is_not_measured(lead, filled, tmp_path):
     filled.note(lead.cells.Cell("sst2", "eaft", 2e-5, 1), "out of memory")
     docs = tmp_path / "docs"
