@@ -5,7 +5,8 @@
     else (1 - delta) Q_is;   loss += beta mean_s mean_layers var_i(Z_is) / mean_i(Z_is)^2
 
 The first half of the experts is of the kind "world knowledge", the second of "task". A row is of the first kind when
-it comes from `knowledge`: by default every source of the mix but the task's own, such as those of Replay.
+it comes from `knowledge`: by default every source of the mix but the task's own, such as those of Replay. Names that
+fit no source are not noticed: then every row is of the second kind.
 The term is 0 where Z is the same for all experts, and there the experts of a row's kind have (1 - delta) / (1 + delta)
 times the weight of the others: the halves only change their names.
 Experimental: the paper's term is a variance over all experts and rows of a batch, which depends on how a step is cut
