@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
+import zoo
 from cases import run
 from holdfast.engine.forward import forward
 from holdfast.errors import PlanError
@@ -33,6 +34,31 @@ def test_a_is_the_main_directions_by_hand(tiny_model, tokenizer, rows):
     a = EVA(r=3, rho=1.0, target_modules=(name,), samples=1, use_label_mask=False).prepare(ctx)[f"A/{name}"]
     assert (a[0] @ wanted.Vh[0]).abs() > 0.999
     assert 0.97 < (x @ a.T).square().sum() / wanted.S[:3].square().sum() < 1.00001
+
+
+def test_maps_that_are_given_tokens_end_to_end(start, tokenizer, rows):
+    """OPT flattens what goes into fc1: there A's first row is the main direction of the row's inputs too."""
+    model, name, seen = zoo.build("opt").eval(), "model.decoder.layers.0.fc1", []
+    (row,) = task_rows(Context(model, tokenizer, 0, rows, max_length=512), "EVA", 1, 256)
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(torch.tensor(row.ids)[None])
+    handle.remove()
+    assert seen[0].ndim == 2
+    method = EVA(r=3, rho=1.0, target_modules=(name,), samples=1, use_label_mask=False)
+    a = method.prepare(Context(model, tokenizer, 0, rows))[f"A/{name}"]
+    assert (a[0] @ torch.linalg.svd(seen[0] - seen[0].mean(0)).Vh[0]).abs() > 0.99
+    assert len(start([EVA(**SMALL)], zoo.build("opt"), rows=rows).state["EVA"]) == 6 * zoo.LAYERS
+
+
+def test_the_adapter_is_in_fp32_over_a_bf16_base(tiny_model, start, rows):
+    """As with LoRA, at maps of every rank; A is what was found, to the last bit."""
+    session = start([EVA(**SMALL, rho=2.0)], tiny_model().to(torch.bfloat16), rows=rows)
+    assert len(set(ranks(session.model).values())) > 1
+    for name, module in layers(session.model).items():
+        a, b = (m["default"].weight for m in (module.lora_A, module.lora_B))
+        assert a.dtype == b.dtype == torch.float32
+        assert torch.equal(a, session.state["EVA"][f"A/{name}"]) and not b.any(), name
 
 
 def test_the_head_may_get_an_adapter(tiny_model, tokenizer, rows):

@@ -1,5 +1,7 @@
 """GS-LoRA: the group lasso and the bound by hand, and blocks that become exactly 0."""
 
+import json
+
 import pytest
 import torch
 
@@ -93,6 +95,24 @@ def test_without_files_there_are_no_rows(tokenizer, tiny_model):
     ctx = Context(tiny_model(), tokenizer)
     assert hf.GSLoRA().asides(ctx) == () and len(hf.GSLoRA(forget=(GENERAL,)).asides(ctx)) > 20
     assert hf.GSLoRA(rows_per_step=2).asides_at(3, 5, 10) == [1, 2]
+
+
+def test_rows_that_lose_their_answer_are_told(tmp_path, tokenizer, tiny_model):
+    """Prompts of 1 and of 60 letters; the first 8 tokens hold the answer of the short one alone."""
+    path = tmp_path / "forget.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "a" * n, "completion": " b"}) for n in (1, 60)))
+    ctx = Context(tiny_model(), tokenizer)
+    assert len(hf.GSLoRA(forget=(str(path),), max_tokens=8).asides(ctx)) == 1
+    assert ctx.notes == ["GSLoRA does not unlearn 1 of 2 rows: their answers begin behind 8 tokens"]
+    with pytest.raises(PlanError, match="none of its 2 rows"):
+        hf.GSLoRA(forget=(str(path),), max_tokens=1).asides(ctx)
+
+
+def test_a_block_of_zeros_stays_one_under_a_small_pull():
+    """lr * weight = 1e-8, below the 1e-6 that stands for the norm of zeros."""
+    method, own = hf.GSLoRA(weight=1.0, proximal=True), {n: p.detach() for n, p in params().items()}
+    state = method.steer(Past(0, 4, {}, 1e-8, params=own), {}).state
+    assert state["factor/1"].item() == 0 and state["factor/0"].item() == pytest.approx(1)
 
 
 def test_sites():

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+import zoo
 from cases import GENERAL, run
 from holdfast import methods as hf
 from holdfast.engine.counts import count_rows
-from holdfast.engine.forward import forward
+from holdfast.engine.forward import forward, forward_states
 from holdfast.engine.pack import pack, token_row
 from holdfast.engine.replaced import collecting, replaced_in
 from holdfast.errors import PlanError
@@ -102,6 +103,28 @@ def test_step_0_is_the_base_and_the_count_is_as_said(tiny_model, start, token_ro
     assert torch.equal(forward(session.model.eval(), token_rows)[1], base)
     assert {n.rsplit(".", 1)[-1] for n in replaced_in(session.model)} == {"gate_proj", "up_proj", "down_proj"}
     assert sum(p.numel() for p in session.params.values()) == 2 * (3 * 768 + 2 * 128 + 256)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("kind", ["opt", "qwen2_moe"])
+def test_maps_that_are_given_tokens_end_to_end(kind, packing, start, token_rows):
+    """The router's weights at a token are those that the row has alone."""
+    session = start([hf.LoRAMoE(r=2, experts=4)], zoo.build(kind).eval())
+    model = session.model.eval()
+    with torch.no_grad():
+        packed, _, _, together = forward_states(model, token_rows, (), packing=packing)
+        alone = [forward_states(model, [r], (), packing=packing)[3]["routed"] for r in token_rows]
+    assert len(packed.rows) == 4 and len(together["routed"]) == len(replaced_in(model))
+    for n, got in enumerate(together["routed"]):
+        torch.testing.assert_close(got, torch.cat([a[n] for a in alone]), rtol=1e-3, atol=1e-4)
+
+
+def test_lists_of_experts_are_refused(tiny_model, tokenizer):
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.mlp = nn.ModuleDict({"experts": nn.ModuleList([layer.mlp])})
+    with pytest.raises(PlanError, match=r"mlp\.experts\.0\.gate_proj is of one expert"):
+        hf.LoRAMoE().check(Context(model, tokenizer))
 
 
 def test_the_balance_falls(tiny_model, tokenizer, rows):

@@ -121,7 +121,7 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
 
 def hand_out(key: str, value: torch.Tensor) -> None:
-    """From inside a forward: (B, L, ...) numbers for each token of what the module was given."""
+    """From inside a forward: (B, L, ...) or (B L, ...) numbers for each token of what the module was given."""
     into = _open.get()
     if into is not None:
         into.setdefault(key, []).append(value)

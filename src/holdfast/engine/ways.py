@@ -47,7 +47,12 @@ def run_packed(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Seq
             use_cache=False,
         )
     states = {n: s[0] if n == LAST else s[0][p.where] for n, s in seen.items()}
-    return out.logits[0], states, {k: [v[0] for v in vs] for k, vs in handed.items()}
+    return out.logits[0], states, {k: [_by_token(v, p.ids.shape)[0] for v in vs] for k, vs in handed.items()}
+
+
+def _by_token(value: torch.Tensor, grid: torch.Size) -> torch.Tensor:
+    """(B, L, ...) what a module handed out; some are given their tokens end to end, (B L, ...)."""
+    return value if value.shape[:2] == grid else value.unflatten(0, tuple(grid))
 
 
 def _embed(model: Any, p: Packed, prompts: list[int], soft: torch.Tensor) -> torch.Tensor:
@@ -79,7 +84,7 @@ def run_padded(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Seq
     with _capture(model, layers) as seen, collecting() as handed:
         out = model(**inputs, use_cache=False)
     real = mask.bool()
-    kept = {k: [v[real] for v in vs] for k, vs in handed.items()}
+    kept = {k: [_by_token(v, grid.shape)[real] for v in vs] for k, vs in handed.items()}
     return out.logits[where], {n: s[where] for n, s in seen.items()}, kept
 
 

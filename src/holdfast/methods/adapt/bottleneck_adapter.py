@@ -7,8 +7,9 @@
 
 g is not linear, so it cannot be merged: `holdfast.load` loads what is exported. Step 0 is the base.
 Differences from the papers: decoders here add the part's output to the stream after it, so g stands before that sum,
-and before the norm that some models have there; the papers also train the norms. Ids and the tables of the papers were
-not checked. Active adapters forget as LoRA does: what protects is the data and the terms beside them.
+and before the norm that some models have there (BLOOM's parts add the stream themselves: there g is behind it); the
+papers also train the norms. Ids and the tables of the papers were not checked. Active adapters forget as LoRA does:
+what protects is the data and the terms beside them.
 Cost: (2 d k + d + k) numbers and 2 d k products a token at each place, in training and after it.
 Combine with: data methods, KLToBase, ICLAnchor. Do not combine with: LoRA, what compares weights with the base's.
 """

@@ -23,7 +23,7 @@ from holdfast.engine.base import as_base
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 from holdfast.method import Paper, State
-from holdfast.methods.adapt._adapter import Adapter
+from holdfast.methods.adapt._adapter import Adapter, layers
 from holdfast.methods.adapt._inputs import task_rows
 from holdfast.services import Context
 
@@ -84,7 +84,14 @@ class EVA(Adapter):
         config, quiet = LoraConfig(**self.peft_settings(ctx.model, **more)), {"show_progress_bar": False}
         with as_base(ctx.model), torch.random.fork_rng(devices=[]):
             found = get_eva_state_dict(
-                ctx.model, _Batches(self, rows), config, _run, gather_distributed_inputs=False, **quiet
+                ctx.model,
+                _Batches(self, rows),
+                config,
+                _run,
+                _counted,
+                _inputs,
+                gather_distributed_inputs=False,
+                **quiet,
             )
         return {f"A/{name}": a.float().contiguous() for name, a in found.items()}
 
@@ -98,7 +105,23 @@ class EVA(Adapter):
         with torch.random.fork_rng(devices=[]):
             initialize_lora_eva_weights(model, eva_state_dict=found)
         vars(config).update(init_lora_weights=True, eva_config=None)  # what is saved loads as plain LoRA
+        for name, module in layers(model).items():  # PEFT makes layers of another rank anew, in the base's dtype
+            module.lora_A.float()
+            module.lora_B.float()
+            module.lora_A["default"].weight.data.copy_(state[f"A/{name}"])
         return model
+
+
+def _counted(batch: Batch, config: Any) -> torch.Tensor:
+    """(B, L) which tokens' inputs count."""
+    mask = batch["attention_mask"].bool()
+    return mask & (batch["labels"] != -100) if config.eva_config.use_label_mask else mask
+
+
+def _inputs(args: Any, counted: torch.Tensor, name: str) -> torch.Tensor:
+    """(M, n) inputs of a map at the tokens that count; some maps are given (B, L, n), others (B L, n)."""
+    x = args[0] if isinstance(args, tuple) else args
+    return x.flatten(0, -2)[counted.flatten()]
 
 
 def _run(model: Any, batch: Batch) -> None:

@@ -39,7 +39,7 @@ class GSLoRA(Method):
     """Group-sparse LoRA (CVPR 2024), arXiv 2403.11530; its second paper 2501.09705.
 
     Raises:
-        PlanError: values without meaning, or a model without maps of feed-forward nets.
+        PlanError: values without meaning, a model without maps of feed-forward nets, or no row left to unlearn.
     """
 
     r: int = 8  # paper
@@ -90,8 +90,16 @@ class GSLoRA(Method):
         if not (self.forget and self.forget_weight):
             return ()
         most = min(self.max_tokens, ctx.max_length)
-        rows = [r.cut(most) for r in read_sources(self.forget, ctx, owner=self.name)]
-        return [r for r in rows if r.scored.any()]
+        rows = read_sources(self.forget, ctx, owner=self.name)
+        cut = [r.cut(most) for r in rows]
+        kept = [r for r in cut if r.scored.any()]
+        if not kept:
+            what = f"GSLoRA.forget: none of its {len(rows)} rows has a part of its answer in the first {most} tokens."
+            raise PlanError(what, "Raise max_tokens, or give shorter rows.")
+        if len(kept) < len(rows):
+            said = f"{len(rows) - len(kept)} of {len(rows)} rows: their answers begin behind {most} tokens"
+            ctx.notes.append(f"GSLoRA does not unlearn {said}")
+        return kept
 
     def asides_at(self, step: int, pool: int, total: int) -> Sequence[int]:
         return [(step * self.rows_per_step + i) % pool for i in range(self.rows_per_step)]
@@ -111,7 +119,9 @@ class GSLoRA(Method):
 
     def steer(self, past: Past, state: State) -> Steer:
         pull = past.learning_rate * self.weight
-        return Steer(state={f"factor/{b}": (1 - pull / norm).clamp_min(0) for b, norm in norms(past.params).items()})
+        found = norms(past.params).items()
+        # a block of zeros stays one, however small the pull has become
+        return Steer(state={f"factor/{b}": (1 - pull / n).clamp_min(0) * (n > 2 * EPSILON**0.5) for b, n in found})
 
     def touches(self, name: str, param: torch.Tensor) -> bool:
         return layer_of(name) is not None

@@ -5,7 +5,8 @@
     else (1 - delta) Q_is;   loss += beta mean_s mean_layers var_i(Z_is) / mean_i(Z_is)^2
 
 The first half of the experts is of the kind "world knowledge", the second of "task". A row is of the first kind when
-it comes from `knowledge`: by default every source of the mix but the task's own, such as those of Replay.
+it comes from `knowledge`: by default every source of the mix but the task's own, such as those of Replay. Names that
+fit no source are not noticed: then every row is of the second kind.
 The term is 0 where Z is the same for all experts, and there the experts of a row's kind have (1 - delta) / (1 + delta)
 times the weight of the others: the halves only change their names.
 Experimental: the paper's term is a variance over all experts and rows of a batch, which depends on how a step is cut
@@ -18,6 +19,7 @@ Combine with: Replay, KLToBase, ICLAnchor. Do not combine with: LoRA, what compa
 """
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,6 +36,7 @@ from holdfast.methods.adapt._parts import FEED_FORWARD, is_map, part_of
 from holdfast.services import Context, State, View
 
 ROUTED = "routed"  # what the maps hand out, (B, L, experts)
+LISTED = re.compile(r"experts?\.\d+\.")  # in the name of a map: one of several, each of which sees some tokens alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class LoRAMoE(Method):
     """LoRAMoE (ACL 2024), arXiv 2312.09979; experimental.
 
     Raises:
-        PlanError: values without meaning, or a model without maps of feed-forward nets.
+        PlanError: values without meaning, or a model without maps of feed-forward nets or with lists of experts.
     """
 
     r: int = 4  # official script
@@ -73,7 +76,12 @@ class LoRAMoE(Method):
             if wrong:
                 raise PlanError(f"LoRAMoE.{what}.", "See `holdfast methods LoRAMoE`.")
         core = inner(ctx.model)
-        if not any(self._takes(core, name, m) for name, m in core.named_modules()):
+        taken = [name for name, m in core.named_modules() if self._takes(core, name, m)]
+        routed = next((n for n in taken if LISTED.search(n)), None)
+        if routed:
+            what = f"LoRAMoE looks at every token in every map, but {routed} is of one expert, which sees some alone."
+            raise PlanError(what, "Use LoRA.")
+        if not taken:
             what = f"LoRAMoE finds no maps of feed-forward nets in {type(core).__name__} (fused or unusually named)."
             raise PlanError(what, "Use LoRA.")
 

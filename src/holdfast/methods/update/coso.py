@@ -4,9 +4,10 @@
     every `every` steps:   P (m, r) = the first r left singular vectors of (I - M M^T) G, G the gradient of the step
     each step:   G <- P P^T G;   step <- P P^T step
 
-So M^T (W - W_base) = 0 whatever the optimizer does, weight decay included, and W changes by rank r at most between two
-choices of P. M comes from a sketch by frequent directions: gradients are appended one after the other to S of `sketch`
-columns, its squared singular values lowered by the last one, and the fewest directions that hold `energy` are kept.
+So M^T (W - W_base) = 0 whatever the optimizer does, weight decay included (GPT-2's turned maps are kept on the input
+side so, not on the output side), and W changes by rank r at most between two choices of P. M comes from a sketch by
+frequent directions: gradients are appended one after the other to S of `sketch` columns, its squared singular values
+lowered by the last one, and the fewest directions that hold `energy` are kept.
 Differences from the paper: there M holds directions of earlier tasks and is empty at the first; here it is of general
 text, so that it protects the base (ours), and nothing is handed to the next run. Adam runs on the whole matrix and its
 step is projected (the paper's Adam runs inside of P, with moments of r n numbers), so memory is that of full tuning,
