@@ -97,3 +97,13 @@ def test_the_problems_are_those_of_the_suite():
 def test_nothing_to_compare_is_no_error():
     none = [Reasoned(False, None, (), {0: None}, None)] * 5
     assert told(none, none).finding.startswith("Cannot tell")
+
+
+def test_reasoning_on_other_problems_is_not_called_an_end_of_it():
+    none, some = (
+        Reasoned(False, None, (), {0: None}, None),
+        Reasoned(True, "4", ("2 + 2 = 4.",), {0: None, 1: "4"}, None),
+    )
+    base, tuned = [some] * 5 + [none] * 5, [none] * 5 + [some] * 5
+    assert "on too few of the same problems" in told(base, tuned).finding
+    assert "stopped to reason" in told(base, [none] * 10).finding

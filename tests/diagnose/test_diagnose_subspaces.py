@@ -7,6 +7,7 @@ import torch
 
 from holdfast.diagnose import Case, run
 from holdfast.diagnose.subspaces import diagnose, left, main, mso, parallel, projected
+from holdfast.errors import ModelError
 
 
 def draw(*shape, seed=0):
@@ -70,6 +71,19 @@ def test_the_whole_projection_is_the_tuned_model(tiny_model, tokenizer):
         wide = p.ndim == 2 and p.shape[0] <= p.shape[1]  # its left directions are all there
         if wide or p.ndim == 1:
             torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_an_ancestor_of_other_embeddings(tiny_model, tokenizer):
+    """Instruct models often have more tokens than what they were tuned from: the layers are compared all the same."""
+    ancestor, base, tuned = three(tiny_model, along=True)
+    ancestor.resize_token_embeddings(408)
+    assert "where alignment had" in diagnose(Case(base, tuned, tokenizer, ancestor=ancestor)).finding
+    with pytest.raises(ModelError, match=r"Ancestor and base differ in the parameter 'model\.layers\.2"):
+        diagnose(Case(base, tuned, tokenizer, ancestor=tiny_model(layers=2)))
+
+
+def test_no_alignment_has_no_directions():
+    assert not parallel(draw(4, 3), torch.zeros(4, 3), 0.5).any()
 
 
 def test_without_a_third_model_it_says_so(tiny_model, tokenizer):

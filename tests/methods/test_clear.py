@@ -38,13 +38,13 @@ def task(tokenizer):
 
 def test_agreement_by_hand(ctx, task):
     """Of four samples three hold the 4 and none the 6."""
-    got = CLEAR(samples=4, mix=1.0, verifier="number").confidence(Mix(task), ctx)
+    got = CLEAR(samples=4, mix=1.0, verifier="number").confidence(task, ctx)
     assert got == {task[0].key: 0.75, task[1].key: 0.0}
 
 
 def test_reflection_is_the_mean_over_both_orders(ctx, task, tokenizer):
     """By the model's own forward: P(A) where A says yes, and P(B) where B does."""
-    got = CLEAR(samples=1, mix=0.0).confidence(Mix(task[:1]), ctx)[task[0].key]
+    got = CLEAR(samples=1, mix=0.0).confidence(task[:1], ctx)[task[0].key]
     wanted = 0.0
     for n, (first, second) in enumerate((("Yes", "No"), ("No", "Yes"))):
         text = (
@@ -63,9 +63,22 @@ def test_reflection_is_the_mean_over_both_orders(ctx, task, tokenizer):
 
 def test_confidence_mixes_both(ctx, task):
     whole, agree, reflect = (
-        CLEAR(samples=4, mix=m, verifier="number").confidence(Mix(task), ctx)[task[0].key] for m in (0.7, 1.0, 0.0)
+        CLEAR(samples=4, mix=m, verifier="number").confidence(task, ctx)[task[0].key] for m in (0.7, 1.0, 0.0)
     )
     assert whole == pytest.approx(0.7 * agree + 0.3 * reflect)
+
+
+def test_a_question_that_does_not_fit_leaves_agreement_alone(ctx, task):
+    ctx.model.config.max_position_embeddings = 32  # prompt and answer fit, the question about them does not
+    got = CLEAR(samples=4, mix=0.7, verifier="number", max_new_tokens=4).confidence(task, ctx)
+    assert got == {task[0].key: 0.75, task[1].key: 0.0}
+    assert ctx.notes[0].startswith("CLEAR judges 2 rows by agreement alone")
+
+
+def test_rows_beyond_the_cap_stay(ctx, task):
+    """Of 2 rows 1 is asked about: the threshold is its own, and the note says so."""
+    mix = CLEAR(samples=4, rows=1, gamma=1.0, most=0.9, verifier="number").data(Mix(task), ctx)
+    assert len(mix.kept) == 2 and ctx.notes[0] == "CLEAR asks the base about 1 of 2 rows; the others stay"
 
 
 def test_thresholds_by_hand():

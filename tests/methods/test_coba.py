@@ -1,11 +1,13 @@
 """CoBa: slopes and weights by hand, and where they come from in a run."""
 
+import json
 import math
 
 import pytest
 import torch
 
-from cases import run
+from cases import run, token_rows
+from holdfast.data.mix import Mix
 from holdfast.errors import PlanError
 from holdfast.method import Past
 from holdfast.methods import CoBa, Replay
@@ -101,3 +103,17 @@ def test_one_source_alone_and_a_run_too_short_are_refused(tiny_model, tokenizer,
 def test_values_that_make_no_sense(wrong):
     with pytest.raises(PlanError, match="CoBa"):
         CoBa(**wrong).check(None)
+
+
+def test_rows_that_are_looked_at_are_no_first_ones_and_own_text_is_cut(tiny_model, tokenizer, rows, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"text": f"The {n}th day was long. " * 20}) + "\n" for n in range(12)))
+    ctx, method = (
+        Context(tiny_model(), tokenizer, max_length=32),
+        CoBa(share=0.5, cut=0.6, rows=3, sources=(str(path),)),
+    )
+    mix = method.data(Mix(token_rows(rows, tokenizer)), ctx)
+    assert all(len(r.ids) <= 32 for r in mix.sources[0].rows)
+    held, found = mix.held_out(), method.held_out(mix, ctx)
+    assert all(len(found[n]) == 3 < len(held[n]) for n in held)
+    assert any([r.key for r in found[n]] != [r.key for r in held[n][:3]] for n in held)

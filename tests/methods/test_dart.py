@@ -67,6 +67,19 @@ def test_uniform_gives_each_row_k(ctx):
     assert got == {"Q: 1 + 1?": ["2", "it is 2"], "Q: 2 + 2?": ["is 4", "4"]}
 
 
+def test_only_some_rows_are_asked_about(ctx):
+    many = [Row("Q: 1 + 1?\nA:", " 2")] * 5
+    added(DART(k=1, rows=2, verifier="number"), ctx, many)
+    assert ctx.notes[0] == "DART asks the base about 2 of 5 rows; it adds none to the others"
+
+
+def test_no_answer_to_a_row_that_is_held_out_is_added(ctx):
+    mix = Mix([tokenize(r, ctx.tokenizer, 512) for r in ROWS]).hold_out(0.5)
+    held = {ctx.tokenizer.decode(r.ids[~r.scored], skip_special_tokens=True) for r in mix.held_out().get("task", [])}
+    (source,) = DART(k=2, verifier="number").data(mix, ctx).sources
+    assert held and held & SAID.keys() and source.rows and not held & {text for text, _ in ctx.asked}
+
+
 def test_samples_end_at_the_cap(ctx):
     got = added(DART(mode="uniform", k=9, trials=6, round=4, verifier="number"), ctx)
     assert {n for _, n in ctx.asked} == {4, 6}

@@ -6,6 +6,7 @@ import torch
 from cases import token_rows
 from holdfast.errors import PlanError
 from holdfast.methods import EWC, L2ToInit, LoRA
+from holdfast.methods.loss import ewc
 from holdfast.methods.loss.ewc import squared_gradients
 from holdfast.services import Context
 
@@ -96,6 +97,13 @@ def test_the_mean_is_1_and_peaks_are_cut(tiny_model, tokenizer):
     entries = torch.cat([f.flatten() for f in free.values()])
     assert entries.mean() == pytest.approx(1.0, rel=1e-3) and entries.min() >= 0 and entries.max() > 5
     assert all(torch.equal(f.clamp(max=5.0), cut[n]) for n, f in free.items())
+
+
+def test_the_fisher_takes_no_second_copy(tiny_model, tokenizer, monkeypatch):
+    found, plain = {}, ewc.squared_gradients
+    monkeypatch.setattr(ewc, "squared_gradients", lambda *a: found.update(plain(*a)) or found)
+    state = EWC(rows=2).prepare(Context(tiny_model(), tokenizer))
+    assert all(state[f"fisher/{n}"] is f for n, f in found.items())
 
 
 @pytest.mark.parametrize("wrong", [{"alpha": -1.0}, {"labels": "gold"}, {"most": 0.5}, {"rows": 0}])

@@ -65,6 +65,24 @@ def test_of_the_wrong_answers_the_likest_is_compared(tiny_model, tokenizer):
     assert ctx.notes == ["FAIT has a wrong answer to compare with for 1 of 2 different rows (verifier number)"]
 
 
+def test_a_prompt_that_leaves_no_room_is_not_asked_about(tiny_model, tokenizer):
+    ctx = Says(tiny_model(), tokenizer)  # it knows no such prompt
+    ctx.model.config.max_position_embeddings = 64
+    pairs = (("Q: 2 + 2?\nA:", " it is 4"), ("Q: 2 + 2?\n" * 20 + "A:", " it is 4"))
+    task = [tokenize(Row(q, a), tokenizer, 512) for q, a in pairs]
+    mix = FAIT(verifier="number", tries=3, max_new_tokens=16).data(Mix(task), ctx)
+    assert TOKEN in mix.mapped(task[0]).numbers and mix.mapped(task[1]) is task[1]
+
+
+def test_rows_beyond_the_cap_have_weight_1(tiny_model, tokenizer):
+    ctx = Says(tiny_model(), tokenizer)
+    answers = [f" it is 4, {n} times" for n in range(3)]
+    task = [tokenize(Row("Q: 2 + 2?\nA:", a), tokenizer, 512) for a in answers]
+    mix = FAIT(verifier="exact", tries=3, rows=1).data(Mix(task), ctx)
+    assert sum(TOKEN in mix.mapped(r).numbers for r in task) == 1
+    assert ctx.notes[0] == "FAIT asks the base about 1 of 3 rows; the others have weight 1"
+
+
 def test_a_base_that_never_errs_is_named(tiny_model, tokenizer):
     task = [tokenize(Row("Q: 1 + 1?\nA:", " it is 2"), tokenizer, 512)]
     with pytest.raises(NoEffect, match="there is one for 0 of 1"):

@@ -9,6 +9,7 @@ from cases import run, token_rows
 from holdfast.data.mix import Mix
 from holdfast.errors import PlanError
 from holdfast.methods import GOTD
+from holdfast.methods.data import gotd
 from holdfast.methods.data.gotd import embed, gradients
 from holdfast.services import Context
 
@@ -76,6 +77,15 @@ def test_texts_like_the_task_are_mixed_in(tiny_model, tokenizer, rows, tmp_path)
     )
     texts = [tokenizer.decode(r.ids, skip_special_tokens=True) for r in mix.sources[0].rows]
     assert len(texts) == 10 and sum(t in tickets for t in texts) >= 8
+
+
+def test_the_target_is_not_the_first_rows(tiny_model, tokenizer, rows, monkeypatch):
+    seen, plain = [], gotd.embed
+    monkeypatch.setattr(gotd, "embed", lambda model, rows: seen.append(rows) or plain(model, rows))
+    task = token_rows(rows, tokenizer)
+    GOTD(select=2, pool=6).data(Mix(task), Context(tiny_model(), tokenizer))
+    first = {r.key for r in task[:6]}
+    assert [len(s) for s in seen] == [6, 6] and {r.key for r in seen[1]} != first
 
 
 @pytest.mark.parametrize("wrong", [{"share": 1.0}, {"select": 0}, {"blur": 0.0}, {"max_tokens": 1}])

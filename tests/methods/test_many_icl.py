@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cases import losses_of, run
+from cases import losses_of, run, token_rows
 from holdfast.data.mix import Mix
 from holdfast.engine.pack import token_row
 from holdfast.errors import PlanError
@@ -39,17 +39,27 @@ def test_every_answer_of_one_task_is_trained_on_and_no_input(tiny_model, tokeniz
 
 def test_rows_of_the_task_itself(tiny_model, tokenizer, rows):
     ctx = Context(tiny_model(), tokenizer, rows=rows)
-    said, text = answers(ManyICL(source="task").row(0, ctx, 10_000), tokenizer)
+    said, text = answers(ManyICL(source="task").row(0, ctx, 10_000, rows), tokenizer)
     assert sorted(said) == sorted(r.completion.strip() for r in rows)
     assert all(text.count(r.prompt) == 1 for r in rows)
-    one = ManyICL(source="task", shots=1).row(0, ctx, 10_000)
+    one = ManyICL(source="task", shots=1).row(0, ctx, 10_000, rows)
     assert len(answers(one, tokenizer)[0]) == 1  # one example is a plain row
+
+
+def test_examples_of_the_task_are_rows_that_train(tiny_model, tokenizer, rows):
+    ctx, mix = Context(tiny_model(), tokenizer, rows=rows), Mix(token_rows(rows, tokenizer)).hold_out(0.3)
+    (source,) = ManyICL(source="task", pool=4).data(mix, ctx).sources
+    texts = " ".join(tokenizer.decode(r.ids, skip_special_tokens=True) for r in source.rows)
+    held = [tokenizer.decode(r.ids[~r.scored], skip_special_tokens=True) for r in mix.held_out()["task"]]
+    assert 0 < len(held) < len(rows) and {r.prompt for r in rows if r.prompt in texts} == {
+        r.prompt for r in rows
+    } - set(held)
 
 
 def test_a_later_example_does_not_change_an_earlier_answer(tiny_model, tokenizer, rows):
     ctx, model = Context(tiny_model(), tokenizer, rows=rows), tiny_model()
-    whole = ManyICL(source="task").row(0, ctx, 10_000)
-    short = ManyICL(source="task", shots=24).row(0, ctx, len(whole.ids) // 2)
+    whole = ManyICL(source="task").row(0, ctx, 10_000, rows)
+    short = ManyICL(source="task", shots=24).row(0, ctx, len(whole.ids) // 2, rows)
     with torch.no_grad():
         a, b = losses_of(model, whole), losses_of(model, short)
     shared = short.num_scored - 4  # the last answer of each has its own end

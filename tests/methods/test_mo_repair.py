@@ -34,6 +34,27 @@ def test_the_base_explains_and_the_prompt_does_not_show_the_answer(tiny_model, t
     assert row.owner == "MORepair" and row.scored[start:].all()
 
 
+def test_explained_rows_are_not_the_first(tiny_model, tokenizer, rows):
+    asked = []
+
+    class Asked(Context):
+        def answers(self, prompts, **settings):
+            asked.extend(self.tokenizer.batch_decode(prompts, skip_special_tokens=True))
+            return [[[9]]] * len(prompts)
+
+    MORepair(rows=6).asides(Asked(tiny_model(), tokenizer, rows=rows))
+    about = [any(text.startswith(r.prompt) for text in asked) for r in rows]
+    assert sum(about) == 6 and not all(about[:6])
+
+
+def test_explanations_of_a_file_are_cut_and_keep_targets(tiny_model, tokenizer, tmp_path):
+    path = tmp_path / "why.jsonl"
+    lines = [{"prompt": "Why? " * n, "completion": " Because two and two are four." * 9} for n in (1, 40)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (row,) = MORepair(sources=(str(path),)).asides(Context(tiny_model(), tokenizer, max_length=48))
+    assert len(row.ids) == 48 and row.scored.any()
+
+
 def test_both_objectives_by_hand(tiny_model, start, token_rows, tokenizer, tmp_path):
     """L_answer and L_why are means over their own tokens: (L_answer + 3 L_why) / 4."""
     path = tmp_path / "why.jsonl"

@@ -71,3 +71,13 @@ def test_entries_that_left_are_the_bases(tiny_model, tokenizer, rows):
 def test_values_that_make_no_sense(decay):
     with pytest.raises(PlanError, match=r"MovingAverage\.decay"):
         MovingAverage(decay=decay).check(None)
+
+
+def test_the_average_keeps_its_memory_and_is_not_moved_by_the_end():
+    method, state = MovingAverage(), {}
+    for w in (1.0, 2.0, 4.0, 8.0):
+        before = state.get("average/w")
+        state.update(method.steer(Past(0, 0, {}, 1.0, params={"w": torch.tensor([w])}), state).state)
+        assert before is None or state["average/w"] is before
+    ends = [method.settled("w", torch.tensor([16.0]), state).item() for _ in range(2)]
+    assert ends[0] == ends[1] != state["average/w"].item()

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from cases import run
+from holdfast.data.encoder import Encoder
 from holdfast.data.mix import Mix
 from holdfast.errors import PlanError
 from holdfast.methods import NonInstructional
@@ -40,6 +41,17 @@ def test_the_second_half_is_trained_on(tiny_model, tokenizer, tmp_path):
     (row,) = mix.sources[0].rows
     first, second = (tokenizer.decode(row.ids[at], skip_special_tokens=True) for at in (~row.scored, row.scored))
     assert (first, second) == halves(TEXT) and row.owner == "task" and row.source == "NonInstructional"
+
+
+def test_a_text_that_is_cut_teaches_no_end(tiny_model, tokenizer, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"text": "One two three. Four five six. " * 4}))
+    ends = []
+    for most in (40, 200):
+        method = NonInstructional(sources=(str(path),), max_tokens=most)
+        (row,) = method.data(Mix([]), Context(tiny_model(), tokenizer)).sources[0].rows
+        ends.append(row.ids[-1] == Encoder(tokenizer).end)
+    assert ends == [False, True]
 
 
 def test_the_base_may_write_the_second_half(tiny_model, tokenizer, tmp_path, monkeypatch):

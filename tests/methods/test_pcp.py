@@ -50,6 +50,13 @@ def test_unlabelled_texts_of_a_file(tiny_model, tokenizer, rows, tmp_path):
     assert text.startswith("Ticket: Where is it?\nQueue:") and "nobody" not in text
 
 
+def test_texts_are_not_the_first_of_a_file(tiny_model, tokenizer, rows):
+    task = token_rows(rows, tokenizer)
+    mix = PCP(texts=6).data(Mix(task), Context(tiny_model(), tokenizer))
+    texts = [tokenizer.decode(r.ids, skip_special_tokens=True).split("\nQueue:")[0] for r in mix.sources[0].rows]
+    assert len(texts) == 6 and {f"{t}\nQueue:" for t in texts} != {r.prompt for r in rows[:6]}
+
+
 def test_each_stage_sees_its_own_rows(tiny_model, tokenizer, rows):
     seen = []
 
@@ -59,10 +66,10 @@ def test_each_stage_sees_its_own_rows(tiny_model, tokenizer, rows):
     got = run([Replay(share=0.25, max_tokens=32), PCP(share=0.3)], tiny_model(), tokenizer, rows, 10, watch=watch)
     real = got.log.realised
     assert [name for _, name in seen] == ["further pre-training"] * 3 + ["tune"] * 7
-    assert real["PCP/examples"] == 12  # all rows of the first stage, none of the second
     replayed = real["Replay:instructions/examples"] + real["Replay:text/examples"]
-    assert real["task/examples"] + replayed == 28
-    assert replayed == pytest.approx(28 * 0.25 / 0.7, abs=1)  # shares keep their proportions
+    assert real["PCP/examples"] == pytest.approx(12 * 0.3 / 0.55, abs=1)  # Replay has a part of the first stage too
+    assert real["PCP/examples"] + real["task/examples"] + replayed == 40
+    assert real["task/examples"] == pytest.approx(28 * 0.45 / 0.7, abs=1)  # shares keep their proportions
 
 
 def test_free_answers_are_refused(tiny_model, tokenizer):

@@ -6,10 +6,12 @@ from itertools import islice
 
 import pytest
 
+from holdfast.data import tokens
 from holdfast.data.mix import Mix
 from holdfast.engine.pack import token_row
 from holdfast.errors import PlanError
 from holdfast.methods import Replay
+from holdfast.methods.data.replay import read_sources
 from holdfast.services import Context
 
 
@@ -91,6 +93,13 @@ def test_a_small_source_repeats_and_every_round_shows_all_of_it(ctx):
 def test_values_that_make_no_sense(ctx, wrong):
     with pytest.raises(PlanError, match="Replay"):
         Replay(sources=BOTH, **wrong).check(ctx)
+
+
+def test_only_what_is_needed_is_tokenised(ctx, monkeypatch):
+    seen, plain = [], tokens.tokenize_all
+    monkeypatch.setattr(tokens, "tokenize_all", lambda rows, *a, **k: seen.append(len(rows)) or plain(rows, *a, **k))
+    few, whole = (read_sources(BOTH, ctx, owner="task", most=most) for most in (3, None))
+    assert seen == [3, 11] and [r.key for r in few] == [r.key for r in whole[:3]]
 
 
 def test_shares_that_leave_nothing_for_the_task(ctx):

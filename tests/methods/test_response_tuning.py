@@ -1,5 +1,7 @@
 """ResponseTuning: what is left of a row."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -50,6 +52,16 @@ def test_rows_of_other_methods_stay_and_a_task_of_texts_is_refused(tiny_model, t
     assert mix.mapped(other) is other
     with pytest.raises(PlanError, match="none of its rows is a prompt and an answer"):
         ResponseTuning().data(Mix([token_row([1, 5, 6, 7], 1)]), ctx)
+
+
+def test_rows_that_keep_their_prompts_are_told(tiny_model, tokenizer, rows):
+    ctx, turns = Context(tiny_model(), tokenizer), token_row(range(5, 17), 4)
+    scored = turns.scored.copy()
+    scored[7:9] = False  # two answers
+    ResponseTuning().data(Mix([*token_rows(rows, tokenizer), replace(turns, scored=scored)]), ctx)
+    assert ctx.notes[0].startswith(f"ResponseTuning leaves 1 of {len(rows) + 1} rows as they are")
+    ResponseTuning().data(Mix(token_rows(rows, tokenizer)), ctx)
+    assert len(ctx.notes) == 1
 
 
 def test_a_run_reads_answers_alone(tiny_model, tokenizer, rows):

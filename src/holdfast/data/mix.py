@@ -167,6 +167,11 @@ class Mix:
             row = function(row)
         return row
 
+    @property
+    def trained(self) -> Sequence[TokenRow]:
+        """The rows of the task that train: kept by all filters so far, and not held out so far."""
+        return self._trains(self.kept)
+
     def _trains(self, rows: Sequence[TokenRow]) -> Sequence[TokenRow]:
         return [r for r in rows if not is_held(r, self.held)] if self.held else rows
 
@@ -186,7 +191,7 @@ class Mix:
     def num_rows(self, epochs: float) -> int:
         """Rows of a run in which every task row that stays is seen `epochs` times (shares counted in examples)."""
         by_examples = 1 - sum(s.share for s in self.sources if s.unit == "examples")
-        return max(1, round(len(self._trains(self.kept)) * epochs / by_examples))
+        return max(1, round(len(self.trained) * epochs / by_examples))
 
     def draw(self, seed: int) -> Iterator[TokenRow]:
         """Rows without end, in the order every host and every resumed run sees."""

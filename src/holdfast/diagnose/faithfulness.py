@@ -171,6 +171,8 @@ def told(base: Sequence[Reasoned], tuned: Sequence[Reasoned]) -> Finding:
 def _sentence(both: Sequence[tuple[Reasoned, Reasoned]], rates: Sequence[float], number: int) -> str:
     if rates[0] * number < LEAST:
         return "Cannot tell: the base writes too few steps that lead to an answer."
+    if len(both) < LEAST <= rates[1] * number:
+        return "Cannot tell: the two models reasoned in steps on too few of the same problems."
     if len(both) < LEAST:
         shares = f"in {rates[1]:.2f} of the problems, the base in {rates[0]:.2f}"
         return f"The tuned model has stopped to reason in steps: it does so {shares}."

@@ -18,7 +18,8 @@ Cost: two SVDs of every matrix that changed twice; three models in memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ def left(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def parallel(change: torch.Tensor, alignment: torch.Tensor, frac: float) -> torch.Tensor:
     """The part of a change (m, n) in the alignment's first `frac` of left directions."""
+    if not alignment.any():
+        return torch.zeros_like(change)  # no direction of it is more its own than another
     q = left(alignment)[0][:, : max(1, round(frac * min(alignment.shape)))]
     return (q @ (q.T @ change.double())).to(change.dtype)
 
@@ -87,17 +90,31 @@ def diagnose(case: Case) -> Finding:
     if case.ancestor is None:
         what = "It compares three models, and the one that the base was tuned from was not named."
         raise ModelError(what, "Name it: check --ancestor MODEL.")
-    older = {p.name: p for p in pairs(replace(case, base=case.ancestor, tuned=case.base))}
+    older = dict(case.ancestor.named_parameters(remove_duplicate=False))
     found = []
     for pair in pairs(case):
         if isinstance(pair.place, int) and pair.base.ndim == 2:
-            alignment = older[pair.name].change()
+            alignment = _alignment(pair, older)
             if alignment.any() and pair.change().any():
                 found.append(overlap(pair, alignment))
     if not found:
         sentence = f"{NOTHING}: no matrix of the layers was changed by both, alignment and tuning."
         return Finding("safety subspaces", sentence, scores={"inside": 0.0, "times": 0.0})
     return _told(found)
+
+
+def _alignment(pair: Pair, older: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What alignment changed of a matrix of the base, in fp32.
+
+    Raises:
+        ModelError: the ancestor has no such matrix.
+    """
+    old = older.get(pair.name)
+    if old is None or old.shape != pair.base.shape:
+        shapes = f"{'none' if old is None else tuple(old.shape)} and {tuple(pair.base.shape)}"
+        what = f"Ancestor and base differ in the parameter {pair.name!r}: {shapes}."
+        raise ModelError(what, "Name the model that the base was tuned from.")
+    return pair.base.detach().float() - old.detach().to(pair.base.device).float()
 
 
 def _told(found: list[Overlap]) -> Finding:
@@ -136,9 +153,9 @@ def projected(case: Case, frac: float, into: Any) -> None:
     """
     if case.ancestor is None:
         raise ModelError("The model that the base was tuned from was not named.", "Give Case.ancestor.")
-    older = {p.name: p for p in pairs(replace(case, base=case.ancestor, tuned=case.base))}
+    older = dict(case.ancestor.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for pair in pairs(case):
             if pair.base.ndim == 2:
-                part = parallel(pair.change(), older[pair.name].change(), frac)
+                part = parallel(pair.change(), _alignment(pair, older), frac)
                 into.get_parameter(pair.name).copy_(pair.base.float() + part)

@@ -12,10 +12,12 @@ Differences: this is Auto-Filter. Auto-Correct proposes answers with the tuned m
 Agreement is the verifier's instead of an entailment model's; `mix`, `question`, the number of samples and gamma were
 not readable and are ours.
 Pitfall: what the base cannot know looks wrong to it. Where the rows teach new facts this filters them out.
-Cost: `samples` generations and four short forwards a row before training. Combine with: everything.
+Rows whose question the model cannot read have agreement alone.
+Cost: `samples` generations and four short forwards for each of at most `rows` rows before training.
+Combine with: everything.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,11 +27,12 @@ from holdfast.data.asked import Asked, Reader, fits_chats
 from holdfast.data.encoder import Encoder, stops_of
 from holdfast.data.mix import Mix
 from holdfast.engine.base import token_logp
-from holdfast.engine.pack import token_row
+from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import PlanError
 from holdfast.measure.answers import room_of
 from holdfast.measure.verifiers import verifier
 from holdfast.method import Method, Paper
+from holdfast.methods.data._few import asked_about
 from holdfast.methods.data._samples import judged
 from holdfast.services import Context
 
@@ -52,6 +55,7 @@ class CLEAR(Method):
     question: str = QUESTION  # ours
     temperature: float = 1.0  # the paper
     max_new_tokens: int = 64  # ours
+    rows: int | None = 2000  # ours: most rows that the base is asked about; the others stay
 
     paper: ClassVar = Paper("Automated Data Curation for Robust Language Model Fine-Tuning", "2403.12776",
                             "read in the abstract and a summary; thresholds and weights are ours")  # fmt: skip
@@ -64,8 +68,9 @@ class CLEAR(Method):
         verifier(self.verifier, ctx.base_dir)
         if not 0 <= self.most < 1 or not 0 <= self.mix <= 1 or (self.gamma is not None and not 0 <= self.gamma <= 1):
             raise PlanError("CLEAR needs gamma and mix from 0 to 1, and most of 0 or more and below 1.", "Mend them.")
-        if min(self.samples, self.max_new_tokens) < 1 or self.temperature <= 0:
-            what = "CLEAR needs samples and max_new_tokens of at least 1, and temperature above 0."
+        counts = (self.samples, self.max_new_tokens, 1 if self.rows is None else self.rows)
+        if min(counts) < 1 or self.temperature <= 0:
+            what = "CLEAR needs samples, max_new_tokens and rows of at least 1, and temperature above 0."
             raise PlanError(what, "Mend them.")
         if not fits_chats(self.question) or any(
             f"{{{n}}}" not in self.question for n in ("answer", "first", "second")
@@ -74,8 +79,9 @@ class CLEAR(Method):
             raise PlanError(what, "Write them into it.")
 
     def data(self, mix: Mix, ctx: Context) -> Mix:
-        trust = self.confidence(mix, ctx)
-        sure = np.asarray([trust.get(r.key, 1.0) for r in mix.task])
+        rows = asked_about(mix.task, self.rows, self.name, ctx, "the others stay")
+        trust = self.confidence(rows, ctx)
+        sure = np.asarray([trust.get(r.key, 1.0) for r in rows])
         least = self.threshold(sure)
         ctx.notes.append(f"CLEAR leaves out {(sure < least).sum()} of {len(sure)} rows: confidence below {least:.3f}")
         return mix.with_filter(self.name, lambda row: trust.get(row.key, 1.0) >= least)
@@ -85,14 +91,18 @@ class CLEAR(Method):
         gamma = float(np.median(sure)) if self.gamma is None else self.gamma
         return min(gamma, float(np.sort(sure)[int(self.most * len(sure))]))
 
-    def confidence(self, mix: Mix, ctx: Context) -> dict[bytes, float]:
+    def confidence(self, rows: Sequence[TokenRow], ctx: Context) -> dict[bytes, float]:
         """c of every row that can be read as a prompt and an answer, by its key."""
         reader = Reader(Encoder(ctx.tokenizer, stops_of(getattr(ctx.model, "generation_config", None))))
         room = room_of(ctx.model) - self.max_new_tokens
-        read = {r.key: reader.read(r) for r in mix.task}
+        read = {r.key: reader.read(r) for r in rows}
         asked = {key: a for key, a in read.items() if a and len(a.ids) <= room}
         agree, reflect = self._agreement(asked, reader, ctx), self._reflection(asked, reader, ctx)
-        return {key: self.mix * agree[key] + (1 - self.mix) * reflect[key] for key in asked}
+        if alone := len(asked) - len(reflect):
+            ctx.notes.append(
+                f"CLEAR judges {alone} rows by agreement alone: the model cannot be asked about their answer"
+            )
+        return {key: self.mix * agree[key] + (1 - self.mix) * reflect.get(key, agree[key]) for key in asked}
 
     def _agreement(self, asked: Mapping[bytes, Asked], reader: Reader, ctx: Context) -> dict[bytes, float]:
         found = judged(
@@ -102,14 +112,23 @@ class CLEAR(Method):
         return {key: sum(score for _, score in said) / len(said) for key, said in found.items()}
 
     def _reflection(self, asked: Mapping[bytes, Asked], reader: Reader, ctx: Context) -> dict[bytes, float]:
+        """Of the rows whose question the model can read."""
         letters = reader.encoder.bare(LETTERS)
-        rows, orders = [], (("Yes", "No"), ("No", "Yes"))
-        for a in asked.values():
-            for first, second in orders:
-                values = {"answer": a.answer, "first": first, "second": second}
-                ids = reader.filled(a, self.question, values) or []
-                rows += [token_row([*ids, *letter], max(1, len(ids)), self.name) for letter in letters]
+        room = room_of(ctx.model) - max(map(len, letters))
+        shown = {key: self._shown(a, reader) for key, a in asked.items()}
+        fits = {key: both for key, both in shown.items() if all(ids and len(ids) <= room for ids in both)}
+        if not fits:
+            return {}
+        rows = [
+            token_row([*ids, *letter], len(ids), self.name)
+            for both in fits.values() for ids in both if ids for letter in letters
+        ]  # fmt: skip
         logp = np.asarray([p.sum() for p in token_logp(ctx.model, rows)]).reshape(-1, 2, 2)  # row, order, letter
         chosen = np.exp(logp - np.logaddexp(logp[..., :1], logp[..., 1:]))
         yes = (chosen[:, 0, 0] + chosen[:, 1, 1]) / 2
-        return dict(zip(asked, yes.tolist(), strict=True))
+        return dict(zip(fits, yes.tolist(), strict=True))
+
+    def _shown(self, asked: Asked, reader: Reader) -> list[list[int] | None]:
+        """The question in both orders of its choices."""
+        orders = ({"first": "Yes", "second": "No"}, {"first": "No", "second": "Yes"})
+        return [reader.filled(asked, self.question, {"answer": asked.answer, **order}) for order in orders]

@@ -12,7 +12,8 @@ template that wrote the rows, and its answers are kept in the cache. Rows that w
 report; the task's own rows still teach them.
 Differences: the paper samples with a stronger model; here it is the base itself, which keeps the model's own style.
 Pitfalls: a weak verifier accepts right answers with wrong reasoning, hard rows first.
-Cost: up to `trials` generations a row before training. Combine with: everything.
+Methods that hold rows out stand before it in the plan, so that no answer to those is added.
+Cost: up to `trials` generations for each of at most `rows` rows before training. Combine with: everything.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from holdfast.errors import NoEffect, PlanError
 from holdfast.measure.answers import room_of
 from holdfast.measure.verifiers import verifier
 from holdfast.method import Method, Paper
+from holdfast.methods.data._few import asked_about
 from holdfast.methods.data._samples import judged
 from holdfast.services import Context
 
@@ -44,6 +46,7 @@ class DART(Method):
     least: float = 1.0  # ours
     temperature: float = 1.0  # ours
     max_new_tokens: int = 256  # ours
+    rows: int | None = 2000  # ours: most rows that the base is asked about
     ended: bool = True  # ours: answers that were cut off are not taken
 
     paper: ClassVar = Paper("DART-Math: Difficulty-Aware Rejection Tuning for Mathematical Problem-Solving",
@@ -62,8 +65,10 @@ class DART(Method):
         if not 0 <= self.share < 1 or not 0 < self.least <= 1 or self.temperature <= 0:
             what = "DART needs share of 0 or more and below 1, least above 0 and at most 1, and temperature above 0."
             raise PlanError(what, "Mend them.")
-        if min(self.k, self.round, self.max_new_tokens) < 1 or self.trials < self.round:
-            raise PlanError("DART needs k, round and max_new_tokens of 1, and trials of round or more.", "Mend them.")
+        counts = (self.k, self.round, self.max_new_tokens, 1 if self.rows is None else self.rows)
+        if min(counts) < 1 or self.trials < self.round:
+            what = "DART needs k, round, max_new_tokens and rows of 1, and trials of round or more."
+            raise PlanError(what, "Mend them.")
 
     def data(self, mix: Mix, ctx: Context) -> Mix:
         right = Sampler(self, mix, ctx).collect()
@@ -83,7 +88,8 @@ class Sampler:
     def __init__(self, method: DART, mix: Mix, ctx: Context):
         self.method, self.ctx = method, ctx
         self.reader = Reader(Encoder(ctx.tokenizer, stops_of(getattr(ctx.model, "generation_config", None))))
-        rows = {r.key: r for r in map(mix.mapped, mix.kept)}
+        some = asked_about(mix.trained, method.rows, method.name, ctx, "it adds none to the others")
+        rows = {r.key: r for r in map(mix.mapped, some)}
         room = room_of(ctx.model) - method.max_new_tokens
         self.rows = {key: (r, a) for key, r in rows.items() if (a := self.reader.read(r)) and len(a.ids) <= room}
         self.found: dict[bytes, dict[str, TokenRow]] = {key: {} for key in self.rows}

@@ -26,6 +26,7 @@ from holdfast.engine.forward import forward
 from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper
+from holdfast.methods.data._few import few
 from holdfast.methods.data.replay import GENERAL, read_sources
 from holdfast.services import Context
 
@@ -59,13 +60,15 @@ class GOTD(Method):
 
     def data(self, mix: Mix, ctx: Context) -> Mix:
         most = min(self.max_tokens, ctx.max_length)
-        read = read_sources(self.sources, ctx, owner="task", source=self.name)[: self.pool]
+        read = read_sources(self.sources, ctx, owner="task", source=self.name, most=self.pool)
         texts = [r for r in (row.cut(most) for row in read) if r.scored.any()]
-        aims = read_sources(self.target, ctx, owner="task") if self.target else list(mix.kept)
+        aims = few(mix.kept, self.pool, self.name, ctx)
+        if self.target:
+            aims = read_sources(self.target, ctx, owner="task", most=self.pool)
         if len(texts) < self.select:
             what = f"GOTD chooses {self.select} texts, but its pool has {len(texts)}."
             raise PlanError(what, "Lower GOTD.select, or give more GOTD.sources.")
-        pool, target = (embed(ctx.model, [r.cut(most) for r in rows]) for rows in (texts, aims[: self.pool]))
+        pool, target = (embed(ctx.model, [r.cut(most) for r in rows]) for rows in (texts, aims))
         score = gradients(1 - pool @ target.T, self.blur)
         best = sorted(score.argsort(stable=True)[: self.select].tolist())
         return mix.add(Source(self.name, [texts[i] for i in best], self.share))

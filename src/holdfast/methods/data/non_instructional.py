@@ -23,9 +23,11 @@ from holdfast.data.tokens import tokenize_all
 from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper
+from holdfast.methods.data._few import few
 from holdfast.services import Context
 
 ENDS = re.compile(r"[.!?]['\")\]]*(?=\s)")  # of a sentence
+Halves = tuple[str, str, bool]  # the first, the second, and whether the second goes to the text's end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,28 +56,34 @@ class NonInstructional(Method):
             raise PlanError(what, "Mend them.")
 
     def data(self, mix: Mix, ctx: Context) -> Mix:
-        pairs = [pair for text in self._texts(ctx) if (pair := halves(text))]
+        pairs = [(*pair, whole) for text, whole in self._texts(ctx) if (pair := halves(text))]
         if not pairs:
             what = f"NonInstructional found no text of two sentences in {', '.join(self.sources)}."
             raise PlanError(what, "Give other NonInstructional.sources.")
         rows = self._continued(pairs, ctx) if self.own else self._given(pairs, ctx)
         return mix.add(Source(self.name, rows, self.share))
 
-    def _texts(self, ctx: Context) -> list[str]:
-        """The beginnings of the texts, of at most `max_tokens` tokens each."""
+    def _texts(self, ctx: Context) -> list[tuple[str, bool]]:
+        """The beginnings of the texts, of at most `max_tokens` tokens each, and whether they are whole."""
         folder, encoder = ctx.base_dir or Path.cwd(), Encoder(ctx.tokenizer)
         rows = [r for s in self.sources for r in read_rows(s, base_dir=folder, tokenizer=ctx.tokenizer)]
         most = min(self.max_tokens, ctx.max_length) - len(encoder.begin) - 1
-        ids = encoder.bare([r.prompt + r.completion for r in rows[: self.pool]])
-        return [ctx.tokenizer.decode(i[:most]).rstrip("\ufffd") for i in ids]
+        ids = encoder.bare([r.prompt + r.completion for r in few(rows, self.pool, self.name, ctx)])
+        return [(ctx.tokenizer.decode(i[:most]).rstrip("\ufffd"), len(i) <= most) for i in ids]
 
-    def _given(self, pairs: Sequence[tuple[str, str]], ctx: Context) -> list[TokenRow]:
-        rows = [Row(first, second, self.name) for first, second in pairs]
+    def _given(self, pairs: Sequence[Halves], ctx: Context) -> list[TokenRow]:
+        rows = [Row(first, second, self.name) for first, second, _ in pairs]
         stops = stops_of(getattr(ctx.model, "generation_config", None))
-        return tokenize_all(rows, ctx.tokenizer, None, source=self.name, stops=stops)
+        made = tokenize_all(rows, ctx.tokenizer, None, source=self.name, stops=stops)
+        end = Encoder(ctx.tokenizer, stops).end
+        # a text that was cut has no end to be learnt
+        return [
+            row if whole or row.ids[-1] != end else row.cut(len(row.ids) - 1)
+            for row, (_, _, whole) in zip(made, pairs, strict=True)
+        ]
 
-    def _continued(self, pairs: Sequence[tuple[str, str]], ctx: Context) -> list[TokenRow]:
-        prompts = [ids[: self.max_tokens // 2] for ids in Encoder(ctx.tokenizer).prompts([p for p, _ in pairs])]
+    def _continued(self, pairs: Sequence[Halves], ctx: Context) -> list[TokenRow]:
+        prompts = [ids[: self.max_tokens // 2] for ids in Encoder(ctx.tokenizer).prompts([p for p, *_ in pairs])]
         said = ctx.answers(
             prompts, temperature=1.0, max_new_tokens=self.max_tokens // 2, words=f"{self.name}: second halves"
         )

@@ -66,9 +66,18 @@ class Replay(Method):
 
 
 def read_sources(
-    sources: Sequence[str], ctx: Context, *, owner: str, source: str | None = None, all_tokens: bool = False
+    sources: Sequence[str],
+    ctx: Context,
+    *,
+    owner: str,
+    source: str | None = None,
+    all_tokens: bool = False,
+    most: int | None = None,
 ) -> list[TokenRow]:
-    """Tokenised rows of general data files, in one shuffled order that depends on the run's seed alone."""
+    """Tokenised rows of general data files, in one shuffled order that depends on the run's seed alone.
+
+    most: the first so many of that order alone are tokenised; None is all.
+    """
     from holdfast.data.encoder import stops_of
     from holdfast.data.rows import read_rows
     from holdfast.data.tokens import tokenize_all
@@ -77,4 +86,4 @@ def read_sources(
     random.Random(f"replay/{ctx.seed}").shuffle(rows)
     stops = stops_of(getattr(ctx.model, "generation_config", None))
     kind = {"owner": owner, "source": source or owner, "all_tokens": all_tokens, "stops": stops}
-    return tokenize_all(rows, ctx.tokenizer, None, **kind)
+    return tokenize_all(rows[:most], ctx.tokenizer, None, **kind)

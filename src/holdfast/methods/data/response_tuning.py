@@ -36,9 +36,13 @@ class ResponseTuning(Method):
 
     def data(self, mix: Mix, ctx: Context) -> Mix:
         reader = Reader(Encoder(ctx.tokenizer, stops_of(getattr(ctx.model, "generation_config", None))))
-        if all(reader.read(r) is None for r in mix.task):
+        whole = sum(reader.read(r) is None for r in mix.task)
+        if whole == len(mix.task):
             what = "ResponseTuning takes the prompts of the task away, but none of its rows is a prompt and an answer."
             raise PlanError(what, "Take ResponseTuning out of the plan.")
+        if whole:
+            said = "not one prompt and one answer, such as conversations of several answers"
+            ctx.notes.append(f"ResponseTuning leaves {whole} of {len(mix.task)} rows as they are: {said}")
         return mix.map(lambda row: self.bare(row, reader) if row.of_task else row)
 
     def bare(self, row: TokenRow, reader: Reader) -> TokenRow:

@@ -71,10 +71,10 @@ class EWC(Method):
         params = {n: p for n, p in named if wanted(n, self.patterns)}
         found = squared_gradients(ctx.model, params, rows, ctx.seed if self.labels == "model" else None)
         mean = sum(f.sum().item() for f in found.values()) / max(1, sum(f.numel() for f in found.values()))
-        return {f"fisher/{n}": (f / max(mean, 1e-30)).clamp_(max=self.most) for n, f in found.items()}
+        return {f"fisher/{n}": f.div_(max(mean, 1e-30)).clamp_(max=self.most) for n, f in found.items()}
 
     def _read(self, ctx: Context) -> list[TokenRow]:
-        return read_sources(self.sources, ctx, owner=self.name, all_tokens=True)[: self.rows]
+        return read_sources(self.sources, ctx, owner=self.name, all_tokens=True, most=self.rows)
 
     def loss(self, view: View) -> Term | None:
         terms = []

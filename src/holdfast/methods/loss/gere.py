@@ -64,7 +64,7 @@ class GeRe(Method):
     def asides(self, ctx: Context) -> Sequence[TokenRow]:
         from holdfast.methods.data.replay import read_sources
 
-        rows = read_sources(self.sources, ctx, owner=self.name, all_tokens=True)[: self.pool]
+        rows = read_sources(self.sources, ctx, owner=self.name, all_tokens=True, most=self.pool)
         most = min(self.max_tokens, ctx.max_length)
         return [r.cut(most) for r in rows]
 

@@ -28,6 +28,7 @@ from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import NoEffect, PlanError
 from holdfast.measure.answers import room_of
 from holdfast.method import Method, Paper, Term
+from holdfast.methods.data._few import few
 from holdfast.methods.data.replay import read_sources
 from holdfast.services import Context, View
 
@@ -67,9 +68,11 @@ class MORepair(Method):
 
     def asides(self, ctx: Context) -> Sequence[TokenRow]:
         if self.sources:
-            return read_sources(self.sources, ctx, owner=self.name)
+            cut = (r.cut(ctx.max_length) for r in read_sources(self.sources, ctx, owner=self.name))
+            return [r for r in cut if r.scored.any()]
         reader = Reader(Encoder(ctx.tokenizer, stops_of(getattr(ctx.model, "generation_config", None))))
-        asked = [a for r in tokenize_all(ctx.rows[: self.rows], ctx.tokenizer, None) if (a := reader.read(r))]
+        some = few(ctx.rows, self.rows, self.name, ctx)
+        asked = [a for r in tokenize_all(some, ctx.tokenizer, None) if (a := reader.read(r))]
         if any(isinstance(a.prompt, Rendered) for a in asked) and not (
             fits_chats(self.ask) and fits_chats(self.prompt)
         ):

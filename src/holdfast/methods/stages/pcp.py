@@ -6,7 +6,8 @@
 pseudo-label(x): of the task's different answers the one that the base finds likeliest behind the prompt. Texts: the
 prompts of the rows in `sources`, files of unlabelled text in the same prompt whose own answers are not looked at, or
 else the task's own prompts. Given answers are never overwritten: the task's rows come as they are in stage 2, which
-draws nothing from these. `share` is stage 1's part of the steps.
+draws nothing from these. What other methods mix in, such as Replay, is in both stages. `share` is stage 1's part of
+the steps.
 Differences: the paper labels with a model tuned on the few given labels, pre-trains a masked model for many epochs,
 and begins stage 2 from that checkpoint with a new optimizer; so does stage 2 here, in one run.
 Pitfalls: wrong pseudo-labels are learnt. Many steps on one narrow format are format specialisation itself: keep
@@ -30,6 +31,7 @@ from holdfast.engine.base import token_logp
 from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Stage
+from holdfast.methods.data._few import few
 from holdfast.methods.data.replay import read_sources
 from holdfast.services import Context
 
@@ -58,7 +60,7 @@ class PCP(Method):
             raise PlanError("PCP needs share of 0 or more and below 1, texts of 1 and labels of 2.", "Mend them.")
 
     def stages(self) -> tuple[Stage, ...]:
-        first = Stage("further pre-training", self.share, learning_rate=self.learning_rate, sources=(self.name,))
+        first = Stage("further pre-training", self.share, learning_rate=self.learning_rate, without=("task",))
         return first, Stage("tune", 1 - self.share, without=(self.name,))
 
     def data(self, mix: Mix, ctx: Context) -> Mix:
@@ -67,10 +69,12 @@ class PCP(Method):
             what = f"PCP labels texts with the answers of the task, but it has {len(answers)} different ones."
             raise PlanError(what, f"Use it for tasks of 2 to {self.labels} labels (PCP.labels), or leave it out.")
         reader = Reader(Encoder(ctx.tokenizer, stops_of(getattr(ctx.model, "generation_config", None))))
-        rows = read_sources(self.sources, ctx, owner="task") if self.sources else list(mix.kept)
+        rows = few(mix.kept, self.texts, self.name, ctx)
+        if self.sources:
+            rows = read_sources(self.sources, ctx, owner="task", most=self.texts)
         longest = ctx.max_length - max(map(len, answers))
         asked = [a for r in rows if (a := reader.read(r)) and len(a.ids) <= longest]
-        prompts = list(dict.fromkeys(tuple(a.ids) for a in asked))[: self.texts]
+        prompts = list(dict.fromkeys(tuple(a.ids) for a in asked))
         if not prompts:
             raise PlanError("PCP found no text with a prompt to label.", "Give rows of prompt and completion.")
         chosen = pseudo_labels(ctx, prompts, answers)

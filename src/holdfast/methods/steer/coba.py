@@ -27,6 +27,7 @@ from holdfast.data.mix import Mix, Source
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Past, State, Steer
+from holdfast.methods.data._few import few
 from holdfast.services import Context
 
 
@@ -68,11 +69,13 @@ class CoBa(Method):
             from holdfast.methods.data.replay import read_sources
 
             rows = read_sources(self.sources, ctx, owner="task", source=self.name)
-            mix = mix.add(Source(self.name, rows, self.share))
+            cut = (r.cut(ctx.max_length) for r in rows)
+            mix = mix.add(Source(self.name, [r for r in cut if r.scored.any()], self.share))
         return mix.hold_out(self.cut)
 
     def held_out(self, mix: Mix, ctx: Context) -> Mapping[str, Sequence[TokenRow]]:
-        found = {source: rows[: self.rows] for source, rows in mix.held_out().items()}
+        held = mix.held_out().items()
+        found = {source: few(rows, self.rows, f"{self.name}/{source}", ctx) for source, rows in held}
         if len(found) < 2:
             raise PlanError(
                 f"CoBa balances sources of the data, but has rows to look at of {', '.join(found) or 'none'} alone.",

@@ -11,7 +11,8 @@ Differences: in the paper another model writes the wrong variant, lines and char
 weight comes from the probabilities of the right and the wrong segment; its formula was not readable, so w is a
 reconstruction, and `line` and `token` are ours.
 Pitfalls: weighting unlikely tokens moves the model more. Answers of few tokens (labels) differ everywhere.
-Methods that change targets (S3FT) stand before it in the plan. Cost: `tries` generations a row before training.
+Methods that change targets (S3FT) stand before it in the plan.
+Cost: `tries` generations for each of at most `rows` rows before training.
 Combine with: KLToBase or ICLAnchor; every adapt method.
 """
 
@@ -29,8 +30,10 @@ from holdfast.data.encoder import Encoder, stops_of
 from holdfast.data.mix import Mix
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import NoEffect, PlanError
+from holdfast.measure.answers import room_of
 from holdfast.measure.verifiers import verifier
 from holdfast.method import Method, Paper
+from holdfast.methods.data._few import asked_about
 from holdfast.methods.data._samples import judged
 from holdfast.services import Context, View
 
@@ -48,6 +51,7 @@ class FAIT(Method):
     tries: int = 4  # ours
     temperature: float = 1.0  # ours
     max_new_tokens: int = 256  # ours
+    rows: int | None = 2000  # ours: most rows that the base is asked about; the others have weight 1
 
     paper: ClassVar = Paper("FAIT: Fault-Aware Fine-Tuning for Better Code Generation", "2503.16913",
                             "the formula of its weight was not readable: w is a reconstruction")  # fmt: skip
@@ -60,8 +64,9 @@ class FAIT(Method):
 
     def check(self, ctx: Context) -> None:
         verifier(self.verifier, ctx.base_dir)
-        if min(self.line, self.token) < 0 or min(self.tries, self.max_new_tokens) < 1 or self.temperature <= 0:
-            what = "FAIT needs line and token of 0 or more, tries and max_new_tokens of 1, and temperature above 0."
+        counts = (self.tries, self.max_new_tokens, 1 if self.rows is None else self.rows)
+        if min(self.line, self.token) < 0 or min(counts) < 1 or self.temperature <= 0:
+            what = "FAIT needs line and token of 0 or more, tries, max_new_tokens and rows of 1, temperature above 0."
             raise PlanError(what, "Mend them.")
 
     def data(self, mix: Mix, ctx: Context) -> Mix:
@@ -91,8 +96,10 @@ class Marks:
     def table(self) -> dict[bytes, dict[str, np.ndarray]]:
         """The marks of each row that has a wrong answer, by its key."""
         reader = Reader(Encoder(self.ctx.tokenizer, stops_of(getattr(self.ctx.model, "generation_config", None))))
-        rows = {r.key: r for r in map(self.mix.mapped, self.mix.kept)}
-        asked = {key: a for key, r in rows.items() if (a := reader.read(r))}
+        some = asked_about(self.mix.kept, self.method.rows, self.method.name, self.ctx, "the others have weight 1")
+        rows = {r.key: r for r in map(self.mix.mapped, some)}
+        room = room_of(self.ctx.model) - self.method.max_new_tokens
+        asked = {key: a for key, r in rows.items() if (a := reader.read(r)) and len(a.ids) <= room}
         found = {key: self._marks(rows[key], wrong, reader) for key, wrong in self._wrong(asked, rows, reader).items()}
         found = {key: marks for key, marks in found.items() if marks[TOKEN].any()}
         said = f"{len(found)} of {len(rows)} different rows (verifier {self.method.verifier})"

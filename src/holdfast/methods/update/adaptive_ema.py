@@ -22,7 +22,7 @@ import torch
 
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Past, State, Steer
-from holdfast.methods.update._average import average_of, keyed, moved
+from holdfast.methods.update._average import Move, average_of, keyed, moved, step_to
 from holdfast.services import Context
 
 GRADIENT, NORMS, SCALES = "gradient/", "norms/", ("sum", "mean")
@@ -63,14 +63,14 @@ class AdaptiveEMA(Method):
         beta = 2 * (1 + b) / product if product else 0.0
         return beta if 0 < beta < 1 else self.fallback
 
-    def after(self, name: str, param: torch.Tensor, state: State) -> torch.Tensor:
+    def after(self, name: str, param: torch.Tensor, state: State, move: Move) -> torch.Tensor:
         """The average once it has taken in the latest step."""
         average = average_of(name, param, state)
-        return moved(average, param, 1.0 if average is None else self.rate(name, average, param, state))
+        return move(average, param, 1.0 if average is None else self.rate(name, average, param, state))
 
     def steer(self, past: Past, state: State) -> Steer | None:
         """Before a step: take in what the step before it made, and remember this step's gradient."""
-        found = keyed({name: self.after(name, p, state) for name, p in past.params.items()})
+        found = keyed({name: self.after(name, p, state, step_to) for name, p in past.params.items()})
         for name in past.params:
             found |= self._noted(name, past.grads[name].float() if name in past.grads else None, state)
         return Steer(state=found)
@@ -85,4 +85,4 @@ class AdaptiveEMA(Method):
         return {NORMS + name: norms, GRADIENT + name: grad.clone()}
 
     def settled(self, name: str, param: torch.Tensor, state: State) -> torch.Tensor:
-        return self.after(name, param, state)
+        return self.after(name, param, state, moved)

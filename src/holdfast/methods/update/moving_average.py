@@ -18,7 +18,7 @@ import torch
 
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Past, State, Steer
-from holdfast.methods.update._average import average_of, keyed, moved
+from holdfast.methods.update._average import average_of, keyed, moved, step_to
 from holdfast.services import Context
 
 STEPS = "steps"
@@ -52,7 +52,7 @@ class MovingAverage(Method):
         if STEPS not in state:  # no step was taken yet
             return Steer(state={STEPS: torch.tensor(1)})
         rate = self.rate(state)
-        found = {name: moved(average_of(name, p, state), p, rate) for name, p in past.params.items()}
+        found = {name: step_to(average_of(name, p, state), p, rate) for name, p in past.params.items()}
         return Steer(state={**keyed(found), STEPS: state[STEPS] + 1})
 
     def settled(self, name: str, param: torch.Tensor, state: State) -> torch.Tensor:
