@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -1286,3 +1286,19 @@ CASES = (
     Case(hf.WiSEFT(alpha=0.5), line_holds(lambda m, _n: m.alpha), off=(hf.WiSEFT(alpha=1.0),), no_zero=NO_TERM),
 )
 BY_NAME = {c.name: c for c in CASES}
+
+
+def _standing() -> frozenset[str]:
+    """One method for each set of sites, and those of the default plan: what several processes, both hosts and every
+    kind of model do with a method depends on its sites. `make test-long` tries all."""
+    found = {(c.method.sites(), c.method.wraps): c.name for c in reversed(CASES)}
+    return frozenset({*found.values(), "LoRA", "ICLAnchor", "KLToBase"})
+
+
+STANDING = _standing()
+
+
+def stands(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test: plans by name; a method for which another one stands is a long test."""
+    behind = BY_NAME.keys() - STANDING
+    return [pytest.param(n, marks=[pytest.mark.long] if n in behind else []) for n in names]

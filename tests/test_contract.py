@@ -9,7 +9,7 @@ import torch
 import yaml
 
 import holdfast
-from cases import BY_NAME, CASES, GENERAL, HOST, Seen, run, same, start, token_rows, weights_of
+from cases import BY_NAME, CASES, GENERAL, HOST, STANDING, Seen, run, same, start, token_rows, weights_of
 from holdfast import methods as hf
 from holdfast import models
 from holdfast.data.mix import Mix, Source
@@ -324,10 +324,21 @@ def test_9_nothing_else_moved(case, tiny_model, tokenizer, rows):
 # ---- 10 bf16, tied embeddings, grouped-query attention, LoRA
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("lora", [False, True], ids=["dense", "lora"])
-@each
-def test_10_finite_in_bf16(case, lora, tied, tiny_model, tokenizer, rows):
+def quick_first(names, kinds):
+    """Every name with every kind; of a method for which another one stands all but the first kind are long tests."""
+    late = {(n, k) for n in BY_NAME.keys() - STANDING for k in kinds[1:]}
+    return [
+        pytest.param(n, k, id=f"{n}-{k}", marks=[pytest.mark.long] if (n, k) in late else [])
+        for n in names
+        for k in kinds
+    ]
+
+
+@pytest.mark.parametrize(
+    "name, kind", quick_first(BY_NAME, ("dense tied", "dense untied", "lora tied", "lora untied"))
+)
+def test_10_finite_in_bf16(name, kind, tiny_model, tokenizer, rows):
+    case, lora, tied = BY_NAME[name], "lora" in kind, "untied" not in kind
     if lora and orders(hf.LoRA(), case.method) == []:
         pytest.skip("the planner refuses this pair; test_pairs.py holds the words")
     methods = [hf.LoRA(r=4), case.method] if lora else [case.method]
@@ -360,8 +371,11 @@ def test_10_small_steps_survive_bf16(tiny_model, tokenizer, rows):
 # ---- 11 distances are 0 at the base
 
 
-ZEROS = [c for c in CASES if c.zero_at_base]
-MORE = [hf.KLToBase(direction="reverse"), hf.KLToBase(on="replay", sources=(GENERAL,)), hf.ICLAnchor(pool=4)]
+ZEROS = {c.name: c.method for c in CASES if c.zero_at_base} | {
+    "reverse KL": hf.KLToBase(direction="reverse"),
+    "KL on replay": hf.KLToBase(on="replay", sources=(GENERAL,)),
+    "four anchors": hf.ICLAnchor(pool=4),
+}
 
 
 @torch.no_grad()
@@ -372,10 +386,10 @@ def shake(session):
         p += 0.05 * torch.randn(p.shape, generator=draw)
 
 
-@pytest.mark.parametrize("on", ["dense", "lora", "unknown rows", "unknown rows, lora"])
-@pytest.mark.parametrize("method", [*[c.method for c in ZEROS], *MORE], ids=lambda m: repr(m)[:50])
-def test_11_distance_is_0_at_the_base(method, on, tiny_model, tokenizer, rows):
+@pytest.mark.parametrize("name, on", quick_first(ZEROS, ("dense", "lora", "unknown rows", "unknown rows, lora")))
+def test_11_distance_is_0_at_the_base(name, on, tiny_model, tokenizer, rows):
     """With stored answers, with a frozen copy and with the adapter switched off."""
+    method = ZEROS[name]
     if "lora" in on and method.wraps:
         pytest.skip("the planner refuses two wrappers; test_pairs.py holds the words")
     extra = [NO_DROPOUT] if "lora" in on else []

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cases import CASES, run
+from cases import CASES, run, stands
 from holdfast import methods as hf
 from holdfast import services
 from holdfast.engine.processes import first, start, world
@@ -148,7 +148,7 @@ def distance(folder: Path, name: str, result: Any) -> float:
     return max((first[n] - w).abs().max().item() for n, w in one.items())
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", stands(PLANS))
 def test_two_processes_give_the_weights_of_one(name, ran):
     folder, facts = ran
     one = tuned(PLANS[name])
