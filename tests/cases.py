@@ -1298,7 +1298,16 @@ def _standing() -> frozenset[str]:
 STANDING = _standing()
 
 
+def late(name: str) -> list[Any]:
+    """Marks of a test of a method (or a plan) that is long where another one stands for it."""
+    return [pytest.mark.long] if name in BY_NAME.keys() - STANDING else []
+
+
 def stands(names: Iterable[str]) -> list[Any]:
-    """Parameters of a test: plans by name; a method for which another one stands is a long test."""
-    behind = BY_NAME.keys() - STANDING
-    return [pytest.param(n, marks=[pytest.mark.long] if n in behind else []) for n in names]
+    """Parameters of such a test: plans by name."""
+    return [pytest.param(n, marks=late(n)) for n in names]
+
+
+def cases_that_stand(cases: Iterable[Case] = CASES) -> list[Any]:
+    """The same, rows of the contract."""
+    return [pytest.param(c, id=c.name, marks=late(c.name)) for c in cases]

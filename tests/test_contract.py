@@ -9,7 +9,7 @@ import torch
 import yaml
 
 import holdfast
-from cases import BY_NAME, CASES, GENERAL, HOST, STANDING, Seen, run, same, start, token_rows, weights_of
+from cases import BY_NAME, CASES, GENERAL, HOST, Seen, cases_that_stand, late, run, same, start, token_rows, weights_of
 from holdfast import methods as hf
 from holdfast import models
 from holdfast.data.mix import Mix, Source
@@ -25,6 +25,7 @@ from holdfast.session import Session
 from pairs import orders
 
 each = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+standing = pytest.mark.parametrize("case", cases_that_stand())
 HARD = {"weight_decay": 0.1, "max_grad_norm": 1.0, "learning_rate": 2e-3}
 
 
@@ -97,7 +98,7 @@ def test_3_changes_the_run(case, finished):
         assert case.method.wraps and all(w.isfinite().all() for w in with_it.weights.values())
 
 
-@each
+@standing
 def test_3_defaults_change_the_run(case, tiny_model, tokenizer, rows, finished):
     """As they are, with no setting made easy for the tiny model but the length of what it writes."""
     method = type(case.method)(**case.short)
@@ -114,7 +115,7 @@ def test_3_defaults_change_the_run(case, tiny_model, tokenizer, rows, finished):
 # ---- 4 same seed, same result
 
 
-@each
+@standing
 def test_4_same_seed_same_result(case, tiny_model, tokenizer, rows, finished):
     torch.manual_seed(999)  # what happened before in the process must not matter
     same(run([case.method], tiny_model(), tokenizer, rows, 4), finished(case.method))
@@ -299,7 +300,7 @@ def test_8_the_line_is_exact_on_an_adapter(finished):
         torch.testing.assert_close(value, wanted, rtol=1e-6, atol=1e-8)
 
 
-@each
+@standing
 def test_9_nothing_else_moved(case, tiny_model, tokenizer, rows):
     model, before = tiny_model(), tiny_model()
     words, kept_rows = tokenizer.backend_tokenizer.to_str(), copy.deepcopy(rows)
@@ -326,12 +327,7 @@ def test_9_nothing_else_moved(case, tiny_model, tokenizer, rows):
 
 def quick_first(names, kinds):
     """Every name with every kind; of a method for which another one stands all but the first kind are long tests."""
-    late = {(n, k) for n in BY_NAME.keys() - STANDING for k in kinds[1:]}
-    return [
-        pytest.param(n, k, id=f"{n}-{k}", marks=[pytest.mark.long] if (n, k) in late else [])
-        for n in names
-        for k in kinds
-    ]
+    return [pytest.param(n, k, id=f"{n}-{k}", marks=late(n) if k != kinds[0] else []) for n in names for k in kinds]
 
 
 @pytest.mark.parametrize(
@@ -436,7 +432,7 @@ def base_folder(tiny_model, tokenizer, tmp_path_factory):
     return models.save_model(tiny_model(), tokenizer, tmp_path_factory.mktemp("base") / "model", card=None)
 
 
-@each
+@standing
 def test_12_export_gives_the_same_logits(case, base_folder, tokenizer, rows, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from cases import BY_NAME, CASES, run
+from cases import BY_NAME, CASES, late, run
 from holdfast import methods as hf
 from holdfast.errors import HoldfastError, PlanError
 from holdfast.method import SITES, Method
@@ -75,7 +75,13 @@ def finite_run(pair, model, tokenizer, rows):
     assert all(result.session.effects[m.name] for m in pair)
 
 
-@pytest.mark.parametrize("chosen", CHOSEN, ids=lambda c: c.name)
+def quick(chosen):
+    """A pair of two methods that stand for others; all the chosen ones are long tests."""
+    marks = [mark for m in chosen.pair for mark in late(m.name)][:1]
+    return pytest.param(chosen, id=chosen.name, marks=marks)
+
+
+@pytest.mark.parametrize("chosen", map(quick, CHOSEN))
 def test_13_a_chosen_pair_trains(chosen, tiny_model, tokenizer, rows):
     finite_run(chosen.pair, tiny_model(), tokenizer, rows)
 
