@@ -1,6 +1,7 @@
 """Fixtures over the pieces of `tiny`."""
 
 import copy
+import gc
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and what they start: a thread each, set before torch
@@ -28,6 +29,12 @@ def pytest_xdist_make_scheduler(config, log):
             return nodeid if file.endswith(APART) else file
 
     return ByFile(config, log)
+
+
+def pytest_collection_finish(session):
+    """What collecting made stays to the end: trainers collect garbage at every start and need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
