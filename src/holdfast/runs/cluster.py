@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -32,7 +33,7 @@ class Cluster:
 
     def __init__(self, most: int):
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before ray is imported
-        import ray
+        ray: Any = import_module("ray")  # by name: type checkers would read all of it
 
         self._ray, self._mine = ray, not ray.is_initialized()
         if self._mine:

@@ -7,6 +7,7 @@ sampler's seed is fixed and every answer of a folder is told again in its turn, 
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -36,8 +37,7 @@ class Search:
     """
 
     def __init__(self, plan: str, seed: int, num: int, has: bool):
-        import optuna
-
+        optuna: Any = import_module("optuna")  # by name: type checkers would read all of it
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         sampler = optuna.samplers.TPESampler(seed=SEED, n_startup_trials=min(10, max(2, num // 2)))
         self._study = optuna.create_study(direction="maximize", sampler=sampler)
