@@ -25,6 +25,7 @@ BASE, KEEP = "smollm2-135m", 0.95
 KINDS = {"full": FULL, "lora": LORA}
 SEARCHES = {
     "default": (),
+    "merges": ("WiSEFT", "LiNeS", "TIES"),  # the default before it healed
     "six": ("WiSEFT", "LiNeS", "TIES", "Breadcrumbs", "DARE", "SLERP"),
     "heal": ("heal",),
 }
@@ -34,7 +35,7 @@ ORDER = [("sst2", 0), ("tickets", 0), ("sst2", 1), ("tickets", 1), ("rte", 0), (
 def wanted() -> list[tuple[str, str, int, str]]:
     """(task, kind, seed, search) in the order of need."""
     cells = [(t, k, s, search) for t, s in ORDER for search in ("default", "heal") for k in KINDS]
-    return cells + [("sst2", k, 0, "six") for k in KINDS]
+    return cells + [("sst2", k, 0, search) for search in ("six", "merges") for k in KINDS]
 
 
 def path_of(task: str, kind: str, seed: int, search: str) -> Path:

@@ -126,10 +126,7 @@ def checked(run: Run) -> Job:
         ask = _ask(run.recipe, tokenizer, task)
         for suite in certain(run.recipe):
             check_suite(suite, ask, longest)
-        if run.bases:
-            model = run.bases.load(run.recipe, source, load)
-        else:
-            model, tokenizer = load(run.recipe, source, merge_adapter=True)
+        model = base_of(run, source)
         check_model(run, source, model, tokenizer, plan)
     session = _session(run, plan, model, tokenizer, task, longest)
     mix = session.mix(task.token_rows, _order(run))
@@ -143,6 +140,13 @@ def checked(run: Run) -> Job:
     check_course(training)
     suites = measured_suites(run.recipe, task.token_rows, steps, ask, longest)
     return Job(run, source, model, tokenizer, task, session, training, rate, mix, suites)
+
+
+def base_of(run: Run, source: models.ModelSource) -> Any:
+    """The base of a run, to be changed at will: a copy of the one that its runs share, or loaded."""
+    if run.bases:
+        return run.bases.load(run.recipe, source, load)
+    return load(run.recipe, source, merge_adapter=True)[0]
 
 
 def load(recipe: Recipe, source: models.ModelSource, *, merge_adapter: bool) -> tuple[Any, Any]:

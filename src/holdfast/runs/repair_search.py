@@ -21,6 +21,7 @@ from typing import Any
 from holdfast.errors import PlanError, suggest
 from holdfast.method import Method
 from holdfast.methods import TaskArithmetic, all_methods
+from holdfast.runs.repair_heal import STEPS
 
 SECOND_LOOK = 8  # ours
 SOUP = "ModelSoup"
@@ -41,7 +42,7 @@ GRID: dict[str, list[dict[str, Any]]] = {  # ours; the papers search the same se
         *({"mitigation_lambda": x} for x in (0.75, 0.5, 0.25, 0.0)),
         {"mitigation_lambda": 0.0, "control": True},
     ],
-    HEAL: [{"steps": 48}],
+    HEAL: [{"steps": STEPS}],
 }
 DEFAULT = ("WiSEFT", "LiNeS", "TIES")
 THIRDS, BEND = 3, 0.2  # ours

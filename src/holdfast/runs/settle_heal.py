@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from holdfast import models
 from holdfast.engine.pack import TokenRow
 from holdfast.engine.processes import world
-from holdfast.runs.job import Job, load
+from holdfast.runs.job import Job, base_of
 from holdfast.runs.repair_heal import FEWEST, PROMPTS, SEED, STEPS, healing
 
 
@@ -38,13 +39,9 @@ def healed(job: Job, tuned: Any, tell: Callable[[float, str], None]) -> Any:
         own = copy.deepcopy(tuned)
         return models.merged(own, label) if hasattr(own, "peft_config") else own
 
-    def base() -> Any:
-        bases = job.run.bases
-        if bases:
-            return bases.load(job.recipe, job.source, load)
-        return load(job.recipe, job.source, merge_adapter=True)[0]
-
-    session = healing(base, plain, job.tokenizer, lambda _: _rows(job), steps=STEPS, tell=tell)
+    session = healing(
+        partial(base_of, job.run, job.source), plain, job.tokenizer, lambda _: _rows(job), steps=STEPS, tell=tell
+    )
     return models.merged(session.finished_model(dtype)[0], label)
 
 

@@ -25,9 +25,8 @@ from holdfast.errors import PlanError
 from holdfast.method import Paper, State, canonical
 from holdfast.methods.adapt._adapter import Adapter, layers
 from holdfast.methods.adapt._inputs import covariances, general_rows, task_rows
+from holdfast.methods.data.replay import GENERAL
 from holdfast.services import Context
-
-GENERAL = ("holdfast:general/instructions.jsonl", "holdfast:general/text.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Past, Steer, Term, layer_of
 from holdfast.methods.adapt._parts import FEED_FORWARD, is_map, part_of
 from holdfast.methods.adapt.lora import LoRA
+from holdfast.methods.data._few import in_turn
 from holdfast.methods.data.replay import read_sources
 from holdfast.services import Context, State, View
 
@@ -102,7 +103,7 @@ class GSLoRA(Method):
         return kept
 
     def asides_at(self, step: int, pool: int, total: int) -> Sequence[int]:
-        return [(step * self.rows_per_step + i) % pool for i in range(self.rows_per_step)]
+        return in_turn(step, self.rows_per_step, pool)
 
     def loss(self, view: View) -> tuple[Term, ...]:
         terms, groups = [], norms(view.params) if self.weight and not self.proximal else {}

@@ -1,4 +1,4 @@
-"""Of many rows a few, drawn by the run's seed and never the first ones of a file."""
+"""Of many rows a few: drawn by the run's seed, never the first ones of a file; or in turn, step after step."""
 
 import random
 from collections.abc import Sequence
@@ -22,3 +22,8 @@ def asked_about(rows: Sequence[T], most: int | None, name: str, ctx: Context, re
     if len(chosen) < len(rows):
         ctx.notes.append(f"{name} asks the base about {len(chosen)} of {len(rows)} rows; {rest}")
     return chosen
+
+
+def in_turn(step: int, each: int, pool: int) -> list[int]:
+    """Places of the `each` rows of a step in a pool that is gone through again and again."""
+    return [(step * each + i) % pool for i in range(each if pool else 0)]

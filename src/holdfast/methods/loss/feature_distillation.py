@@ -23,7 +23,9 @@ from holdfast.engine.pack import TokenRow
 from holdfast.engine.ways import LAST, inner
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Term
+from holdfast.methods.data._few import in_turn
 from holdfast.methods.data.replay import GENERAL, read_sources
+from holdfast.methods.loss._on_task import REFUSES
 from holdfast.services import Context, View
 
 
@@ -47,12 +49,7 @@ class FeatureDistillation(Method):
 
     @property
     def refuses(self):  # type: ignore[override]
-        if self.on != "task":
-            return {}
-        return {
-            "ProMoT": "ProMoT reads the task with a soft prompt, which the base it would be compared with lacks.",
-            "SDFT": "SDFT does not run the task's own answers, on which the base would hold the model.",
-        }
+        return REFUSES if self.on == "task" else {}
 
     def off(self) -> bool:
         return self.weight == 0
@@ -79,7 +76,7 @@ class FeatureDistillation(Method):
         return [r.cut(min(self.max_tokens, ctx.max_length)) for r in rows]
 
     def asides_at(self, step: int, pool: int, total: int) -> Sequence[int]:
-        return [(step * self.rows_per_step + i) % pool for i in range(self.rows_per_step if pool else 0)]
+        return in_turn(step, self.rows_per_step, pool)
 
     def loss(self, view: View) -> Term | None:
         owner = "task" if self.on == "task" else self.name

@@ -26,6 +26,7 @@ from holdfast.engine.pack import TokenRow
 from holdfast.engine.ways import LAST
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, State, Term
+from holdfast.methods.data._few import in_turn
 from holdfast.services import Context, View
 
 TEXT = ("holdfast:general/text.jsonl",)
@@ -69,7 +70,7 @@ class GeRe(Method):
         return [r.cut(most) for r in rows]
 
     def asides_at(self, step: int, pool: int, total: int) -> Sequence[int]:
-        return [(step * self.rows_per_step + i) % pool for i in range(self.rows_per_step)]
+        return in_turn(step, self.rows_per_step, pool)
 
     @torch.no_grad()
     def prepare(self, ctx: Context) -> State:

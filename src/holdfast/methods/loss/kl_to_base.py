@@ -18,8 +18,10 @@ from typing import ClassVar
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Term
-from holdfast.methods.data.replay import read_sources
+from holdfast.methods.data._few import in_turn
+from holdfast.methods.data.replay import GENERAL, read_sources
 from holdfast.methods.loss._divergence import KINDS
+from holdfast.methods.loss._on_task import REFUSES
 from holdfast.services import Context, View
 
 
@@ -30,10 +32,7 @@ class KLToBase(Method):
     weight: float = 0.5  # the SFT+KL baseline of arXiv 2601.02151
     direction: str = "forward"  # LwF
     on: str = "task"
-    sources: tuple[str, ...] = (
-        "holdfast:general/instructions.jsonl",
-        "holdfast:general/text.jsonl",
-    )  # for "replay"
+    sources: tuple[str, ...] = GENERAL  # for "replay"
     rows_per_step: int = 2  # ours
     max_tokens: int = 96  # ours; replayed rows are cut here
 
@@ -44,12 +43,7 @@ class KLToBase(Method):
 
     @property
     def refuses(self):  # type: ignore[override]
-        if self.on != "task":
-            return {}
-        return {
-            "ProMoT": "ProMoT reads the task with a soft prompt, which the base it would be compared with lacks.",
-            "SDFT": "SDFT does not run the task's own answers, on which the base would hold the model.",
-        }
+        return REFUSES if self.on == "task" else {}
 
     def off(self) -> bool:
         return self.weight == 0
@@ -69,7 +63,7 @@ class KLToBase(Method):
         return [r.cut(self.max_tokens) for r in rows]
 
     def asides_at(self, step: int, pool: int, total: int) -> Sequence[int]:
-        return [(step * self.rows_per_step + i) % pool for i in range(self.rows_per_step)]
+        return in_turn(step, self.rows_per_step, pool)
 
     def loss(self, view: View) -> Term | None:
         owner = "task" if self.on == "task" else self.name

@@ -28,7 +28,7 @@ from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import NoEffect, PlanError
 from holdfast.measure.answers import room_of
 from holdfast.method import Method, Paper, Term
-from holdfast.methods.data._few import few
+from holdfast.methods.data._few import few, in_turn
 from holdfast.methods.data.replay import read_sources
 from holdfast.services import Context, View
 
@@ -95,7 +95,7 @@ class MORepair(Method):
         return fits
 
     def asides_at(self, step: int, pool: int, total: int) -> Sequence[int]:
-        return [(step * self.rows_per_step + i) % pool for i in range(self.rows_per_step)]
+        return in_turn(step, self.rows_per_step, pool)
 
     def token_weight(self, view: View) -> torch.Tensor:
         return torch.full_like(view.token_logp, 1 / (1 + self.weight))

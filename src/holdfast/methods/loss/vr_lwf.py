@@ -24,6 +24,7 @@ from holdfast.data.fewshot import can_chat
 from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Term
+from holdfast.methods.data._few import in_turn
 from holdfast.methods.loss._divergence import forward_kl
 from holdfast.services import Context, View
 
@@ -93,7 +94,7 @@ class VRLwF(Method):
         return [i for i in range(len(ctx.tokenizer)) if i not in special]
 
     def asides_at(self, step: int, pool: int, total: int) -> Sequence[int]:
-        return [(step * self.rows_per_step + i) % pool for i in range(self.rows_per_step)]
+        return in_turn(step, self.rows_per_step, pool)
 
     def loss(self, view: View) -> Term | None:
         at = view.positions(self.name)

@@ -23,11 +23,11 @@ from typing import ClassVar
 
 import torch
 
-from holdfast.data.mix import Mix, Source
+from holdfast.data.mix import Mix
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Past, State, Steer
-from holdfast.methods.data._few import few
+from holdfast.methods.steer._sources import looked_at, with_text
 from holdfast.services import Context
 
 
@@ -65,23 +65,10 @@ class CoBa(Method):
         return {}
 
     def data(self, mix: Mix, ctx: Context) -> Mix:
-        if self.share:
-            from holdfast.methods.data.replay import read_sources
-
-            rows = read_sources(self.sources, ctx, owner="task", source=self.name)
-            cut = (r.cut(ctx.max_length) for r in rows)
-            mix = mix.add(Source(self.name, [r for r in cut if r.scored.any()], self.share))
-        return mix.hold_out(self.cut)
+        return with_text(mix, ctx, self.name, self.sources, self.share).hold_out(self.cut)
 
     def held_out(self, mix: Mix, ctx: Context) -> Mapping[str, Sequence[TokenRow]]:
-        held = mix.held_out().items()
-        found = {source: few(rows, self.rows, f"{self.name}/{source}", ctx) for source, rows in held}
-        if len(found) < 2:
-            raise PlanError(
-                f"CoBa balances sources of the data, but has rows to look at of {', '.join(found) or 'none'} alone.",
-                "Put Replay into the plan, set CoBa.share, or raise CoBa.cut.",
-            )
-        return found
+        return looked_at(mix, ctx, self.name, self.rows, "balances")
 
     def looks(self, step: int) -> bool:
         return step % self.every == 0

@@ -31,9 +31,9 @@ from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Past, State, Steer, canonical
 from holdfast.methods.adapt._inputs import general_rows
 from holdfast.methods.adapt._matrices import is_matrix
+from holdfast.methods.data.replay import GENERAL
 from holdfast.services import Context
 
-GENERAL = ("holdfast:general/instructions.jsonl", "holdfast:general/text.jsonl")
 SMALL = 256  # up to this many rows or columns an SVD is exact, else of as many directions as are asked for
 
 
