@@ -129,7 +129,8 @@ def share(x: float) -> str:
 
 @contextmanager
 def watching(layers: Iterable[torch.nn.Module], hook: Callable[..., None]) -> Iterator[None]:
-    """Call hook(n, args, kwargs, output) after decoder layer n, for the duration."""
+    """Call hook(n, args, kwargs, output) after decoder layer n, for the duration; what it returns, if anything, is the
+    output."""
     handles = [
         layer.register_forward_hook(lambda _m, args, kw, out, n=n: hook(n, args, kw, out), with_kwargs=True)
         for n, layer in enumerate(layers)

@@ -17,8 +17,7 @@ Cost: one forward of each model, and one more for each layer, on 16 prompts of a
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ import torch
 
 from holdfast.data.encoder import Encoder
 from holdfast.diagnose import NOTHING, Case, Finding
-from holdfast.diagnose._pair import blocks, evaluating, label, state_out
+from holdfast.diagnose._pair import blocks, evaluating, label, state_out, watching
 from holdfast.errors import ModelError
 from holdfast.measure import stats
 
@@ -89,18 +88,9 @@ def attention_of(layer: torch.nn.Module) -> torch.nn.Module:
     raise ModelError(f"A {type(layer).__name__} has no part that is named as attention.", "Leave this diagnosis out.")
 
 
-@contextmanager
-def hooked(model: Any, hook: Any) -> Iterator[None]:
+def hooked(model: Any, hook: Any) -> Any:
     """Call hook(layer, output) behind each layer's attention; what it returns, if anything, is the output."""
-    handles = [
-        attention_of(layer).register_forward_hook(lambda _m, _a, out, n=n: hook(n, out))
-        for n, layer in enumerate(blocks(model)[1])
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return watching(map(attention_of, blocks(model)[1]), lambda n, _args, _kwargs, out: hook(n, out))
 
 
 def run(model: Any, question: Question, put: Outputs | None = None) -> tuple[float, Outputs]:

@@ -18,8 +18,7 @@ Cost: one forward a row. A model of packed (quantised) weights is not pruned.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch import nn
 from holdfast import models
 from holdfast.data.rows import read_rows
 from holdfast.data.tokens import tokenize_all
+from holdfast.engine.inputs import watched
 from holdfast.errors import HoldfastError, ModelError
 
 RATIO = 0.1  # the released scripts' dense_ratio
@@ -132,26 +132,14 @@ def statistics(model: Any, maps: dict[str, nn.Linear], rows: Sequence[Sequence[i
     sums = {n: torch.zeros(m.in_features, device=m.weight.device) for n, m in maps.items()}
     was_training = model.training
     model.eval()
+
+    def add(name: str, x: torch.Tensor) -> None:
+        sums[name].add_(x.detach().float().flatten(0, -2).square().sum(0))
+
     try:
-        with _listening(maps, sums), torch.no_grad():
+        with watched(maps, add), torch.no_grad():
             for row in rows:
                 model(input_ids=torch.tensor([list(row)], device=next(model.parameters()).device), use_cache=False)
     finally:
         model.train(was_training)
     return {n: s / len(rows) for n, s in sums.items()}
-
-
-@contextmanager
-def _listening(maps: dict[str, nn.Linear], sums: dict[str, torch.Tensor]) -> Iterator[None]:
-    def listen(name: str, m: nn.Linear) -> Any:
-        def note(_m: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            sums[name].add_(args[0].detach().float().flatten(0, -2).square().sum(0))
-
-        return m.register_forward_pre_hook(note)
-
-    handles = [listen(n, m) for n, m in maps.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

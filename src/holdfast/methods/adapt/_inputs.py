@@ -2,13 +2,13 @@
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from holdfast.engine.base import as_base
 from holdfast.engine.forward import forward
+from holdfast.engine.inputs import watched
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 from holdfast.services import Context
@@ -85,7 +85,7 @@ def _sums(
         sums[name].addmm_(x.T, x)
         counts[name] += 1
 
-    with as_base(ctx.model), _watched(maps, add):
+    with as_base(ctx.model), watched(maps, add):
         for n, row in enumerate(rows):
             forward(ctx.model, [row])
             if ctx.tell:
@@ -105,13 +105,3 @@ def grouped(maps: Mapping[str, Any], most: int) -> Iterator[dict[str, Any]]:
         part[name], size = m, size + own
     if part:
         yield part
-
-
-@contextmanager
-def _watched(maps: Mapping[str, Any], see: Any) -> Any:
-    """Call `see` with the name of a map and its input, for every call of a map."""
-    with ExitStack() as stack:
-        for name, module in maps.items():
-            handle = module.register_forward_pre_hook(lambda _m, args, name=name: see(name, args[0]))
-            stack.callback(handle.remove)
-        yield
