@@ -14,16 +14,21 @@ its line of chosen.json).
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
-import subprocess
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import leaderboard_cell
 import leaderboard_table
 from holdfast.errors import HoldfastError
+from leaderboard_cell import Lab
 from leaderboard_cells import BASE, WIDE_SEEDS, Board, Cell, Entry, save
 from leaderboard_peers import PEERS
 from leaderboard_plans import FOLDER, HERE, PLAIN, WIDE, plans
@@ -87,32 +92,45 @@ def drive(
     return failed
 
 
-def in_process(args: argparse.Namespace) -> Callable[[Cell], str | None]:
-    """A cell in a process of its own: whatever happens to it, no other cell sees."""
-    threads = str(max(1, (os.cpu_count() or 2) // args.workers))
-    settings = ["--shared", str(args.shared), "--folder", str(args.folder), "--model", args.model]
+def in_process(args: argparse.Namespace, trained: Path | None = None) -> Callable[[Cell], str | None]:
+    """A cell in a process of its own: whatever happens to it, no other cell sees.
+
+    They are forked from one that has imported everything, which takes longer than many a training here.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 2) // args.workers))
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(["leaderboard_warm"])
+    lab = Lab(args.shared, args.model, trained=trained)
 
     def run_one(cell: Cell) -> str | None:
-        told = [cell.task, cell.method, str(cell.rate or 0), str(cell.seed)]
-        command = [sys.executable, str(Path(__file__).resolve()), "cell", *settings, "--cell", *told]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": threads})
-        last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
-        return last[:300] if done.returncode else None
+        hears, says = fork.Pipe(duplex=False)
+        child = fork.Process(target=one_cell, args=(cell, lab, args.folder, says))
+        child.start()
+        says.close()
+        try:
+            error = hears.recv()
+        except EOFError:  # it was killed
+            error = ""
+        child.join()
+        return error if error or child.exitcode == 0 else f"it ended with {child.exitcode}"
 
     return run_one
 
 
-def one_cell(args: argparse.Namespace) -> None:
-    """Run one cell and write its file."""
+def one_cell(cell: Cell, lab: Lab, folder: Path, says: Connection) -> None:
+    """Run one cell and write its file; says what is wrong, or None."""
     import torch
 
-    from leaderboard_cell import Lab, run
-
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    task, method, rate, seed = args.cell
-    cell = Cell(task, method, float(rate) or None, int(seed))
-    words = "" if method == BASE else methods()[method].words
-    save(args.folder / cell.file, run(cell, Lab(args.shared, args.model), words))
+    words = "" if cell.method == BASE else methods()[cell.method].words
+    try:
+        save(folder / cell.file, leaderboard_cell.run(cell, lab, words))
+        says.send(None)
+    except HoldfastError as e:
+        says.send(e.what)
+    except Exception as e:
+        traceback.print_exc()
+        says.send(f"{type(e).__name__}: {e}"[:300])
 
 
 def announce(board: Board, cells: Sequence[Cell], workers: int) -> str:
@@ -144,7 +162,8 @@ def run(args: argparse.Namespace) -> int:
     if changed := board.changed():
         print(f"Measured with settings that have changed since (remove their files to measure again): {changed}")
     until = time.monotonic() + 60 * args.minutes if args.minutes is not None else float("inf")
-    failed = drive(board, wanted, in_process(args), args.workers, until)
+    with tempfile.TemporaryDirectory(prefix="holdfast-trained-") as trained:  # some 540 MB a task, rate and seed
+        failed = drive(board, wanted, in_process(args, Path(trained)), args.workers, until)
     left = board.missing(wanted())
     print(f"{len(left)} cells are left, {len(failed)} failed{': ' if failed else ''}{'; '.join(map(str, failed))}.")
     return int(bool(failed))
@@ -152,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table", "cell"))
+    parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--shared", type=Path, default=SHARED, help="a folder with text/<task> and icl")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the cells")
     parser.add_argument("--docs", type=Path, default=DOCS)
@@ -162,19 +181,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=None, help="start no cell after so many")
     parser.add_argument("--best-first", action="store_true", help="the best so far on all tasks, before other cells")
     parser.add_argument("--own-first", action="store_true", help="every method at its own rate, before other rates")
-    parser.add_argument("--cell", nargs=4, metavar=("TASK", "METHOD", "RATE", "SEED"), help="of `cell`, used by `run`")
     args = parser.parse_args(argv)
     if args.what == "table":
         leaderboard_table.write(Board(args.folder, methods()), args.docs)
         return 0
-    if args.what == "run":
-        return run(args)
-    try:
-        one_cell(args)
-    except HoldfastError as e:
-        print(e.what, file=sys.stderr)
-        return 1
-    return 0
+    return run(args)
 
 
 if __name__ == "__main__":

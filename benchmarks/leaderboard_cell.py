@@ -7,11 +7,12 @@ the task's test rows, the built-in suites, and 12 few-shot tasks of other author
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -27,11 +28,13 @@ OTHERS = "other authors"
 
 @dataclass(frozen=True)
 class Lab:
-    """Where a cell gets what it needs. shared: a folder with text/<task> and icl, which are not shipped."""
+    """Where a cell gets what it needs. shared: a folder with text/<task> and icl, which are not shipped; trained: a
+    folder of weights of plain full tuning, from which all methods that only merge begin, or None."""
 
     shared: Path
     model: str = "smollm2-135m"
     size: Size = field(default_factory=Size)
+    trained: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -171,11 +174,44 @@ def measure(cell: Cell, lab: Lab, model: Any, tokenizer: Any, rows: Material, so
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model. facts: what else is worth a line."""
+    """A trained model. facts: what else is worth a line; spent: cost of a training that another cell did for it."""
 
     model: Any
     soft: Any = None
     facts: Any = None
+    spent: Mapping[str, float] = field(default_factory=dict)
+
+
+def shared_training(path: Path, session: Any, train: Callable[[], Any]) -> tuple[Data, Mapping[str, float]]:
+    """Train what a merge begins from and write it, or read what another cell has trained: (facts, cost of the other).
+
+    The file has the weights as they train, in fp32, and the facts and cost in its header.
+    """
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    import _common
+
+    if path.is_file():
+        session.enter(session.stages[-1])
+        with safe_open(path, "pt") as file, torch.no_grad():
+            for name, p in session.params.items():
+                p.copy_(file.get_tensor(name))
+            said = json.loads(file.metadata()["holdfast"])
+        return said["facts"], said["spent"]
+    begun, used = time.perf_counter(), time.process_time()
+    facts = train()
+    spent = {
+        "train_seconds": round(time.perf_counter() - begun, 1),
+        "train_cpu_seconds": round(time.process_time() - used, 1),
+        "peak_bytes": _common.peak_bytes(),
+    }
+    weights = {n: p.detach().clone() for n, p in session.params.items()}
+    half = path.with_suffix(f".{os.getpid()}")
+    save_file(weights, half, {"holdfast": json.dumps({"facts": facts, "spent": spent})})
+    half.replace(path)
+    return facts, {}
 
 
 def train_plan(cell: Cell, lab: Lab, model: Any, tokenizer: Any, rows: Material) -> Trained:
@@ -203,11 +239,19 @@ def train_plan(cell: Cell, lab: Lab, model: Any, tokenizer: Any, rows: Material)
         soft = session.soft_prompt()
         return sum(i["correct"] for i in score_task(m, tokenizer, part, rows.labels or None, soft_prompt=soft))
 
-    log = train(session, mix, settings, evaluate=evaluate)
+    def run() -> Data:
+        log = train(session, mix, settings, evaluate=evaluate)
+        loss = [round(p["task"], 3) for _, p in log.loss]
+        return {"tokens": log.tokens, "loss": loss, "realised": dict(log.realised)}
+
+    if lab.trained is not None and all(m.sites() == ("merge",) for m in plan.methods):
+        file = lab.trained / f"{cell.task}.{cell.rate}.{cell.seed}.safetensors"
+        facts, spent = shared_training(file, session, run)
+    else:
+        facts, spent = run(), {}
     session.merge()
     tuned, soft = session.finished_model(compute)
-    loss = [round(p["task"], 3) for _, p in log.loss]
-    return Trained(tuned, soft, {"tokens": log.tokens, "loss": loss, "realised": dict(log.realised)})
+    return Trained(tuned, soft, facts, spent)
 
 
 def train_cell(cell: Cell, lab: Lab, model: Any, tokenizer: Any, rows: Material) -> Trained:
@@ -239,7 +283,8 @@ def run(cell: Cell, lab: Lab, words: str) -> Data:
         trained = train_cell(cell, lab, model, tokenizer, rows)
         cost["train_seconds"] = round(time.perf_counter() - begun, 1)
         cost["train_cpu_seconds"] = round(time.process_time() - used, 1)
-        cost["peak_bytes"] = _common.peak_bytes()
+        cost["peak_bytes"] = max(_common.peak_bytes(), trained.spent.get("peak_bytes", 0))
+        cost |= {k: round(cost[k] + v, 1) for k, v in trained.spent.items() if k != "peak_bytes"}
     found = measure(cell, lab, trained.model, tokenizer, rows, trained.soft)
     cost["measure_seconds"] = found.pop("measure_seconds")
     cost |= {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - before, 1)}

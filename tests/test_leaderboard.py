@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -325,6 +326,20 @@ def test_the_base_is_no_distance_from_itself(lead, lab):
     other, soft = models.load(lab.model)[0], model.get_input_embeddings().weight[:3].detach()
     assert lead.cell.divergence(model, other, rows, soft) > 1e-5  # a prompt before the task's rows, for this once
     assert lead.cell.divergence(model, other, rows) == pytest.approx(0, abs=1e-6)
+
+
+def test_methods_that_only_merge_share_a_training(lead, lab, tmp_path):
+    """The same figures as with a training of its own, and the cost of the one that was shared."""
+    cells = [lead.cells.Cell("sst2", name, 3e-2) for name in ("wise-ft", "task arithmetic")]
+    alone = [lead.cell.run(c, lab, "") for c in cells]
+    sharing = replace(lab, trained=tmp_path)
+    shared = [lead.cell.run(c, sharing, "") for c in cells]
+    assert [f.name for f in tmp_path.iterdir()] == ["sst2.0.03.0.safetensors"]
+    for a, b in zip(alone, shared, strict=True):
+        assert a.keys() == b.keys() and all(a[k] == b[k] for k in a.keys() - {"cost", "made"})
+        assert a["cost"].keys() == b["cost"].keys()
+    first, second = (r["cost"]["train_seconds"] for r in shared)
+    assert second >= first - 0.2 and alone[0]["figures"] != alone[1]["figures"]
 
 
 def test_conversations_ask_for_the_first_and_for_the_last_answer(lead, lab, tmp_path):
