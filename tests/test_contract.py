@@ -9,7 +9,21 @@ import torch
 import yaml
 
 import holdfast
-from cases import BY_NAME, CASES, GENERAL, HOST, Seen, cases_that_stand, late, run, same, start, token_rows, weights_of
+from cases import (
+    BY_NAME,
+    CASES,
+    COVERING,
+    GENERAL,
+    HOST,
+    Seen,
+    cases_that_stand,
+    late,
+    run,
+    same,
+    start,
+    token_rows,
+    weights_of,
+)  # fmt: skip
 from holdfast import methods as hf
 from holdfast import models
 from holdfast.data.mix import Mix, Source
@@ -219,7 +233,7 @@ def assert_close(one, many):
         torch.testing.assert_close(many.weights[name], value, rtol=1e-5, atol=1e-6)
 
 
-@each
+@standing
 def test_6_accumulation_does_not_matter(case, finished):
     method = NO_DROPOUT if case.name == "LoRA" else case.method
     one = finished(method, batch_size=8, **LINEAR)
@@ -326,8 +340,13 @@ def test_9_nothing_else_moved(case, tiny_model, tokenizer, rows):
 
 
 def quick_first(names, kinds):
-    """Every name with every kind; of a method for which another one stands all but the first kind are long tests."""
-    return [pytest.param(n, k, id=f"{n}-{k}", marks=late(n) if k != kinds[0] else []) for n in names for k in kinds]
+    """Every name with every kind; quick is the first kind, the last one too where no other method stands for it, and
+    all kinds of those that have every site between them."""
+
+    def marks(name, kind):
+        return [] if kind == kinds[0] else late(name) if kind == kinds[-1] else late(name, COVERING)
+
+    return [pytest.param(n, k, id=f"{n}-{k}", marks=marks(n, k)) for n in names for k in kinds]
 
 
 @pytest.mark.parametrize(

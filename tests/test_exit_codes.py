@@ -284,6 +284,7 @@ def world(tiny_model, tokenizer, rows, tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("exit"), tiny_model(), tokenizer, rows)
 
 
+@pytest.mark.long  # test_processes starts the command so too
 def test_under_torchrun_the_file_decides(world, tmp_path):
     """torchrun makes 1 of every code but 0. A report of an earlier check is gone once a new one has begun."""
     out = tmp_path / "report.json"

@@ -15,7 +15,7 @@ from accelerate import DistributedType, PartialState
 from safetensors.torch import load_file, save_file
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from cases import CASES, GENERAL, Weights, stands, token_rows
+from cases import CASES, COVERING, GENERAL, Weights, late, stands, token_rows
 from holdfast import Plan, with_plan
 from holdfast import methods as hf
 from holdfast.engine import processes
@@ -238,7 +238,9 @@ def distance(folder: Path, name: str, weights: Weights, ranks: int = 2) -> float
     return far
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.long] if n in TWICE else []) for n in PLANS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] if n in TWICE else late(n, COVERING)) for n in PLANS]
+)
 def test_ddp_gives_the_weights_of_one(name, ran, one):
     weights, logs = one(name, PLANS[name])
     assert distance(ran[0], f"ddp {name}", weights) < 1e-5

@@ -8,6 +8,7 @@ import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 NAMES = ("_common", "stand_in", "gpu_tries", "gpu", "growth", "memory", "speed", "startup", "performance_page")
+LATER = pytest.mark.long  # a whole dry run of both sides
 pytestmark = pytest.mark.filterwarnings("default")  # what other libraries warn of is not ours
 
 
@@ -29,6 +30,7 @@ def dry(bench, tmp_path_factory):
     return path
 
 
+@LATER
 def test_both_loops_train_the_same(dry):
     (model,) = json.loads(dry.read_text())["models"]
     assert [r["kind"] for r in model["training"]] == ["lora", "full"]
@@ -40,6 +42,7 @@ def test_both_loops_train_the_same(dry):
         assert len(run["blocks"]) == 5 and not run["out_of_memory"]
 
 
+@LATER
 def test_both_scorers_agree(dry):
     pytest.importorskip("lm_eval")
     (model,) = json.loads(dry.read_text())["models"]
@@ -49,6 +52,7 @@ def test_both_scorers_agree(dry):
     assert scores["ratio"] == pytest.approx(scores["seconds"]["harness"][0] / scores["seconds"]["ours"][0])
 
 
+@LATER
 def test_suspects_are_tried_one_by_one_and_a_step_is_profiled(dry, bench):
     found = json.loads(dry.read_text())
     assert set(found["tries"]) == {"as it is", "cudnn-off", "varlen", "fixed", "pageable"}
@@ -65,6 +69,7 @@ def test_what_does_not_fit_the_time_is_named(bench, tmp_path):
     assert found["left_out"] == [["tiny", "lora", 100], ["tiny", "full", 100], ["tiny", "scoring", 0]]
 
 
+@LATER
 def test_the_page_says_what_is_not_measured(dry, bench, tmp_path):
     page = bench["performance_page"].page
     assert page(tmp_path, tmp_path / "growth.png").count("Not measured yet.") == 7

@@ -658,7 +658,7 @@ SHARED: dict[str, Sequence[Method]] = {
 }
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", ["asides", pytest.param("rollouts", marks=pytest.mark.long)])
 def test_two_processes_equal_one(name, make, base, data, tokenizer, tmp_path):
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

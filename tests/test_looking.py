@@ -112,7 +112,7 @@ def test_a_run_that_gets_no_better_ends(world, tmp_path, ranked):
     assert "It ended early: 2 looks" in (tmp_path / "run" / "report.html").read_text("utf-8")
 
 
-@pytest.mark.parametrize("call", [1, 4, 7, 9])
+@pytest.mark.parametrize("call", [4, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 7, 9))])
 def test_a_killed_run_with_looks_ends_the_same(world, tmp_path, call):
     settings = {"eval_steps": 2, "load_best_model_at_end": True, "early_stopping_patience": 3, "learning_rate": 0.05}
     data = {"metric": "loss"}

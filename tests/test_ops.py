@@ -41,7 +41,7 @@ def counted(ops):
     return count
 
 
-@pytest.mark.parametrize("way", ["blocks", "fixed", "varlen"])
+@pytest.mark.parametrize("way", [pytest.param("blocks", marks=pytest.mark.long), "fixed", "varlen"])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_a_step_has_no_more_operators_than_trls(kind, way, counted):
     """In all; and with the kernel for rows of any length in what each further layer adds, too.

@@ -203,7 +203,7 @@ def test_a_missing_run_is_seen(monkeypatch):
 
     needed = [n for n, c in enumerate(CHOSEN) if any(w.startswith("both have") for w in c.why)]
     assert needed
-    for gone in needed:  # what meets only by its sites may be covered by a later run
+    for gone in needed[:: max(1, len(needed) // 8)]:  # what meets only by its sites may be covered by a later run
         monkeypatch.setattr(test_pairs, "pairs_to_run", lambda methods, g=gone: CHOSEN[:g] + CHOSEN[g + 1 :])
         with pytest.raises(AssertionError):
             check_choice(METHODS)

@@ -289,7 +289,13 @@ EIGHT = [
 ]
 
 
-@pytest.mark.parametrize("name", [n for n in MADE if n != "bytes, no eos"])
+def quick(names, few):
+    return [pytest.param(n, marks=[] if n in few else pytest.mark.long) for n in names]
+
+
+@pytest.mark.parametrize(
+    "name", quick([n for n in MADE if n != "bytes, no eos"], ["bytes", "llama 3", "sentence pieces", "word pieces"])
+)
 def test_what_was_learnt_is_generated_and_called_right(name, made):
     tokenizer = made(name)
     model, rows = planted(tokenizer, EIGHT)
@@ -304,8 +310,17 @@ def test_what_was_learnt_is_generated_and_called_right(name, made):
     assert words == [squeezed(r.completion) for r in rows]
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("name", ["bytes", "bytes, bos", "llama 3", "sentence pieces", "bytes, bos and eos"])
+CHATS = ["bytes", "bytes, bos", "llama 3", "sentence pieces", "bytes, bos and eos"]
+
+
+@pytest.mark.parametrize(
+    "name, template",
+    [  # every name and every template quick, all together long
+        pytest.param(n, t, marks=[] if j == i % len(TEMPLATES) else pytest.mark.long)
+        for i, n in enumerate(CHATS)
+        for j, t in enumerate(TEMPLATES)
+    ],
+)
 def test_chats_are_learnt_as_inference_sees_them(name, template, made):
     """The prompt of a chat is what apply_chat_template gives, token by token."""
     tokenizer = made(name)
