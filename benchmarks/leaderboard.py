@@ -97,7 +97,7 @@ def in_process(args: argparse.Namespace, trained: Path | None = None) -> Callabl
 
     They are forked from one that has imported everything, which takes longer than many a training here.
     """
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 2) // args.workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // args.workers)))
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload(["leaderboard_warm"])
     lab = Lab(args.shared, args.model, trained=trained)
