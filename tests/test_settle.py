@@ -9,13 +9,14 @@ from transformers import AutoModelForCausalLM
 
 from holdfast import cli, models
 from holdfast.errors import PlanError, RecipeError
+from holdfast.measure.names import DEFAULT
 from holdfast.recipe import recipe_from
 from holdfast.runs import looking, repair_heal, settle
 from holdfast.runs.halves import Halves
 from holdfast.runs.job import checked
 from holdfast.runs.repair_search import Point
 from holdfast.runs.run import Run
-from holdfast.verbs.tune import budgeted, tune
+from holdfast.verbs.tune import budgeted, floors_to_keep, tune
 from test_repair import reader
 from tiny import ticket_rows
 from tiny_run import make_world, recipe_data, write_recipe
@@ -214,6 +215,13 @@ def test_keep_on_the_command_line_is_a_budget(world, tmp_path):
     found = budgeted(plain, {"in-context": 0.97, "language": 0.99}).measure
     assert found.budget and found.keep == {"in-context": 0.97, "language": 0.99}
     assert found.suites == ["language", "in-context"]
+
+
+def test_the_default_budget_names_every_default_suite():
+    found = floors_to_keep(["language=0.99", "default"])
+    assert found.keys() == set(DEFAULT) and found["in-context"] == 0.97 and found["language"] == 0.99
+    assert {v for k, v in found.items() if k not in ("in-context", "language")} == {0.95}
+    assert floors_to_keep(["language=0.99"]) == {"language": 0.99}
 
 
 def test_the_command_says_when_the_bound_cannot_be_met(world, tmp_path, monkeypatch, capsys):

@@ -81,7 +81,7 @@ def tune(
     ] = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option("--keep", help="Share to keep, such as in-context=0.97; what breaks it is taken back."),
+        typer.Option("--keep", help="Share to keep, such as in-context=0.97, or default: of all default suites."),
     ] = None,
     set: Set = None,
     debug: Debug = False,

@@ -15,13 +15,16 @@ from typing import Any
 from rich.console import Console
 
 from holdfast.errors import HoldfastError
-from holdfast.measure.names import names_of
+from holdfast.measure.names import DEFAULT, names_of
 from holdfast.recipe import AUTO, Recipe, _resolved, load_recipe, recipe_from
 from holdfast.report import terminal
 from holdfast.report.progress import progress_on
 from holdfast.runs.run import Run, Tell, silent
 from holdfast.runs.several import join
 from holdfast.verbs.check import floors_of
+
+DEFAULT_BUDGET = "default"  # `--keep default`: these shares of all default suites; ours
+IN_CONTEXT, OTHERS = 0.97, 0.95
 
 
 def tune(recipe: str | Path | Recipe, overrides: list[str] | None = None, *, tell: Tell | None = None) -> Path:
@@ -139,7 +142,13 @@ def _exit(*budgets: Mapping[str, Any] | None) -> int:
 
 def _wished(recipe: Path, overrides: Sequence[str], keep: Sequence[str]) -> Recipe:
     loaded = load_recipe(recipe, overrides)
-    return budgeted(loaded, floors_of(keep)) if keep else loaded
+    return budgeted(loaded, floors_to_keep(keep)) if keep else loaded
+
+
+def floors_to_keep(items: Sequence[str]) -> dict[str, float]:
+    """The floors of a budget, each "ability=share"; "default" is those of all default suites. What is named counts."""
+    usual = {**dict.fromkeys(DEFAULT, OTHERS), "in-context": IN_CONTEXT} if DEFAULT_BUDGET in items else {}
+    return {**usual, **floors_of([i for i in items if i != DEFAULT_BUDGET])}
 
 
 def _command_seeds(recipe: Path, overrides: Sequence[str], seeds: int, keep: Sequence[str]) -> int:
