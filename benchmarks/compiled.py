@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,20 +72,30 @@ def compiled(how: dict[str, Any] | None) -> Iterator[list[int]]:
 
 
 def side(model: Any, tokenizer: Any, job: C.Job, methods: Sequence[Any], how: dict[str, Any] | None) -> C.Data:
+    start = time.perf_counter()
     with compiled(how) as graphs:
         block = C.ours(C.fresh(model), tokenizer, job, methods)
     late = block.seconds[int(LATE * len(block.seconds)) :]
     steady = statistics.median(late)
     return {
         "steady_seconds": steady,
-        "extra_seconds": sum(block.seconds) - steady * len(block.seconds),  # the first step is not timed
+        "extra_seconds": time.perf_counter() - start - steady * job.steps,
         "seconds": [round(s, 4) for s in block.seconds],
         "graphs": graphs,
         "loss": block.loss,
     }
 
 
-def measure(size: str, layers: int | None, tokens: int, steps: int, cycles: int, wanted: Sequence[str]) -> C.Data:
+def measure(
+    size: str,
+    layers: int | None,
+    tokens: int,
+    steps: int,
+    cycles: int,
+    wanted: Sequence[str],
+    keep: Callable[[C.Data], None],
+) -> C.Data:
+    """keep: gets all there is after each block."""
     from holdfast.methods import ICLAnchor
 
     tokenizer = C.build_tokenizer(2048)
@@ -92,9 +103,15 @@ def measure(size: str, layers: int | None, tokens: int, steps: int, cycles: int,
     rows = ops.all_lengths(tokenizer)
     batch = max(2, round(tokens / statistics.mean(len(r.ids) for r in rows)))
     job = C.Job(rows, steps, batch, "lora")
-    out: C.Data = {"size": size, "layers": model.config.num_hidden_layers, "batch": batch, "plans": {}}
+    out: C.Data = {
+        "size": size,
+        "layers": model.config.num_hidden_layers,
+        "batch": batch,
+        "plans": {},
+        "facts": C.facts(),
+    }
     for plan, methods in (("LoRA", []), ("default", [ICLAnchor()])):
-        found: dict[str, list[C.Data]] = {name: [] for name in wanted}
+        found = out["plans"][plan] = {name: [] for name in wanted}
         for _ in range(cycles):
             for name in wanted:
                 try:
@@ -102,8 +119,8 @@ def measure(size: str, layers: int | None, tokens: int, steps: int, cycles: int,
                 except Exception as e:  # what cannot be compiled is a finding
                     found[name].append({"error": f"{type(e).__name__}: {e}"[:300]})
                 print(plan, name, {k: v for k, v in found[name][-1].items() if k != "seconds"}, flush=True)
-        out["plans"][plan] = found
-    return {**out, "facts": C.facts()}
+                keep(out)
+    return out
 
 
 def table(path: Path) -> list[str]:
@@ -112,13 +129,15 @@ def table(path: Path) -> list[str]:
         return []
     d = json.loads(path.read_text(encoding="utf-8"))
     lines = [
-        "| plan | blocks | steady step, as it is = 1 | seconds over it in the run | graphs: end |",
+        "| plan | blocks | steady step, as it is = 1 | seconds beside steady steps | graphs: end |",
         "|---|---|---|---|---|",
     ]
     for plan, sides in d["plans"].items():
-        base = statistics.median(b["steady_seconds"] for b in sides["as it is"])
+        base = statistics.median([b["steady_seconds"] for b in sides["as it is"]] or [1.0])
         for name, blocks in sides.items():
             good = [b for b in blocks if "error" not in b]
+            if not blocks:
+                continue
             if not good:
                 lines.append(f"| {plan} | {name} | {blocks[0]['error']} | | |")
                 continue
@@ -140,9 +159,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES))
     parser.add_argument("--out", type=Path, default=C.RESULTS / "compiled.json")
     args = parser.parse_args(argv)
-    found = measure(args.size, args.layers, args.tokens, args.steps, args.cycles, args.sides)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, found)
+    keep = lambda found: write_json(args.out, found)  # noqa: E731
+    measure(args.size, args.layers, args.tokens, args.steps, args.cycles, args.sides, keep)
     print("\n".join(table(args.out)))
 
 
