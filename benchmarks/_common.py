@@ -61,6 +61,7 @@ SIZES: dict[str, Data] = {
     "300M": shape(1024, 23),
     "1B": shape(2048, 19),
     "smollm2-135m": shape(576, 30, 49152, kv=3, inner=1536),
+    "qwen-0.6b": {**shape(1024, 28, 151936, kv=8, inner=3072), "head_dim": 128},
     "llama-1b": shape(2048, 16, 128256, kv=8, inner=8192),
 }
 
@@ -364,8 +365,13 @@ def _counting() -> type:
     return Counting
 
 
-def alternate(sides: Mapping[str, Callable[[], Block]], cycles: int) -> dict[str, list[Block]]:
-    """`cycles` blocks of every side, in turn. A side the card is too small for is left out of the answer."""
+def alternate(
+    sides: Mapping[str, Callable[[], Block]], cycles: int, lost: dict[str, str] | None = None
+) -> dict[str, list[Block]]:
+    """`cycles` blocks of every side, in turn. A side the card is too small for is left out of the answer.
+
+    lost: what went wrong with a side, which is then left out too; None: that ends the benchmark.
+    """
     out: dict[str, list[Block]] = {name: [] for name in sides}
     for cycle in range(cycles):
         for name in list(out):
@@ -375,8 +381,19 @@ def alternate(sides: Mapping[str, Callable[[], Block]], cycles: int) -> dict[str
             except torch.OutOfMemoryError:
                 del out[name]
                 print(f"  {cycle} {name}: out of memory", flush=True)
+            except Exception as error:
+                if lost is None:
+                    raise
+                del out[name]
+                lost[name] = said(error)
+                print(f"  {cycle} {name}: {lost[name]}", flush=True)
             tidy()
     return out
+
+
+def said(error: Exception) -> str:
+    """What went wrong, in a line of a results file."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def tidy() -> None:

@@ -6,10 +6,11 @@
 
 Random weights in real shapes: Llama 3.2 1B and SmolLM2-135M; a byte-level tokenizer trained on the shipped texts. For
 each: LoRA and full tuning by the loop of `holdfast tune` against TRL's SFTTrainer (its defaults; no checkpointing; and
-padding-free, with FlashAttention where that is installed), retention overhead, memory, share of the card's rate, and
-scoring against lm-evaluation-harness's HF backend on identical items. Sides are warmed up and alternate; ratios of
+padding-free, with FlashAttention where that is installed), retention overhead, memory with and without checkpointing,
+share of the card's rate, and scoring against lm-evaluation-harness's HF backend on identical items. Then prompts with
+many continuations on a Qwen3 0.6B, and how long a process takes to begin. Sides are warmed up and alternate; ratios of
 medians. First comes one profiled step: the ten longest operators, and how long the card was idle. All is written after
-each row.
+each row; a row or side that fails is named, and the others go on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import importlib.util
 import json
 import math
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +37,9 @@ import gpu_tries
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "A10G": 70e12}
 
 
+CONTEXT = "import torch; torch.ones(1, device='cuda' if torch.cuda.is_available() else 'cpu').item()"
+
+
 @dataclass(frozen=True)
 class Plan:
     """The sizes of a whole run."""
@@ -45,12 +51,20 @@ class Plan:
     cycles: int = 3
     items: int = 24  # of each in-context task
     batches: tuple[int, ...] = (16, 64, 256)  # of the harness
+    fan: tuple[str, int, int, int, int] = (
+        "qwen-0.6b",
+        240,
+        300,
+        10,
+        8,
+    )  # model, prompts, tokens, continuations, tokens
+    begins: tuple[str, ...] = ("pass", "import torch", CONTEXT, "import transformers", "import holdfast.verbs.tune")
     rate_rows: int = 8192
     rate_seconds: float = 1.0
     warm: bool = True  # a block of each side that does not count
 
 
-DRY = Plan(("tiny",), 400, (100,), 2, 1, 1, (2,), 8, 0.01, warm=False)
+DRY = Plan(("tiny",), 400, (100,), 2, 1, 1, (2,), ("tiny", 3, 20, 4, 2), ("pass",), 8, 0.01, warm=False)
 
 
 def training(model: Any, tokenizer: Any, kind: str, tokens: int, plan: Plan) -> C.Data:
@@ -65,15 +79,23 @@ def training(model: Any, tokenizer: Any, kind: str, tokens: int, plan: Plan) -> 
     sides: dict[str, Callable[[], C.Block]] = {
         "ours": lambda: C.ours(C.fresh(model), tokenizer, job),
         "ours + ICLAnchor": lambda: C.ours(C.fresh(model), tokenizer, job, [ICLAnchor()]),
+        "ours checkpointing": lambda: C.ours(_again(C.fresh(model)), tokenizer, job),
         "TRL defaults": lambda: C.trl(C.fresh(model), tokenizer, job),
         "TRL no checkpointing": lambda: C.trl(C.fresh(model), tokenizer, job, plain),
         "TRL padding-free": lambda: C.trl(_flash(C.fresh(model)), tokenizer, job, flat),
     }
-    for name in C.alternate(sides, 1) if plan.warm else ():
-        print(f"  {name} is warm", flush=True)
-    blocks = C.alternate(sides, plan.cycles)
-    small = [n for n in sides if n not in blocks]
-    return {"kind": kind, "batch": batch, "out_of_memory": small, **figures(blocks), "blocks": C.as_json(blocks)}
+    lost: dict[str, str] = {}
+    warm = C.alternate(sides, 1, lost) if plan.warm else sides
+    blocks = C.alternate({n: sides[n] for n in warm}, plan.cycles, lost)
+    small = [n for n in sides if n not in blocks and n not in lost]
+    found = {"out_of_memory": small, "lost": lost, **figures(blocks), "blocks": C.as_json(blocks)}
+    return {"kind": kind, "batch": batch, **found}
+
+
+def _again(model: Any) -> Any:
+    """With gradient checkpointing, as `holdfast tune` turns it on."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
 def _flash(model: Any) -> Any:
@@ -148,6 +170,33 @@ def scoring(model: Any, tokenizer: Any, plan: Plan, tree: bool = False) -> C.Dat
     }
 
 
+def fanned(plan: Plan) -> C.Data:
+    """Long prompts with many continuations each: items a second, medians after a first time that does not count."""
+    from holdfast.measure.scorer import Scorer
+
+    size, prompts, length, num, tail = plan.fan
+    tokenizer = C.build_tokenizer(plan.vocab)
+    model = C.random_llama(size, tokenizer)
+    draw = torch.Generator().manual_seed(0)
+    ids = lambda n: torch.randint(3, len(tokenizer), (n,), generator=draw).tolist()  # noqa: E731
+    encoded = [(prompt + ids(tail), length) for prompt in (ids(length) for _ in range(prompts)) for _ in range(num)]
+    scorer = Scorer(model, tokenizer, _lines=True)
+    with torch.inference_mode():
+        first, *took = [timed(lambda: scorer.score_tokens(encoded))[0] for _ in range(1 + plan.cycles)]
+    rate = len(encoded) / statistics.median(took)
+    return {"model": size, "prompts": prompts, "tokens": length, "continuations": num, "items": len(encoded),
+            "first_seconds": first, "seconds": took, "items_per_second": rate}  # fmt: skip
+
+
+def begun(plan: Plan) -> C.Data:
+    """Median seconds of whole processes that do one thing and end."""
+    commands = {what: [sys.executable, "-c", what] for what in plan.begins}
+    runs = {
+        what: [timed(lambda c=c: subprocess.run(c, check=True))[0] for _ in range(3)] for what, c in commands.items()
+    }
+    return {what: statistics.median(seconds) for what, seconds in runs.items()}
+
+
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     """(seconds, answer) of work whose answer is on the CPU, so that nothing is still running."""
     start = time.perf_counter()
@@ -158,29 +207,47 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 def measure(plan: Plan, minutes: float, keep: Callable[[C.Data], None], tree: bool = False) -> C.Data:
     """Small steps first, then large ones, then scoring; `keep` gets all there is after each.
 
-    minutes: nothing is begun after them; what was left out is named. tree: score in the CPU's way too.
+    minutes: nothing is begun after them; what was left out is named, and so is what failed. tree: score in the CPU's
+    way too.
     """
     tokenizer, start = C.build_tokenizer(plan.vocab), time.perf_counter()
     models: dict[str, C.Data] = {}
-    out: C.Data = {"models": [], "left_out": [], "facts": C.facts()}
+    out: C.Data = {"models": [], "left_out": [], "failed": [], "facts": C.facts()}
     wanted = [(n, k, t) for t in plan.tokens for n in plan.models for k in ("lora", "full")]
-    for name, kind, tokens in (*wanted, *((n, "scoring", 0) for n in plan.models)):
+    wanted += [
+        *((n, "scoring", 0) for n in plan.models),
+        (plan.fan[0], "continuations", 0),
+        ("a process", "begins", 0),
+    ]
+    for name, kind, tokens in wanted:
         if time.perf_counter() - start > 60 * minutes:
             out["left_out"].append([name, kind, tokens])
             continue
-        model = C.random_llama(name, tokenizer)
-        print(f"{name}, {kind}, {tokens} tokens: {C.parameters(model) / 1e6:.0f} M on {model.device}", flush=True)
-        entry = models.setdefault(name, _entry(name, model))
-        if kind == "scoring":
-            with torch.inference_mode():
-                entry["scoring"] = scoring(model, tokenizer, plan, tree)
-        else:
-            _train_row(entry, model, tokenizer, kind, tokens, plan)
+        print(f"{name}, {kind}, {tokens} tokens", flush=True)
+        try:
+            if kind in ("continuations", "begins"):
+                out[kind] = fanned(plan) if kind == "continuations" else begun(plan)
+            else:
+                _row_of(models, name, kind, tokens, tokenizer, plan, tree)
+        except Exception as error:  # the rows behind it are wanted too
+            out["failed"].append([name, kind, tokens, C.said(error)])
+            print(f"  failed: {out['failed'][-1][-1]}", flush=True)
         out["models"] = list(models.values())
         keep(out)
-        del model
         C.tidy()
     return out
+
+
+def _row_of(
+    models: dict[str, C.Data], name: str, kind: str, tokens: int, tokenizer: Any, plan: Plan, tree: bool
+) -> None:
+    model = C.random_llama(name, tokenizer)
+    entry = models.setdefault(name, _entry(name, model))
+    if kind == "scoring":
+        with torch.inference_mode():
+            entry["scoring"] = scoring(model, tokenizer, plan, tree)
+    else:
+        _train_row(entry, model, tokenizer, kind, tokens, plan)
 
 
 def _entry(name: str, model: Any) -> C.Data:
@@ -209,7 +276,14 @@ def table(path: Path) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [_row(m, r, peak) for m in d["models"] for r in m["training"]]
-    return [*lines, "", *(_scored(m["name"], m["scoring"]) for m in d["models"] if m["scoring"])]
+    lines += ["", *(_scored(m["name"], m["scoring"]) for m in d["models"] if m["scoring"])]
+    if fan := d.get("continuations"):
+        what = f"{fan['prompts']} prompts of {fan['tokens']} tokens with {fan['continuations']} continuations each"
+        lines.append(f"{fan['model']}, {what}: **{fan['items_per_second']:.0f}** items/s.")
+    lines += [f"A process that does `{what}`: {s:.1f} s." for what, s in d.get("begins", {}).items()]
+    lost = [(m["name"], r["kind"], *side) for m in d["models"] for r in m["training"] for side in r["lost"].items()]
+    lines += [f"Failed: {', '.join(map(str, what))}." for what in (*lost, *d.get("failed", ()))]
+    return lines
 
 
 def _row(m: C.Data, r: C.Data, peak: float | None) -> str:
@@ -272,7 +346,12 @@ def main(argv: list[str] | None = None) -> None:
             write_json(out, {**found, **extra})
 
     extra["tries"] = gpu_tries.tries(plan, [t for t in args.tries if t != "tree"])
-    extra["profile"] = gpu_tries.profiled(plan)
+    keep(none := {"models": [], "facts": C.facts()})
+    try:
+        extra["profile"] = gpu_tries.profiled(plan)
+    except Exception as error:
+        extra["profile"] = {"error": C.said(error)}
+    keep(none)
     keep(measure(plan, args.minutes - (time.perf_counter() - begun) / 60, keep, "tree" in args.tries))
     if out:
         print("\n".join(table(out)))

@@ -75,12 +75,22 @@ def tries(plan: Any, names: Sequence[str]) -> C.Data:
     if not names:
         return {}
     blocks: dict[str, list[C.Block]] = {"as it is": [], **{n: [] for n in names}}
+    lost: C.Data = {}
     for _ in range(plan.cycles + plan.warm):
         for name, own in blocks.items():
-            with TRIES[name]() if name in TRIES else nullcontext():
-                own.append(_block(plan, C.ours))
-            print(f"  {name}: {own[-1].rate():.0f} tokens/s, first block {own[0].rate():.0f}", flush=True)
-    return {n: {"rate": C.middle(b[plan.warm :]), "first_block": b[0].rate()} for n, b in blocks.items()}
+            if name in lost:
+                continue
+            try:
+                with TRIES[name]() if name in TRIES else nullcontext():
+                    own.append(_block(plan, C.ours))
+            except Exception as error:  # a kernel that is not there says nothing about the other suspects
+                lost[name] = {"error": C.said(error)}
+                print(f"  {name}: {lost[name]['error']}", flush=True)
+            else:
+                print(f"  {name}: {own[-1].rate():.0f} tokens/s, first block {own[0].rate():.0f}", flush=True)
+            C.tidy()
+    good = {n: b for n, b in blocks.items() if n not in lost}
+    return {**lost, **{n: {"rate": C.middle(b[plan.warm :]), "first_block": b[0].rate()} for n, b in good.items()}}
 
 
 def _block(plan: Any, run: Callable[..., Any], **more: Any) -> Any:

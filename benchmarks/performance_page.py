@@ -30,6 +30,43 @@ their height. Rates count the task's own tokens, no padding; "trained" are those
 that of the model's own largest layer, measured in the same process; a share of 100 % would be 6 FLOP per parameter and
 token at that rate. Absolute figures are those of the machine named below each table.
 """
+COMMAND = """### Targets, and what measures them
+
+One command on one H100 or H200, without a download. It begins nothing new after nine minutes, and names what it left
+out; `--dry-run` goes the same way on a CPU with tiny models, as `make test` does.
+
+```
+python benchmarks/gpu.py --minutes 9 --try cudnn-on,varlen,fixed,pageable,tree
+python benchmarks/performance_page.py
+```
+
+**None of these was measured on a GPU since the code for it was written**, unless the table above has it.
+"""
+TARGETS = (
+    (
+        "training, 135M and 1B, LoRA and full, 2k and 16k tokens a step: TRL's best everywhere, 1.5 times it at 16k",
+        'each row, "times TRL\'s best"',
+    ),
+    ("peak memory at most TRL's best", '"ours" against "TRL no checkpointing" and "TRL padding-free"'),
+    ("the same with checkpointing", '"ours checkpointing" against "TRL defaults"'),
+    ("default plan at most 15 % more time than plain tuning", '"retention costs"'),
+    ("scoring, 1B, in-context suite: 5 times lm-evaluation-harness at its best batch", '"Scoring, llama-1b"'),
+    ("scoring, 0.6B shape, 300-token prompts with 10 continuations each: 1,200 items/s", "`continuations`"),
+    ("cold start of a process", "`begins`: interpreter, torch, first use of the card, transformers, ours"),
+    ("demo in all, model cached: under 30 s", "none: `time holdfast tune holdfast:demo`, the second time"),
+    ("what each suspect costs: cuDNN's plans, kernels for rows of any length, few shapes, pageable copies", "`tries`"),
+    ("where a step's time goes, and how long the card is idle", "`profile`"),
+)
+ELSEWHERE = """In no script, as they need more than one card or ten minutes, and not run on a GPU: FSDP2 (what a CPU
+shows is in [scale](scale.md)), a base in 4 bits and `adamw_bnb_8bit` (both ran on a CPU), `torch.compile` (timed on a
+CPU), FlashAttention, generated text, `--invariant`: see [decisions](decisions.md).
+"""
+
+
+def targets() -> list[str]:
+    """What each target of the GPU work waits for."""
+    rows = [f"| {target} | {row} |" for target, row in TARGETS]
+    return [COMMAND, "| target on one H100 or H200 | what of `gpu.py` shows it |", "|---|---|", *rows, "", ELSEWHERE]
 
 
 def hardware(facts: C.Data) -> list[str]:
@@ -87,7 +124,8 @@ def page(results: Path, plot: Path) -> str:
         "Growth": section([*grown, *picture] if grown else [], results / "growth"),
         "On a GPU": section(gpu.table(results / "gpu.json"), results / "gpu.json"),
     }
-    return "\n".join([INTRO, *(line for title, lines in parts.items() for line in (f"## {title}", "", *lines, ""))])
+    sections = (line for title, lines in parts.items() for line in (f"## {title}", "", *lines, ""))
+    return "\n".join([INTRO, *sections, *targets()])
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 No GPU is needed. Where bitsandbytes is installed (it also computes on a CPU, slowly), a tiny model is really tuned.
 """
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,12 +15,14 @@ from holdfast.data.mix import Mix
 from holdfast.engine.pack import token_row
 from holdfast.errors import ModelError, PlanError, RecipeError
 from holdfast.hosts.plain import Training, train
+from holdfast.models import loading
 from holdfast.plan import Host, Plan
 from holdfast.recipe import recipe_from
 from holdfast.runs.job import checked
 from holdfast.runs.run import Run
 from holdfast.services import Context
 from holdfast.session import Session, is_plain
+from holdfast.verbs.tune import tune
 from tiny_run import make_world, recipe_data
 
 FOUR = Host("holdfast tune", quantised=True)
@@ -142,3 +146,21 @@ def test_a_tiny_model_in_4_bits_is_tuned(world, tokenizer, monkeypatch):
     session.merge()
     session.finish()
     assert models.precision(session.finished_model(torch.bfloat16)[0]) == "nf4, bfloat16"
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_run_in_4_bits_from_recipe_to_report(world, tmp_path, monkeypatch):
+    """The default plan by `tune`, and the export measured again as anybody would load it, past the refusal of CPUs."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
+    monkeypatch.setattr(loading, "may_load_in_4bit", lambda *_: None)
+    monkeypatch.setattr(models, "may_load_in_4bit", lambda *_: None)
+    model = {"load_in_4bit": True, "dtype": "bfloat16"}
+    plan = [{"LoRA": {"r": 4}}, {"ICLAnchor": {"pool": 4, "every": 1}}]
+    folder = tune(recipe_from(recipe_data(world, tmp_path / "run", model=model, plan=plan)))
+    report = json.loads((folder / "report.json").read_text())
+    losses = [loss for _, loss in json.loads((folder / "training.json").read_text())["loss"]]
+    assert losses[-1] < losses[0] - 0.2
+    assert report["task"]["after"]["n"] == 6
+    tuned, _ = models.load(str(folder / "model"), load_in_4bit=True, dtype="bfloat16")
+    assert models.precision(tuned) == "nf4, bfloat16" and hasattr(tuned, "peft_config")

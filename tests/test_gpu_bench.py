@@ -39,7 +39,7 @@ def test_both_loops_train_the_same(dry):
         for name, (block,) in run["blocks"].items():
             assert block["tokens"] == own["tokens"] and block["trained"] == own["trained"], name
             assert block["loss"] == pytest.approx(own["loss"], rel=1e-2), name
-        assert len(run["blocks"]) == 5 and not run["out_of_memory"]
+        assert len(run["blocks"]) == 6 and not run["out_of_memory"] and not run["lost"]
 
 
 @LATER
@@ -50,6 +50,13 @@ def test_both_scorers_agree(dry):
     assert scores["items"] == 20 and scores["equal"] >= 18
     assert set(scores["seconds"]) == {"ours", "harness", "ours, tokens alone", "ours, tree"}
     assert scores["ratio"] == pytest.approx(scores["seconds"]["harness"][0] / scores["seconds"]["ours"][0])
+
+
+@LATER
+def test_prompts_with_many_continuations_and_beginnings_are_timed(dry):
+    found = json.loads(dry.read_text())
+    assert found["continuations"]["items"] == 12 and found["continuations"]["items_per_second"] > 0
+    assert 0 < found["begins"]["pass"] < 10
 
 
 @LATER
@@ -66,7 +73,30 @@ def test_what_does_not_fit_the_time_is_named(bench, tmp_path):
     bench["gpu"].main(["--dry-run", "--minutes", "0", "--out", str(tmp_path / "gpu.json")])
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["models"] == []
-    assert found["left_out"] == [["tiny", "lora", 100], ["tiny", "full", 100], ["tiny", "scoring", 0]]
+    rows = [["tiny", "lora", 100], ["tiny", "full", 100], ["tiny", "scoring", 0]]
+    assert found["left_out"] == [*rows, ["tiny", "continuations", 0], ["a process", "begins", 0]]
+
+
+def test_what_fails_is_named_and_the_rest_goes_on(dry, bench, monkeypatch):
+    assert json.loads(dry.read_text())["failed"] == []
+
+    def broken(*_):
+        raise RuntimeError("no such kernel")
+
+    gpu, common = bench["gpu"], bench["_common"]
+    lost = {}
+    assert common.alternate({"bad": broken, "good": common.Block}, 0, lost) == {"bad": [], "good": []}
+    block = common.Block(seconds=[1.0], tokens=[1, 2])
+    assert common.alternate({"bad": broken, "good": lambda: block}, 2, lost) == {"good": [block, block]}
+    assert lost == {"bad": "RuntimeError: no such kernel"}
+    with pytest.raises(RuntimeError):
+        common.alternate({"bad": broken}, 1)
+    for name in ("training", "scoring", "fanned"):
+        monkeypatch.setattr(gpu, name, broken)
+    kept = []
+    found = gpu.measure(gpu.DRY, 1, kept.append)
+    assert [row[1:] for row in found["failed"]][-1] == ["continuations", 0, "RuntimeError: no such kernel"]
+    assert len(found["failed"]) == 4 and found["begins"]["pass"] > 0 and len(kept) == 5
 
 
 @LATER
@@ -115,7 +145,7 @@ def test_random_shapes_have_the_size_they_are_named_after(bench):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     named = {"10M": 10e6, "30M": 30e6, "100M": 100e6, "300M": 300e6, "1B": 1e9, "smollm2-135m": 134.5e6}
-    named["llama-1b"] = 1.236e9
+    named |= {"llama-1b": 1.236e9, "qwen-0.6b": 0.596e9}
     for name, size in named.items():
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig(**bench["_common"].SIZES[name]))

@@ -6,7 +6,8 @@ import torch
 from holdfast import Plan
 from holdfast import methods as M
 from holdfast.data.tokens import tokenize
-from holdfast.hosts import plain
+from holdfast.engine import head
+from holdfast.hosts import master, plain
 from holdfast.hosts.master import MasterAdamW, linear_weights, may_hold
 from holdfast.hosts.plain import Training, train
 from holdfast.services import Context
@@ -20,7 +21,7 @@ ON = {"autocast": BF16, "learning_rate": 1e-3, "weight_decay": 0.1, "max_grad_no
 def run(tiny_model, tokenizer, rows, monkeypatch):
     """run(steps, master, methods=(), ...) trains a fresh model; returns (weights, losses)."""
 
-    def go(steps, master, methods=(), tied=True, **changes):
+    def go(steps, holds, methods=(), tied=True, **changes):
         settings = Training(steps, **{"batch_size": 3, **ON, **changes})
         model = tiny_model(tied=tied)
         session = Session(
@@ -28,7 +29,7 @@ def run(tiny_model, tokenizer, rows, monkeypatch):
         )
         mix = session.mix([tokenize(r, tokenizer, 512) for r in rows])
         session.prepare()
-        if not master:
+        if not holds:
             monkeypatch.setattr(plain, "may_hold", lambda *_: False)
         log = train(session, mix, settings)
         monkeypatch.undo()
@@ -54,6 +55,23 @@ def test_every_bit_is_the_same(name, tied, run):
     expected, curve = run(8, False, PLANS[name], tied)
     assert losses == curve
     assert same(weights, expected)
+
+
+def test_it_is_so_where_logits_come_in_pieces(run, monkeypatch):
+    """The head is read once a piece: its gradients add up in bf16, as under autocast, which casts it once."""
+    seen, real = [], head.pieces
+
+    def pieces(*given):
+        seen.append(real(*given))
+        return seen[-1]
+
+    found = []
+    for holds in (True, False):
+        monkeypatch.setattr(head, "PIECE", 400)  # one position at a time
+        monkeypatch.setattr(head, "pieces", pieces)
+        found.append(run(4, holds, tied=False))  # forgets what is set here
+    assert len(seen) == 8 and all(len(own) > 3 for own in seen)
+    assert same(found[0][0], found[1][0]) and found[0][1] == found[1][1]
 
 
 @pytest.mark.long
@@ -117,3 +135,20 @@ def test_where_it_would_not_be_the_same_weights_stay_fp32(name, tiny_model, toke
     session = Session(Plan(list(methods)), model, Context(model, tokenizer, 0, rows), compute_dtype=BF16)
     assert not may_hold(session, Training(4, **{**ON, **changes}), session.stages[0])
     assert may_hold(Session(Plan([]), model, session.ctx), Training(4, **ON), session.stages[0]) or methods
+
+
+def test_elsewhere_everything_lies_on_the_device_of_the_weights(tiny_model, monkeypatch):
+    """As on CUDA, where nothing was run: a device without numbers shows what would be made on the host."""
+    model = tiny_model().to("meta")
+    monkeypatch.setitem(master.CHUNK, "meta", 1 << 26)
+    made = []
+    monkeypatch.setattr(master, "adamw", lambda *lists, **_: made.append(lists))
+    optimizer = MasterAdamW([{"params": list(model.parameters())}], linear_weights(model), lr=1e-3, betas=(0.9, 0.999),
+                            eps=1e-8)  # fmt: skip
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+    assert optimizer.clip(model.parameters(), 1.0).device.type == "meta"
+    optimizer.step()
+    (lists,) = made  # all weights in one chunk
+    assert {t.device.type for some in lists for t in some} == {"meta"} and optimizer._buffer.device.type == "meta"
+    assert {t.dtype for some in lists for t in some} == {torch.float32}

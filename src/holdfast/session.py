@@ -19,6 +19,7 @@ from holdfast.engine.base import as_base, has_adapter
 from holdfast.engine.counts import Counts, count_rows
 from holdfast.engine.forward import forward
 from holdfast.engine.pack import Packed, TokenRow
+from holdfast.engine.passing import stay
 from holdfast.engine.replaced import replaced_in
 from holdfast.engine.shards import cut_like, whole
 from holdfast.engine.ways import SOFT_PROMPT, inner
@@ -94,9 +95,14 @@ class Session:
     # ---- before training
 
     def prepare(self, teacher_rows: Iterable[TokenRow] = (), progress: Callable[[float], None] | None = None) -> None:
-        """Run `prepare` and gather asides on the untouched base, then the teacher's answers."""
+        """Run `prepare` and gather asides on the untouched base, then the teacher's answers.
+
+        A method that prepares something may look at any weight, so for it the whole base comes to the device.
+        """
         for m in self.methods:
             if m.name not in self.state:
+                if type(m).prepare is not Method.prepare:
+                    stay(self.model, whole=True)
                 self.state[m.name] = m.prepare(self.ctx)
             rows = m.asides(self.ctx)
             if rows:
@@ -115,13 +121,16 @@ class Session:
             in_place = any(m.wraps for m in self.methods) and not self.sharded
             unknown = on_task and (self._rewrites or not (self.knows_rows and self.teacher.exact_head))
             unknown = unknown or any(asks & m.needs for m in self.rolling.methods)
+            if unknown and not in_place:
+                stay(self.model, whole=True)  # a frozen copy answers at every step
             self.teacher.freeze_base(self.model, head_trains=not in_place, needs_copy=unknown and not in_place)
         # beside an adapter nothing of the base trains, so there is nothing to compare it with or go back to
         goes_back = any("base_weights" in m.needs for m in self.methods) or any(s.restart for s in self.stages)
         if goes_back and not any(m.wraps for m in self.methods):
-            self.base_weights = BaseWeights(
-                {canonical(n): p.detach().clone() for n, p in self.model.named_parameters()}
-            )
+            named = {canonical(n): p.detach() for n, p in self.model.named_parameters()}
+            # those that will be cut are copied when they are (`see_shards`): until then only names and kinds are kept
+            copied = {n: p.to("meta") if self.sharded else p.clone() for n, p in named.items()}
+            self.base_weights = BaseWeights(copied)
         self.merging.open(self.model)
 
     @property
@@ -257,10 +266,13 @@ class Session:
         ]
 
     def see_shards(self) -> None:
-        """The weights were cut over processes: hold the new parameters, and the base's weights cut like them."""
+        """The weights were cut over processes, and nothing has changed them: hold the new parameters, and copy the
+        base's weights from them."""
         named = {canonical(n): p for n, p in self.model.named_parameters()}
         self.params = {n: named[n] for n in self.params}
-        self.base_weights = BaseWeights({n: cut_like(w, named[n]) for n, w in self.base_weights.items()})
+        self.base_weights = BaseWeights(
+            {n: named[n].detach().clone().to(w.dtype) for n, w in self.base_weights.items()}
+        )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What trains and what `prepare` gave, by name: equal in every process of a run."""

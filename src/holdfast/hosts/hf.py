@@ -20,8 +20,10 @@ divided by), or is refused (`hf_refuse`, `hf_batches`). Before the first step bo
 
 Several processes (DDP): the rows a method asks for beside the task are the same for the whole step and are dealt over
 its micro-batches and processes; a choice of rows (the batch site) is made on each process among its own.
-FSDP2: the plan is prepared on the whole base, in each process, before the trainer cuts the weights. Then penalties
-work on the shards, and methods that need a whole matrix get it gathered, one at a time.
+FSDP2: the plan is prepared before the trainer cuts the weights, while the base lies on the host, memory-mapped, and
+its blocks pass through each device one at a time (`engine/passing.py`); a method that looks at weights itself has the
+whole base on the device. Then penalties work on the shards, and methods that need a whole matrix get it gathered, one
+at a time.
 Trainers with a loss of their own (DPO, GRPO): the plan may only freeze, wrap, change gradients or steps, and merge.
 Resuming: build the trainer with the untouched base model again and call `train(resume_from_checkpoint=...)`; what the
 plan knows of the base comes from there, the trained weights and the plan's state from the checkpoint.
@@ -47,6 +49,7 @@ import torch
 from holdfast.engine.counts import Counts, add_counts, count_rows, scaled
 from holdfast.engine.forward import can_pack, forward, through_backward
 from holdfast.engine.pack import TokenRow
+from holdfast.engine.passing import stay
 from holdfast.engine.processes import gather
 from holdfast.engine.replaced import replaced_in
 from holdfast.engine.trial import pads_right
@@ -160,7 +163,7 @@ class PlannedTrainer(_Base):
         sharded = refuse(self._kind, plan, given, self._loss_is_ours)
         ctx = context_of(self._kind, plan, given)
         plan.check(host_of(self._kind, options, model), ctx)
-        place(model, options)
+        place(model, options, sharded)
         self._try(model, sharded)
         self.session = Session(plan, model, ctx, sharded=sharded)
         self._base = fingerprint(model)
@@ -235,9 +238,7 @@ class PlannedTrainer(_Base):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
         """The trainer's batches of one optimizer step, each carrying its rows."""
-        if self.session.sharded and not self._sees_shards:
-            self.session.see_shards()
-            self._sees_shards = True
+        self._see_shards()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._step, self._of_step = self._done + self.state.global_step, Counter()
         self.session.first, self.session.total = self._done, self._total or self.state.max_steps
@@ -250,6 +251,19 @@ class PlannedTrainer(_Base):
         self._carry(batches, items, self._step)
         self._steps_in_parts += 1
         return batches, items
+
+    def _see_shards(self) -> None:
+        """Once the weights are cut, and before a checkpoint or a step changes them."""
+        if self.session.sharded and not self._sees_shards:
+            self._reshard()
+            self.session.see_shards()
+            self._sees_shards = True
+
+    def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """The trainer will cut the weights now, if it does at all: nothing of the base passes through any more."""
+        if self.session.sharded:
+            stay(self.session.model)
+        return super()._wrap_model(model, *args, **kwargs)
 
     def _carry(self, batches: Sequence[Any], items: Any, step: int) -> None:
         """Give each batch of a step its Micro."""
@@ -557,6 +571,7 @@ class PlannedTrainer(_Base):
                 self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        self._see_shards()
         if replaced_in(inner(self.session.model)):
             hf_checkpoint.fill_replaced(Path(resume_from_checkpoint), self.session)
         else:

@@ -191,8 +191,8 @@ def _refuse_fsdp(kind: type, plan: Plan, options: Any, ours: bool, version: int)
         ),
         (
             on("cpu_ram_efficient_loading", "FSDP_CPU_RAM_EFFICIENT_LOADING"),
-            "cpu_ram_efficient_loading, because the plan is prepared on the whole base in every process",
-            "Set it to False.",
+            "cpu_ram_efficient_loading, which gives the base to the first process alone, but all prepare the plan",
+            "Set it to False: weights read from safetensors in their own dtype are in a host's memory once.",
         ),
         (
             on("cpu_offload", "FSDP_OFFLOAD_PARAMS"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from holdfast.engine.passing import pass_blocks
 from holdfast.engine.ways import inner
 from holdfast.errors import PlanError
 from holdfast.hosts.hf_batches import text_rows
@@ -105,10 +106,17 @@ def host_of(kind: type, options: Any, model: Any) -> Host:
     )  # fmt: skip
 
 
-def place(model: Any, options: Any) -> None:
-    """Put the model where it will train, so that what is prepared from it lies there too."""
+def place(model: Any, options: Any, sharded: bool) -> None:
+    """Put the model where it will train, so that what is prepared from it lies there too.
+
+    A base that will be cut (`sharded`) may be larger than a device: its blocks pass through it while they are asked.
+    """
     own = getattr(model, "hf_device_map", None) or quantised(model) or options.deepspeed_plugin
-    if not own and getattr(options, "place_model_on_device", None) is not False:
+    if own or getattr(options, "place_model_on_device", None) is False:
+        return
+    if sharded:
+        pass_blocks(model, options.device)
+    else:
         model.to(options.device)
 
 

@@ -2,8 +2,9 @@
 
 A weight kept in fp32 is cast at every step under autocast, and its gradient cast back. Kept in bf16 it is not, and
 nothing else changes: the matrix product reads the same rounded weight, its gradient leaves the product in bf16 either
-way, and the moments and the update are fp32. So the numbers are the same, bit for bit. Gradients are widened, and
-weights updated and rounded, some at a time, while they are in the cache.
+way, and the moments and the update are fp32. So the numbers are the same, bit for bit, and a weight takes 2 bytes less
+(16 with its gradient and moments, where autocast holds its copy through the step). Gradients are widened, and weights
+updated and rounded, some at a time: on a CPU while they are in the cache, on CUDA in few launches (not run there).
 """
 
 from __future__ import annotations
@@ -18,23 +19,20 @@ from holdfast.engine.processes import world
 from holdfast.method import Stage
 from holdfast.session import Session
 
-CHUNK = 1 << 22  # numbers worked on at once
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # numbers worked on at once
 
 
 def may_hold(session: Session, settings: Any, stage: Stage) -> bool:
-    """Whether bf16 weights train to the same numbers: nothing reads, adds up or changes weights or gradients.
-
-    Kept to CPUs, where it is measured: memory bandwidth is what small steps wait for.
-    """
+    """Whether bf16 weights train to the same numbers: nothing reads, adds up or changes weights or gradients."""
     one = settings.gradient_accumulation_steps == 1 and world()[1] == 1 and not (stage.keep_best or settings.keep_best)
-    on_cpu = next(session.model.parameters()).device.type == "cpu"
+    known = next(session.model.parameters()).device.type in CHUNK
     reads = any(
         {"grad", "update", "entries", "steer"} & {*m.sites()} or ("base_weights" in m.needs and "loss" in m.sites())
         for m in session.methods
     )
     wraps = any(m.wraps for m in session.methods)  # an adapter is too small to be worth it
     halves = settings.autocast == torch.bfloat16 and settings.optim == "adamw_torch_fused"
-    return one and on_cpu and not reads and not wraps and halves
+    return one and known and not reads and not wraps and halves
 
 
 def linear_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -85,7 +83,7 @@ class MasterAdamW(torch.optim.Optimizer):
         weights, states, grads = [self.master.get(p, p) for p in params], [self.state[p] for p in params], []
         for weight, state in zip(weights, states, strict=True):
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         grads = self._widened(params)
         if self.scale is not None:
@@ -106,7 +104,7 @@ class MasterAdamW(torch.optim.Optimizer):
         narrow = [g for g in grads if g.dtype != torch.float32]
         sizes = [g.numel() for g in narrow]
         if self._buffer.numel() < sum(sizes):
-            self._buffer = torch.empty(sum(sizes))
+            self._buffer = torch.empty(sum(sizes), device=narrow[0].device)
         wide = [b.view(g.shape) for b, g in zip(self._buffer[: sum(sizes)].split(sizes), narrow, strict=True)]
         if wide:
             torch._foreach_copy_(wide, narrow)
@@ -121,12 +119,12 @@ class MasterAdamW(torch.optim.Optimizer):
 
 
 def _chunks(params: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """Those that have a gradient, neighbours together up to CHUNK numbers."""
+    """Those that have a gradient, neighbours together up to the device's CHUNK of numbers."""
     some: list[torch.nn.Parameter] = []
     for p in params:
         if p.grad is None:
             continue
-        if some and sum(s.numel() for s in some) + p.numel() > CHUNK:
+        if some and sum(s.numel() for s in some) + p.numel() > CHUNK.get(p.device.type, 0):
             yield some
             some = []
         some.append(p)
