@@ -149,10 +149,16 @@ def tables(folder: Path) -> dict[str, list[str]]:
 
 
 def write_page(page: Path, folder: Path) -> None:
-    """Put the tables between their marks; everything else on the page is written by hand."""
+    """Put the tables between their marks."""
+    put(page, "repair.py", tables(folder))
+
+
+def put(page: Path, script: str, found: Mapping[str, Sequence[str]]) -> None:
+    """Put lines between the marks of their names; everything else on the page is written by hand."""
     text = page.read_text(encoding="utf-8")
-    for name, lines in tables(folder).items():
-        start, end = f"<!-- repair.py: {name} -->", f"<!-- end of {name} -->"
+    for name, lines in found.items():
+        start, end = f"<!-- {script}: {name} -->", f"<!-- end of {name} -->"
+        assert start in text and end in text, f"{page} has no place for {name}"
         before, _, rest = text.partition(start)
         text = f"{before}{start}\n\n" + "\n".join(lines) + f"\n\n{end}{rest.partition(end)[2]}"
     page.write_text(text, encoding="utf-8")
