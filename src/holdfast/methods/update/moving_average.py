@@ -12,8 +12,8 @@ earlier tasks, their loss (`Replay` does that) and the pull of the fast adapter 
     gamma mean over all layers of (h_w - max(h_w, h_s))^2,   h_s the states with s in the place of w, no gradient
 
 so only entries in which the slow state is the larger one are pulled. That needs a second forward with s swapped in at
-every step, for its states. No site offers it: a loss sees the states of its own forward and of the base, and the averaged
-teacher of `rollouts` (as in `SDFT`) hands out log-probabilities alone.
+every step, for its states. No site offers it: a loss sees the states of its own forward and of the base, and averaged
+teachers (`SDFT`) hand out log-probabilities alone.
 On an adapter the factors are averaged, not their product, as in the paper.
 Cost: one copy of what trains, in checkpoints too. Looks during training see w. Combine with: everything but LTSFT.
 """
