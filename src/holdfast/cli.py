@@ -228,6 +228,9 @@ def repair(
     harmful: Annotated[
         str | None, typer.Option("--harmful", help="Harmful prompts with answers, for antidote and realign.")
     ] = None,
+    overlap: Annotated[
+        bool, typer.Option("--overlap", help="Merge common tokens where the two vocabularies differ.")
+    ] = False,
     keep: Annotated[list[str] | None, typer.Option("--keep", help="Share to keep, such as in-context=0.97.")] = None,
     suite: Suites = ["in-context"],  # noqa: B006
     method: Annotated[
@@ -256,6 +259,7 @@ def repair(
         metric=metric,
         prompts=prompts,
         harmful=harmful,
+        overlap=overlap,
         suites=tuple(suite),
         num_fewshot=num_fewshot,
         limit=limit,

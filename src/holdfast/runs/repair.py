@@ -49,6 +49,7 @@ class Wish(JsonOrder):
     metric: str | None = None
     prompts: str | None = None
     harmful: str | None = None
+    overlap: bool = False
     keep: Mapping[str, float] = field(default_factory=lambda: {"in-context": KEEP_FRAC})
     suites: Sequence[str] = ("in-context",)
     methods: Sequence[str] = DEFAULT
@@ -111,7 +112,7 @@ class _Work:
 
     def __init__(self, wish: Wish, folder: RunFolder, tell: Tell):
         self.wish, self.folder, self.tell = wish, folder, tell
-        self.pair = Pair(wish.base, wish.tuned)
+        self.pair = Pair(wish.base, wish.tuned, wish.overlap)
         self.judge = Judge(
             self.pair,
             names_of(wish.suites),

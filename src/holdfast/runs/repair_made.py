@@ -85,7 +85,10 @@ def read_harmful(path: str, tokenizer: Any) -> list[TokenRow]:
 
 def check_pair(methods: Sequence[str], pair: Pair) -> None:
     """Raise HoldfastError where a candidate cannot be made of these models."""
-    tuned = pair.tuned
+    tuned, whole = pair.tuned, next((m for m in methods if m in (GRAFT, REALIGN)), None)
+    if whole and pair.overlap:
+        what = f"{whole} changes a model entry by entry, and the two have tables of other sizes (--overlap)."
+        raise HoldfastError(what, f"Leave {whole} out.")
     if ANTIDOTE in methods and tuned.kind == "adapter" and not is_plain_lora(tuned):
         what = f"antidote prunes the factors of plain LoRA, and {tuned.label} is an adapter of another kind."
         raise HoldfastError(what, "Merge it into its base, save the whole and repair that, or leave antidote out.")
