@@ -1,5 +1,6 @@
 """Candidates of a repair that look at rows: masks in files, what each is made of, and what is refused."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -15,10 +16,10 @@ from holdfast.runs.repair_made import ANTIDOTE, GRAFT, REALIGN, Masked, check_pa
 from holdfast.sites.merge_files import Pair
 from holdfast.verbs.repair import repair
 from tiny import build_model, ticket_rows
-from tiny_run import make_world, write_rows
+from tiny_run import make_world
 
 ROWS = {"prompt": "{text}", "completion": " {queue}", "metric": "loss"}
-FEW = {GRAFT: [{"share": 0.05, "steps": 1}], ANTIDOTE: [{"ratio": 0.25}], REALIGN: [{"rate": 0.01, "steps": 1}]}
+FEW = {GRAFT: [{"share": 0.05, "steps": 1}], REALIGN: [{"rate": 0.01, "steps": 1}], ANTIDOTE: [{"ratio": 0.25}]}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,9 @@ def world(tmp_path_factory, tokenizer):
     for p in tuned.parameters():
         p.data += 0.02 * torch.randn(p.shape, generator=dice)
     models.save_model(tuned, tokenizer, folder / "tuned", card=None)
-    harmful = write_rows(folder / "harmful.jsonl", ticket_rows()[:4])
+    bad = [{"prompt": r.prompt, "completion": r.completion} for r in ticket_rows()[:4]]
+    harmful = folder / "harmful.jsonl"
+    harmful.write_text("\n".join(map(json.dumps, bad)), encoding="utf-8")
     return SimpleNamespace(
         base=str(found.base), tuned=str(folder / "tuned"), data=str(found.train), harmful=str(harmful), folder=folder
     )
@@ -61,7 +64,7 @@ def test_each_is_looked_at_like_a_merge_and_written(world, tmp_path, monkeypatch
         monkeypatch.setitem(repair_search.GRID, name, grid)
     suite = tmp_path / "ask.jsonl"
     suite.write_text("".join(f'{{"text": "Order {n} is open and late."}}\n' for n in range(16)))
-    asked = {"suites": [f"jsonl:{suite}"], "keep": {f"jsonl:{suite.stem}": 0.1}, "methods": tuple(FEW)}
+    asked = {"suites": [f"jsonl:{suite}"], "keep": {f"jsonl:{suite}": 0.1}, "methods": tuple(FEW)}
     got = repair(world.base, world.tuned, tmp_path / "out", data=world.data, harmful=world.harmful, **ROWS, **asked)
     seen = {p["method"] for p in got["points"]}
     assert {"base", "tuned model", GRAFT, ANTIDOTE, REALIGN} == seen
@@ -83,9 +86,9 @@ def test_what_each_is_made_of(world, tmp_path, tokenizer):
             assert bool(((w == inside[n]) | (w == outside[n])).all()), (name, n)
         counts[name] = sum(int((w != outside[n]).sum()) for n, w in out.items())
     assert min(counts.values()) > 0
-    model = AutoModelForCausalLM.from_pretrained(world.tuned)
+    model = models.load(world.tuned)[0]
     antidote.prune(model, [r.ids.tolist() for r in harmful], ratio=0.25)
-    assert all(torch.equal(p, out[n]) for n, p in model.named_parameters())  # ANTIDOTE was the last
+    assert all(torch.equal(p == 0, out[n] == 0) for n, p in model.named_parameters())  # ANTIDOTE was the last
 
 
 def test_an_adapter_is_pruned_in_its_factors(world, tmp_path, tokenizer):

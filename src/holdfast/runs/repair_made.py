@@ -79,7 +79,11 @@ def read_harmful(path: str, tokenizer: Any) -> list[TokenRow]:
     Raises:
         DataError: the file or a row does not fit.
     """
-    rows = read_rows(path, base_dir=Path.cwd(), tokenizer=tokenizer, notes=[])
+    try:
+        rows = read_rows(path, base_dir=Path.cwd(), tokenizer=tokenizer, notes=[])
+    except DataError as e:
+        cure = "Name the columns prompt and completion, or write messages." if "data.prompt" in e.cure else e.cure
+        raise DataError(e.what, cure) from e
     return tokenize_all(rows, tokenizer, MAX_TOKENS)[:HARMFUL]
 
 
