@@ -76,7 +76,7 @@ def test_bit_for_bit_the_merge_in_memory(name, pair, tmp_path):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_bit_for_bit_in_pieces(threads, pair, tmp_path, monkeypatch):
     """Pieces that end within rows, two at a time; the second method sees what the first one made of a piece."""
-    monkeypatch.setattr(shards, "PIECE", 77)
+    monkeypatch.setattr(shards, "PIECE", 331)
     chain = [hf.TIES(density=0.3), hf.TaskArithmetic(scale=0.7, models=(str(pair.tuned),)), hf.LiNeS(alpha=0.2)]
     asked, plain = [], shards.Parts.read
     monkeypatch.setattr(shards.Parts, "read", lambda self, *at: asked.append(at[2]) or plain(self, *at))
@@ -86,7 +86,7 @@ def test_bit_for_bit_in_pieces(threads, pair, tmp_path, monkeypatch):
         out = merge_files(str(pair.base), str(pair.tuned), chain, tmp_path / "out")
     finally:
         torch.set_num_threads(before)
-    assert {part.stop - part.start for part in asked} >= {77, 32} and len(asked) > 300
+    assert {part.stop - part.start for part in asked} >= {331, 32} and len(asked) > 100
     methods = Merging(chain, {m.name: {} for m in chain}, None, 2)
     base, tuned = (AutoModelForCausalLM.from_pretrained(p, dtype=pair.dtype) for p in (pair.base, pair.tuned))
     methods.open(base)
@@ -248,6 +248,50 @@ def test_other_models_are_refused(changes, match, tmp_path, tokenizer):
     with pytest.raises(ModelError, match=match):
         merge_files(base, saved(tmp_path / "other", tokenizer, **changes), [], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def longer(tmp_path, tokenizer):
+    """A base, and a tuned model with three tokens more and the rows for them."""
+    base, tuned = saved(tmp_path / "base", tokenizer), moved(build_model(tied=False))
+    models.save_model(build_model(tied=False), tokenizer, tmp_path / "base", card=None)
+    own = AutoTokenizer.from_pretrained(base)
+    own.add_tokens(["<one>", "<two>", "<three>"])
+    with torch.random.fork_rng(devices=[]):
+        tuned.resize_token_embeddings(len(own), mean_resizing=False)
+    models.save_model(tuned, own, tmp_path / "tuned", card=None)
+    return SimpleNamespace(base=base, tuned=str(tmp_path / "tuned"), rows=len(own) - 3, folder=tmp_path)
+
+
+def test_other_tokens_are_refused_with_an_offer_and_the_overlap_is_merged(longer):
+    """Half of the way in all rows that both have; the tuned model's own rows stay to the last bit."""
+    with pytest.raises(ModelError, match="has another vocabulary than the base") as stop:
+        Pair(longer.base, longer.tuned)
+    assert f"{longer.rows} tokens are common: add --overlap" in stop.value.cure and "3 others stay" in stop.value.cure
+    merge_files(longer.base, longer.tuned, [hf.WiSEFT(alpha=0.5)], longer.folder / "out", overlap=True)
+    base, tuned, out = (
+        dict(AutoModelForCausalLM.from_pretrained(p).named_parameters())
+        for p in (longer.base, longer.tuned, longer.folder / "out")
+    )
+    for name, p in out.items():
+        common = longer.rows if name in ("model.embed_tokens.weight", "lm_head.weight") else len(p)
+        torch.testing.assert_close(p[:common], torch.lerp(base[name], tuned[name][:common], 0.5))
+        assert torch.equal(p[common:], tuned[name][common:]) and len(p) == len(tuned[name])
+    assert len(AutoTokenizer.from_pretrained(longer.folder / "out")) == longer.rows + 3
+
+
+def test_no_offer_where_few_tokens_are_common(longer, tokenizer):
+    text = json.loads((Path(longer.tuned) / "tokenizer.json").read_text())
+    vocab = text["model"]["vocab"]
+    moved_on = {t: (n + 100) % len(vocab) for t, n in vocab.items()}
+    text["model"]["vocab"] = moved_on
+    text["added_tokens"] = []
+    (Path(longer.tuned) / "tokenizer.json").write_text(json.dumps(text))
+    with pytest.raises(ModelError) as stop:
+        Pair(longer.base, longer.tuned)
+    assert "--overlap" not in stop.value.cure
+    with pytest.raises(ModelError, match="tokens in common, of"):
+        Pair(longer.base, longer.tuned, overlap=True)
 
 
 def test_adapters_on_other_bases_and_adapters_as_base_are_refused(tmp_path, tokenizer):

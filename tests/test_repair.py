@@ -29,7 +29,7 @@ from holdfast.runs import repair as repair_run
 from holdfast.runs import repair_heal, repair_judge, repair_search
 from holdfast.runs.repair_goal import from_data
 from holdfast.runs.repair_heal import Healed, heal, write
-from holdfast.runs.repair_search import GRID, HEAL, TUNED, Candidate, Point, best, candidates, choose, frontier, search
+from holdfast.runs.repair_search import GRID, MADE, TUNED, Candidate, Point, best, candidates, choose, frontier, search
 from holdfast.services import Context
 from holdfast.session import Session
 from holdfast.sites.adapter_files import may_scale
@@ -186,7 +186,7 @@ def test_the_greedy_soup_by_hand():
 
 
 def test_the_grid_is_made_of_methods_that_only_merge():
-    names = [name for name in GRID if name != HEAL]
+    names = [name for name in GRID if name not in MADE]
     for c in candidates(names):
         assert len(c.methods) == 1 and not c.methods[0].off() and "merge" in c.methods[0].sites(), c.label
     with pytest.raises(PlanError, match="no grid for the method 'LoRA'"):

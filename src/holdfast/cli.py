@@ -225,6 +225,12 @@ def repair(
     prompts: Annotated[
         str | None, typer.Option("--prompts", help="Without --data: prompts whose answers should stay.")
     ] = None,
+    harmful: Annotated[
+        str | None, typer.Option("--harmful", help="Harmful prompts with answers, for antidote and realign.")
+    ] = None,
+    overlap: Annotated[
+        bool, typer.Option("--overlap", help="Merge common tokens where the two vocabularies differ.")
+    ] = False,
     keep: Annotated[list[str] | None, typer.Option("--keep", help="Share to keep, such as in-context=0.97.")] = None,
     suite: Suites = ["in-context"],  # noqa: B006
     method: Annotated[
@@ -252,6 +258,8 @@ def repair(
         completion=completion,
         metric=metric,
         prompts=prompts,
+        harmful=harmful,
+        overlap=overlap,
         suites=tuple(suite),
         num_fewshot=num_fewshot,
         limit=limit,

@@ -12,7 +12,7 @@ from typing import Any
 from holdfast import models
 from holdfast.engine import BATCH_TOKENS
 from holdfast.errors import HoldfastError, RecipeError
-from holdfast.files import content_key
+from holdfast.files import content_key, safe_name
 from holdfast.measure.compare import abilities
 from holdfast.measure.names import names_of
 from holdfast.measure.parts import COARSE, REPORT
@@ -21,16 +21,17 @@ from holdfast.models.related import check_related
 from holdfast.recipe import KEEP_FRAC
 from holdfast.runs import repair_goal
 from holdfast.runs.folder import JsonOrder, RunFolder
-from holdfast.runs.repair_heal import FEWEST, check_prompts, heal, write
+from holdfast.runs.repair_heal import FEWEST, Healed, check_prompts, heal, write
 from holdfast.runs.repair_judge import BASE, CHOOSING, Judge
+from holdfast.runs.repair_made import READS_HARM, check_pair, made, read_harmful
 from holdfast.runs.repair_search import DEFAULT, HEAL, TUNED, Candidate, Point, candidates, choose, search
 from holdfast.runs.run import Tell, silent
 from holdfast.sites import adapter_files
 from holdfast.sites.merge_files import Pair
 from holdfast.versions import versions
 
-MODEL, ADAPTER, HEALED, LAST = "model", "adapter", "heal.safetensors", "repair.json"
-WORK = {MODEL, ADAPTER, HEALED, LAST}
+MODEL, ADAPTER, HEALED, MADE, LAST = "model", "adapter", "heal.safetensors", "made", "repair.json"
+WORK = {MODEL, ADAPTER, HEALED, MADE, LAST}
 ENDS = (BASE, TUNED)
 GIVEN_BACK = 0.1  # ours: of what the tuning gained
 
@@ -47,6 +48,8 @@ class Wish(JsonOrder):
     completion: str | None = None
     metric: str | None = None
     prompts: str | None = None
+    harmful: str | None = None
+    overlap: bool = False
     keep: Mapping[str, float] = field(default_factory=lambda: {"in-context": KEEP_FRAC})
     suites: Sequence[str] = ("in-context",)
     methods: Sequence[str] = DEFAULT
@@ -67,8 +70,18 @@ class Wish(JsonOrder):
         if self.data and self.prompts:
             raise HoldfastError("--data and --prompts both say what the task is.", "Give one of the two.")
         candidates(self.methods)
+        self._check_harmful()
         if len({self.tuned, *self.also}) <= len(self.also):
             raise HoldfastError("A tuned model is named twice.", "Name each once, the others with --also.")
+
+    def _check_harmful(self) -> None:
+        asked = [name for name in self.methods if name in READS_HARM]
+        if asked and not self.harmful:
+            what = f"{asked[0]} reads harmful prompts with their answers, and none are given."
+            raise HoldfastError(what, "Give them with --harmful harmful.jsonl, or leave it out of --method.")
+        if self.harmful and not asked:
+            what = f"--harmful is read by {' and '.join(sorted(READS_HARM))} alone, and neither is tried."
+            raise HoldfastError(what, "Add --method antidote or --method realign.")
 
 
 def repaired(wish: Wish, out: Path, tell: Tell = silent) -> dict[str, Any]:
@@ -99,7 +112,7 @@ class _Work:
 
     def __init__(self, wish: Wish, folder: RunFolder, tell: Tell):
         self.wish, self.folder, self.tell = wish, folder, tell
-        self.pair = Pair(wish.base, wish.tuned)
+        self.pair = Pair(wish.base, wish.tuned, wish.overlap)
         self.judge = Judge(
             self.pair,
             names_of(wish.suites),
@@ -110,11 +123,15 @@ class _Work:
             batch_tokens=wish.batch_tokens,
         )
         self.goal = self.judge.goal = self._goal()
-        self.judge.healed = self._healed
+        self.judge.made = self._made
+        check_pair(wish.methods, self.pair)
+        self.harmful = read_harmful(wish.harmful, self.judge.tokenizer) if wish.harmful else []
         if HEAL in wish.methods:
             check_prompts(self.goal.prompts)
         inputs: dict[str, Any] = {"base": self.pair.base.sha, "tuned model": self.pair.tuned.sha}
         inputs |= {f"tuned model {name}": self._other(name) for name in wish.also}
+        if self.harmful:
+            inputs["harmful rows"] = content_key([r.ids.tolist() for r in self.harmful])
         folder.keep_inputs({**inputs, "task": content_key(dict(self.goal.asked))})
 
     def _goal(self) -> repair_goal.Goal:
@@ -137,6 +154,17 @@ class _Work:
         check_related(source, self.pair.like, self.pair.tokenizer, self.pair.base_weights)
         self.judge.others.append(source.sha)
         return source.sha
+
+    def _made(self, who: Candidate) -> Method:
+        """What a candidate that looks at rows changes; found when it is first asked for."""
+        if who.method == HEAL:
+            return Healed(file=str(self._healed(who)))
+        file = self.folder.path / MADE / f"{safe_name(who.label)}.safetensors"
+        if not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            self.judge.forget()
+            self.tell(who.method, 0.0, f"{who.label}: looks at its rows")
+        return made(who.method, who.settings, self.pair, self.goal.rows, self.harmful, file)
 
     def _healed(self, who: Candidate) -> Path:
         """The file of a short training, which is made when it is first asked for."""

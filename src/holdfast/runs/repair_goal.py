@@ -13,6 +13,7 @@ from typing import Any
 from holdfast.data.metric import METRICS, Metric, check_rows, chosen, judge_of, metric_of
 from holdfast.data.rows import Row, cap, labels_of, read_rows, split
 from holdfast.data.tokens import tokenize_all
+from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import DataError, suggest
 from holdfast.files import content_key
 from holdfast.measure import closeness as close
@@ -35,6 +36,7 @@ class Goal:
         asked: part -> what is asked there, plain data that names a measurement in the cache.
         score: (model, part) -> items that `tuned_task.task_estimates` reads.
         prompts: as tokens, of the parts for choosing.
+        rows: the same with their answers.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Goal:
     asked: Mapping[str, Any]
     score: Callable[[Any, str], Items]
     prompts: Sequence[list[int]] = ()
+    rows: Sequence[TokenRow] = ()
 
     def estimates(self, tuned: Items, items: Items) -> dict[str, Any]:
         """{"before": the tuned model's, "after": of `items`, "difference", ...} in the metric's unit."""
@@ -77,13 +80,14 @@ def from_data(
     def score(model: Any, part: str) -> Items:
         return _scored(model, tokenizer, parts[part], name, closed, batch_tokens)
 
-    return Goal(Path(path).stem, "data", metric_of(name), asked, score, _prompts(parts, tokenizer))
+    own = [row for row in (*parts[COARSE], *parts[FINE]) if row.prompt and not row.turns]
+    tokens = tokenize_all(own, tokenizer, None)
+    return Goal(Path(path).stem, "data", metric_of(name), asked, score, _prompts(tokens), tokens)
 
 
-def _prompts(parts: Mapping[str, Sequence[Row]], tokenizer: Any) -> list[list[int]]:
-    """What stands before the answers of the rows for choosing, each once."""
-    rows = [row for row in (*parts[COARSE], *parts[FINE]) if row.prompt and not row.turns]
-    found = [t.ids[: int(t.scored.argmax())] for t in tokenize_all(rows, tokenizer, None)]
+def _prompts(rows: Sequence[TokenRow]) -> list[list[int]]:
+    """What stands before the answers, each once."""
+    found = [t.ids[: int(t.scored.argmax())] for t in rows]
     return [list(ids) for ids in dict.fromkeys(tuple(ids.tolist()) for ids in found)]
 
 
@@ -133,4 +137,5 @@ def from_answers(model: Callable[[], Any], tokenizer: Any, sha: str, prompts: st
 
     name = f"answers to {Path(prompts).name}" if prompts else "answers to its own prompts"
     asked = [list(prompt) for prompt, _ in pairs[:half]]
-    return Goal(name, "own answers", close.CLOSENESS, dict(cuts), score, asked)
+    rows = [token_row([*prompt, *answer], len(prompt)) for prompt, answer in pairs[:half] if answer]
+    return Goal(name, "own answers", close.CLOSENESS, dict(cuts), score, asked, rows)

@@ -41,6 +41,7 @@ class Healed(Method):
     """The change that `heal` trained, added to the tuned weights: W + s B A for each linear map."""
 
     file: str  # of `write`
+    on: str = "tuned"  # "base": an adapter's pruned factors on its base
 
     does: ClassVar = "adds what a short training changed"
     paper: ClassVar = Paper("", note="ours")
@@ -48,10 +49,11 @@ class Healed(Method):
 
     def merge(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> torch.Tensor:
         change = _changes(self.file)
+        below = weights[self.on]
         if f"{name}.A" not in change:
-            return weights["tuned"]
+            return below
         new = change[f"{name}.B"] @ change[f"{name}.A"]
-        return weights["tuned"] + new.to(weights["tuned"].device)
+        return below + new.to(below.device)
 
 
 @cache
@@ -156,7 +158,13 @@ def _trained(
 
 
 def write(session: Session, target: Path) -> None:
-    """Write the change, whole or not at all: s B and A of each map, by the name of its weight.
+    """Write the change of a trained session; see `write_change`."""
+    assert inner(session.model) is not None
+    write_change(session.model, target)
+
+
+def write_change(model: Any, target: Path) -> None:
+    """Write the change of a model's LoRA, whole or not at all: s B and A of each map, by the name of its weight.
 
     Where the weight is stored turned, (in, out) as in GPT-2, they are A^T and s B^T, so that B A has its shape.
     """
@@ -164,7 +172,7 @@ def write(session: Session, target: Path) -> None:
     from safetensors.torch import save_file
 
     found = {}
-    for name, m in session.model.named_modules():
+    for name, m in model.named_modules():
         if isinstance(m, LoraLayer):
             (adapter,) = m.active_adapters
             a, b = m.lora_A[adapter].weight.detach().float(), m.lora_B[adapter].weight.detach().float()
@@ -172,7 +180,7 @@ def write(session: Session, target: Path) -> None:
             a, b = (b.T, a.T) if getattr(m, "fan_in_fan_out", False) else (a, b)
             place = canonical(f"{name}.weight")
             found[f"{place}.A"], found[f"{place}.B"] = a.cpu().contiguous(), b.cpu().contiguous()
-    assert found and inner(session.model) is not None
+    assert found
     part = target.with_name(f".{target.name}.part")
     save_file(found, part)
     part.replace(target)

@@ -25,8 +25,7 @@ from holdfast.measure.suites import asked_of, build, check_suite, remembered
 from holdfast.method import Method
 from holdfast.models.identity import file_sha
 from holdfast.runs.repair_goal import Goal, Items
-from holdfast.runs.repair_heal import Healed
-from holdfast.runs.repair_search import HEAL, SOUP, TUNED, Candidate, Point
+from holdfast.runs.repair_search import MADE, SOUP, TUNED, Candidate, Point
 from holdfast.sites.merge_files import Pair
 
 BASE = Candidate("base")
@@ -60,7 +59,7 @@ class Judge:
         self.suites = {name: self._cut(name, ask) for name in suites}
         self.goal: Goal | None = None
         self.others: list[str | None] = []  # identities of further tuned models
-        self.healed: Callable[[Candidate], Path] | None = None  # the file of a candidate that is trained
+        self.made: Callable[[Candidate], Any] | None = None  # the method, with a file, of a candidate of MADE
         self._holds = TUNED
 
     def _cut(self, name: str, ask: Ask) -> dict[str, Suite]:
@@ -85,10 +84,10 @@ class Judge:
 
     def methods(self, who: Candidate) -> list[Method]:
         """What makes a candidate of the tuned model."""
-        if who.method != HEAL:
+        if who.method not in MADE:
             return who.methods
-        assert self.healed is not None
-        return [Healed(file=str(self.healed(who)))]
+        assert self.made is not None
+        return [self.made(who)]
 
     @torch.no_grad()
     def _fill(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -130,7 +129,7 @@ class Judge:
 
     def _kept(self, who: Candidate, asked: Any, make: Callable[[], Any]) -> Any:
         ends = [self.pair.base.sha, self.pair.tuned.sha, str(self.dtype), self.device.type, self.batch_tokens]
-        made = file_sha(self.healed(who)) if who.method == HEAL and self.healed else ""
+        made = file_sha(Path(self.made(who).file)) if who.method in MADE and self.made else ""
         made = self.others if who.method == SOUP else made
         return remembered(content_key("repair", ends, who.method, dict(who.settings), made, asked), make)
 

@@ -22,10 +22,19 @@ from holdfast.errors import PlanError, suggest
 from holdfast.method import Method
 from holdfast.methods import TaskArithmetic, all_methods
 from holdfast.runs.repair_heal import STEPS
+from holdfast.runs.repair_made import ANTIDOTE, GRAFT, REALIGN
 
 SECOND_LOOK = 8  # ours
 SOUP = "ModelSoup"
 HEAL = "heal"  # no method: `repair_heal` trains the change
+MADE = frozenset({HEAL, GRAFT, REALIGN, ANTIDOTE})  # no methods: they look at rows (`repair_made`)
+ELSEWHERE = {  # of the same family, and why they are no candidates
+    "acu": "its head stands beside a model that stays as it is (holdfast.runs.ridge_head), so no weight is repaired",
+    "port": "it moves an adapter to another base (holdfast.sites.porting), and here there is one base",
+    "tuco": "it scales the tuning at inference (holdfast.decode.scale_tuning), and no weights come out",
+    "emulatedtuning": "it mixes logits at inference (holdfast.decode), and no weights come out",
+    "contrast": "it mixes logits at inference (holdfast.decode), and no weights come out",
+}
 GRID: dict[str, list[dict[str, Any]]] = {  # ours; the papers search the same settings
     "WiSEFT": [{"alpha": n / 10} for n in range(1, 10)],
     "LiNeS": [
@@ -42,6 +51,12 @@ GRID: dict[str, list[dict[str, Any]]] = {  # ours; the papers search the same se
         *({"mitigation_lambda": x} for x in (0.75, 0.5, 0.25, 0.0)),
         {"mitigation_lambda": 0.0, "control": True},
     ],
+    GRAFT: [{"share": s} for s in (1e-3, 0.01)],
+    ANTIDOTE: [
+        *({"ratio": r} for r in (0.05, 0.1, 0.2)),
+        *({"ratio": 0.1, "by": by} for by in ("magnitude", "chance")),  # its controls
+    ],
+    REALIGN: [{"rate": 0.001}],
     HEAL: [{"steps": STEPS}],
 }
 DEFAULT = ("WiSEFT", "LiNeS", "TIES")
@@ -57,8 +72,8 @@ class Candidate:
 
     @property
     def methods(self) -> list[Method]:
-        """What makes it of the tuned model; of HEAL the judge knows."""
-        assert self.method != HEAL
+        """What makes it of the tuned model; of MADE the judge knows."""
+        assert self.method not in MADE
         if self.method == SOUP:  # one of TaskArithmetic, since the tuned model itself may be missing in it
             has = tuple(map(float, self.settings["has"]))
             return [TaskArithmetic(models=tuple(self.settings["also"]), weights=has, scale=1 / sum(has))]
@@ -75,6 +90,8 @@ class Candidate:
 def _words(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, str):
+        return value
     return "/".join(map(_words, value)) if isinstance(value, tuple) else f"{value:g}"
 
 
@@ -111,6 +128,9 @@ def candidates(methods: Sequence[str]) -> list[Candidate]:
         PlanError: a method has no grid.
     """
     for name in methods:
+        if name.lower() in ELSEWHERE:
+            what = f"repair cannot try {name}: {ELSEWHERE[name.lower()]}."
+            raise PlanError(what, "Leave it out of --method; docs/repair.md shows how it is used.")
         if name not in GRID:
             raise PlanError(f"repair has no grid for the method {name!r}.", suggest(name, list(GRID)))
     return [Candidate(name, settings) for name in dict.fromkeys(methods) for settings in GRID[name]]

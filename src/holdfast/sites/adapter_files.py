@@ -16,11 +16,15 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LORA_B = re.compile(r"\.lora_(?:embedding_)?B(?:\.|$)")
 
 
+def is_plain_lora(adapter: ModelSource) -> bool:
+    """Whether the change of a saved adapter is s B A."""
+    config = read_json(Path(adapter.path) / CONFIG)
+    return config.get("peft_type") == "LORA" and not config.get("use_dora")
+
+
 def may_scale(adapter: ModelSource, methods: Sequence[Method]) -> bool:
     """Whether `methods` only scale changes, and the change of `adapter` is B A of plain LoRA, which scales with B."""
-    config = read_json(Path(adapter.path) / CONFIG)
-    plain = config.get("peft_type") == "LORA" and not config.get("use_dora")
-    return plain and all(m.scales_update for m in methods)
+    return is_plain_lora(adapter) and all(m.scales_update for m in methods)
 
 
 def scaled(adapter: ModelSource, methods: Sequence[Method], num_layers: int, out: Path, card: str) -> Path:

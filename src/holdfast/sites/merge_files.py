@@ -18,14 +18,18 @@ from holdfast import models
 from holdfast.errors import ModelError, PlanError
 from holdfast.files import fresh_folder
 from holdfast.method import Method
+from holdfast.methods import LiNeS, WiSEFT
 from holdfast.models import loadable, shards
 from holdfast.models.loading import load_tokenizer
+from holdfast.models.overlap import grown, offer
 from holdfast.models.related import check_related, may_read
 from holdfast.models.source import ModelSource
 from holdfast.models.tensors import Adapted, Saved, files_of, names_on_disk, shapes_of, stored, tensors_of
 from holdfast.services import Context
 from holdfast.sites.merging import Merging, check_others
 
+# One `torch.lerp`, which computes bfloat16 in fp32 and rounds once: the same bits as ours, without three more passes
+LINES = (WiSEFT, LiNeS)
 CONFIGS = ("config.json", "generation_config.json", "model.safetensors.index.json")
 
 
@@ -65,23 +69,35 @@ class Pair:
         base, tuned: what was resolved.
         like: the base without weights (on the meta device): its configuration and parameter names.
         base_weights, tuned_weights: by parameter name, read one by one.
+        overlap: whether `tuned` has other tokens, and `like` is its shape (`models.overlap`).
 
     Raises:
         ModelError: `base` is an adapter, one of the two is quantised, or `tuned` does not descend from `base`.
     """
 
-    def __init__(self, base: ModelSource | str, tuned: ModelSource | str):
+    def __init__(self, base: ModelSource | str, tuned: ModelSource | str, overlap: bool = False):
         self.base, self.tuned = (models.resolve(m) if isinstance(m, str) else m for m in (base, tuned))
         self.like = _without_weights(self.base)
-        own, names = Saved(self.base, self.like), tuple(shapes_of(self.like))
+        self.overlap, own = overlap, Saved(self.base, self.like)
+        if overlap:
+            may_read(self.tuned)
+            own, self.like = grown(self.base, self.tuned, self.like)
+        names = tuple(shapes_of(self.like))
         self.base_weights = _Weights(own, own, names)
-        self.tokenizer = load_tokenizer(self.base, False)
-        check_related(self.tuned, self.like, self.tokenizer, self.base_weights)
+        self.tokenizer = load_tokenizer(self.tuned if overlap else self.base, False)
+        self._check_related()
         self.tuned_weights = _Weights(tensors_of(self.tuned, self.like), own, names)
         self._layout = self.tuned if self.tuned.base is None else self.base
         self._at = {key: name for name in names for key in names_on_disk(name, self.like)}
         self._files = {file: shards.header(file)[1] for file in files_of(Path(self._layout.path))}
         self._check_dtypes()
+
+    def _check_related(self) -> None:
+        try:
+            check_related(self.tuned, self.like, self.tokenizer, self.base_weights)
+        except ModelError as e:
+            cure = None if self.overlap else offer(self.base, self.tuned)
+            raise ModelError(e.what, cure or e.cure) from e
 
     @property
     def num_layers(self) -> int:
@@ -194,7 +210,8 @@ class _Maker:
         self._merging = Merging(methods, {m.name: m.prepare(ctx) for m in methods}, base_dir, pair.num_layers)
         self._merging.open(pair.like)
         self._merging.survey(pair.tuned_weights, pair.base_weights)
-        self.in_parts = self._merging.in_parts and pair.tuned_weights.in_parts
+        self._line = methods[0] if len(methods) == 1 and type(methods[0]) in LINES else None
+        self.in_parts = self._merging.in_parts and pair.tuned_weights.in_parts and not pair.overlap
 
     def whole(self, name: str, dtype: str) -> torch.Tensor:
         """A tensor."""
@@ -204,11 +221,19 @@ class _Maker:
     def part(self, name: str, dtype: str, part: slice) -> torch.Tensor:
         """Some entries of it, flat."""
         base, tuned = (w.part(name, part) for w in (self._pair.base_weights, self._pair.tuned_weights))
+        if self._line and dtype == "BF16" and base.dtype == tuned.dtype == torch.bfloat16:
+            return self._line.merge(name, {"base": base, "tuned": tuned}, {}, self._pair.num_layers)
         return self._merging.merged(name, base, tuned, part).to(shards.dtype_of(dtype))
 
 
 def merge_files(
-    base: ModelSource | str, tuned: ModelSource | str, methods: Sequence[Method], out: Path, **settings: Any
+    base: ModelSource | str,
+    tuned: ModelSource | str,
+    methods: Sequence[Method],
+    out: Path,
+    *,
+    overlap: bool = False,
+    **settings: Any,
 ) -> Path:
     """Apply merging methods to two saved models and write a third, tensor by tensor; returns its folder.
 
@@ -217,13 +242,14 @@ def merge_files(
         tuned: the same, or an adapter on `base`.
         methods: in plan order; each may name further models.
         out: the new folder; an older model there is replaced, whole or not at all.
+        overlap: merge what belongs to common tokens where the vocabularies differ.
         settings: of `Pair.write`.
 
     Raises:
         ModelError: the two are no relatives, or `out` is not free.
         PlanError: a method does more than merge, or has a wrong setting.
     """
-    return Pair(base, tuned).write(methods, out, **settings)
+    return Pair(base, tuned, overlap).write(methods, out, **settings)
 
 
 def _without_weights(base: ModelSource) -> Any:

@@ -6,8 +6,15 @@
 The first step copies w into s. The training itself is not touched. The paper's text infers with the slow learner, as
 here; its code saves the fast one. `decay` 0.25 is its code's: s moves three quarters of the way at every step, so it
 is the last few steps; 0.99 or more is the usual average along training.
-Not built: the paper's term that pulls the fast adapter to the slow one's states, and its buffer of earlier tasks
-(`Replay` is one). On an adapter the factors are averaged, not their product, as in the paper.
+Not built, so this is I-LoRA's average and not I-LoRA: from the second task on the paper adds, on rows of a buffer of
+earlier tasks, their loss (`Replay` does that) and the pull of the fast adapter to the slow one's states,
+
+    gamma mean over all layers of (h_w - max(h_w, h_s))^2,   h_s the states with s in the place of w, no gradient
+
+so only entries in which the slow state is the larger one are pulled. That needs a second forward with s swapped in at
+every step, for its states. No site offers it: a loss sees the states of its own forward and of the base, and averaged
+teachers (`SDFT`) hand out log-probabilities alone.
+On an adapter the factors are averaged, not their product, as in the paper.
 Cost: one copy of what trains, in checkpoints too. Looks during training see w. Combine with: everything but LTSFT.
 """
 

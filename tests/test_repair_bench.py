@@ -1,0 +1,38 @@
+"""The tables of docs/repair.md: made of the files of results, and the area by hand."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """benchmarks/repair_table.py, forgotten afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield __import__("repair_table")
+        sys.modules.pop("repair_table")
+
+
+def test_the_page_has_the_tables_of_the_results(bench):
+    page = (ROOT / "docs" / "repair.md").read_text(encoding="utf-8")
+    for name, lines in bench.tables(ROOT / "benchmarks" / "results" / "repair").items():
+        assert "\n".join(lines) in page, f"{name}: run python benchmarks/repair.py table"
+
+
+def test_areas_by_hand(bench):
+    """Gains from 0.5 to 0.9. WiSE-FT: (0.5, 0.8) and the tuned model (1, 0.2): 0.5 * 0.8 + 0.5 * 0.2 = 0.5."""
+    ends = [
+        ["base", "base", "coarse+fine", 0.5, [], 1.0, []],
+        ["tuned", "tuned model", "coarse+fine", 0.9, [], 0.2, []],
+    ]
+    looked = [
+        ["WiSEFT alpha 0.5", "WiSEFT", "coarse", 0.7, [], 0.8, []],
+        ["WiSEFT alpha 0.5 parts 0.7/0.5", "WiSEFT, bent", "coarse", 0.7, [], 0.9, []],  # 0.05 more than the line
+        ["TIES density 0.1", "TIES", "coarse", 0.4, [], 0.9, []],  # below the base: no gain
+        ["TIES density 0.1", "TIES", "coarse+fine", 0.9, [], 1.0, []],  # the second look does not count
+    ]
+    assert bench.areas([*ends, *looked]) == pytest.approx({"WiSEFT": 0.5, "WiSEFT, bent": 0.55, "TIES": 0.2})
