@@ -47,5 +47,8 @@ def rows(split: str, tokenizer: Any, folder: Path) -> list[Any]:
     tickets = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
     test = split != "train"
     return read_rows(
-        str(write(tickets, folder / f"{split}.jsonl", test)), base_dir=folder, tokenizer=tokenizer, last_only=test
+        str(write(tickets, folder / f"{split}.jsonl", test)),
+        base_dir=folder,
+        tokenizer=tokenizer,
+        train_on="last" if test else "assistant",
     )

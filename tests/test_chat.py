@@ -1,6 +1,7 @@
 """Conversations through chat templates: nothing of a row is lost or changed without a refusal or a counted note."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -53,11 +54,11 @@ def plain():
 def read(plain, tmp_path: Path):
     """read(template, row, ...): the rows and notes of a file of these rows under that template."""
 
-    def go(template: str, *rows: dict, last_only: bool = False) -> tuple[list[Row], list[str]]:
+    def go(template: str, *rows: dict, train_on: str = "assistant") -> tuple[list[Row], list[str]]:
         plain.chat_template = template
         (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         notes: list[str] = []
-        return read_rows("t.jsonl", base_dir=tmp_path, tokenizer=plain, notes=notes, last_only=last_only), notes
+        return read_rows("t.jsonl", base_dir=tmp_path, tokenizer=plain, notes=notes, train_on=train_on), notes
 
     return go
 
@@ -150,8 +151,16 @@ REFUSED = {
     ),
     "weight 0": (CHATML, talk(USER, ANSWER | {"weight": 0}), ["not to be trained on (weight 0)", "Remove the row"]),
     "train false": (CHATML, talk(USER, ANSWER | {"train": False}), ["not to be trained on (train False)"]),
-    "weight 0.5": (CHATML, talk(USER, ANSWER | {"weight": 0.5}), ["message 2 (assistant) has the weight 0.5"]),
-    "weight of the user": (CHATML, talk(USER | {"weight": 2}, ANSWER), ["message 1 (user) has the weight 2"]),
+    "weight below 0": (
+        CHATML,
+        talk(USER, ANSWER | {"weight": -0.5}),
+        ["message 2 (assistant) has the weight -0.5; a weight is a number, 0 or more", "Remove the key"],
+    ),
+    "weight as text": (CHATML, talk(USER, ANSWER | {"weight": "0.5"}), ["has the weight '0.5'; a weight is a number"]),
+    "no number": (CHATML, talk(USER, ANSWER | {"weight": math.nan}), ["has the weight nan; a weight is a number"]),
+    "no end": (CHATML, talk(USER, ANSWER | {"weight": math.inf}), ["has the weight inf; a weight is a number"]),
+    "train in part": (CHATML, talk(USER, ANSWER | {"train": 0.5}), ["has the train 0.5; known are 0, 1"]),
+    "weight of the user": (CHATML, talk(USER | {"weight": -2}, ANSWER), ["message 1 (user) has the weight -2"]),
     "train as text": (CHATML, talk(USER, ANSWER | {"train": "false"}), ["has the train 'false'"]),
     "sharegpt weight": (
         CHATML,
@@ -417,7 +426,8 @@ KEPT = {
 @pytest.mark.parametrize("name", KEPT)
 def test_what_stays_is_trained_and_what_changes_is_noted(name, read):
     template, row, prompt, completion, notes = KEPT[name]
-    (found,), told = read(template, row, last_only=any("only the last answer" in note for note in notes))
+    last = any("only the last answer" in note for note in notes)
+    (found,), told = read(template, row, train_on="last" if last else "assistant")
     assert prompt is None or found.prompt == prompt
     assert found.completion == completion
     assert told == notes
@@ -425,7 +435,7 @@ def test_what_stays_is_trained_and_what_changes_is_noted(name, read):
 
 def test_notes_are_counted_over_the_rows(read):
     rows = [talk(USER, ANSWER)] * 3 + [talk(USER, ANSWER, USER, ANSWER)] * 5
-    _, told = read(CHATML, *rows, last_only=True)
+    _, told = read(CHATML, *rows, train_on="last")
     assert told == ["only the last answer of 5 conversations with several answers is trained on (first t.jsonl:4)"]
 
 

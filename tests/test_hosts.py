@@ -30,8 +30,9 @@ from cases import run, stands
 from holdfast import Plan, models, with_plan
 from holdfast import methods as hf
 from holdfast.data.mix import Mix
+from holdfast.data.targets import weighed
 from holdfast.data.tokens import tokenize
-from holdfast.engine.pack import TokenRow, token_row
+from holdfast.engine.pack import WEIGHT, TokenRow, token_row
 from holdfast.errors import DataError, HoldfastError, PlanError
 from holdfast.hosts import hf as host
 from holdfast.hosts.hf_batches import placed_rows
@@ -189,14 +190,15 @@ def distance(a: Weights, b: Weights) -> float:
 
 @pytest.fixture(scope="module")
 def plain(tiny_model, tokenizer, rows, task) -> Callable[..., Weights]:
-    """Weights of the reference host, remembered by the plan's words."""
+    """Weights of the reference host, remembered by the plan's words; rows: others than the tickets'."""
     known: dict[str, Weights] = {}
+    given, tickets = task, rows
 
-    def run(methods: Sequence[Method], steps: int = STEPS, **settings: Any) -> Weights:
-        key = f"{methods} {steps} {settings}"
+    def run(methods: Sequence[Method], steps: int = STEPS, rows: Any = None, **settings: Any) -> Weights:
+        key, task = f"{methods} {steps} {settings} {rows is None}", given if rows is None else rows
         if key not in known:
             model = tiny_model(tied=False)
-            ctx = Context(model, tokenizer, 0, rows, total_steps=steps, max_length=512)
+            ctx = Context(model, tokenizer, 0, tickets, total_steps=steps, max_length=512)
             session = Session(Plan(methods), model, ctx)
             session.prepare()
             mix = session.mix(task)
@@ -729,6 +731,50 @@ def test_numbers_of_packed_rows_arrive(make):
     trainer.session.loss = loss
     trainer.train()
     assert len(seen) >= 24 and all("TLTraining" in r.numbers for r in seen)
+
+
+# ---- weights of the rows
+
+
+def weighing(task: Sequence[TokenRow]) -> tuple[list[TokenRow], Dataset]:
+    """The rows with weights, two thirds of them, and the same as a dataset with a column."""
+    each = [np.linspace(0.1, 1 + i % 3, len(r.ids)) if i % 3 else np.ones(len(r.ids)) for i, r in enumerate(task)]
+    rows = [weighed(r, w) for r, w in zip(task, each, strict=True)]
+    return rows, dataset(task).add_column("weights", [w.tolist() for w in each])
+
+
+@pytest.mark.parametrize("methods", [[], [hf.InContextMix(pool=16, share=0.5)]], ids=["none", "a mix"])
+def test_weights_of_rows_equal_plain(methods, make, plain, task):
+    rows, data = weighing(task)
+    trainer = make(Trainer, methods, given={"train_dataset": data})
+    trainer.train()
+    expected = plain(methods, rows=rows)
+    assert distance(weights_of(trainer.model), expected) < 1e-6 < 1e-4 < distance(plain(methods), expected)
+
+
+def test_weights_of_packed_rows_arrive(make, task):
+    rows, data = weighing(task)
+    trainer = make(SFTTrainer, [], given={"train_dataset": data}, packing=True, max_length=128)
+    batch = next(iter(trainer.get_train_dataloader()))
+    found = {r.key: r for r, _ in placed_rows(batch, trainer._known)}
+    assert len(found) > 2 and any(r.numbers for r in found.values())
+    for row in rows:
+        if row.key in found:
+            assert np.array_equal(found[row.key].numbers.get(WEIGHT), row.numbers.get(WEIGHT))
+
+
+def test_weights_that_cannot_be_honoured_are_refused(make, task):
+    data = weighing(task)[1]
+    for weights, words in (([-1.0] * 3, "one number above 0"), ([1.0] * 2, "one number above 0")):
+        wrong = Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[5, 6, 7]], "weights": [weights]})
+        with pytest.raises(DataError, match=words):
+            make(Trainer, [], given={"train_dataset": wrong})
+    twice = {"input_ids": [[5, 6, 7]] * 2, "labels": [[5, 6, 7]] * 2, "weights": [[1.0] * 3, [2.0] * 3]}
+    refused(lambda: make(Trainer, [], given={"train_dataset": Dataset.from_dict(twice)}), "Row 1", "other weights")
+    stream = data.to_iterable_dataset()
+    refused(lambda: make(Trainer, [], given={"train_dataset": stream}), "stream with a column 'weights'", "length")
+    short = {"given": {"train_dataset": data}, "max_length": 16}
+    refused(lambda: make(SFTTrainer, [], **short), "SFTTrainer cuts or labels", "weights", "max_length")
 
 
 REFUSED = {

@@ -19,13 +19,14 @@ from holdfast.data.mix import Mix
 from holdfast.engine.base import token_logp
 from holdfast.engine.counts import add_counts, count_rows
 from holdfast.engine.forward import forward
-from holdfast.engine.pack import TokenRow, pack, token_row
+from holdfast.engine.pack import WEIGHT, TokenRow, pack, token_row
 from holdfast.errors import PlanError
 from holdfast.hosts.plain import Training
 from holdfast.hosts.processes import deal, dealt
 from holdfast.method import Method, Term
 from holdfast.plan import Plan
 from holdfast.services import Context, View
+from holdfast.session import Session
 
 LINEAR = {"adam_epsilon": 1.0, "learning_rate": 0.1, "max_grad_norm": 0.0, "warmup_steps": 0.0}
 
@@ -54,6 +55,25 @@ def test_targets_are_predicted_and_ids_are_read(tiny_model):
     logp = logits[0].log_softmax(-1)
     assert a == pytest.approx(logp[7].item()) and b == pytest.approx(logp[70].item())
     assert read.key == other.key  # a teacher is asked about what is read
+
+
+def test_the_datas_own_weights_multiply_losses_and_the_count_stays(tiny_model):
+    """(0.5 l1 + 0.5 l2 + 3 l3 + l4 + l5) / 5, however the step is split; l: minus log-probability of a target."""
+    model = tiny_model()
+    weights = np.array([9.0, 0.5, 0.5, 3.0], dtype=np.float32)
+    first, second = replace(token_row([5, 6, 7, 8], 1), numbers={WEIGHT: weights}), token_row([9, 10, 11], 1)
+    ctx = Context(model, None, 0, total_steps=1)
+    session = Session(Plan([]), model, ctx)
+    session.enter(session.stages[0])
+    counts = count_rows([first, second])
+    logp = token_logp(model, [first, second])
+    wanted = -(logp[0] @ weights[1:] + logp[1].sum()) / 5
+    together, parts = session.loss(model, [first, second], counts, 0)
+    apart = [session.loss(model, [row], counts, 0, 0.5)[0] for row in (first, second)]
+    same = pytest.approx(float(wanted), rel=1e-5)
+    assert (together.item(), parts["task"].item(), sum(apart).item()) == (same, same, same)
+    plain = session.loss(model, [replace(first, numbers={}), second], counts, 0)[0]
+    assert abs(plain.item() - together.item()) > 0.01
 
 
 def test_a_cut_row_keeps_all_that_belongs_to_its_tokens():

@@ -86,3 +86,26 @@ def test_large(shape, tmp_path):
     assert "the first 45 rows of instructions are streamed, and no others read" in report["task"]["note"]
     assert {s["name"]: s["after"]["n"] for s in report["task"]["sets"]} == {"instructions": 4, "tickets": 2}
     assert report["task"]["metric"] == "loss per token"
+
+
+def test_all_weights_of_a_small_model(shape, tmp_path):
+    rows = [{"prompt": text, "completion": f" {queue}"} for queue, text in TICKET]
+    train = write(tmp_path / "train.jsonl", rows)
+    report = shape("small_model", f"data.train={train}", "plan=[]", "training.gradient_accumulation_steps=2")
+    assert report["plan"] == [] and "lr_scheduler_type: constant" in report["recipe"]
+
+
+@pytest.mark.parametrize("name", ["sst2", "rte"])
+def test_labelled_sentences(name, shape, tmp_path):
+    """Recipes of files that are not shipped, on files with their columns."""
+    rows = [{"sentence": text, "label": queue} for queue, text in TICKET]
+    train, test = (write(tmp_path / f"{part}.jsonl", rows[k::2]) for k, part in enumerate(("train", "test")))
+    report = shape(name, f"data.train={train}", f"data.test={test}", "data.train_size=10", "data.test_size=8")
+    assert report["task"]["metric"] == "accuracy" and report["task"]["after"]["n"] == 8
+    assert report["data"]["rows"] == 10
+
+
+def test_every_recipe_has_a_test():
+    """By its name in this file."""
+    here = Path(__file__).read_text(encoding="utf-8")
+    assert [path.stem for path in RECIPES.glob("*.yaml") if f'"{path.stem}"' not in here] == []

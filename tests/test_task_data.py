@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from holdfast.data import prepare, task
@@ -12,6 +13,7 @@ from holdfast.data.rendered import Rendered
 from holdfast.data.rows import read_rows
 from holdfast.data.task import read_task
 from holdfast.data.tokens import tokenize
+from holdfast.engine.pack import WEIGHT
 from holdfast.errors import DataError
 from holdfast.recipe import recipe_from
 from tokenizers_made import MADE
@@ -171,6 +173,61 @@ def test_a_drawn_training_set_is_tokenised_alone(tmp_path):
     found = data_of(path, tokenizer, train_size=5, validation_size=4)
     assert len(found.train) == len(found.token_rows) == 5
     assert [found.place(r) for r in found.token_rows] == [r.where for r in found.train]
+
+
+def test_a_drawn_conversation_is_trained_on_in_all_its_answers(tmp_path):
+    """With a training set that is drawn first and tokenised then, as without."""
+    tokenizer, path = tokenizer_of("bytes"), write(tmp_path / "t.jsonl", [talk(n) for n in range(40)])
+    whole = {r.where: t for r, t in zip(*_both(data_of(path, tokenizer, validation_size=4)), strict=True)}
+    drawn = data_of(path, tokenizer, validation_size=4, train_size=20)
+    assert max(len(r.turns) for r in drawn.train) == 3
+    assert all(row.key == whole[text.where].key for text, row in zip(*_both(drawn), strict=True))
+
+
+def _both(found):
+    return found.train, found.token_rows
+
+
+def weighted(n: int) -> dict:
+    turns = talk(2)["messages"]
+    return {"messages": [{**turn, "weight": 0.5 * i + n / 100} for i, turn in enumerate(turns)]}
+
+
+def test_weights_of_messages_are_kept(tmp_path, monkeypatch):
+    """Written, found again, drawn, cut and split: each target has the weight of its answer."""
+    tokenizer = tokenizer_of("bytes")
+    path = write(tmp_path / "t.jsonl", [weighted(n) if n % 2 else talk(n) for n in range(20)])
+    rows = {r.where: r for r in read_rows(path, base_dir=tmp_path, tokenizer=tokenizer, notes=[])}
+    wanted = {where: tokenize(row, tokenizer, None) for where, row in rows.items()}
+    for settings in ({}, {}, {"train_size": 8}):  # made, found, drawn
+        found = data_of(path, tokenizer, validation_size=4, **settings)
+        for row, made in zip(*_both(found), strict=True):
+            same = wanted[row.where]
+            assert made.key == same.key and made.numbers.keys() == same.numbers.keys()
+            assert all(np.array_equal(made.numbers[n], same.numbers[n]) for n in same.numbers)
+    assert sum(bool(r.numbers) for r in wanted.values()) == 10
+    for how in ("truncate", "split"):
+        cut = data_of(path, tokenizer, validation_size=4, max_length=90, too_long=how)
+        parts = [r for r in cut.token_rows if r.numbers]
+        assert len(parts) >= 8 and all(len(r.ids) <= 90 for r in parts)
+        for part in parts:
+            weights = {(w, i) for r in wanted.values() if r.numbers for w, i in _targets(r)}
+            assert set(_targets(part)) <= weights
+
+
+def _targets(row):
+    """(weight, token) of each target."""
+    return list(zip(row.numbers[WEIGHT][row.scored].tolist(), row.ids[row.scored].tolist(), strict=True))
+
+
+def test_other_weights_are_other_data(tmp_path):
+    tokenizer = tokenizer_of("bytes")
+    keys = set()
+    for weight in (1, 0.5, 0):
+        rows = [talk(2) for _ in range(20)]
+        rows[3]["messages"] = [{**m, "weight": weight} for m in rows[3]["messages"][:2]] + rows[3]["messages"][2:]
+        keys.add(data_of(write(tmp_path / "t.jsonl", rows), tokenizer, validation="t.jsonl").key)
+    assert len(keys) == 3
 
 
 def test_the_mix_reads_rows_in_the_order_it_did(tmp_path):

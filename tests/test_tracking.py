@@ -12,7 +12,7 @@ import torch
 from holdfast.errors import RecipeError
 from holdfast.hosts.plain import Log
 from holdfast.recipe import load_recipe
-from holdfast.runs import checks, tracking
+from holdfast.runs import checks, looking, tracking
 from holdfast.runs.tracking import Trackers, at_home
 from holdfast.verbs.tune import tune
 from tiny_run import recipe_data, write_recipe
@@ -76,6 +76,49 @@ def test_the_weights_are_those_of_a_run_without(world, tmp_path, clean):
     one, two = (tmp_path / n / "run" / "model" / "adapter_model.safetensors" for n in ("none", "tensorboard"))
     assert one.read_bytes() == two.read_bytes()
     assert not (tmp_path / "none" / "run" / "trackers").exists()
+
+
+class Recorder:
+    """Stands for a tracker that is not installed; accelerate's have the same four methods."""
+
+    def __init__(self):
+        self.told: list[tuple[int, dict[str, float]]] = []
+        self.settings, self.finished = {}, False
+
+    def start(self):
+        pass
+
+    def store_init_configuration(self, settings):
+        self.settings = settings
+
+    def log(self, values, step):
+        self.told.append((step, values))
+
+    def finish(self):
+        self.finished = True
+
+
+def test_every_tracker_hears_steps_looks_and_what_is_kept(world, tmp_path, clean, monkeypatch):
+    """The tiny model learns nothing from a prompt, so the base's answers and the looked at ones are planted."""
+    recorder, looks = Recorder(), iter([20, 20, 15, 10])
+    about = {"name": "t", "chance": 0.0, "metric": "right", "clustered": False, "version": 1}
+
+    def probe(job, model):
+        right = next(looks)
+        items = [{"id": str(n), "cluster": "", "correct": float(n < right), "marks": {}} for n in range(24)]
+        return [{"suite": "in-context", "tasks": [{**about, "items": items}]}]
+
+    monkeypatch.setattr(looking, "_probe", probe)
+    monkeypatch.setattr(tracking, "_made", lambda *_: recorder)
+    monkeypatch.setattr(tracking, "find_spec", lambda name: True)
+    tune(recipe(world, tmp_path / "run", ["trackio"], eval_steps=4))
+    seen = {step: values for step, values in recorder.told if "eval/task" in values}
+    assert [values["eval/kept/in-context"] for values in seen.values()] == pytest.approx([1.0, 0.75, 0.5])
+    assert list(seen) == [0, 4, 8] and recorder.finished and recorder.settings["training.max_steps"] == 8
+    steps = {step: values for step, values in recorder.told if "train/loss" in values}
+    names = ("loss", "ICLAnchor", "learning_rate", "grad_norm", "memory_gb")
+    assert list(steps) == [2, 4, 6, 8] and all(f"train/{n}" in v for v in steps.values() for n in names)
+    assert all(values["train/tokens_per_second"] > 0 for values in list(steps.values())[1:])
 
 
 @needs["wandb"]

@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from holdfast.data.rows import read_rows
 from holdfast.data.tokens import tokenize_all
+from holdfast.engine.pack import WEIGHT
 from holdfast.errors import DataError
 from tokenizers_made import MADE
 
@@ -74,7 +76,7 @@ def test_every_answer_is_trained_as_one_row_of_its_own_would_be(name, template, 
     (row,), notes = read(tokenizer, TALK)
     (packed,) = tokenize_all([row], tokenizer, None)
     assert notes == []
-    alone = [tokenize_all(read(tokenizer, TALK[:n], last_only=True)[0], tokenizer, None)[0] for n in (2, 4, 6)]
+    alone = [tokenize_all(read(tokenizer, TALK[:n], train_on="last")[0], tokenizer, None)[0] for n in (2, 4, 6)]
     found, end = packed.scored.copy(), tokenizer.convert_tokens_to_ids("<|im_end|>")
     for one in alone:
         start = int(one.scored.argmax())
@@ -107,6 +109,42 @@ def test_a_key_leaves_answers_out(key, template, read):
     assert notes == ["1 conversation cut off behind the last answer that is trained on (first t.jsonl:1)"]
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_each_answer_has_the_weight_that_it_is_given(template, read):
+    """Of all its tokens and of the one that ends it; without the key it is 1, and `train` only says yes."""
+    tokenizer = tokenizer_of("bytes", template)
+    talk = [TALK[0], said("billing", weight=0.25), *TALK[2:5], said("No.", weight=2.5, train=True)]
+    (row,), notes = read(tokenizer, talk)
+    (packed,) = tokenize_all([row], tokenizer, None, stops=[tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    found = {text: set(weights) for text, weights in zip(targets(tokenizer, packed), weights_of(packed), strict=True)}
+    assert found == {"billing<|im_end|>": {0.25}, "a b<|im_end|>": {1.0}, "No.<|im_end|>": {2.5}}
+    assert [note.split(" have")[0] for note in notes] == ["answers of 1 conversation"]
+    (alone,), _ = read(tokenizer, talk, train_on="last")
+    (last,) = tokenize_all([alone], tokenizer, None)
+    assert [set(w) for w in weights_of(last)] == [{2.5}]
+
+
+def weights_of(row) -> list[list[float]]:
+    """The weights of each unbroken stretch of targets."""
+    cuts = np.flatnonzero(np.diff(row.scored.astype(int))) + 1
+    parts = zip(np.split(row.scored, cuts), np.split(row.numbers[WEIGHT], cuts), strict=True)
+    return [weights.tolist() for scored, weights in parts if scored[0]]
+
+
+def test_answers_in_rows_of_their_own_keep_their_weights(read):
+    """Where tokens span two messages."""
+    tokenizer = tokenizer_of("llama 3", NO_ENDS)
+    (row,), _ = read(tokenizer, [user("Q:"), said("a", weight=0.5), user("\n\nuser"), said("b")])
+    first, second = tokenize_all([row], tokenizer, None)
+    assert weights_of(first) == [[0.5] * first.num_scored] and second.numbers == {}
+
+
+def test_where_all_is_trained_on_no_message_weighs_less(read):
+    with pytest.raises(DataError, match=r"message 2 \(assistant\) has the weight 0.5, and data.train_on is all"):
+        read(tokenizer_of("bytes", CHATML), [TALK[0], said("a", weight=0.5), *TALK[2:]], train_on="all")
+    read(tokenizer_of("bytes", CHATML), [TALK[0], said("a", weight=1, train=True), *TALK[2:]], train_on="all")
+
+
 def test_all_answers_left_out_are_refused(read):
     with pytest.raises(DataError, match=r"t.jsonl:2: all answers are marked not to be trained on \(train False\)"):
         none = [*TALK[:1], said("a", train=False), user("b"), said("c", train=False)]
@@ -122,7 +160,7 @@ def test_a_mark_on_a_question_is_said(read):
 
 def test_the_last_answer_alone(read):
     tokenizer = tokenizer_of("bytes", CHATML)
-    (row,), notes = read(tokenizer, TALK, last_only=True)
+    (row,), notes = read(tokenizer, TALK, train_on="last")
     (packed,) = tokenize_all([row], tokenizer, None)
     assert [t.split("<|im_end|>")[0] for t in targets(tokenizer, packed)] == ["No."]
     assert notes == ["only the last answer of 1 conversation with several answers is trained on (first t.jsonl:1)"]
@@ -135,7 +173,7 @@ def test_a_template_that_does_not_only_append_is_refused_with_the_turn(read):
     told = str(caught.value)
     assert told.startswith("t.jsonl:2: ") and "does not only append at message 2 (assistant)" in told
     assert "<think></think>billing" in told and "train_on: last" in caught.value.cure
-    (row,), _ = read(tokenizer, TALK, last_only=True)
+    (row,), _ = read(tokenizer, TALK, train_on="last")
     assert row.completion.startswith("<think></think>No.")
 
 
@@ -170,7 +208,7 @@ def test_answers_that_share_a_token_with_a_question_get_rows_of_their_own(read):
     (row,), _ = read(tokenizer, talk)
     notes: list[str] = []
     made = tokenize_all([row], tokenizer, None, notes=notes)
-    alone = [read(tokenizer, talk[:n], last_only=True)[0][0] for n in (2, 4)]
+    alone = [read(tokenizer, talk[:n], train_on="last")[0][0] for n in (2, 4)]
     assert [r.key for r in made] == [r.key for r in tokenize_all(alone, tokenizer, None)] and len(made) == 2
     assert notes[0].startswith("1 conversation of which tokens span two messages")
 

@@ -7,11 +7,13 @@ import pytest
 from holdfast.measure.asking import score_suite
 from holdfast.measure.probe import Ask
 from holdfast.measure.suites.format import OWN_WORDS, build_suite, is_label, label_share, normalise, own_words
-from holdfast.measure.suites.instructions import read_data
+from holdfast.measure.suites.instructions import MADE, read_data
 from holdfast.measure.verify import CONSTANTS, find, obeys
 
 DATA = read_data("format")
-FORMS = [(task, row) for task, rows in DATA["tasks"].items() for row in rows]
+TASKS = {task: [*rows, *DATA[MADE][task]] for task, rows in DATA["tasks"].items()}
+FORMS = [(task, row) for task, rows in TASKS.items() for row in rows]
+OPEN = [*DATA["own_words"], *DATA[MADE]["own_words"]]
 LABELS = ("positive", "negative")
 
 GOOD = {
@@ -29,11 +31,12 @@ GOOD = {
 
 
 def test_the_data_is_sound():
-    requests = [*DATA["own_words"], *(row["request"] for _, row in FORMS)]
-    others = [row["request"] for rows in read_data("instructions")["tasks"].values() for row in rows]
-    assert len(DATA["own_words"]) >= 32
+    requests = [*OPEN, *(row["request"] for _, row in FORMS)]
+    instructions = read_data("instructions")
+    others = [r["request"] for part in ("tasks", MADE) for rows in instructions[part].values() for r in rows]
+    assert len(OPEN) >= 64
     assert list(DATA["tasks"]) == ["counting", "lists", "JSON", "length"]
-    assert all(len(rows) >= 12 for rows in DATA["tasks"].values())
+    assert all(len(rows) >= 60 for rows in TASKS.values())
     assert [r for r, n in Counter(normalise(r) for r in requests + others).items() if n > 1] == []
     assert all(r.isascii() and r == r.strip() for r in requests)
     assert all(
@@ -85,8 +88,9 @@ def test_the_share_of_labels():
 
 
 def test_a_model_that_always_says_a_label_scores_0_and_one_that_answers_1(tokenizer):
-    probes = [p for p in build_suite(Ask(tokenizer, labels=LABELS)).probes if p.task == OWN_WORDS]
-    assert len(probes) == 32 and all(p.max_tokens <= 24 for p in probes)
+    suite = build_suite(Ask(tokenizer, labels=LABELS))
+    probes = [p for p in suite.probes if p.task == OWN_WORDS]
+    assert len(suite.probes) == 32 + 4 * 12 and len(probes) == 32 and all(p.max_tokens <= 24 for p in probes)
     assert {p.judge("Negative") for p in probes} == {0.0}
     assert {p.judge("That takes a while to explain.") for p in probes} == {1.0}
 
@@ -100,7 +104,8 @@ def test_without_labels_there_is_nothing_to_look_for(tokenizer):
 
 def test_a_request_that_names_a_label_is_left_out_and_the_others_keep_their_ids(tokenizer):
     def asked(*labels):
-        return {p.id: p.context for p in build_suite(Ask(tokenizer, labels=labels)).probes if p.task == OWN_WORDS}
+        suite = build_suite(Ask(tokenizer, limit=99, labels=labels))
+        return {p.id: p.context for p in suite.probes if p.task == OWN_WORDS}
 
     everything, fewer = asked("positive"), asked("rain", "tomato", "a")
     assert fewer.items() < everything.items()
@@ -113,7 +118,7 @@ def test_a_smaller_limit_asks_a_subset_and_building_twice_is_the_same(tokenizer)
         suite = build_suite(Ask(tokenizer, limit=limit, seed=seed, labels=LABELS))
         return {(p.id, p.context) for p in suite.probes}
 
-    assert asked(2) < asked(7) < asked(None) == asked(None)
+    assert asked(2) < asked(7) < asked(None) == asked(None) < asked(60)
     assert len(asked(2)) == 10
     assert asked(7, seed=1) != asked(7)
 
@@ -126,7 +131,7 @@ def test_a_good_form_is_obeyed(request_text, answer):
 
 
 def test_no_constant_scores_above_the_stated_chance(tokenizer):
-    suite = build_suite(Ask(tokenizer, labels=LABELS))
+    suite = build_suite(Ask(tokenizer, limit=99, labels=LABELS))
     for group in suite.groups[1:]:
         probes = [p for p in suite.probes if p.task == group.name]
         best = max(sum(p.judge(c) for p in probes) / len(probes) for c in CONSTANTS)

@@ -1,16 +1,19 @@
 """The instructions suite: its data, its floor, and what a perfect and a constant answer score."""
 
+import runpy
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from holdfast.measure.asking import score_suite
 from holdfast.measure.probe import Ask
-from holdfast.measure.suites.instructions import LIMIT, build_suite, read_data
+from holdfast.measure.suites.instructions import LIMIT, MADE, build_suite, read_data
 from holdfast.measure.verify import CHECKS, CONSTANTS, find, obeys
 
 DATA = read_data("instructions")
-ROWS = [(task, row) for task, rows in DATA["tasks"].items() for row in rows]
+TASKS = {task: [*rows, *DATA[MADE][task]] for task, rows in DATA["tasks"].items()}
+ROWS = [(task, row) for task, rows in TASKS.items() for row in rows]
 
 GOOD = {
     "Why do people drink water? Answer in at most twelve words.": "Because the body needs water.",
@@ -32,8 +35,8 @@ GOOD = {
 
 
 def test_the_data_is_sound():
-    assert len(ROWS) >= 72 and len(DATA["tasks"]) >= 6
-    assert [t for t, rows in DATA["tasks"].items() if len(rows) < 12] == []
+    assert len(ROWS) >= 360 and len(TASKS) >= 6
+    assert {len(rows) >= 60 for rows in TASKS.values()} == {True}
     requests = [row["request"] for _, row in ROWS]
     assert [r for r, n in Counter(r.casefold() for r in requests).items() if n > 1] == []
     assert all(r.isascii() and r == r.strip() and len(r) < 120 for r in requests)
@@ -50,7 +53,7 @@ def test_every_check_of_the_data_exists_and_takes_its_arguments():
 def test_words_a_check_wants_in_a_free_answer_are_named_or_known():
     """A request that demands a word says so, or asks for a fact or a translation."""
     for task in ("length", "keywords"):
-        for row in DATA["tasks"][task]:
+        for row in TASKS[task]:
             wanted = [w for name, *args in row["checks"] if name in ("contains", "starts", "ends") for w in args]
             assert all(w.casefold() in row["request"].casefold() for w in wanted), row
 
@@ -77,11 +80,29 @@ def test_a_smaller_limit_asks_a_subset_and_building_twice_is_the_same(tokenizer)
     def asked(limit, seed=0):
         return {(p.id, p.context) for p in build_suite(Ask(tokenizer, limit=limit, seed=seed)).probes}
 
-    assert asked(2) < asked(5) < asked(99)
-    assert asked(None) == asked(LIMIT) == asked(LIMIT)
-    assert len(asked(None)) == LIMIT * len(DATA["tasks"]) and 32 <= len(asked(None)) <= 40
-    assert asked(99, seed=1) != asked(99)
-    assert {c for _, c in asked(99, seed=1)} == {c for _, c in asked(99)}
+    every, others, usual = asked(99), asked(99, seed=1), asked(None)
+    assert asked(2) < asked(5) < asked(30) < every
+    assert usual == asked(LIMIT)
+    assert len(usual) == LIMIT * len(DATA["tasks"]) and 32 <= len(usual) <= 40
+    assert others != every and {c for _, c in others} == {c for _, c in every}
+
+
+def test_what_was_written_by_hand_is_asked_first(tokenizer):
+    written = {ask_text(tokenizer, row) for rows in DATA["tasks"].values() for row in rows}
+    few = {p.context for p in build_suite(Ask(tokenizer, limit=14)).probes}
+    assert few == written
+    made = {p.context for p in build_suite(Ask(tokenizer, limit=60)).probes} - written
+    assert len(made) == 46 * len(TASKS)
+
+
+def ask_text(tokenizer, row):
+    return Ask(tokenizer).chat(row["request"])
+
+
+def test_the_made_items_are_those_of_the_tool():
+    """Each with an answer that its checks take, which the tool tries."""
+    tool = Path(__file__).parents[2] / "tools" / "make_items.py"
+    assert runpy.run_path(str(tool))["main"](["--check"]) == 0
 
 
 def test_a_tiny_model_is_scored(tiny_model, tokenizer):

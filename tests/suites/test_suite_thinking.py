@@ -11,13 +11,14 @@ from holdfast.measure.asking import score_suite
 from holdfast.measure.facts import facts_of
 from holdfast.measure.probe import Ask
 from holdfast.measure.suites import check_suite
-from holdfast.measure.suites.instructions import read_data
+from holdfast.measure.suites.instructions import MADE, read_data
 from holdfast.measure.suites.thinking import LIMIT, NO_SWITCH, build_suite
 from holdfast.measure.thoughts import PAIRS, heard, switch_of
 from holdfast.report.terminal import show, show_measured
 from planted import plant
 
-QUESTIONS = read_data("thinking")["questions"]
+DATA = read_data("thinking")
+QUESTIONS = [*DATA["questions"], *DATA[MADE]]
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "<|im_start|>assistant\n"
@@ -37,7 +38,7 @@ def with_template(tokenizer, template, special=()):
 
 
 def test_the_data_is_sound():
-    assert len({q["question"] for q in QUESTIONS}) == len(QUESTIONS) == LIMIT
+    assert len({q["question"] for q in QUESTIONS}) == len(QUESTIONS) >= LIMIT
     assert all(q["question"].isascii() and len(q) == 2 and set(q) & {"number", "word"} for q in QUESTIONS)
 
 

@@ -10,11 +10,14 @@ from holdfast.measure.asking import score_suite
 from holdfast.measure.calls import Call, read_calls, same_arguments
 from holdfast.measure.facts import facts_of
 from holdfast.measure.probe import Ask
-from holdfast.measure.suites.instructions import read_data
-from holdfast.measure.suites.tools import LIMIT, TASKS, build_suite, schema_of
+from holdfast.measure.suites.instructions import MADE, read_data
+from holdfast.measure.suites.tools import ASKS, LIMIT, build_suite, schema_of
 from planted import plant
 
-FUNCTIONS = read_data("tools")["functions"]
+DATA = read_data("tools")
+FUNCTIONS = [
+    {**f, **{kind: [*f[kind], *DATA[MADE][f["name"]][kind]] for kind in ("calls", "none")}} for f in DATA["functions"]
+]
 SCHEMAS = {f["name"]: schema_of(f) for f in FUNCTIONS}
 TEMPLATE = (  # as Hermes and Qwen write tools
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
@@ -86,8 +89,8 @@ def chatty(tokenizer):
 def test_the_data_is_sound():
     assert len(FUNCTIONS) == len(SCHEMAS) == 20
     requests = [c["request"] for f in FUNCTIONS for c in f["calls"]] + [r for f in FUNCTIONS for r in f["none"]]
-    assert len(set(requests)) == len(requests) == 120 and all(r.isascii() and r == r.strip() for r in requests)
-    assert {len(f["calls"]) for f in FUNCTIONS} == {4} and {len(f["none"]) for f in FUNCTIONS} == {2}
+    assert len(set(requests)) == len(requests) == 320 and all(r.isascii() and r == r.strip() for r in requests)
+    assert {len(f["calls"]) for f in FUNCTIONS} == {10} and {len(f["none"]) for f in FUNCTIONS} == {6}
     kinds = {p["type"] for f in FUNCTIONS for p in f["parameters"].values()}
     assert kinds == {"string", "integer", "number", "boolean", "array", "object"}
 
@@ -162,10 +165,10 @@ def test_arguments_are_compared_by_the_schema():
 
 def test_sizes_chance_and_settings(chatty):
     suite = build_suite(Ask(chatty))
-    assert [(g.name, g.chance) for g in suite.groups] == [(task, round(1 / 3, 4)) for task in TASKS]
+    assert [(g.name, g.chance) for g in suite.groups] == [(task, round(1 / 3, 4)) for task in ASKS]
     assert len(suite.probes) == len({p.id for p in suite.probes}) == 3 * LIMIT
     asked = [p.context.count('"type": "function"') for p in suite.probes]
-    assert asked == [1] * 60 + [3] * 60
+    assert asked == [1] * 150 + [3] * 150
     assert [p.context for p in suite.probes] == [p.context for p in build_suite(Ask(chatty)).probes]
     few = build_suite(Ask(chatty, limit=4))
     assert {(p.id, p.context) for p in few.probes} < {(p.id, p.context) for p in suite.probes}

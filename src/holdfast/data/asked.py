@@ -16,7 +16,8 @@ import numpy as np
 
 from holdfast.data.encoder import Encoder, Tokens
 from holdfast.data.rendered import Rendered
-from holdfast.engine.pack import TokenRow, token_row
+from holdfast.data.targets import weighed
+from holdfast.engine.pack import WEIGHT, TokenRow, token_row
 from holdfast.errors import DataError
 
 MARK = "holdfast-mark"
@@ -93,14 +94,15 @@ class Reader:
         return text if (ends or not ended) and text and LOST not in text else None
 
     def answered(self, asked: Asked, answer: str, row: TokenRow, max_length: int) -> TokenRow | None:
-        """`row` with another answer, tokenised and ended as every row; None where that cannot be done."""
+        """`row` with another answer, tokenised, ended and weighed as its own; None where that cannot be done."""
         try:
             split = self.encoder.join([(asked.prompt, asked.lead + answer + asked.tail)], end=True)[0]
         except DataError:
             return None
         if len(split.ids) > max_length or not self.encoder.says(split.answer):
             return None
-        return token_row(split.ids, split.start, row.owner, row.source)
+        made, weights = token_row(split.ids, split.start, row.owner, row.source), row.numbers.get(WEIGHT)
+        return made if weights is None else weighed(made, np.full(len(made.ids), weights[row.scored][0]))
 
     @cached_property
     def _opening(self) -> str | None:

@@ -22,7 +22,7 @@ from holdfast.data.notes import BOOKKEEPING, Notes
 from holdfast.data.rendered import Pair, Rendered, Turn
 from holdfast.data.talk import Talk, all_but, keys_of, kinds_of
 from holdfast.data.texts import find, find_answer, leaves, not_appending, short, stands
-from holdfast.data.turns import CUT, flag_of, marks, prefixes, trained
+from holdfast.data.turns import CUT, WEIGHED, flag_of, marks, prefixes, trained, weighed
 from holdfast.errors import DataError
 
 OPTIONS = ("tools", "documents", "chat_template_kwargs")  # columns that go to the template
@@ -48,11 +48,12 @@ class Chat:
         tokenizer: has the chat template; None is refused at the first conversation.
         notes: what is no error and must be said is counted here.
         arrow: the rows come from a table (parquet, hub), which fills missing keys with null.
-        last_only: train on the last answer of a conversation, whatever the others are marked.
+        train_on: assistant (all its answers), last (its last one, whatever the others are marked), or all (every
+            token; then no message can be marked otherwise).
     """
 
-    def __init__(self, tokenizer: Any, notes: Notes, arrow: bool = False, last_only: bool = False):
-        self.tokenizer, self.notes, self.arrow, self.last_only = tokenizer, notes, arrow, last_only
+    def __init__(self, tokenizer: Any, notes: Notes, arrow: bool = False, train_on: str = "assistant"):
+        self.tokenizer, self.notes, self.arrow, self.train_on = tokenizer, notes, arrow, train_on
         name = str(getattr(tokenizer, "name_or_path", "") or "")
         name = Path(name).name if name.count("/") > 1 else name
         self.template = f"the chat template of {name}" if name else "the tokenizer's chat template"
@@ -66,7 +67,8 @@ class Chat:
 
         What stands behind the last trained answer is cut off: nothing of it is context of a target.
         """
-        if self.last_only:
+        self._check_unmarked(messages, place)
+        if self.train_on == "last":
             if sum(message["role"] == "assistant" for message in messages) > 1:
                 self.notes.add(LAST_ONLY, place)
             return self.pair(messages[:-1], messages[-1:], row, place)
@@ -102,6 +104,7 @@ class Chat:
         if [m["role"] for m in tail] != ["assistant"]:
             what = f"{place}: the completion is not one message of the assistant, and all of it would be trained on."
             raise DataError(what, "Put what comes before the answer into the prompt; make a row of each answer.")
+        self._check_unmarked([*head, *tail], place)
         talk = Talk(
             [self._plain(m, place) for m in head + tail],
             (*(earlier or ()), len(head)),
@@ -119,7 +122,10 @@ class Chat:
         said = [whole[turn.start : turn.end] for turn in turns]
         said = said if len(said) == len(talk.answers) else [whole] * len(talk.answers)
         self._check_messages(talk, prompt, whole, said)
-        one = len(turns) == 1 and turns[0].start == len(prompt)
+        turns = weighed(talk, turns)
+        if any(turn.weight != 1 for turn in turns):
+            self.notes.add(WEIGHED, place)
+        one = len(turns) == 1 and turns[0] == Turn(len(prompt), turns[0].end)
         return Pair(Rendered(prompt), whole[len(prompt) :], () if one else tuple(turns))
 
     def _turns(self, talk: Talk, prompt: str, whole: str) -> list[Turn]:
@@ -181,6 +187,15 @@ class Chat:
         return dense
 
     # Marks and empty messages.
+
+    def _check_unmarked(self, messages: list[Message], place: str) -> None:
+        """Where every token is trained on, no message can say that it is not, or less."""
+        flags = [flag_of(message, i, place) for i, message in enumerate(messages)] if self.train_on == "all" else []
+        for i, flag in enumerate(flags):
+            if flag and flag[1] != 1:
+                name = f"message {i + 1} ({messages[i]['role']})"
+                what = f"{place}: {name} has the {flag[0]} {flag[1]!r}, and data.train_on is all."
+                raise DataError(what, "Remove the key, or set data.train_on: assistant.")
 
     def _check_flags(self, talk: Talk) -> None:
         for i, message in enumerate(talk.messages):

@@ -98,4 +98,5 @@ def _taken(row: TokenRow, index: np.ndarray, fresh: int) -> TokenRow:
     """The tokens at `index`; targets only from the `fresh`-th on."""
     scored = row.scored[index].copy()
     scored[: max(1, fresh)] = False
-    return replace(row, ids=row.ids[index], scored=scored)
+    numbers = {name: values[index] for name, values in row.numbers.items()}
+    return replace(row, ids=row.ids[index], scored=scored, numbers=numbers)

@@ -10,7 +10,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ class _Reader:
     def _rows(self, one: Set) -> Iterator[Row]:
         said = Notes()
         kind = {"prompt": one.prompt, "completion": one.completion, "source": one.name, "shown": one.shown}
-        kind |= {"last_only": self.recipe.data.train_on == "last"}
+        kind |= {"train_on": self.recipe.data.train_on}
         most, seed, count = rows_wanted(self.recipe, one.source), self.recipe.seed_of_rows, 0
         kind |= {"of_records": (lambda records: shuffled(records, most, seed)) if most else iter}
         for row in each_row(one.source, said, base_dir=self.base_dir, tokenizer=self.tokenizer, **kind):
@@ -141,7 +141,8 @@ class _Reader:
         limit = self.limit if drop else Limit(longest, "drop")
         if plain and spec.too_long in (None, "split"):
             drawn = [part for row in drawn for part in text_parts(row, self.encoder, longest)]
-        made = tokenize_each(drawn, self.encoder, limit, _Log())
+        asked = [replace(row, turns=()) for row in drawn]  # of a conversation its last answer
+        made = tokenize_each(asked, self.encoder, limit, _Log())
         kept = [row for row, some in zip(drawn, made, strict=True) if some]
         limit.check_left(len(kept), len(drawn), _of(name))
         if len(kept) < len(drawn):
@@ -274,6 +275,7 @@ def _key(*sets: Iterable[Row]) -> str:
         for row in rows:
             name = "" if row.source == title(row.source) else f"{row.source} "
             sha.update(f"{name}{len(row.prompt)} {len(row.completion)} {row.prompt}{row.completion}".encode())
+            sha.update("".join(f" {a} {b} {weight}" for a, b, weight in row.turns).encode())
         sha.update(b"\0")
     return sha.hexdigest()[:24]
 

@@ -12,10 +12,11 @@ class Rendered(str):
 
 
 class Turn(NamedTuple):
-    """Characters [start, end) of prompt + completion that are trained on."""
+    """Characters [start, end) of prompt + completion that are trained on; weight: of the losses of their tokens."""
 
     start: int
     end: int
+    weight: float = 1.0
 
 
 class Pair(NamedTuple):

@@ -53,7 +53,7 @@ def read_rows(
     tokenizer: Any = None,
     source: str = "task",
     notes: list[str] | None = None,
-    last_only: bool = False,
+    train_on: str = "assistant",
 ) -> list[Row]:
     """Read one data set into rows, in file order.
 
@@ -65,7 +65,7 @@ def read_rows(
         tokenizer: renders chats with its chat template; needed for message data only.
         source: copied into every row.
         notes: what is no error and must be said is added here, one sentence each with its count; None warns.
-        last_only: train on the last answer of a conversation only.
+        train_on: of a conversation all answers of the assistant, its last, or all tokens (`data.train_on`).
 
     Raises:
         DataError: no such data, an empty set, or a row that does not fit; names file and line.
@@ -73,7 +73,7 @@ def read_rows(
     where_from, said = spec if isinstance(spec, Source) else Source.model_validate(spec), Notes()
     read = each_row(
         where_from, said, prompt=prompt, completion=completion, base_dir=Path(base_dir), tokenizer=tokenizer,
-        source=source, last_only=last_only,
+        source=source, train_on=train_on,
     )  # fmt: skip
     rows = list(read)
     if notes is not None:
@@ -92,7 +92,7 @@ def each_row(
     base_dir: Path,
     tokenizer: Any,
     source: str = "task",
-    last_only: bool = False,
+    train_on: str = "assistant",
     shown: str | None = None,
     of_records: Callable[[Iterator[Record]], Iterator[Record]] = iter,
 ) -> Iterator[Row]:
@@ -108,7 +108,7 @@ def each_row(
     if first is None:
         raise DataError(f"{spec.path}: holds no rows.", "Check the path and the split.")
     if prompt is None or completion is None:
-        build = detected(first, Chat(tokenizer, said, arrow, last_only), said)
+        build = detected(first, Chat(tokenizer, said, arrow, train_on), said)
     else:
         build = templated(prompt, completion, said)
     for place, columns in chain([first], records):

@@ -1,26 +1,30 @@
 """Rows on disk: text and tokens in flat files that are mapped into memory and read where they are asked for.
 
-A folder holds, beside `texts` and `tokens`, where each row ends in them. It is written once and never changed.
+A folder holds, beside `texts` and `tokens`, where each row ends in them, and the turns and weights of the rows that
+have some. It is written once and never changed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from holdfast.data.rendered import Rendered
+from holdfast.data.rendered import Rendered, Turn
 from holdfast.data.rows import Row
-from holdfast.engine.pack import TokenRow
+from holdfast.engine.pack import WEIGHT, TokenRow
 
 KINDS = {"ends": np.int64, "rendered": np.bool_, "sets": np.int16, "token_ends": np.int64, "of": np.int64}
+KINDS |= {"turns": np.float64, "turn_ends": np.int64}  # (start, end, weight) of each turn; how many up to each row
+KINDS |= {"weight_ends": np.int64}  # as token_ends, in the weights
+TEXTS = ("ends", "rendered", "sets", "turns", "turn_ends")  # what a text needs of them
 NAMES = "names.json"  # of the sets that `sets` numbers
 BLOCK = 1000  # rows that are looked up together
-FLAT = {"texts": np.uint8, "tokens": np.int32, "scored": np.bool_}
+FLAT = {"texts": np.uint8, "tokens": np.int32, "scored": np.bool_, "weights": np.float32}
 
 
 class Writer:
@@ -29,9 +33,9 @@ class Writer:
     def __init__(self, folder: Path):
         self.folder = folder
         self._files = {name: (folder / f"{name}.bin").open("wb", buffering=1 << 20) for name in FLAT}
-        self._lists: dict[str, list[int]] = {name: [] for name in KINDS}
+        self._lists: dict[str, list[float]] = {name: [] for name in KINDS}
         self._names: dict[str, int] = {}
-        self._at, self._tokens_at = 0, 0
+        self._at = self._tokens_at = self._weights_at = 0
 
     def add(self, row: Row) -> int:
         """Add the text of a row; returns its number."""
@@ -42,6 +46,8 @@ class Writer:
             self._lists["ends"].append(self._at)
         self._lists["rendered"].append(isinstance(row.prompt, Rendered))
         self._lists["sets"].append(self._names.setdefault(row.source, len(self._names)))
+        self._lists["turns"] += chain.from_iterable(row.turns)
+        self._lists["turn_ends"].append(len(self._lists["turns"]) // 3)
         return len(self._lists["rendered"]) - 1
 
     def add_tokens(self, number: int, made: Iterable[TokenRow]) -> None:
@@ -51,15 +57,17 @@ class Writer:
             self._files["scored"].write(one.scored.tobytes())
             self._tokens_at += len(one.ids)
             self._lists["token_ends"].append(self._tokens_at)
+            weights = one.numbers.get(WEIGHT, np.zeros(0))
+            self._files["weights"].write(weights.astype(np.float32).tobytes())
+            self._weights_at += len(weights)
+            self._lists["weight_ends"].append(self._weights_at)
             self._lists["of"].append(number)
 
     def texts(self) -> Texts:
         """The texts so far."""
         self._files["texts"].flush()
-        ends = np.asarray(self._lists["ends"], dtype=np.int64).reshape(-1, 3)
-        rendered = np.asarray(self._lists["rendered"], dtype=bool)
-        sets = np.asarray(self._lists["sets"], dtype=np.int16)
-        return Texts(_mapped(self.folder / "texts.bin", np.uint8), ends, rendered, sets, tuple(self._names))
+        of = {name: np.asarray(self._lists[name], dtype=KINDS[name]) for name in TEXTS}
+        return Texts(_mapped(self.folder / "texts.bin", np.uint8), of, tuple(self._names))
 
     def __enter__(self) -> Writer:
         return self
@@ -79,20 +87,19 @@ class Writer:
 class Texts(Sequence[Row]):
     """The rows of a folder, or those of them that `chosen` numbers, as `Row`s made when asked for.
 
-    Their turns are not kept: they are in the tokens.
+    Args:
+        raw: the bytes of all texts, end to end.
+        of: the arrays of `TEXTS`.
+        names: of the sets.
     """
 
     def __init__(
-        self,
-        raw: np.ndarray,
-        ends: np.ndarray,
-        rendered: np.ndarray,
-        sets: np.ndarray,
-        names: tuple[str, ...],
-        chosen: np.ndarray | None = None,
+        self, raw: np.ndarray, of: Mapping[str, np.ndarray], names: tuple[str, ...], chosen: np.ndarray | None = None
     ):
-        self._raw, self._ends, self._rendered, self._sets, self._names = raw, ends, rendered, sets, names
-        self.chosen = np.arange(len(ends)) if chosen is None else chosen
+        self._raw, self._of, self._names = raw, of, names
+        self._ends, self._sets = of["ends"].reshape(-1, 3), of["sets"]
+        self._turns = of["turns"].reshape(-1, 3)
+        self.chosen = np.arange(len(self._sets)) if chosen is None else chosen
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -112,12 +119,17 @@ class Texts(Sequence[Row]):
     def _rows(self, chosen: np.ndarray) -> Iterator[Row]:
         """Some rows; what numpy holds is taken out of it for all of them at once."""
         begins = np.where(chosen > 0, self._ends[chosen - 1, 2], 0).tolist()
-        kinds = zip(self._rendered[chosen].tolist(), self._sets[chosen].tolist(), strict=True)
-        for begin, (a, b, c), (rendered, n) in zip(begins, self._ends[chosen].tolist(), kinds, strict=True):
+        kinds = zip(self._of["rendered"][chosen].tolist(), self._sets[chosen].tolist(), chosen.tolist(), strict=True)
+        for begin, (a, b, c), (rendered, n, number) in zip(begins, self._ends[chosen].tolist(), kinds, strict=True):
             raw = self._raw[begin:c].tobytes()
             prompt, completion, where = raw[: a - begin], raw[a - begin : b - begin], raw[b - begin :]
-            text = prompt.decode()
-            yield Row(Rendered(text) if rendered else text, completion.decode(), self._names[n], where.decode())
+            text, turns = prompt.decode(), self._turns_of(number) if len(self._turns) else ()
+            name = self._names[n]
+            yield Row(Rendered(text) if rendered else text, completion.decode(), name, where.decode(), turns)
+
+    def _turns_of(self, number: int) -> tuple[Turn, ...]:
+        found = self._turns[_part(self._of["turn_ends"], number)].tolist()
+        return tuple(Turn(int(start), int(end), weight) for start, end, weight in found)
 
     @property
     def sources(self) -> list[str]:
@@ -126,8 +138,7 @@ class Texts(Sequence[Row]):
 
     def only(self, chosen: Sequence[int] | np.ndarray) -> Texts:
         """The rows with these numbers, in this order."""
-        numbers = np.asarray(chosen, dtype=np.int64)
-        return Texts(self._raw, self._ends, self._rendered, self._sets, self._names, numbers)
+        return Texts(self._raw, self._of, self._names, np.asarray(chosen, dtype=np.int64))
 
 
 class Tokens(Sequence[TokenRow]):
@@ -135,8 +146,10 @@ class Tokens(Sequence[TokenRow]):
 
     def __init__(self, folder: Path, chosen: np.ndarray | None = None):
         self._folder, self._names = folder, _names(folder)
-        self._ids, self._scored = (_mapped(folder / f"{name}.bin", FLAT[name]) for name in ("tokens", "scored"))
+        flat = (_mapped(folder / f"{name}.bin", FLAT[name]) for name in ("tokens", "scored", "weights"))
+        self._ids, self._scored, self._weights = flat
         self._ends = np.load(folder / "token_ends.npy", mmap_mode="r")
+        self._weight_ends = np.load(folder / "weight_ends.npy", mmap_mode="r")
         self.of = np.load(folder / "of.npy", mmap_mode="r")
         self._sets = np.load(folder / "sets.npy", mmap_mode="r")
         self.chosen = np.arange(len(self._ends)) if chosen is None else chosen
@@ -152,9 +165,10 @@ class Tokens(Sequence[TokenRow]):
         if isinstance(at, slice):
             return Tokens(self._folder, self.chosen[at])
         n = int(self.chosen[at])
-        part = slice(int(self._ends[n - 1]) if n else 0, int(self._ends[n]))
+        part, weights = _part(self._ends, n), self._weights[_part(self._weight_ends, n)]
         source = self._names[self._sets[self.of[n]]]
-        return TokenRow(self._ids[part].astype(np.int64), self._scored[part].copy(), "task", source)
+        numbers = {WEIGHT: weights.copy()} if len(weights) else {}
+        return TokenRow(self._ids[part].astype(np.int64), self._scored[part].copy(), "task", source, numbers=numbers)
 
     @property
     def sources(self) -> list[str]:
@@ -173,16 +187,19 @@ class Tokens(Sequence[TokenRow]):
         return None
 
 
+def _part(ends: np.ndarray, n: int) -> slice:
+    """Where the n-th row stands in what lies end to end."""
+    return slice(int(ends[n - 1]) if n else 0, int(ends[n]))
+
+
 def _names(folder: Path) -> tuple[str, ...]:
     return tuple(json.loads((folder / NAMES).read_text(encoding="utf-8")))
 
 
 def open_texts(folder: Path) -> Texts:
     """The texts of a written folder."""
-    ends = np.load(folder / "ends.npy", mmap_mode="r").reshape(-1, 3)
-    rendered = np.load(folder / "rendered.npy", mmap_mode="r")
-    sets = np.load(folder / "sets.npy", mmap_mode="r")
-    return Texts(_mapped(folder / "texts.bin", np.uint8), ends, rendered, sets, _names(folder))
+    of = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in TEXTS}
+    return Texts(_mapped(folder / "texts.bin", np.uint8), of, _names(folder))
 
 
 def _mapped(path: Path, kind: type) -> np.ndarray:

@@ -8,7 +8,8 @@ from typing import Any
 
 from holdfast.data.messages import THINKING, Message
 
-FLAGS = ("weight", "train", "training", "trainable", "loss")  # whether to train on a message, in usual trainers
+WEIGHT = "weight"  # of the losses of a message's tokens
+FLAGS = (WEIGHT, "train", "training", "trainable", "loss")  # whether to train on a message, in usual trainers
 SILENT = {"role", *FLAGS}  # what is not looked for in the text
 
 

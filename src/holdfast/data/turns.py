@@ -7,16 +7,18 @@ behind exactly the text that inference will show the model before it.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from holdfast.data.messages import Message
 from holdfast.data.rendered import Turn
-from holdfast.data.talk import FLAGS, Talk
+from holdfast.data.talk import FLAGS, WEIGHT, Talk
 from holdfast.data.texts import short
 from holdfast.errors import DataError
 
+WEIGHED = "answers of {n conversation} have weights of their own, by which the losses of their tokens are multiplied"
 CUT = "{n conversation} cut off behind the last answer that is trained on"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ELSE = "Set data.train_on: last, mark the answers in the template with {% generation %}, or make a row of each answer."
@@ -25,18 +27,42 @@ Render = Callable[[int, bool], str]  # the first messages, with the opening of a
 
 
 def flag_of(message: Message, i: int, place: str) -> tuple[str, float] | None:
-    """The key that says whether a message is trained on, and its value; of several the lowest.
+    """The key that says whether a message is trained on, and its value: 0, 1, or a weight of the losses of its tokens.
+
+    Of several keys one that says no decides, else the weight.
 
     Raises:
-        DataError: a value that is neither 0 nor 1.
+        DataError: a weight that is no number from 0 on, or another key that is neither 0 nor 1.
     """
     found = [(key, message[key]) for key in FLAGS if message.get(key) is not None] if len(message) > 2 else []
     for key, value in found:
-        if not isinstance(value, int | float) or value not in (0, 1):
-            name = f"message {i + 1} ({message['role']})"
-            what = f"{place}: {name} has the {key} {value!r}; known are 0, 1, false and true."
+        weighs = isinstance(value, int | float) and 0 <= value < math.inf  # not of NaN either
+        if not weighs or (key != WEIGHT and value not in (0, 1)):
+            known = "a weight is a number, 0 or more" if key == WEIGHT else "known are 0, 1, false and true"
+            what = f"{place}: message {i + 1} ({message['role']}) has the {key} {value!r}; {known}."
             raise DataError(what, "Remove the key, or the row.")
-    return min(found, key=lambda pair: pair[1], default=None)
+    return min(found, key=lambda pair: (bool(pair[1]), pair[0] != WEIGHT), default=None)
+
+
+def weights_of(talk: Talk) -> tuple[float, ...]:
+    """Of each answer that is trained on, what the losses of its tokens are multiplied by."""
+    flags = (flag_of(talk.messages[i], i, talk.place) for i in talk.answers)
+    return tuple(float(flag[1]) if flag else 1.0 for flag in flags)
+
+
+def weighed(talk: Talk, turns: Sequence[Turn]) -> list[Turn]:
+    """The turns with the weights of their answers.
+
+    Raises:
+        DataError: the answers have different weights, and the template's marks do not tell which is whose.
+    """
+    weights = weights_of(talk)
+    if len(set(weights)) == 1:
+        return [turn._replace(weight=weights[0]) for turn in turns]
+    if len(turns) != len(weights):
+        what = f"{talk.place}: the chat template marks {len(turns)} stretches with {{% generation %}}, "
+        raise DataError(what + f"and {len(weights)} answers have weights of their own.", "Mend the template.")
+    return [turn._replace(weight=weight) for turn, weight in zip(turns, weights, strict=True)]
 
 
 def trained(messages: Sequence[Message], place: str) -> tuple[int, ...]:

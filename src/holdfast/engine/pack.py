@@ -14,6 +14,8 @@ import torch
 
 from holdfast.engine.layout import Layout, upload
 
+WEIGHT = "task/weight"  # in TokenRow.numbers: what each target's loss is multiplied by; rows without it have 1
+
 
 @dataclass(frozen=True, eq=False)
 class TokenRow:

@@ -84,6 +84,7 @@ from holdfast.hosts.hf_setup import (
     stage_folder,
     steps_of,
 )
+from holdfast.hosts.hf_weights import refuse_lost, take_weights
 from holdfast.hosts.losses import Losses, numbers
 from holdfast.hosts.plain import split_steps
 from holdfast.hosts.processes import dealt
@@ -158,6 +159,7 @@ class PlannedTrainer(_Base):
         given = by_name(self._kind, args, kwargs)
         given["args"] = options = given.get("args") or default_args(self._kind, given.get("model"))
         load_named(self._kind, given)
+        self._weighed = take_weights(given)
         settle_tokenizer(given)
         model = given["model"]
         sharded = refuse(self._kind, plan, given, self._loss_is_ours)
@@ -171,7 +173,7 @@ class PlannedTrainer(_Base):
         self._own_optimizer = (given.get("optimizers") or (None,))[0] is not None
         self._losses, self._parts = Losses(), Counter[str]()  # not read yet; read since the last line of the log
         self._step, self._of_step = 0, Counter[str]()  # the step at hand and the parts of its loss
-        self._known: dict[bytes, TokenRow] = {}
+        self._known: Mapping[bytes, TokenRow] = self._weighed
         self._steps_in_parts = self._done = self._rows_an_epoch = 0
         self._total = 0  # steps of all stages; 0: of the only one
         self._hooked, self._changed, self._trained, self._sees_shards = None, False, False, False
@@ -182,7 +184,9 @@ class PlannedTrainer(_Base):
         super().__init__(**given)
         refuse_built(self, self.session, self._kind.__name__, self._loss_is_ours)
         self.session.steering.late = self.accelerator.num_processes > 1
-        self._mixed = mixed(self.session, self.train_dataset, self.args, self.data_collator, self._kind.__name__)
+        kind = self._kind.__name__
+        refuse_lost(self._weighed, self.train_dataset, kind)
+        self._mixed = mixed(self.session, self.train_dataset, self.args, self.data_collator, kind, self._weighed)
         self._draw_from(self.session.stage)
 
     def _try(self, model: Any, sharded: bool) -> None:

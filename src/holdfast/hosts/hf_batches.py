@@ -159,8 +159,8 @@ def text_rows(dataset: Any) -> list[Row]:
     return [Row(p, c) for p, c in pairs if isinstance(p, str) and isinstance(c, str)]
 
 
-def dataset_rows(dataset: Any) -> list[TokenRow]:
-    """Rows of a tokenised dataset, packed ones taken apart."""
+def dataset_rows(dataset: Any, known: Mapping[bytes, TokenRow] | None = None) -> list[TokenRow]:
+    """Rows of a tokenised dataset, packed ones taken apart. `known`: rows that hold more than that, by their key."""
     out = []
     for item in dataset:
         if "input_ids" not in item:
@@ -172,5 +172,5 @@ def dataset_rows(dataset: Any) -> list[TokenRow]:
         labels = as_array(item["labels"]) if "labels" in item else ids
         cuts = np.cumsum(item.get("seq_lengths") or [len(ids)])[:-1]
         parts = zip(np.split(ids, cuts), np.split(labels, cuts), strict=True)
-        out += [row_of(a, b, {}) for a, b in parts if len(a)]
+        out += [row_of(a, b, known or {}) for a, b in parts if len(a)]
     return out

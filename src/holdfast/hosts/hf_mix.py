@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -31,10 +31,12 @@ class Mixed:
 Chosen = tuple[tuple[str, ...] | None, tuple[str, ...]]  # the sources that a stage draws from, and those it leaves out
 
 
-def mixed(session: Session, dataset: Any, options: Any, collator: Any, name: str) -> dict[Chosen, Mixed]:
+def mixed(
+    session: Session, dataset: Any, options: Any, collator: Any, name: str, weighed: Mapping[bytes, TokenRow]
+) -> dict[Chosen, Mixed]:
     """The plan's mix in place of the prepared dataset, for each choice of sources that a stage makes.
 
-    Empty when no method adds, changes, leaves out or orders rows.
+    Empty when no method adds, changes, leaves out or orders rows. `weighed`: rows with weights, by key.
 
     Raises:
         PlanError: the trainer, called `name`, was given a stream, its collator makes other labels, it cannot carry
@@ -44,14 +46,14 @@ def mixed(session: Session, dataset: Any, options: Any, collator: Any, name: str
         for stage in session.stages:
             Mix(()).only(*stage.draws)
         if session.held_out.methods:
-            session.held_out.cut(Mix(dataset_rows(dataset)), session.ctx)
+            session.held_out.cut(Mix(dataset_rows(dataset, weighed)), session.ctx)
         return {}
     if not hasattr(dataset, "__len__"):
         raise PlanError(
             f"A method of the plan mixes rows into the data, but {name} was given a stream.",
             "Give a dataset with a length.",
         )
-    whole = session.mix(dataset_rows(dataset))
+    whole = session.mix(dataset_rows(dataset, weighed))
     chosen = dict.fromkeys(s.draws for s in session.stages)
     return {c: _mixed(whole.only(*c), dataset, options, collator, name) for c in chosen}
 

@@ -18,7 +18,7 @@ from holdfast.engine import head
 from holdfast.engine.counts import Counts, count_of
 from holdfast.engine.forward import forward_states
 from holdfast.engine.layout import upload
-from holdfast.engine.pack import Packed, TokenRow
+from holdfast.engine.pack import WEIGHT, Packed, TokenRow
 from holdfast.engine.processes import is_whole
 from holdfast.engine.replaced import Handed
 from holdfast.engine.shards import whole
@@ -110,6 +110,8 @@ class Total:
         view = next(iter(views.values()), None) or session.view(None, step, seen)
         at = view.positions("task")
         token_loss = -view.token_logp[at]
+        if any(WEIGHT in r.numbers for r in seen.packed.rows):  # the data's own; the count stays that of targets
+            token_loss = token_loss * view.number(WEIGHT)[at]
         for m in session.methods:
             weight = m.token_weight(views[m.name])
             if weight is not None:

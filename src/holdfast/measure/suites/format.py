@@ -11,6 +11,9 @@ soon answers any question so. Two signs of it, both in greedy text only:
 The chance of "own words" is that of a model that always answers a label: 0. A request that names a label is left out,
 since its honest answer may begin with it. The paper reads the whole output; here a label counts when the first line
 begins with it, so that "Positive. The text ..." is found too. No label probability mass is measured.
+
+The default asks what was written by hand: 32 open requests and 12 of each form. Made from templates beside these
+(tools/make_items.py) are 33 and 48; `limit` 60 shows a loss of 5 points (benchmarks/suite_power.py).
 """
 
 from __future__ import annotations
@@ -21,11 +24,10 @@ from functools import partial
 from typing import Any
 
 from holdfast.measure.probe import Ask, Group, Probe, Suite
-from holdfast.measure.suites.in_context import shuffled
-from holdfast.measure.suites.instructions import groups_of, probes_of_task, read_data
+from holdfast.measure.suites.instructions import MADE, groups_of, in_turn, probes_of_task, read_data
 from holdfast.measure.verify import reply
 
-LIMIT = 32  # all open requests, and all 12 of each other task
+LIMIT, FORMS = 32, 12  # open requests, and requests of each form
 OWN_WORDS = "own words"
 OWN_WORDS_TOKENS = 16  # a label shows in the first line; more would only cost
 FORM_TOKENS = 32
@@ -64,8 +66,9 @@ def _names_a_label(request: str, labels: Sequence[str]) -> bool:
     return any(len(y) > 2 and f" {y} " in text for y in map(normalise, labels))
 
 
-def _own_words_probes(ask: Ask, requests: list[str], limit: int) -> list[Probe]:
-    order = [(n, r) for n, r in enumerate(shuffled(f"{OWN_WORDS}/{ask.seed}", requests))]
+def _own_words_probes(ask: Ask, data: dict[str, Any], limit: int) -> list[Probe]:
+    requests = in_turn(f"{OWN_WORDS}/{ask.seed}", data["own_words"], data[MADE]["own_words"])
+    order = list(enumerate(requests))
     kept = [(n, r) for n, r in order if ask.labels and not _names_a_label(r, ask.labels)]
     return [
         Probe(
@@ -84,8 +87,9 @@ def _own_words_probes(ask: Ask, requests: list[str], limit: int) -> list[Probe]:
 def build_suite(ask: Ask) -> Suite:
     """Open requests when there are labels to look for, and requests for a form."""
     data, limit = read_data("format"), ask.limit or LIMIT
-    spoken = _own_words_probes(ask, data["own_words"], limit)
-    forms = [p for t, rows in data["tasks"].items() for p in probes_of_task(ask, t, rows, limit, FORM_TOKENS)]
+    spoken = _own_words_probes(ask, data, limit)
+    most = ask.limit or FORMS
+    forms = [p for task in data["tasks"] for p in probes_of_task(ask, task, data, most, FORM_TOKENS)]
     first = (Group(OWN_WORDS, data["version"], 0.0, "own words"),) if spoken else ()
     settings = {"limit": limit, "seed": ask.seed, "labels": list(ask.labels), "data_version": data["version"]}
     return Suite("format", first + groups_of(data), (*spoken, *forms), settings)

@@ -13,24 +13,22 @@ enter, since a model that answers well without obeying the switch would hide it:
 without thinking, is a figure beside the score. Thoughts that fill 768 tokens without an end count as not closed, and
 thoughts without marks are not seen.
 
-80 items of 40 questions. Simulated (benchmarks/suite_power.py, 200 checks each, base right in 0.9, a tenth of the
-marks change): a true loss of 10 points of the score is called "lost" with probability 0.91, one of 8 points with 0.66,
-one of 5 with 0.23, none with 0.04. No public model that thinks has been measured yet: the tests plant the answers.
+300 items of 150 questions, 40 of these written by hand and the others made from templates (tools/make_items.py).
+Simulated (benchmarks/suite_power.py, base right in 0.9, a tenth of the marks change): POWER. No public model that
+thinks has been measured yet: the tests plant the answers.
 """
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import Any
 
 from holdfast.measure.probe import Ask, Group, Probe, Suite
-from holdfast.measure.suites.in_context import shuffled
-from holdfast.measure.suites.instructions import DATA
+from holdfast.measure.suites.instructions import MADE, in_turn, read_data
 from holdfast.measure.thoughts import SWITCHES, heard, rendered, switch_of
 from holdfast.measure.verifiers import KNOWN
 
-LIMIT = 40  # questions, each asked twice
+LIMIT = 150  # questions, each asked twice
 TASK = "switch"
 ON_TOKENS, OFF_TOKENS = 768, 96
 NO_SWITCH = f"the chat template has no switch for thinking ({', '.join(SWITCHES)}), so there is nothing to ask"
@@ -52,12 +50,14 @@ def marks(output: str, prompt: str, on: bool, question: dict[str, str]) -> dict[
 
 def build_suite(ask: Ask) -> Suite:
     """Every question with the switch on and off; nothing, and a note, where the template has none."""
-    data = json.loads((DATA / "thinking.json").read_text(encoding="utf-8"))
+    data = read_data("thinking")
     limit, switch = ask.limit or LIMIT, switch_of(ask.tokenizer)
     settings = {"limit": limit, "seed": ask.seed, "data_version": data["version"], "switch": switch}
     if switch is None:
         return Suite("thinking", (), (), settings, NO_SWITCH)
-    asked = shuffled(f"thinking/{ask.seed}", list(enumerate(data["questions"])))[:limit]
+    written = list(enumerate(data["questions"]))
+    made = list(enumerate(data[MADE], len(written)))
+    asked = in_turn(f"thinking/{ask.seed}", written, made)[:limit]
     probes = [_probe(ask, switch, n, row, on) for n, row in asked for on in (True, False)]
     return Suite("thinking", (Group(TASK, data["version"], 0.5, "obeyed"),), tuple(probes), settings)
 

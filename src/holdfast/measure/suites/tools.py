@@ -14,10 +14,9 @@ it, and a model that always calls and wrongly, are "not measurable". The shares 
 functions), right functions, right arguments and abstentions are figures beside the score. Thinking that a template
 cannot turn off must end within the 160 tokens of an answer.
 
-120 items, 80 of them with a call. Simulated (benchmarks/suite_power.py, 200 checks each, base right in 0.9, a tenth of
-the marks change): a true loss of 8 points of the score is called "lost" with probability 0.80, one of 5 points with
-0.47, none with 0.02. No public model that calls functions has been measured yet: the tests plant the answers.
-SmolLM2-135M-Instruct called nothing (8 items).
+300 items, 200 of them with a call; 120 were written by hand, the others with templates (tools/make_items.py).
+Simulated (benchmarks/suite_power.py, base right in 0.9, a tenth of the marks change): POWER. No public model that
+calls functions has been measured yet: the tests plant the answers. SmolLM2-135M-Instruct called nothing (8 items).
 """
 
 from __future__ import annotations
@@ -30,14 +29,17 @@ from typing import Any
 from holdfast.measure.calls import read_calls, same_arguments
 from holdfast.measure.probe import Ask, Group, Probe, Suite
 from holdfast.measure.suites.in_context import shuffled
-from holdfast.measure.suites.instructions import DATA
+from holdfast.measure.suites.instructions import MADE, in_turn, read_data
 from holdfast.measure.thoughts import heard, rendered, switch_of
 
-LIMIT = 40  # requests with a call of each task; half as many without one
+LIMIT = 100  # requests with a call of each task; half as many without one
 MAX_TOKENS = 160
 OTHERS = 2  # functions beside the one that fits
-TASKS = {"one function": (0, 1), "several functions": (2, 3)}  # which of the calls of a function they ask
+# which of a function's requests a task asks: those with a call, and those without one
+ASKS = {"one function": ((0, 1), (0,)), "several functions": ((2, 3), (1,))}
+MADE_ASKS = {"one function": ((0, 1, 2), (0, 1)), "several functions": ((3, 4, 5), (2, 3))}
 Function = dict[str, Any]
+Asked = tuple[Function, str, str, dict[str, Any] | None]  # the function, which request, its text, its arguments
 
 
 def schema_of(function: Function) -> dict[str, Any]:
@@ -92,20 +94,29 @@ def judge(output: str, functions: list[Function], wanted: dict[str, Any] | None)
 
 def build_suite(ask: Ask) -> Suite:
     """Two tasks, each of `limit` requests with a call and half as many without."""
-    data = json.loads((DATA / "tools.json").read_text(encoding="utf-8"))
+    data = read_data("tools")
     limit, functions, switch = ask.limit or LIMIT, data["functions"], switch_of(ask.tokenizer)
     options = {switch: False} if switch else {}
     probes, groups = [], []
-    for n, (task, places) in enumerate(TASKS.items()):
-        calls = [(f, str(k), f["calls"][k]["request"], f["calls"][k]["arguments"]) for f in functions for k in places]
-        none = [(f, "none", f["none"][n], None) for f in functions]
-        asked = shuffled(f"{task}/{ask.seed}", calls)[:limit]
-        asked += shuffled(f"{task}/none/{ask.seed}", none)[: max(1, limit // 2)]
+    for task, places in ASKS.items():
+        written = [_asked(f, f, places) for f in functions]
+        made = [_asked(f, data[MADE][f["name"]], MADE_ASKS[task], MADE) for f in functions]
+        calls, none = ([[one for some in part for one in some[k]] for part in (written, made)] for k in (0, 1))
+        asked = in_turn(f"{task}/{ask.seed}", *calls)[:limit]
+        asked += in_turn(f"{task}/none/{ask.seed}", *none)[: max(1, limit // 2)]
         probes += [_probe(ask, task, functions, options, *one) for one in asked]
         never = sum(arguments is None for *_, arguments in asked) / len(asked)
         groups.append(Group(task, data["version"], round(never, 4), "right"))
     settings = {"limit": limit, "seed": ask.seed, "data_version": data["version"]}
     return Suite("tools", tuple(groups), tuple(probes), settings)
+
+
+def _asked(
+    function: Function, kept: dict[str, Any], places: tuple[tuple[int, ...], tuple[int, ...]], kind: str = ""
+) -> tuple[list[Asked], list[Asked]]:
+    """The requests of a function at some places: with a call, and without one."""
+    calls = [(function, f"{kind}{k}", kept["calls"][k]["request"], kept["calls"][k]["arguments"]) for k in places[0]]
+    return calls, [(function, f"none{kind}{k}", kept["none"][k], None) for k in places[1]]
 
 
 def _probe(
