@@ -77,6 +77,7 @@ def test_what_does_not_fit_the_time_is_named(bench, tmp_path):
     assert found["left_out"] == [*rows, ["tiny", "continuations", 0], ["a process", "begins", 0]]
 
 
+@LATER
 def test_what_fails_is_named_and_the_rest_goes_on(dry, bench, monkeypatch):
     assert json.loads(dry.read_text())["failed"] == []
 
