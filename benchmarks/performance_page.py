@@ -2,8 +2,8 @@
 
     python benchmarks/performance_page.py
 
-Sections: speed.py, memory.py, overhead.py, scoring.py, startup.py, growth.py, gpu.py. What has no JSON is
-"not measured yet".
+Sections: speed.py, memory.py, overhead.py, scoring.py, startup.py, growth.py, gpu.py, and since.py where it ran. What
+has no JSON is "not measured yet".
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import _common as C
 import gpu
 import growth
 import memory
+import since
 import speed
 import startup
 
@@ -124,6 +125,9 @@ def page(results: Path, plot: Path) -> str:
         "Growth": section([*grown, *picture] if grown else [], results / "growth"),
         "On a GPU": section(gpu.table(results / "gpu.json"), results / "gpu.json"),
     }
+    since_then = since.table(results / "since.json")
+    if since_then:
+        parts["Against an earlier commit"] = section(since_then, results / "since.json")
     sections = (line for title, lines in parts.items() for line in (f"## {title}", "", *lines, ""))
     return "\n".join([INTRO, *sections, *targets()])
 
