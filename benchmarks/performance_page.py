@@ -34,7 +34,7 @@ token at that rate. Absolute figures are those of the machine named below each t
 COMMAND = """### Targets, and what measures them
 
 One command on one H100 or H200, without a download. It begins nothing new after nine minutes, and names what it left
-out; `--dry-run` goes the same way on a CPU with tiny models, as `make test` does.
+out; `--dry-run` goes the same way on a CPU with tiny models, as the long tests do.
 
 ```
 python benchmarks/gpu.py --minutes 9 --try cudnn-on,varlen,fixed,pageable,tree
