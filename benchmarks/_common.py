@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,9 @@ SIZES: dict[str, Data] = {
 }
 
 
+@cache
 def build_tokenizer(vocab: int = 2048) -> Any:
-    """A byte-level BPE trained on the shipped texts: no download."""
+    """A byte-level BPE trained on the shipped texts, once a process: no download."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

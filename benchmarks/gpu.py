@@ -205,7 +205,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def measure(plan: Plan, minutes: float, keep: Callable[[C.Data], None], tree: bool = False) -> C.Data:
-    """Small steps first, then large ones, then scoring; `keep` gets all there is after each.
+    """Small steps first, then scoring, then large steps; `keep` gets all there is after each.
 
     minutes: nothing is begun after them; what was left out is named, and so is what failed. tree: score in the CPU's
     way too.
@@ -213,12 +213,11 @@ def measure(plan: Plan, minutes: float, keep: Callable[[C.Data], None], tree: bo
     tokenizer, start = C.build_tokenizer(plan.vocab), time.perf_counter()
     models: dict[str, C.Data] = {}
     out: C.Data = {"models": [], "left_out": [], "failed": [], "facts": C.facts()}
-    wanted = [(n, k, t) for t in plan.tokens for n in plan.models for k in ("lora", "full")]
-    wanted += [
-        *((n, "scoring", 0) for n in plan.models),
-        (plan.fan[0], "continuations", 0),
-        ("a process", "begins", 0),
-    ]
+    kinds, large_first = ("lora", "full"), plan.models[::-1]
+    wanted = [(n, k, plan.tokens[0]) for n in plan.models for k in kinds]
+    wanted += [*((n, "scoring", 0) for n in large_first), (plan.fan[0], "continuations", 0)]
+    wanted += [(n, k, t) for t in plan.tokens[1:] for n in large_first for k in kinds]
+    wanted += [("a process", "begins", 0)]
     for name, kind, tokens in wanted:
         if time.perf_counter() - start > 60 * minutes:
             out["left_out"].append([name, kind, tokens])

@@ -2,8 +2,8 @@
 
     python benchmarks/performance_page.py
 
-Sections: speed.py, memory.py, overhead.py, scoring.py, startup.py, growth.py, gpu.py. What has no JSON is
-"not measured yet".
+Sections: speed.py, memory.py, overhead.py, scoring.py, startup.py, growth.py, gpu.py, and since.py where it ran. What
+has no JSON is "not measured yet".
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import _common as C
 import gpu
 import growth
 import memory
+import since
 import speed
 import startup
 
@@ -33,7 +34,7 @@ token at that rate. Absolute figures are those of the machine named below each t
 COMMAND = """### Targets, and what measures them
 
 One command on one H100 or H200, without a download. It begins nothing new after nine minutes, and names what it left
-out; `--dry-run` goes the same way on a CPU with tiny models, as `make test` does.
+out; `--dry-run` goes the same way on a CPU with tiny models, as the long tests do.
 
 ```
 python benchmarks/gpu.py --minutes 9 --try cudnn-on,varlen,fixed,pageable,tree
@@ -124,6 +125,9 @@ def page(results: Path, plot: Path) -> str:
         "Growth": section([*grown, *picture] if grown else [], results / "growth"),
         "On a GPU": section(gpu.table(results / "gpu.json"), results / "gpu.json"),
     }
+    since_then = since.table(results / "since.json")
+    if since_then:
+        parts["Against an earlier commit"] = section(since_then, results / "since.json")
     sections = (line for title, lines in parts.items() for line in (f"## {title}", "", *lines, ""))
     return "\n".join([INTRO, *sections, *targets()])
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-NAMES = ("_common", "stand_in", "gpu_tries", "gpu", "growth", "memory", "speed", "startup", "performance_page")
+NAMES = ("_common", "stand_in", "gpu_tries", "gpu", "growth", "memory", "since", "speed", "startup")
+NAMES += ("performance_page",)
 LATER = pytest.mark.long  # a whole dry run of both sides
 pytestmark = pytest.mark.filterwarnings("default")  # what other libraries warn of is not ours
 
