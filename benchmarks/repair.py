@@ -2,7 +2,7 @@
 
     python benchmarks/repair.py run --shared ../shared/data       # tunes and repairs what is missing
     python benchmarks/repair.py table                             # writes the tables of docs/repair.md
-    python benchmarks/repair.py picture tickets.lora.0.six        # docs/repair.png: the page of a repair that was run
+    python benchmarks/repair.py picture sst2.full.0.six           # docs/repair.png: the page of a repair that was run
 
 The tunings are those of `leaderboard.py`: 60 steps of 8 rows, all weights (2e-5) or LoRA (3e-4; on RTE and AG News
 1e-3, the best rate of plain LoRA on SST-2), no plan. A repair gets the test rows of the task, which the tuning has

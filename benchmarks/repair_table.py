@@ -21,7 +21,7 @@ Data = dict[str, Any]
 ABILITY, PLAIN, BENT = "in-context", "WiSEFT", "WiSEFT, bent"
 FEW = ("facts", "load", "seconds", "cpu_seconds", "limit", "rate", "beyond", "status", "sentence", "met", "keep")
 TASK_NAMES = {"sst2": "SST-2", "tickets": "tickets", "rte": "RTE", "agnews": "AG News"}
-SIZE = (1100, 1250)  # of the picture, in pixels
+SIZE = (1060, 1130)  # of the picture, in pixels
 
 
 # ---- files
@@ -174,7 +174,13 @@ def picture(page: Path, target: Path) -> None:
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with tempfile.TemporaryDirectory() as place:
         shot = Path(place) / "shot.png"
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={SIZE[0]},{SIZE[1]}"]
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--window-size={SIZE[0]},{SIZE[1]}",
+        ]
         flags += [f"--user-data-dir={place}/profile", f"--screenshot={shot}"]
         subprocess.run([str(chromium), *flags, page.resolve().as_uri()], check=True, capture_output=True, timeout=120)
         Image.open(shot).convert("RGB").quantize(64).save(target, optimize=True)
