@@ -33,6 +33,7 @@ SEARCHES = {
     "default": (),
     "merges": ("WiSEFT", "LiNeS", "TIES"),  # the default before it healed
     "six": ("WiSEFT", "LiNeS", "TIES", "Breadcrumbs", "DARE", "SLERP"),
+    "graft": ("graft", "SkillGraft"),
     "heal": ("heal",),
     "own": ("heal",),
 }
@@ -43,7 +44,7 @@ def wanted() -> list[tuple[str, str, int, str]]:
     """(task, kind, seed, search) in the order of need."""
     cells = [(t, k, s, search) for t, s in ORDER for search in ("heal", "default") for k in KINDS]
     more = [(t, "lora", 0, search) for search in ("own", "six") for t in ("sst2", "tickets")]
-    return [*more, *cells, *(("sst2", "full", 0, search) for search in ("six", "merges"))]
+    return [*more, *cells, *(("sst2", "full", 0, search) for search in ("six", "merges", "graft"))]
 
 
 def path_of(task: str, kind: str, seed: int, search: str) -> Path:

@@ -119,7 +119,7 @@ def searched_table(folder: Path) -> list[str]:
     head = ["tuning", "search", "chosen", "task: base", "tuned", "repaired", "in-context kept: tuned", "repaired",
             "minutes", "CPU minutes"]  # fmt: skip
     lines = _head(head)
-    for file in sorted(f for s in ("six", "merges", "default") for f in folder.glob(f"*.{s}.json")):
+    for file in sorted(f for s in ("six", "merges", "graft", "default") for f in folder.glob(f"*.{s}.json")):
         r = json.loads(file.read_text(encoding="utf-8"))
         scores = [f"{r['task'][side]['value']:.3f}" for side in ("base", "tuned", "repaired")]
         shares = [_span(r["kept"][side]) for side in ("tuned", "repaired")]
