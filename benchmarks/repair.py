@@ -2,7 +2,7 @@
 
     python benchmarks/repair.py run --shared ../shared/data       # tunes and repairs what is missing
     python benchmarks/repair.py table                             # writes the tables of docs/repair.md
-    python benchmarks/repair.py picture tickets.lora.0.six        # docs/repair.png: the page of a repair that was run
+    python benchmarks/repair.py picture sst2.full.0.six           # docs/repair.png: the page of a repair that was run
 
 The tunings are those of `leaderboard.py`: 60 steps of 8 rows, all weights (2e-5) or LoRA (3e-4; on RTE and AG News
 1e-3, the best rate of plain LoRA on SST-2), no plan. A repair gets the test rows of the task, which the tuning has
@@ -33,6 +33,7 @@ SEARCHES = {
     "default": (),
     "merges": ("WiSEFT", "LiNeS", "TIES"),  # the default before it healed
     "six": ("WiSEFT", "LiNeS", "TIES", "Breadcrumbs", "DARE", "SLERP"),
+    "graft": ("graft", "SkillGraft"),
     "heal": ("heal",),
     "own": ("heal",),
 }
@@ -43,7 +44,7 @@ def wanted() -> list[tuple[str, str, int, str]]:
     """(task, kind, seed, search) in the order of need."""
     cells = [(t, k, s, search) for t, s in ORDER for search in ("heal", "default") for k in KINDS]
     more = [(t, "lora", 0, search) for search in ("own", "six") for t in ("sst2", "tickets")]
-    return [*more, *cells, *(("sst2", "full", 0, search) for search in ("six", "merges"))]
+    return [*more, *cells, *(("sst2", "full", 0, search) for search in ("six", "merges", "graft"))]
 
 
 def path_of(task: str, kind: str, seed: int, search: str) -> Path:

@@ -21,7 +21,7 @@ Data = dict[str, Any]
 ABILITY, PLAIN, BENT = "in-context", "WiSEFT", "WiSEFT, bent"
 FEW = ("facts", "load", "seconds", "cpu_seconds", "limit", "rate", "beyond", "status", "sentence", "met", "keep")
 TASK_NAMES = {"sst2": "SST-2", "tickets": "tickets", "rte": "RTE", "agnews": "AG News"}
-SIZE = (1100, 1250)  # of the picture, in pixels
+SIZE = (1060, 1130)  # of the picture, in pixels
 
 
 # ---- files
@@ -119,7 +119,7 @@ def searched_table(folder: Path) -> list[str]:
     head = ["tuning", "search", "chosen", "task: base", "tuned", "repaired", "in-context kept: tuned", "repaired",
             "minutes", "CPU minutes"]  # fmt: skip
     lines = _head(head)
-    for file in sorted(f for s in ("six", "merges", "default") for f in folder.glob(f"*.{s}.json")):
+    for file in sorted(f for s in ("six", "merges", "graft", "default") for f in folder.glob(f"*.{s}.json")):
         r = json.loads(file.read_text(encoding="utf-8"))
         scores = [f"{r['task'][side]['value']:.3f}" for side in ("base", "tuned", "repaired")]
         shares = [_span(r["kept"][side]) for side in ("tuned", "repaired")]
@@ -174,7 +174,13 @@ def picture(page: Path, target: Path) -> None:
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
     with tempfile.TemporaryDirectory() as place:
         shot = Path(place) / "shot.png"
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={SIZE[0]},{SIZE[1]}"]
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--window-size={SIZE[0]},{SIZE[1]}",
+        ]
         flags += [f"--user-data-dir={place}/profile", f"--screenshot={shot}"]
         subprocess.run([str(chromium), *flags, page.resolve().as_uri()], check=True, capture_output=True, timeout=120)
         Image.open(shot).convert("RGB").quantize(64).save(target, optimize=True)

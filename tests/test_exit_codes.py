@@ -261,6 +261,12 @@ def test_nobody_listens_at_all(tmp_path):
     assert told.returncode == 2 and "No space left on device" in told.stderr
 
 
+def test_a_disk_that_is_full_below_a_library_in_rust(capsys):
+    """tokenizers and safetensors raise errors of their own kinds."""
+    assert ending.end(Exception("No space left on device (os error 28)"), "repair", False) == 2
+    assert "No space left on device (no file named)" in capsys.readouterr().err
+
+
 def test_letters_that_a_terminal_lacks(tmp_path):
     script = FAILING.format("print(chr(0x4f60)); sys.stdout.flush(); raise KeyboardInterrupt")
     told = shell(f'"$PY" -c "{script}"', tmp_path, PYTHONIOENCODING="ascii")

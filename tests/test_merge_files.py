@@ -294,6 +294,14 @@ def test_no_offer_where_few_tokens_are_common(longer, tokenizer):
         Pair(longer.base, longer.tuned, overlap=True)
 
 
+def test_a_file_that_is_cut_off_is_named(tmp_path, tokenizer):
+    base, tuned = (saved(tmp_path / name, tokenizer) for name in ("base", "tuned"))
+    file = Path(tuned) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"cannot be read: model\.safetensors is missing, cut off"):
+        Pair(base, tuned)
+
+
 def test_adapters_on_other_bases_and_adapters_as_base_are_refused(tmp_path, tokenizer):
     base, other = saved(tmp_path / "base", tokenizer), saved(tmp_path / "other", tokenizer, seed=1)
     for name in (base, other):

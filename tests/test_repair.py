@@ -498,6 +498,8 @@ def test_what_cannot_be_repaired_is_refused(world, tmp_path, tokenizer):
     models.save_model(build_model(seed=5), tokenizer, tmp_path / "other", card=None)
     with pytest.raises(ModelError, match="does not descend from the base"):
         repair(world.base, str(tmp_path / "other"), tmp_path / "a", **keep)
+    with pytest.raises(HoldfastError, match="has the weights of its base"):
+        repair(world.base, world.base, tmp_path / "same", **keep)
     few = write_rows(tmp_path / "few.jsonl", ticket_rows()[:4])
     with pytest.raises(DataError, match="holds 4 rows"):
         repair(world.base, world.tuned, tmp_path / "b", data=str(few), **ROWS, **keep)

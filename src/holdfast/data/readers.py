@@ -253,7 +253,8 @@ def _from_hub(source: Source, folder: Path | None, base_dir: Path, shown: str) -
     if folder is None and (path.endswith(FILE_KINDS) or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)):
         beside = [p.name for p in (base_dir / path).parent.glob("*") if p.is_file()]
         near = suggest(Path(path).name, beside) if beside else ""
-        what = f"{path}: no such file in {base_dir.absolute()} or {Path.cwd()}."
+        places = " or ".join(dict.fromkeys(map(str, (base_dir.absolute(), Path.cwd()))))
+        what = f"{path}: no such file in {places}."
         raise DataError(what, near if near.startswith("Did") else "Check the path.")
     try:
         import datasets

@@ -37,10 +37,8 @@ def offer(base: ModelSource, tuned: ModelSource) -> str | None:
     same = len(both) == every == len(one.get_vocab()) and _rows(base) == _rows(tuned)
     if same or len(both) < LEAST * every:
         return None
-    return (
-        f"{len(both)} tokens are common: add --overlap (overlap=True) to merge all that belongs to them. "
-        f"{every - len(both)} others stay as they are in {tuned.label}."
-    )
+    left = f" {every - len(both)} others stay as they are in {tuned.label}." if every > len(both) else ""
+    return f"{len(both)} tokens are common: add --overlap (overlap=True) to merge all that belongs to them.{left}"
 
 
 def _kind(source: ModelSource) -> Any:

@@ -41,7 +41,10 @@ def check_related(source: ModelSource, base: Any, tokenizer: Any = None, weights
     _same_kind(source, inner(base).config)
     _same_tokens(source, tokenizer)
     found = _correlation(source, base, weights or {n: p.detach() for n, p in inner(base).named_parameters()})
-    if not found >= LEAST_CORRELATION:
+    if math.isnan(found):
+        what = f"{source.label} or its base holds weights that are no finite numbers."
+        raise ModelError(what, "Name a copy or a checkpoint from before they broke.")
+    if found < LEAST_CORRELATION:
         what = f"{source.label} does not descend from the base: its weights correlate with the base's by {found:.2f}."
         raise ModelError(what, SAME_BASE)
 
@@ -113,7 +116,7 @@ def _same_tokens(source: ModelSource, tokenizer: Any) -> None:
     ours, theirs = tokenizer.get_vocab(), load_tokenizer(source, False).get_vocab()
     other = next((t for t in sorted({*ours, *theirs}) if ours.get(t) != theirs.get(t)), None)
     if other is not None:
-        numbers = f"{other!r} is token {theirs.get(other)} there, {ours.get(other)} here"
+        numbers = f"{other!r} is token {theirs.get(other, 'none')} there, {ours.get(other, 'none')} here"
         what = f"{source.label} has another vocabulary than the base: {numbers}."
         raise ModelError(what, SAME_BASE)
 

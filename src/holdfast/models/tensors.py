@@ -37,15 +37,20 @@ class Saved:
 
     def __init__(self, source: ModelSource, like: Any):
         files = files_of(Path(source.path))
-        header = {name: (file, shape) for file in files for name, shape in loadable.shapes(file).items()}
+        found = {file: loadable.shapes(file) for file in files}
+        damaged = next((file for file, shapes in found.items() if not shapes), None)
+        if damaged:
+            what = f"{source.label} cannot be read: {damaged.name} is missing, cut off, or no safetensors file."
+            raise ModelError(what, "Copy or download the model again.")
+        header = {name: (file, shape) for file, shapes in found.items() for name, shape in shapes.items()}
         self._at: dict[str, tuple[Path, str]] = {}
         for name, shape in shapes_of(like).items():
             key = next((k for k in names_on_disk(name, like) if k in header), None)
             if key is None:
                 raise ModelError(f"{source.label} has no tensor {name}, which the base has.", SAME_BASE)
-            file, found = header[key]
-            if found != shape:
-                what = f"{source.label} has {name} of shape {found}, and the base of shape {shape}."
+            file, own = header[key]
+            if own != shape:
+                what = f"{source.label} has {name} of shape {own}, and the base of shape {shape}."
                 raise ModelError(what, SAME_BASE)
             self._at[name] = (file, key)
         self._parts = shards.Parts(files)

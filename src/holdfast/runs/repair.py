@@ -113,6 +113,9 @@ class _Work:
     def __init__(self, wish: Wish, folder: RunFolder, tell: Tell):
         self.wish, self.folder, self.tell = wish, folder, tell
         self.pair = Pair(wish.base, wish.tuned, wish.overlap)
+        if self.pair.base.sha == self.pair.tuned.sha:
+            what = f"{self.pair.tuned.label} has the weights of its base {self.pair.base.label}: nothing was tuned."
+            raise HoldfastError(what, "Name the tuned model second.")
         self.judge = Judge(
             self.pair,
             names_of(wish.suites),

@@ -22,7 +22,6 @@ from typing import Any, ClassVar
 import torch
 
 from holdfast.engine.pack import TokenRow, token_row
-from holdfast.engine.ways import inner
 from holdfast.errors import DataError
 from holdfast.hosts.plain import Training, train
 from holdfast.measure.closeness import Tokens, greedy_answers
@@ -159,7 +158,6 @@ def _trained(
 
 def write(session: Session, target: Path) -> None:
     """Write the change of a trained session; see `write_change`."""
-    assert inner(session.model) is not None
     write_change(session.model, target)
 
 
@@ -171,15 +169,15 @@ def write_change(model: Any, target: Path) -> None:
     from peft.tuners.lora import LoraLayer
     from safetensors.torch import save_file
 
+    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
     found = {}
-    for name, m in model.named_modules():
-        if isinstance(m, LoraLayer):
-            (adapter,) = m.active_adapters
-            a, b = m.lora_A[adapter].weight.detach().float(), m.lora_B[adapter].weight.detach().float()
-            b = b * m.scaling[adapter]
-            a, b = (b.T, a.T) if getattr(m, "fan_in_fan_out", False) else (a, b)
-            place = canonical(f"{name}.weight")
-            found[f"{place}.A"], found[f"{place}.B"] = a.cpu().contiguous(), b.cpu().contiguous()
+    for name, m in layers:
+        (adapter,) = m.active_adapters
+        a, b = m.lora_A[adapter].weight.detach().float(), m.lora_B[adapter].weight.detach().float()
+        b = b * m.scaling[adapter]
+        a, b = (b.T, a.T) if getattr(m, "fan_in_fan_out", False) else (a, b)
+        place = canonical(f"{name}.weight")
+        found[f"{place}.A"], found[f"{place}.B"] = a.cpu().contiguous(), b.cpu().contiguous()
     assert found
     part = target.with_name(f".{target.name}.part")
     save_file(found, part)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ class Pair:
             cure = None if self.overlap else offer(self.base, self.tuned)
             raise ModelError(e.what, cure or e.cure) from e
 
-    @property
+    @cached_property
     def num_layers(self) -> int:
         """Decoder blocks."""
         return int(self.like.config.get_text_config().num_hidden_layers)

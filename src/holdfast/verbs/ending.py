@@ -10,7 +10,9 @@ all of that as "lost". So whatever a command raises comes here. Importing this m
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import select
 import sys
 import time
@@ -24,6 +26,10 @@ from holdfast.errors import HoldfastError, out_of_memory
 
 MISTAKE, FAULT, STOPPED, UNREAD = 2, 70, 130, 141  # 70 is EX_SOFTWARE of sysexits.h, the others are the shell's
 PEERS = ("closed by peer", "reset by peer", "gloo", "nccl", "tcpstore")  # a collective call that others have left
+NATIVE = re.compile(
+    r"\(os error (\d+)\)"
+)  # of a library in Rust (tokenizers, safetensors), as an error of its own kind
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 GOES_ON = ("tune", "repair", "compare")  # from where they were
 MEMORY_CURES = {
     "tune": "Lower training.per_device_train_batch_size and raise gradient_accumulation_steps by as much; if it "
@@ -93,9 +99,12 @@ def _mistake(error: BaseException, command: str) -> tuple[str, str] | None:
         return error.what, error.cure
     if isinstance(error, (ConnectionError, TimeoutError)):
         return f"A connection broke: {_line(error)}.", "Check the network, and start the same command again."
+    cure = "Check the path, its rights and the free disk space; nothing finished was lost."
     if isinstance(error, OSError):
-        cure = "Check the path, its rights and the free disk space; nothing finished was lost."
         return f"{error.strerror or error} ({error.filename or 'no file named'}).", cure
+    native = NATIVE.search(str(error))
+    if native and int(native[1]) in DISK:
+        return f"{os.strerror(int(native[1]))} (no file named).", cure
     return None
 
 
