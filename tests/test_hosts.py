@@ -752,6 +752,16 @@ def test_weights_of_rows_equal_plain(methods, make, plain, task):
     assert distance(weights_of(trainer.model), expected) < 1e-6 < 1e-4 < distance(plain(methods), expected)
 
 
+def test_weights_in_a_list_are_found(make, task):
+    rows, data = weighing(task)
+    for given in (data, list(data)):
+        trainer = make(Trainer, [], given={"train_dataset": given})
+        batch = next(iter(trainer.get_train_dataloader()))
+        assert [r.numbers.keys() for r, _ in placed_rows(batch, trainer._known)] == [
+            r.numbers.keys() for r in rows[:2]
+        ]
+
+
 def test_weights_of_packed_rows_arrive(make, task):
     rows, data = weighing(task)
     trainer = make(SFTTrainer, [], given={"train_dataset": data}, packing=True, max_length=128)

@@ -26,7 +26,7 @@ FOUND = {  # the row (# becomes its number): (schema, prompt, completion, metric
     "free text": ({"prompt": "Say #.", "completion": " It is # today."}, ("prompt/completion", None, None, "loss")),
     "alpaca": ({"instruction": "Say #", "input": "", "output": "so # it is"}, ("alpaca", None, None, "loss")),
     "messages": ({"messages": TURNS}, ("messages", None, None, "loss")),
-    "plain": ({"text": "Once # upon a time."}, ("text", None, None, "loss")),
+    "plain": ({"text": "Once # upon a time."}, ("text", None, None, "loss_per_byte")),
 }
 
 

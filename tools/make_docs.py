@@ -25,6 +25,7 @@ from holdfast.methods import all_methods
 from holdfast.recipe import SCHEMA_FILE, json_schema, recipe_schema
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+RECIPES = DOCS.parent / "recipes"
 GENERATED = "<!-- Written by tools/make_docs.py: change the code and run it again. -->\n\n"
 NEEDS = {
     "base_logits": "the base model's answers, computed once before training, or asked for rows that come later",
@@ -65,6 +66,10 @@ which editors complete and check keys while you type; `holdfast recipe --schema`
 
 """
 
+
+SHAPES_INTRO = """In the folder `recipes/`, one for each shape of data; [data](data.md) says what each does with its rows. Every one runs
+on a tiny model in the tests. `sst2.yaml` and `rte.yaml` are for labelled sentences, of files that are not shipped.
+"""
 
 SUITES_INTRO = """# Suites
 
@@ -188,7 +193,17 @@ def recipe_page() -> str:
             out += ["", f"## {section}", "", "| key | default | meaning |", "|---|---|---|"]
         shown = default if default == "required" else _code(default)
         out.append(f"| `{key}` | {shown} | {_words(words)} |")
-    return GENERATED + RECIPE_INTRO + "\n".join(out).lstrip() + "\n"
+    return GENERATED + RECIPE_INTRO + "\n".join(out).lstrip() + "\n" + shapes()
+
+
+def shapes() -> str:
+    """The recipes that come with the repository, as they stand, but those of files that are not shipped."""
+    out = ["", "## Recipes to begin with", "", SHAPES_INTRO]
+    for path in sorted(RECIPES.glob("*.yaml")):
+        text = path.read_text(encoding="utf-8").strip()
+        if "not shipped" not in text:
+            out += [f"### {path.stem.replace('_', ' ')}", "", "```yaml", text, "```", ""]
+    return "\n".join(out).rstrip() + "\n"
 
 
 def suites_page() -> str:

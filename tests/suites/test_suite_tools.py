@@ -184,7 +184,11 @@ def test_without_tools_in_the_template_the_schemas_stand_in_the_request(tokenize
             assert p.context.startswith(begin) and '"arguments"' in p.context
 
 
-@pytest.mark.parametrize("way", ["hermes", "json", "llama, tag", "mistral", "lfm", "parameter tags"])
+# one way of plain text and one with special tokens; every way is read in a test above
+LONG = ("hermes", "llama, tag", "mistral", "parameter tags")
+
+
+@pytest.mark.parametrize("way", ["json", "lfm", *(pytest.param(way, marks=pytest.mark.long) for way in LONG)])
 def test_a_planted_model_that_calls_right_has_all(chatty, way):
     """Through real generation: marks that are special tokens must reach the judge."""
     suite = build_suite(Ask(chatty, limit=1))

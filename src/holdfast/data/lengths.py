@@ -53,10 +53,10 @@ class Limit:
         cure = "Raise data.max_length (up to the model's own limit), or set data.too_long: drop, truncate or split."
         raise DataError(what, cure)
 
-    def check_left(self, left: int, of: int, owner: str = "") -> None:
-        """Raise DataError where dropping took most of the rows; owner: which set's, " of NAME"."""
+    def check_left(self, left: int, of: int, owner: str = "", rows: str = "rows") -> None:
+        """Raise DataError where dropping took most of the rows; owner: which set's, " of NAME"; rows: which of it."""
         if of and left < of * MOST_DROPPED:
-            what = f"{of - left} of {of} rows{owner} are longer than max_length {self.most} and would be left out."
+            what = f"{of - left} of {of} {rows}{owner} are longer than max_length {self.most} and would be left out."
             raise DataError(what, "Raise data.max_length, or set data.too_long: truncate or split.")
 
 

@@ -144,7 +144,7 @@ class _Reader:
         asked = [replace(row, turns=()) for row in drawn]  # of a conversation its last answer
         made = tokenize_each(asked, self.encoder, limit, _Log())
         kept = [row for row, some in zip(drawn, made, strict=True) if some]
-        limit.check_left(len(kept), len(drawn), _of(name))
+        limit.check_left(len(kept), len(drawn), _of(name), f"{which} rows")
         if len(kept) < len(drawn):
             lost = f"{len(drawn) - len(kept)} of {len(drawn)} {which} rows{_of(name)}"
             self.notes.append(f"{lost} are longer than {limit.most} tokens, left out")

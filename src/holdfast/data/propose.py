@@ -67,6 +67,7 @@ def propose(source: Source, base_dir: Path) -> Proposal:
         ]
     labels = labels_of([Row("", a) for a in answers]) if all(answers) else None
     metric = "accuracy" if labels else "number" if all(map(_is_number, answers)) else "loss"
+    metric = "loss_per_byte" if schema == "text" else metric
     sizes = (len(records), len(found) <= LOOKED_AT)
     return Proposal(*sizes, columns, schema, prompt, completion, len(labels) if labels else None, metric)
 

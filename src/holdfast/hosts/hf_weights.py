@@ -30,7 +30,7 @@ def take_weights(given: dict[str, Any]) -> Weighed:
         PlanError: two rows of the same tokens have different weights, or the set is a stream.
     """
     dataset: Any = given.get("train_dataset")
-    if not {"input_ids", COLUMN} <= set(getattr(dataset, "column_names", None) or ()):
+    if not {"input_ids", COLUMN} <= _columns(dataset):
         return {}
     if not hasattr(dataset, "__len__"):
         what = f"The training set is a stream with a column {COLUMN!r}, and rows are found again among all of them."
@@ -42,8 +42,16 @@ def take_weights(given: dict[str, Any]) -> Weighed:
         if not np.array_equal(_weights(other), _weights(row)):
             what = f"Row {n} of the training set has the tokens and labels of an earlier one and other {COLUMN}."
             raise PlanError(what, "Leave one of the two out: a batch does not tell them apart.")
-    given["train_dataset"] = dataset.remove_columns(COLUMN)
+    if hasattr(dataset, "remove_columns"):  # of other collections the trainer leaves unknown columns out itself
+        given["train_dataset"] = dataset.remove_columns(COLUMN)
     return {key: row for key, row in found.items() if WEIGHT in row.numbers}
+
+
+def _columns(dataset: Any) -> set[str]:
+    if hasattr(dataset, "column_names"):
+        return set(dataset.column_names or ())
+    first = dataset[0] if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and len(dataset) else {}
+    return set(first) if isinstance(first, Mapping) else set()
 
 
 def _row(item: Mapping[str, Any], n: int) -> TokenRow:

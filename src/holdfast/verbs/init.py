@@ -17,6 +17,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }  # files beside the training file
+WHY = {"number": "each answer is a number", "loss": "free answers", "loss_per_byte": "plain text"}
 METRICS = "accuracy, exact_match, loss, loss_per_byte, chrf, rouge_l, number, module:function"
 
 
@@ -84,7 +85,8 @@ def _several(names: Sequence[str], proposals: Sequence[Proposal]) -> list[str]:
             ]
     metrics = {found.metric for found in proposals}
     metric = metrics.pop() if len(metrics) == 1 else "loss"
-    return [*data, "  validation_size: 0.1  # cut from each set", *_last(metric, "for all sets")]
+    cut = "  # validation_size: 0.05  # cut from each set; without it a tenth, at most test_size (500) in all"
+    return [*data, cut, *_last(metric, "for all sets")]
 
 
 def _last(metric: str, why: str) -> list[str]:
@@ -95,15 +97,14 @@ def _one(train: str, beside: dict[str, str], found: Proposal) -> list[str]:
     data = [f"  name: {_quoted(default_name(train))}", f"  train: {_quoted(train)}  # {_rows(found)}"]
     data += [f"  {role}: {_quoted(path)}" for role, path in beside.items()]
     if "validation" not in beside:
-        data.append("  validation_size: 0.1  # cut from train")
+        data.append("  # validation_size: 200  # cut from train; without it a tenth, at most test_size (500)")
     if "test" not in beside:
         data.append("  # test: test.jsonl  # without one the validation rows are reported")
     if found.schema:
         data.append(f"  # the columns are those of the schema {found.schema}: no templates are needed")
     else:
         data += [f"  prompt: {_quoted(found.prompt or '')}", f"  completion: {_quoted(found.completion or '')}"]
-    why = f"a closed set of {found.labels} answers" if found.labels else "free answers"
-    why = "each answer is a number" if found.metric == "number" else why
+    why = f"a closed set of {found.labels} answers" if found.labels else WHY[found.metric]
     return [*data, *_last(found.metric, why)]
 
 
