@@ -251,6 +251,9 @@ class Method:
         """
         return mix
 
+    def check_mix(self, mix: Mix, ctx: Context) -> None:
+        """Raise for what does not fit the mix when all methods have had their turn at it (part of `data`)."""
+
     def asides(self, ctx: Context) -> Sequence[TokenRow]:
         """A fixed pool of extra rows for this method's own loss term (part of `data`); owner = the method's name."""
         return ()
@@ -381,6 +384,11 @@ class Method:
         """Whether it does nothing while a soft prompt trains: it works on weights, or with rows that rest then."""
         idle = {"replace", "adapt", "entries", "rollouts", "steer", "update", "merge"} & set(self.sites())
         return bool(idle) or "base_weights" in self.needs or type(self).asides is not Method.asides
+
+    @property
+    def copies_rows(self) -> bool:
+        """Whether `data` brings rows made of the task's that train; of those held out so far it makes none."""
+        return False
 
     @property
     def restarts(self) -> bool:
