@@ -175,6 +175,9 @@ class Method:
     writes: ClassVar[frozenset[str]] = frozenset()  # what of rows: "ids", "targets", "order", names of numbers
     whole_rows: ClassVar[bool] = False  # `loss` or `token_weight` reads rows as wholes: a long one is not cut for it
     leaves: ClassVar[str] = "stay"  # what `entries` does not choose any more: "stay" or "return" (to the base)
+    prefix: ClassVar[bool] = False  # its soft prompt is keys and values of every layer (`engine.prefix`)
+    # `data` brings rows made of the task's that train; of those that are held out so far it makes none
+    copies_rows: ClassVar[bool] = False
     scales_update: ClassVar[bool] = False  # `merge` only scales tuned - base, so it is exact on a LoRA adapter too
     strengths: ClassVar[tuple[str, ...]] = ()  # fields that say how strongly it acts
     odds: ClassVar[tuple[str, ...]] = ()  # those of them that are a part of a whole and stay below 1
@@ -384,11 +387,6 @@ class Method:
         """Whether it does nothing while a soft prompt trains: it works on weights, or with rows that rest then."""
         idle = {"replace", "adapt", "entries", "rollouts", "steer", "update", "merge"} & set(self.sites())
         return bool(idle) or "base_weights" in self.needs or type(self).asides is not Method.asides
-
-    @property
-    def copies_rows(self) -> bool:
-        """Whether `data` brings rows made of the task's that train; of those held out so far it makes none."""
-        return False
 
     @property
     def restarts(self) -> bool:

@@ -45,7 +45,7 @@ class InContextMix(Method):
     odds: ClassVar = strengths
 
     @property
-    def copies_rows(self) -> bool:
+    def copies_rows(self):  # type: ignore[override]
         return self.source != "anchors"
 
     def off(self) -> bool:

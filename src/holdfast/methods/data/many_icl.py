@@ -49,7 +49,7 @@ class ManyICL(Method):
     odds: ClassVar = strengths
 
     @property
-    def copies_rows(self) -> bool:
+    def copies_rows(self):  # type: ignore[override]
         return self.source != "anchors"
 
     def off(self) -> bool:

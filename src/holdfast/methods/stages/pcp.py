@@ -56,7 +56,7 @@ class PCP(Method):
         return self.share == 0
 
     @property
-    def copies_rows(self) -> bool:
+    def copies_rows(self):  # type: ignore[override]
         return not self.sources
 
     def check(self, ctx: Context) -> None:
