@@ -215,7 +215,12 @@ def shared_training(path: Path, session: Any, train: Callable[[], Any]) -> tuple
 
 
 def train_plan(cell: Cell, lab: Lab, model: Any, tokenizer: Any, rows: Material) -> Trained:
-    """Train a method of Holdfast as `holdfast tune` does."""
+    """Train a method of Holdfast."""
+    return train_methods(plans()[cell.method][0], cell, lab, model, tokenizer, rows)
+
+
+def train_methods(methods: Sequence[Any], cell: Cell, lab: Lab, model: Any, tokenizer: Any, rows: Material) -> Trained:
+    """Train a plan of these methods as `holdfast tune` does, at the rate and the seed of `cell`."""
     from holdfast.hosts.plain import Training, rows_of_run, train
     from holdfast.measure.tuned_task import score_task
     from holdfast.plan import Host, Plan
@@ -224,7 +229,7 @@ def train_plan(cell: Cell, lab: Lab, model: Any, tokenizer: Any, rows: Material)
 
     assert cell.rate is not None
     compute, size = model.dtype, lab.size
-    plan = Plan(plans()[cell.method][0])
+    plan = Plan(methods)
     ctx = Context(model, tokenizer, cell.seed, rows.train, total_steps=size.steps, max_length=1024)
     plan.check(Host("benchmark"), ctx)
     session = Session(plan, model, ctx, compute_dtype=compute, knows_rows=True)

@@ -126,6 +126,9 @@ def plans() -> dict[str, tuple[list[Any], float]]:
         "greentrainer": ([M.GreenTrainer()], FULL),
         "gs-lora": ([M.GSLoRA()], LORA),
         "prompt tuning": ([M.PromptTuning()], FULL),  # it has a rate of its own
+        "prefix tuning": ([M.PrefixTuning(learning_rate=None)], 5e-3),
+        "phrasing prompt": ([M.PhrasingPrompt()], FULL),  # it has a rate of its own
+        "ift": ([M.IFT()], FULL),
         "dft": ([M.DFT()], FULL),
         "anchored sft": ([M.AnchoredSFT()], FULL),
         "tl-training": ([M.TLTraining()], FULL),

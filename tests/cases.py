@@ -349,10 +349,57 @@ def prompt_holds(seen: Seen) -> None:
 def prompt_alone_holds(seen: Seen) -> None:
     """Every weight is the base's to the last bit; the prompt moved, and the task is likelier behind it."""
     assert all(torch.equal(w, seen.base[n]) for n, w in seen.result.weights.items())
-    init = seen.result.session.state["PromptTuning"]["init"]
+    init = seen.result.session.state[seen.method.name]["init"]
     assert seen.result.soft.shape == init.shape and (seen.result.soft - init).abs().min() > 0
     losses = [p["task"] for _, p in seen.result.log.loss]
     assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def phrasing_holds(seen: Seen) -> None:
+    """Every weight is the base's and the prompt moved. The first step: what the base says behind the prompt to a line
+    of other words and the row is compared with what it says to the row alone, at the answer's tokens."""
+    assert all(torch.equal(w, seen.base[n]) for n, w in seen.result.weights.items())
+    init, model = seen.result.session.state["PhrasingPrompt"]["init"], seen.base_model
+    assert (seen.result.soft - init).abs().min() > 0
+    table, values = model.get_input_embeddings(), []
+    more = build_tokenizer()("Say which:\n", add_special_tokens=False)["input_ids"]
+    for _, row in zip(range(4), Mix(seen.task).draw(0), strict=False):
+        ids, n = torch.as_tensor(row.ids), int(row.scored.sum())
+        begin = ids[: len(ids) - n].tolist()[:1] if not row.ids[0] else []  # a token that begins every text
+        other = torch.tensor([*begin, *more, *ids[len(begin) :].tolist()])
+        with torch.no_grad():
+            alone = model(ids[None]).logits[0, -n - 1 : -1].log_softmax(-1)
+            behind = model(inputs_embeds=torch.cat([init, table(other)])[None]).logits[0, -n - 1 : -1].log_softmax(-1)
+        values.append(forward_kl(alone, behind))
+    first = seen.result.log.loss[0][1]["PhrasingPrompt"]
+    assert math.isclose(first, seen.method.weight * torch.cat(values).mean().item(), rel_tol=1e-2)
+
+
+@torch.no_grad()
+def guesses_hold(seen: Seen) -> None:
+    """The first step: the base reads 0.8 of a row and 0.2 of its guesses, and a token counts by what follows it."""
+    m, table, order, plain, weighted, count = (
+        seen.method,
+        seen.base_model.get_input_embeddings(),
+        Mix(seen.task),
+        0,
+        0,
+        0,
+    )
+    for _, row in zip(range(4), order.draw(0), strict=False):
+        ids, at = torch.as_tensor(row.ids), torch.as_tensor(row.scored)
+        other = ids.clone()
+        other[at] = seen.base_model(ids[None]).logits[0].argmax(-1)[at.roll(-1)]
+        mixed = (1 - m.lam) * table(ids) + m.lam * table(other)
+        logp = seen.base_model(inputs_embeds=mixed[None]).logits[0].log_softmax(-1)
+        losses = [-logp[t - 1, ids[t]].item() for t in at.nonzero()[:, 0].tolist()]
+        later = [sum(m.gamma**k * x for k, x in enumerate(losses[t:])) for t in range(len(losses))]
+        plain += sum(losses)
+        weighted += sum(x * w for x, w in zip(losses, later, strict=True)) * len(losses) / sum(later)
+        count += len(losses)
+    first = seen.result.log.loss[0][1]
+    assert math.isclose(first["task"], plain / count, rel_tol=1e-4)
+    assert math.isclose(first["task"] + first["IFT"], weighted / count, rel_tol=1e-4)
 
 
 def share_holds(name: str) -> Callable[[Seen], None]:
@@ -1065,6 +1112,12 @@ CASES = (
         zero_at_base="ICLAnchor",
     ),
     Case(
+        hf.IFT(),
+        guesses_hold,
+        off=(hf.IFT(lam=0.0, gamma=0.0),),
+        no_zero="a weighted loss is not the plain one",
+    ),
+    Case(
         hf.InContextMix(share=0.3, pool=8),
         share_holds("InContextMix"),
         off=(hf.InContextMix(share=0.0),),
@@ -1187,6 +1240,12 @@ CASES = (
         no_zero=NO_TERM,
     ),
     Case(
+        hf.PhrasingPrompt(num_virtual_tokens=3, phrasings=("Say which:",)),
+        phrasing_holds,
+        no_off="a prompt of no tokens is refused: leaving it out is off",
+        no_zero="behind a prompt and other words the model is not the base",
+    ),
+    Case(
         hf.ProMoT(num_virtual_tokens=3),
         prompt_holds,
         no_off="a prompt of no tokens is refused: leaving it out is off",
@@ -1196,6 +1255,12 @@ CASES = (
         hf.PromptTuning(num_virtual_tokens=3),
         prompt_alone_holds,
         no_off="a prompt of no tokens is refused: leaving it out is off",
+        no_zero=NO_TERM,
+    ),
+    Case(  # behind ProMoT, which stands for it
+        hf.PrefixTuning(num_virtual_tokens=3, learning_rate=0.1),
+        prompt_alone_holds,
+        no_off="a prefix of no positions is refused: leaving it out is off",
         no_zero=NO_TERM,
     ),
     Case(

@@ -45,7 +45,7 @@ class Centred(Method):
 
 PLANS: dict[str, Sequence[Method]] = {
     "none": [],
-    **{c.name: [c.method] for c in CASES if not (c.needs_rows or c.picks)},
+    **{c.name: [c.method] for c in CASES if not (c.needs_rows or c.picks or "live_logits" in c.method.needs)},
     "LoRA": [LORA],
     "InContextMix": [hf.InContextMix(share=0.5, pool=8)],
     "Replay": [hf.Replay(**HALF)],
@@ -319,7 +319,19 @@ def built_with(methods: Sequence[Method], folder: Path, kind: str = "Trainer", *
 
 def test_refused_under_fsdp(tmp_path, monkeypatch):
     replacing = {c.name for c in CASES if "replace" in c.method.sites()}
-    others = {"ProMoT", "PromptTuning", "LTSFT", "PCP", "FPF", "CoBa", "SkillIt", "feedback", "SDFT", "OnPolicyKL"}
+    others = {
+        "ProMoT",
+        "PromptTuning",
+        "PrefixTuning",
+        "LTSFT",
+        "PCP",
+        "FPF",
+        "CoBa",
+        "SkillIt",
+        "feedback",
+        "SDFT",
+        "OnPolicyKL",
+    }
     assert others | replacing == set(REFUSED) and len(replacing) > 3
     refused(lambda: built_with([hf.ProMoT()], tmp_path), "Trainer", "FSDP", "ProMoT", "DDP")
     refused(lambda: built_with([hf.LTSFT()], tmp_path), "Trainer", "FSDP", "LTSFT", "stages", "DDP")

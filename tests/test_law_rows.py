@@ -16,6 +16,7 @@ import torch
 from cases import HOST, run, same, start
 from holdfast import methods as hf
 from holdfast.data.mix import Mix
+from holdfast.data.tokens import tokenize
 from holdfast.engine.base import token_logp
 from holdfast.engine.counts import add_counts, count_rows
 from holdfast.engine.forward import forward
@@ -310,3 +311,42 @@ def test_a_group_stays_in_one_micro_batch_of_a_step():
     assert share == 1 / 4 and sorted(r.num_scored for m in micros for r in m if r.owner == "M") == list(range(1, 9))
     for group in "0123":
         assert sum(any(r.group == group for r in m) for m in micros) == 1
+
+
+# ---- rows that are held out, and rows made of the task's
+
+COPIES = [hf.DART(), hf.ManyICL(source="task"), hf.InContextMix(source="both"), hf.PCP()]
+
+
+@pytest.mark.parametrize("first", COPIES, ids=lambda m: m.name)
+def test_rows_are_held_out_before_others_are_made_of_them(first):
+    with pytest.raises(PlanError, match=f"{first.name} adds rows made of the task's, and CoBa behind it") as e:
+        Plan([first, hf.CoBa()]).check_together()
+    assert f"Put CoBa before {first.name}" in e.value.cure
+    Plan([hf.CoBa(), first]).check_together()
+
+
+@pytest.mark.parametrize("other", [hf.ManyICL(), hf.InContextMix(), hf.PCP(sources=("text.jsonl",))])
+def test_rows_of_other_tasks_may_come_first(other):
+    Plan([other, hf.SkillIt()]).check_together()
+
+
+@pytest.mark.parametrize("method", [hf.InContextMix(source="task", pool=32), hf.ManyICL(source="task", pool=8)])
+def test_no_example_is_made_of_a_held_out_row(method, tiny_model, tokenizer, rows):
+    ctx = Context(tiny_model(), tokenizer, rows=rows)
+    task = [tokenize(r, tokenizer, 512) for r in rows]
+    mix = method.data(Mix(task).hold_out(0.4), ctx)
+    held = [tokenizer.decode(r.ids, skip_special_tokens=True).split("\nQueue:")[0] for r in mix.held_out()["task"]]
+    texts = [tokenizer.decode(r.ids, skip_special_tokens=True) for r in mix.sources[0].rows]
+    assert 3 < len(held) < len(rows) and not [h for h in held for t in texts if h in t]
+    every = [tokenizer.decode(r.ids) for r in method.data(Mix(task), ctx).sources[0].rows]
+    assert any(h in t for h in held for t in every)
+
+
+def test_methods_that_look_at_all_rows_are_refused_beside_held_out_ones():
+    for other in (hf.CoBa(), hf.SkillIt()):
+        with pytest.raises(PlanError, match="MORepair"):
+            Plan([other, hf.MORepair()]).check_together()
+        Plan([other, hf.MORepair(sources=("why.jsonl",))]).check_together()
+    with pytest.raises(PlanError, match="which DART's answers to the same would lack"):
+        Plan([hf.ProMoT(), hf.DART()]).check_together()

@@ -328,3 +328,10 @@ def test_the_recipe_for_small_models_says_what_the_guide_does():
     t = recipe.training
     assert (t.learning_rate, t.lr_scheduler_type, t.warmup_steps) == (2e-5, "constant", 0)
     assert t.per_device_train_batch_size * t.gradient_accumulation_steps == 128 and list(recipe.plan) == []
+
+
+def test_the_recipe_for_long_documents_keeps_its_share_of_short_text():
+    recipe = load_recipe(Path(__file__).parent.parent / "recipes" / "long_context.yaml")
+    assert recipe.data.max_length == 8192 and list(recipe.measure.suites) == ["in-context", "language", "shots"]
+    (replay,) = recipe.plan
+    assert replay == {"Replay": {"share": 0.4, "unit": "tokens"}}

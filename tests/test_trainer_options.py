@@ -584,6 +584,11 @@ REFUSED: dict[str, Refused] = {
     "packing": Refused({"packing": True}, plan=PROMOT, words=("ProMoT", "packing=False")),
     "padding free": Refused({"padding_free": True}, plan=PROMOT, words=("ProMoT", "padding_free=False")),
     "noise before a soft prompt": Refused(NEFTUNE, plan=PROMOT, words=("ProMoT", "NEFTune")),
+    "checkpointing behind a prefix": Refused(
+        {"gradient_checkpointing": True},
+        plan=[hf.PrefixTuning()],
+        words=("PrefixTuning", "gradient_checkpointing=False"),
+    ),
     "noise on other rows": Refused(NEFTUNE, plan=[LongestHalf()], words=("LongestHalf", "NEFTune")),
     "metrics": Refused(given=lambda: {"compute_metrics": len}, plan=PROMOT, words=("ProMoT", "compute_metrics")),
     "metrics' logits": Refused(

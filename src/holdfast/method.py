@@ -175,6 +175,9 @@ class Method:
     writes: ClassVar[frozenset[str]] = frozenset()  # what of rows: "ids", "targets", "order", names of numbers
     whole_rows: ClassVar[bool] = False  # `loss` or `token_weight` reads rows as wholes: a long one is not cut for it
     leaves: ClassVar[str] = "stay"  # what `entries` does not choose any more: "stay" or "return" (to the base)
+    prefix: ClassVar[bool] = False  # its soft prompt is keys and values of every layer (`engine.prefix`)
+    # `data` brings rows made of the task's that train; of those that are held out so far it makes none
+    copies_rows: ClassVar[bool] = False
     scales_update: ClassVar[bool] = False  # `merge` only scales tuned - base, so it is exact on a LoRA adapter too
     strengths: ClassVar[tuple[str, ...]] = ()  # fields that say how strongly it acts
     odds: ClassVar[tuple[str, ...]] = ()  # those of them that are a part of a whole and stay below 1
@@ -250,6 +253,9 @@ class Method:
         `ctx.model` answers as the untouched base. What a map writes into rows, and an order, is named in `writes`.
         """
         return mix
+
+    def check_mix(self, mix: Mix, ctx: Context) -> None:
+        """Raise for what does not fit the mix when all methods have had their turn at it (part of `data`)."""
 
     def asides(self, ctx: Context) -> Sequence[TokenRow]:
         """A fixed pool of extra rows for this method's own loss term (part of `data`); owner = the method's name."""

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import combinations, pairwise, product
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -178,6 +178,13 @@ class Plan:
             for b in self.active:
                 if a is not b and b.name in a.refuses:
                     raise PlanError(f"{a.name} and {b.name} do not fit: {a.refuses[b.name]}", "Keep one of them.")
+        for a, b in combinations(self.active, 2):
+            if a.copies_rows and b.holds_out:
+                raise PlanError(
+                    f"{a.name} adds rows made of the task's, and {b.name} behind it keeps some of these out of "
+                    "training.",
+                    f"Put {b.name} before {a.name}.",
+                )
         phases = [(PHASES.index(m.phase), m) for m in self.active if "grad" in m.sites()]
         for (i, a), (j, b) in pairwise(phases):
             if i > j:

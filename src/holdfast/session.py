@@ -173,6 +173,8 @@ class Session:
         self.effects.update(name for name, share in self.left_out.items() if share)
         for stage in self.stages:
             mix.only(*stage.draws)  # raises for a name that nobody brings
+        for m in self.methods:
+            m.check_mix(mix, self.ctx)
         self.held_out.cut(mix, self.ctx)
         return mix
 

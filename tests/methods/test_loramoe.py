@@ -6,6 +6,7 @@ from torch import nn
 
 import zoo
 from cases import GENERAL, run
+from cases import token_rows as tokenized
 from holdfast import methods as hf
 from holdfast.engine.counts import count_rows
 from holdfast.engine.forward import forward, forward_states
@@ -154,3 +155,22 @@ def test_a_row_counts_once_however_a_step_is_cut(tiny_model, start, token_rows):
 def test_values_without_meaning_are_refused(settings, words, tiny_model, tokenizer):
     with pytest.raises(PlanError, match=words):
         hf.LoRAMoE(**settings).check(Context(tiny_model(), tokenizer))
+
+
+@pytest.mark.parametrize(
+    "names, wrong",
+    [(("Replai",), "Replai"), (("task", "Replay:text"), "Replay:text"), (("Replay:instruction",), "Rep")],
+)
+def test_a_source_that_nobody_brings_is_refused_by_name(names, wrong, tiny_model, tokenizer, rows):
+    plan = [hf.LoRAMoE(r=2, experts=4, knowledge=names), hf.Replay(share=0.5, sources=(GENERAL,), max_tokens=32)]
+    with pytest.raises(PlanError, match=f"LoRAMoE.knowledge names '{wrong}.*task, Replay:instructions") as e:
+        run(plan, tiny_model(), tokenizer, rows, 1)
+    assert "Did you mean" in e.value.cure or "Known" in e.value.cure
+
+
+@pytest.mark.parametrize("names", [("Replay",), ("Replay:instructions", "task")])
+def test_sources_are_known_by_their_method_and_their_file(names, tiny_model, tokenizer, rows, start):
+    plan = [hf.LoRAMoE(r=2, experts=4, knowledge=names), hf.Replay(share=0.5, sources=(GENERAL,), max_tokens=32)]
+    session = start(plan, tiny_model(), rows=rows, enter=False)
+    mix = session.mix(tokenized(rows, tokenizer))
+    assert [plan[0].is_knowledge(s.rows[0]) for s in mix.sources] == [True]

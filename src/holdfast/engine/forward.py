@@ -2,7 +2,8 @@
 
 Three paths give the same numbers: packed attention without padding (models with plain full attention), padding on the
 right (most other causal LMs, and gradient checkpointing), and one row at a time (models in which neighbours or padding
-matter); each with a soft prompt before the task's rows, perhaps (ProMoT). They stand in `engine.ways`, and
+matter); each with a soft prompt before the task's rows, perhaps (ProMoT), a prefix (`engine.prefix`) in the last two
+alone. They stand in `engine.ways`, and
 `engine.trial` finds out which are right.
 """
 
@@ -17,6 +18,7 @@ import torch
 
 from holdfast.engine.attention import ATTENTION, PACKS
 from holdfast.engine.pack import Packed, TokenRow, pack
+from holdfast.engine.prefix import check_mode, is_prefix
 from holdfast.engine.replaced import Handed
 from holdfast.engine.trial import asked, is_cut, packs, pads_right, together
 from holdfast.engine.ways import (
@@ -28,6 +30,7 @@ from holdfast.engine.ways import (
     run_one_by_one,
     run_packed,
     run_padded,
+    spans,
     switched,
 )
 from holdfast.errors import ModelError
@@ -82,8 +85,9 @@ def attention(model: Any, name: str) -> Iterator[None]:
 def through_backward(model: Any, rows: Sequence[TokenRow], packing: bool = True) -> Iterator[None]:
     """Around the forward and the backward of rows: gradient checkpointing runs layers again in the backward, where
     they must find the attention of the forward. Rows that will not be packed keep the model's own."""
-    lengths = [len(r.ids) + n for r, n in zip(rows, _prompts(model, rows)[1], strict=True)]
-    if packing and can_pack(model) and _may_share(model, lengths):
+    soft, prompts = _prompts(model, rows)
+    lengths = [len(r.ids) + n for r, n in zip(rows, prompts, strict=True)]
+    if packing and not (is_prefix(soft) and any(prompts)) and can_pack(model) and _may_share(model, lengths):
         with attention(model, ATTENTION):
             yield
     else:
@@ -115,8 +119,12 @@ def forward_states(
     """
     soft, prompts = _prompts(model, rows)
     device = next(model.parameters()).device
-    packed = pack(rows, device, prompts)
-    way = _way(model, packed.layout.lengths, packing)
+    packed = pack(rows, device, spans(prompts, soft))
+    lengths = packed.layout.lengths
+    if is_prefix(soft) and any(prompts):  # a packed row has one beginning
+        check_mode(inner(model))
+        packing, lengths = False, [n + p for n, p in zip(lengths, prompts, strict=True)]
+    way = _way(model, lengths, packing)
     return packed, *way(model, packed, prompts, soft, layers)
 
 

@@ -30,6 +30,8 @@ class TokenRow:
         targets: (T,) ids to be predicted where `scored`; None: `ids`, what is read is what is predicted.
         numbers: named (T,) float arrays along its tokens; `View.number` gives them at the scored positions.
         whole: the row that this is a part of: the same tokens, fewer of them scored.
+        blend: (T,) ids that are read beside `ids`: a token is embedded as (1 - share) E(ids) + share E(blend), with
+            `blend_share`; None: as `ids` alone. The key does not know of it: the base reads `ids`.
         group: rows of one owner and group (a pair) stand in one micro-batch when they are of one step.
         key: identity of what is read and where it is scored; a stored teacher finds its answers by it.
     """
@@ -43,6 +45,8 @@ class TokenRow:
     numbers: Mapping[str, np.ndarray] = field(default_factory=dict)
     group: str | None = None
     whole: TokenRow | None = None
+    blend: np.ndarray | None = None
+    blend_share: float = 0.0
 
     @property
     def key(self) -> bytes:
@@ -66,11 +70,12 @@ class TokenRow:
         """The first `most` tokens, with all that belongs to them."""
         if len(self.ids) <= most:
             return self
-        gold, targets = (None if a is None else a[:most] for a in (self.gold, self.targets))
+        gold, targets, blend = (None if a is None else a[:most] for a in (self.gold, self.targets, self.blend))
         numbers = {name: a[:most] for name, a in self.numbers.items()}
         return replace(
-            self, ids=self.ids[:most], scored=self.scored[:most], gold=gold, targets=targets, numbers=numbers
-        )
+            self, ids=self.ids[:most], scored=self.scored[:most], gold=gold, targets=targets, numbers=numbers,
+            blend=blend,
+        )  # fmt: skip
 
 
 def token_row(ids: Sequence[int] | np.ndarray, start: int, owner: str = "task", source: str = "task") -> TokenRow:

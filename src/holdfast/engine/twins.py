@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from holdfast.engine.prefix import cache_name, cache_of, is_prefix
+
 # Limits of `distance` (ours). SAME: the same weights in the same place, where at most sums go in another order.
 # ROUNDED: W + s B A rounded to the dtype once per weight, computed in fp32; SmolLM2-135M under adapters from weak to
 # very strong gave at most 0.025, 0.003 and 0.00001. ROUGH: computed in the dtype itself, or on another device;
@@ -44,12 +46,16 @@ def _numbers(config: Any) -> Iterable[Any]:
 
 @torch.no_grad()
 def logits_of(model: Any, rows: Iterable[torch.Tensor], soft_prompt: torch.Tensor | None = None) -> list[torch.Tensor]:
-    """(T, V) logits of each row in fp32 on the CPU, one row at a time; with a (p, D) soft prompt (p + T, V)."""
+    """(T, V) logits of each row in fp32 on the CPU, one row at a time, perhaps behind a prefix; with a (p, D) soft
+    prompt (p + T, V)."""
     device = next(model.parameters()).device
     out = []
     for row in rows:
         inputs: dict[str, Any] = {"input_ids": row[None].to(device)}
-        if soft_prompt is not None:
+        if soft_prompt is not None and is_prefix(soft_prompt):
+            dtype = model.get_input_embeddings().weight.dtype
+            inputs[cache_name(model)] = cache_of(soft_prompt.to(device), 1, dtype)
+        elif soft_prompt is not None:
             embedded = model.get_input_embeddings()(inputs["input_ids"])
             inputs = {"inputs_embeds": torch.cat([soft_prompt[None].to(embedded), embedded], dim=1)}
         out.append(model(**inputs, use_cache=False).logits[0].float().cpu())

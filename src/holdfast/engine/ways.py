@@ -15,7 +15,8 @@ import torch
 
 from holdfast.engine.attention import ATTENTION
 from holdfast.engine.layout import upload
-from holdfast.engine.pack import Packed, pack
+from holdfast.engine.pack import Packed, TokenRow, pack
+from holdfast.engine.prefix import behind, is_prefix
 from holdfast.engine.replaced import Handed, collecting
 from holdfast.errors import ModelError
 
@@ -24,7 +25,7 @@ States = dict[int, torch.Tensor]  # layer -> (N, D)
 # (N, V) logits, the states of the layers asked for, and what replaced modules handed out, (T, ...) in packed order
 Outcome = tuple[torch.Tensor, States, Handed]
 ASKED = "_holdfast_attention"  # attribute of the model: the attention that its user named
-SOFT_PROMPT = "holdfast_prompt"  # name of the (p, D) parameter ProMoT hangs on the model
+SOFT_PROMPT = "holdfast_prompt"  # name of the parameter that stages hang on the model: (p, D), or a prefix
 
 
 def inner(model: Any) -> Any:
@@ -35,7 +36,7 @@ def inner(model: Any) -> Any:
 
 def run_packed(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Sequence[int]) -> Outcome:
     inputs: dict[str, Any] = {"input_ids": p.ids}
-    if any(prompts):
+    if any(prompts) or blends(p):
         inputs = {"inputs_embeds": _embed(model, p, prompts, soft)[None]}
     p.layout.asked = asked_for(model)
     with switched(model, ATTENTION), _capture(model, layers) as seen, collecting() as handed:
@@ -50,15 +51,24 @@ def run_packed(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Seq
     return out.logits[0], states, {k: [_by_token(v, p.ids.shape)[0] for v in vs] for k, vs in handed.items()}
 
 
+def spans(prompts: Sequence[int], soft: Any) -> list[int]:
+    """How many places of its own each row's prompt takes: none of a prefix, which is no part of the row."""
+    return [0] * len(prompts) if is_prefix(soft) else list(prompts)
+
+
 def _by_token(value: torch.Tensor, grid: torch.Size) -> torch.Tensor:
     """(B, L, ...) what a module handed out; some are given their tokens end to end, (B L, ...)."""
     return value if value.shape[:2] == grid else value.unflatten(0, tuple(grid))
 
 
 def _embed(model: Any, p: Packed, prompts: list[int], soft: torch.Tensor) -> torch.Tensor:
-    """(T, D) embeddings with the soft prompt written before each row that has one."""
+    """(T, D) embeddings with the soft prompt written before each row that has one, and blended rows mixed."""
     parts, at = [], 0
-    embeddings = inner(model).get_input_embeddings()(p.ids[0])
+    table = inner(model).get_input_embeddings()
+    embeddings = table(p.ids[0])
+    if blends(p):
+        other, share = _blended(p, prompts)
+        embeddings = embeddings + share.to(embeddings.dtype) * (table(other) - embeddings)
     for row, n in zip(p.rows, prompts, strict=True):
         end = at + n + len(row.ids)
         parts += [soft.to(embeddings.dtype)] if n else []
@@ -67,19 +77,41 @@ def _embed(model: Any, p: Packed, prompts: list[int], soft: torch.Tensor) -> tor
     return torch.cat(parts)
 
 
+def blends(p: Packed) -> bool:
+    """Whether some row is read as a mixture of two."""
+    return any(r.blend is not None for r in p.rows)
+
+
+def _blended(p: Packed, prompts: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T,) the ids that are mixed in, and (T, 1) by which share."""
+    ids = [a for r, n in zip(p.rows, prompts, strict=True) for a in (np.zeros(n, dtype=np.int64), _other(r))]
+    shares = [
+        np.full(n + len(r.ids), 0.0 if r.blend is None else r.blend_share, dtype=np.float32)
+        for r, n in zip(p.rows, prompts, strict=True)
+    ]
+    return upload(np.concatenate(ids), p.ids.device), upload(np.concatenate(shares), p.ids.device)[:, None]
+
+
+def _other(row: TokenRow) -> np.ndarray:
+    return row.ids if row.blend is None else row.blend
+
+
 def run_padded(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Sequence[int]) -> Outcome:
-    lengths = [len(r.ids) + n for r, n in zip(p.rows, prompts, strict=True)]
+    lengths = [len(r.ids) + n for r, n in zip(p.rows, spans(prompts, soft), strict=True)]
     width, starts = max(lengths), np.concatenate([[0], np.cumsum(lengths)])
     real = np.arange(width) < np.asarray(lengths)[:, None]
     cells = np.where(real, starts[:-1, None] + np.arange(width), 0)
     at, mask, shift = (upload(a, p.ids.device) for a in (cells, real.astype(np.int64), starts[p.row]))
     grid = p.ids[0][at] * mask
     inputs: dict[str, Any] = {"input_ids": grid}
-    if any(prompts):
-        flat = _embed(model, p, prompts, soft)
+    own = spans(prompts, soft)
+    if any(own) or blends(p):
+        flat = _embed(model, p, own, soft)
         inputs = {"inputs_embeds": flat[at] * mask[..., None]}
     where = upload(p.row, p.where.device), p.where - shift
-    if len(p.rows) > 1:
+    if is_prefix(soft) and any(prompts):
+        inputs |= behind(inner(model), soft, prompts, mask)
+    elif len(p.rows) > 1:
         inputs["attention_mask"] = mask
     with _capture(model, layers) as seen, collecting() as handed:
         out = model(**inputs, use_cache=False)
@@ -90,7 +122,10 @@ def run_padded(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Seq
 
 def run_one_by_one(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Sequence[int]) -> Outcome:
     device = p.ids.device
-    each = [run_padded(model, pack([r], device, [n]), [n], soft, layers) for r, n in zip(p.rows, prompts, strict=True)]
+    each = [
+        run_padded(model, pack([r], device, spans([n], soft)), [n], soft, layers)
+        for r, n in zip(p.rows, prompts, strict=True)
+    ]
     states = {n: torch.cat([own[n] for _, own, _ in each]) for n in layers}
     handed = {k: [torch.cat(vs) for vs in zip(*(own[k] for *_, own in each), strict=True)] for k in each[0][2]}
     return torch.cat([logits for logits, *_ in each]), states, handed

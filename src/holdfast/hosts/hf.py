@@ -28,7 +28,8 @@ Trainers with a loss of their own (DPO, GRPO): the plan may only freeze, wrap, c
 Resuming: build the trainer with the untouched base model again and call `train(resume_from_checkpoint=...)`; what the
 plan knows of the base comes from there, the trained weights and the plan's state from the checkpoint.
 Stages (ProMoT, LTSFT): one `train` of the trainer each, with its own optimizer and schedule; a stage ends with its
-last weights, not its best.
+last weights, not its best. Where the plan mixes rows, a stage goes on in the mix; else the trainer's own sampler
+begins each stage with the same first rows of its data, as it begins every `train`.
 """
 
 from __future__ import annotations

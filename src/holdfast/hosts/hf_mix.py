@@ -16,6 +16,7 @@ from holdfast.engine.pack import TokenRow
 from holdfast.errors import HoldfastError, PlanError, pip_install
 from holdfast.hosts.hf_batches import dataset_rows, rows_of
 from holdfast.hosts.hf_setup import mixes, steps_of
+from holdfast.method import Method
 from holdfast.session import Session
 
 
@@ -45,6 +46,8 @@ def mixed(
     if not any(mixes(m) for m in session.methods):
         for stage in session.stages:
             Mix(()).only(*stage.draws)
+        for m in (m for m in session.methods if type(m).check_mix is not Method.check_mix):
+            m.check_mix(Mix(dataset_rows(dataset)), session.ctx)
         if session.held_out.methods:
             session.held_out.cut(Mix(dataset_rows(dataset, weighed)), session.ctx)
         return {}

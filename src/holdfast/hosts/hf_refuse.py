@@ -77,6 +77,9 @@ def _wrong_together(plan: Plan, given: Mapping[str, Any], ours: bool) -> Iterato
         metrics = given.get("compute_metrics") or given.get("preprocess_logits_for_metrics")
         what = "reads the task behind a soft prompt, which the logits that {} gives to compute_metrics leave out"
         yield method.name, metrics, what, "Leave compute_metrics out; evaluation gives the loss with the prompt."
+    if method := next((m for m in plan.active if m.prefix), None):
+        what = "reads the task behind keys and values of every layer, which the gradient checkpointing of {} drops"
+        yield method.name, options.gradient_checkpointing, what, "Set gradient_checkpointing=False."
     if method := _first(plan, "stages"):
         what = "ends each stage with its last weights, but {} was asked for load_best_model_at_end"
         yield method.name, options.load_best_model_at_end, what, "Set it to False."

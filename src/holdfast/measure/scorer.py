@@ -17,7 +17,6 @@ Truncation and the greedy flag follow lm-evaluation-harness 0.4.13 (`HFLM.loglik
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from holdfast.engine.attention import no_plans
 from holdfast.engine.forward import attention, can_pack
 from holdfast.engine.head import comes_apart, head_of, left_out
 from holdfast.engine.lines import LINES_ATTENTION, WIDTHS, Lines, lay
+from holdfast.engine.prefix import cache_name, cache_of, is_prefix, layers_of
 from holdfast.engine.threads import may_share, side_by_side
 from holdfast.engine.tree import TREE_ATTENTION, Tree, grow, parts, slices, tiles
 from holdfast.engine.ways import inner
@@ -64,7 +64,7 @@ class Scorer:
         model: a Hugging Face causal LM (a PEFT model too), in eval mode while scoring.
         tokenizer: its tokenizer.
         batch_tokens: new tokens per forward.
-        soft_prompt: (p, D) embeddings put before everything (ProMoT's task prompt), or None.
+        soft_prompt: (p, D) embeddings or a prefix (`engine.prefix`) put before everything, or None.
         progress: called with the share done, 0 to 1.
         invariant: a score has the same bits whatever `batch_tokens` is and whatever else is scored.
         _lines: whether to go in lines, for tests and counts; None: on CUDA.
@@ -88,7 +88,7 @@ class Scorer:
         self.soft_prompt, self.progress, self.invariant = soft_prompt, progress, invariant
         self.device = next(model.parameters()).device
         self._in_lines = self.device.type == "cuda" if _lines is None else _lines
-        self._cache = cache_name(model)
+        self._cache = cache_name(inner(model))
         if not trial.is_cut(model):
             trial.packs(model)
         self.num_unique_tokens = 0  # of the last call: the floor is 2 * parameters * this
@@ -187,7 +187,12 @@ class Scorer:
         if self.invariant:
             return "alone"
         if longest <= trial.together(self.model):
-            if self._in_lines and longest <= WIDTHS[-1] and supports_lines(self.model):
+            if (
+                self._in_lines
+                and not is_prefix(self.soft_prompt)
+                and longest <= WIDTHS[-1]
+                and supports_lines(self.model)
+            ):
                 return "lines"
             if supports_tree(self.model):
                 return "tree"
@@ -221,6 +226,8 @@ class Scorer:
         """(keys, values) of the soft prompt for each layer, (1, Hkv, p, D); none without one."""
         if self.soft_prompt is None:
             return []
+        if is_prefix(self.soft_prompt):
+            return layers_of(self.soft_prompt, 1, self._dtype)
         cache = DynamicCache(config=self.model.config)
         soft = self.soft_prompt[None].to(self._dtype, copy=True)  # some models (CTRL) scale what they get in place
         self.model(inputs_embeds=soft, **{self._cache: cache}, use_cache=True, logits_to_keep=1)
@@ -356,6 +363,9 @@ class Scorer:
         """(B, T, V) logits of ids (B, T), read behind the soft prompt if there is one."""
         if self.soft_prompt is None:
             return self.model(input_ids=ids, use_cache=False).logits
+        if is_prefix(self.soft_prompt):
+            cache = cache_of(self.soft_prompt, len(ids), self._dtype)
+            return self.model(input_ids=ids, **{self._cache: cache}, use_cache=False).logits
         soft = self.soft_prompt.to(self._dtype).expand(len(ids), -1, -1)
         embedded = torch.cat([soft, self.model.get_input_embeddings()(ids)], dim=1)
         return self.model(inputs_embeds=embedded, use_cache=False).logits[:, soft.shape[1] :]
@@ -401,11 +411,6 @@ def _keep(cache: Any, positions: list[int], device: Any) -> None:
     index = torch.tensor(positions, dtype=torch.long, device=device)
     for layer in cache.layers:
         layer.keys, layer.values = (x.index_select(2, index) for x in (layer.keys, layer.values))
-
-
-def cache_name(model: Any) -> str:
-    """What `forward` calls its key/value cache: transformers is renaming it."""
-    return "cache" if "cache" in inspect.signature(inner(model).forward).parameters else "past_key_values"
 
 
 def supports_tree(model: Any) -> bool:

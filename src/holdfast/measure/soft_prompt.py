@@ -1,9 +1,9 @@
 """A soft prompt outside training: whether a model can read one at all, and its export as a PEFT adapter.
 
-A prompt made of the embeddings of real tokens must do what these tokens do. So before any training three readers are
-compared with the model's plain forward on the tokens themselves: our own forward (training), the scorer (the report),
-and PEFT (the export). A model that takes no `inputs_embeds`, or looks its tokens up a second time in a layer, or has
-another kind of memory, differs or fails here and not after hours.
+A prompt made of the embeddings of real tokens, or a prefix of their keys and values, must do what these tokens do. So
+before any training three readers are compared with the model's plain forward on the tokens themselves: our own forward
+(training), the scorer (the report), and PEFT (the export). A model that takes no `inputs_embeds`, or looks its tokens
+up a second time in a layer, or has another kind of memory, differs or fails here and not after hours.
 """
 
 from __future__ import annotations
@@ -17,59 +17,82 @@ import torch
 
 from holdfast.engine.forward import forward
 from holdfast.engine.pack import TokenRow, token_row
+from holdfast.engine.prefix import is_prefix, prefix_of
 from holdfast.engine.ways import SOFT_PROMPT, inner
-from holdfast.errors import HoldfastError, PlanError, out_of_memory
+from holdfast.errors import HoldfastError, ModelError, PlanError, out_of_memory
 
 PROMPT, ROW = 2, 6  # tokens that stand for the prompt, and tokens behind it
 
 
-def check_reading(model: Any, tokenizer: Any, owner: str) -> None:
-    """Raise PlanError, naming the method `owner`, unless the model reads a soft prompt in training."""
+BEFORE = "puts a soft prompt before the rows of the task"
+PREFIXED = "puts a prefix before the rows of the task"
+
+
+def check_reading(model: Any, tokenizer: Any, owner: str, prefix: bool = False, does: str = BEFORE) -> None:
+    """Raise PlanError unless the model reads embeddings in the place of tokens (or a prefix) in training.
+
+    owner: the method that wants it; does: what it does with it, in words.
+    """
     ids, row = _probe(model, tokenizer)
-    _compare(model, ids, {"training": lambda soft: _trained(model, row, soft)}, owner)
+    readers = {"training": lambda soft: _trained(model, row, soft)}
+    _compare(model, ids, readers, owner, prefix, PREFIXED if prefix else does)
 
 
-def check_export(model: Any, tokenizer: Any, owner: str) -> None:
-    """Raise PlanError unless scorer and PEFT read a soft prompt as training does."""
+def check_export(model: Any, tokenizer: Any, owner: str, prefix: bool = False) -> None:
+    """Raise PlanError unless scorer and PEFT read a soft prompt (or a prefix) as training does."""
     ids, row = _probe(model, tokenizer)
     readers = {"scoring": lambda soft: _scored(model, row, soft), "PEFT": lambda soft: _with_peft(model, row, soft)}
-    _compare(model, ids, readers, owner)
+    _compare(model, ids, readers, owner, prefix, PREFIXED if prefix else BEFORE)
 
 
 def save(model: Any, soft_prompt: torch.Tensor, folder: Path, base: Path) -> None:
-    """Write a soft prompt (p, D) as a PEFT prompt-tuning adapter on `base`, with a page that says how to use it."""
+    """Write a soft prompt (p, D) as a PEFT prompt-tuning adapter on `base`, a prefix as one of prefix tuning, with a
+    page that says how to use it."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = _adapter_config(model, *soft_prompt.shape)
+    config = _adapter_config(model, soft_prompt)
     config.base_model_name_or_path = str(base)
     config.save_pretrained(str(folder))
-    save_file({"prompt_embeddings": soft_prompt.float().cpu().contiguous()}, folder / "adapter_model.safetensors")
-    (folder / "README.md").write_text(USAGE, encoding="utf-8")
+    tensors = {"prompt_embeddings": soft_prompt.flatten(1).float().cpu().contiguous()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    page = USAGE.format(what="Prefix" if is_prefix(soft_prompt) else "Soft prompt")
+    (folder / "README.md").write_text(page, encoding="utf-8")
 
 
-USAGE = """# Soft prompt of the tuned task
+USAGE = """# {what} of the tuned task
 
     base = AutoModelForCausalLM.from_pretrained(...)    # the tuned model, loaded as the card in `model` says
     model = PeftModel.from_pretrained(base, ...)        # this folder
     model.generate(**inputs, use_cache=False)
 
-Give `use_cache=False`: with a cache, PEFT 0.21 on transformers 5.24 puts the prompt before every new token again, and
+Give `use_cache=False`: with a cache, PEFT 0.21 on transformers 5.24 puts it before every new token again, and
 the text is another one. Other tasks are asked without this adapter.
 """
 
 
-def _adapter_config(model: Any, length: int, width: int) -> Any:
+def _adapter_config(model: Any, soft: torch.Tensor) -> Any:
     """PEFT wants heads and layers for every kind of prompt, but reads them for prefixes only: a state-space model has
     none to tell, and a multimodal one tells them in its text part."""
-    from peft import PromptTuningConfig
+    from peft import PrefixTuningConfig, PromptTuningConfig
 
+    if is_prefix(soft):
+        length, layers, heads, width = soft.shape
+        return PrefixTuningConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=length,
+            token_dim=heads * width,
+            num_transformer_submodules=1,
+            num_attention_heads=heads,
+            num_layers=layers // 2,
+            inference_mode=True,
+        )
     text = inner(model).config.get_text_config()
     heads, layers = (getattr(text, name, None) for name in ("num_attention_heads", "num_hidden_layers"))
     return PromptTuningConfig(
         task_type="CAUSAL_LM",
-        num_virtual_tokens=length,
-        token_dim=width,
+        num_virtual_tokens=len(soft),
+        token_dim=soft.shape[1],
         num_transformer_submodules=1,
         num_attention_heads=heads if isinstance(heads, int) and heads > 0 else 1,
         num_layers=layers if isinstance(layers, int) and layers > 0 else 1,
@@ -92,27 +115,36 @@ def _probe(model: Any, tokenizer: Any) -> tuple[list[int], TokenRow]:
     return ids, token_row(ids[PROMPT:], 1)
 
 
-Reader = Callable[[torch.Tensor], torch.Tensor]  # (p, D) prompt -> log-probabilities of the tokens of the row (N,)
+Reader = Callable[[torch.Tensor], torch.Tensor]  # prompt or prefix -> log-probabilities of the tokens of the row (N,)
 
 
-def _compare(model: Any, ids: Sequence[int], readers: dict[str, Reader], owner: str) -> None:
+def _compare(model: Any, ids: Sequence[int], readers: dict[str, Reader], owner: str, prefix: bool, does: str) -> None:
     core = inner(model)
     with _still(core), torch.no_grad():
         device = next(core.parameters()).device
         (want, largest), (bare, _) = (_plain(core, part, device) for part in (ids, ids[PROMPT:]))
-        soft = core.get_input_embeddings()(torch.as_tensor(ids[:PROMPT], device=device))
+        soft = _made_of(core, ids[:PROMPT], owner, prefix)
         effect = float((want - bare).abs().max())
         # fp32 agrees to a few bits; half precision rounds every path otherwise, and a lost prompt is off by all of it
-        eps = torch.finfo(soft.dtype).eps
+        eps = torch.finfo(core.get_input_embeddings().weight.dtype).eps
         room = min(0.3, 10 * eps**0.5) * effect + 8 * eps * max(1.0, largest)
         for who, read in readers.items():
             wrong = _words(lambda read=read: read(soft), want, room)
             if wrong:
                 raise PlanError(
-                    f"{owner} puts a soft prompt before the rows of the task, which {type(core).__name__} does not "
-                    f"read ({who}: {wrong}).",
+                    f"{owner} {does}, which {type(core).__name__} does not read ({who}: {wrong}).",
                     f"Take {owner} out of the plan, or tune another model.",
                 )
+
+
+def _made_of(core: Any, ids: Sequence[int], owner: str, prefix: bool) -> torch.Tensor:
+    """What stands for some tokens: their embeddings (p, D), or the prefix of their keys and values."""
+    if not prefix:
+        return core.get_input_embeddings()(torch.as_tensor(ids, device=next(core.parameters()).device))
+    try:
+        return prefix_of(core, ids)
+    except ModelError as e:
+        raise PlanError(f"{owner} cannot be used here: {e.what}", e.cure) from e
 
 
 def _words(read: Callable[[], torch.Tensor], want: torch.Tensor, room: float) -> str:
@@ -163,10 +195,10 @@ def _with_peft(model: Any, row: TokenRow, soft: torch.Tensor) -> torch.Tensor:
     from peft import PeftModelForCausalLM
 
     ids = torch.as_tensor(row.ids, device=soft.device)[None]
-    prompted = PeftModelForCausalLM(inner(model), _adapter_config(model, *soft.shape))
-    prompted.prompt_encoder["default"].embedding.weight.data.copy_(soft)
+    prompted = PeftModelForCausalLM(inner(model), _adapter_config(model, soft))
+    prompted.prompt_encoder["default"].embedding.weight.data.copy_(soft.flatten(1))
     logits = prompted.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
-    return _chosen(logits[len(soft) : -1], row.ids[1:].tolist())
+    return _chosen(logits[len(logits) - len(row.ids) : -1], row.ids[1:].tolist())
 
 
 @contextmanager

@@ -194,7 +194,7 @@ def _session(run: Run, plan: Plan, model: Any, tokenizer: Any, task: TaskData, l
     for m in plan.active:
         if m.trains_prompt:
             check_metric(task, m.name)
-            check_export(model, tokenizer, m.name)
+            check_export(model, tokenizer, m.name, m.prefix)
     return Session(plan, model, ctx, compute_dtype=model.dtype, knows_rows=True, packing=t.packing is not False)
 
 

@@ -5,8 +5,8 @@
     else (1 - delta) Q_is;   loss += beta mean_s mean_layers var_i(Z_is) / mean_i(Z_is)^2
 
 The first half of the experts is of the kind "world knowledge", the second of "task". A row is of the first kind when
-it comes from `knowledge`: by default every source of the mix but the task's own, such as those of Replay. Names that
-fit no source are not noticed: then every row is of the second kind.
+it comes from `knowledge`: by default every source of the mix but the task's own, such as those of Replay. A name that
+fits no source is refused.
 The term is 0 where Z is the same for all experts, and there the experts of a row's kind have (1 - delta) / (1 + delta)
 times the weight of the others: the halves only change their names.
 Experimental: the paper's term is a variance over all experts and rows of a batch, which depends on how a step is cut
@@ -27,10 +27,11 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from holdfast.data.mix import Mix, names_of
 from holdfast.engine.pack import TokenRow
 from holdfast.engine.replaced import Replaced, hand_out
 from holdfast.engine.ways import inner
-from holdfast.errors import PlanError
+from holdfast.errors import PlanError, suggest
 from holdfast.method import Method, Paper, Term
 from holdfast.methods.adapt._parts import FEED_FORWARD, is_map, part_of
 from holdfast.services import Context, State, View
@@ -85,6 +86,16 @@ class LoRAMoE(Method):
             what = f"LoRAMoE finds no maps of feed-forward nets in {type(core).__name__} (fused or unusually named)."
             raise PlanError(what, "Use LoRA.")
 
+    def check_mix(self, mix: Mix, ctx: Context) -> None:
+        every = [("task", mix.task), *((s.name, s.rows) for s in mix.sources)]
+        if any(callable(rows) for _, rows in every):
+            return  # nobody knows the names of rows that are still to be read
+        labels = dict.fromkeys(label for _, rows in every for label in names_of(rows))
+        wrong = [s for s in self.knowledge if not any(fits(label, s) for label in labels)]
+        if wrong:
+            what = f"LoRAMoE.knowledge names {wrong[0]!r}, and the sources of the mix are {', '.join(labels)}."
+            raise PlanError(what, suggest(wrong[0], tuple(labels)))
+
     def _takes(self, model: Any, name: str, module: nn.Module) -> bool:
         return part_of(name) in FEED_FORWARD and is_map(model, name, module)
 
@@ -106,7 +117,12 @@ class LoRAMoE(Method):
         """Whether a row is of the kind of the first half of the experts."""
         if not self.knowledge:
             return not row.of_task
-        return any(row.source == s or row.source.startswith(f"{s}:") for s in self.knowledge)
+        return any(fits(row.source, s) for s in self.knowledge)
+
+
+def fits(source: str, name: str) -> bool:
+    """Whether a row's source is the one of that name, or one of its files."""
+    return source == name or source.startswith(f"{name}:")
 
 
 class Experts(Replaced):

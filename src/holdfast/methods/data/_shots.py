@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from holdfast.data.asked import Reader
 from holdfast.data.encoder import Encoder
 from holdfast.data.fewshot import Prompt
+from holdfast.data.mix import Mix
 from holdfast.data.rows import Row
 from holdfast.engine.pack import TokenRow, token_row
+from holdfast.errors import PlanError
 from holdfast.services import Context
 
 
@@ -73,3 +76,18 @@ def last_answer(row: TokenRow) -> TokenRow:
         start -= 1
     scored[:start] = False
     return replace(row, scored=scored)
+
+
+def task_examples(mix: Mix, ctx: Context, name: str) -> list[Row]:
+    """The rows of the task that train, as text, one for each prompt.
+
+    Raises:
+        PlanError: fewer than two.
+    """
+    reader = Reader(Encoder(ctx.tokenizer))
+    asked = [a for r in mix.trained if (a := reader.read(r))]
+    known = {a.prompt: Row(a.prompt, a.lead + a.answer) for a in asked}
+    if len(known) < 2:
+        what = f"{name} takes examples from the task, but {len(known)} of its rows are a prompt and an answer."
+        raise PlanError(what, "Give prompt/completion rows, or set source: anchors.")
+    return list(known.values())

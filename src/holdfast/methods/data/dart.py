@@ -12,7 +12,7 @@ template that wrote the rows, and its answers are kept in the cache. Rows that w
 report; the task's own rows still teach them.
 Differences: the paper samples with a stronger model; here it is the base itself, which keeps the model's own style.
 Pitfalls: a weak verifier accepts right answers with wrong reasoning, hard rows first.
-Methods that hold rows out stand before it in the plan, so that no answer to those is added.
+Methods that hold rows out stand before it in the plan, so that no answer to those is added; else it is refused.
 Cost: up to `trials` generations for each of at most `rows` rows before training. Combine with: everything.
 """
 
@@ -54,6 +54,10 @@ class DART(Method):
     does: ClassVar = "adds the base's own right answers, more of them for harder rows"
     strengths: ClassVar = ("share",)
     odds: ClassVar = strengths
+    copies_rows: ClassVar = True
+    refuses: ClassVar = {
+        "ProMoT": "ProMoT reads the task's prompts behind a soft prompt, which DART's answers to the same would lack."
+    }
 
     def off(self) -> bool:
         return self.share == 0

@@ -10,16 +10,18 @@ Cost: the extra rows' tokens. Combine with: everything.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from holdfast.data.fewshot import build, formats_for
 from holdfast.data.mix import Mix, Source
+from holdfast.data.rows import Row
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 from holdfast.measure.tasks import anchor_tasks
 from holdfast.method import Method, Paper
-from holdfast.methods.data._shots import encode_shots, fitting, last_answer, task_shots
+from holdfast.methods.data._shots import encode_shots, fitting, last_answer, task_examples, task_shots
 from holdfast.services import Context
 
 
@@ -42,6 +44,10 @@ class InContextMix(Method):
     strengths: ClassVar = ("share",)
     odds: ClassVar = strengths
 
+    @property
+    def copies_rows(self):  # type: ignore[override]
+        return self.source != "anchors"
+
     def off(self) -> bool:
         return self.share == 0
 
@@ -63,18 +69,21 @@ class InContextMix(Method):
         anchor_tasks(self.tasks)
 
     def data(self, mix: Mix, ctx: Context) -> Mix:
-        rows = [self.row(n, ctx) for n in range(self.pool)]
+        # rows that some method holds out are no examples either
+        known = task_examples(mix, ctx, self.name) if self.copies_rows and mix.held else ctx.rows
+        rows = [self.row(n, ctx, known) for n in range(self.pool)]
         fits = [r for r in rows if len(r.ids) <= ctx.max_length]
         return mix.add(Source(self.name, fits, self.share, self.unit))
 
-    def row(self, n: int, ctx: Context) -> TokenRow:
-        """The n-th few-shot row."""
+    def row(self, n: int, ctx: Context, known: Sequence[Row] | None = None) -> TokenRow:
+        """The n-th few-shot row; `known`: the task's rows that may stand in it, None is all."""
+        known = ctx.rows if known is None else known
         draw = random.Random(f"InContextMix/{self.seed}/{n}")
         k = draw.randint(*self.shots)
         from_task = self.source == "task" or (self.source == "both" and n % 2)
         if from_task:
-            query = draw.choice(ctx.rows)
-            others = [r for r in ctx.rows if r.prompt != query.prompt]  # a duplicate would show the answer
+            query = draw.choice(known)
+            others = [r for r in known if r.prompt != query.prompt]  # a duplicate would show the answer
             picked = [*draw.sample(others, k), query]
             whole = fitting(lambda n: task_shots(picked[-n:], ctx, self.name), len(picked), ctx.max_length)
             return whole if self.supervision == "all" else last_answer(whole)

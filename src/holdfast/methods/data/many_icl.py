@@ -8,7 +8,7 @@ example twice, in random order; it is cut between examples, never inside one. Ta
 many formats ("anchors"), the task itself ("task"), or one after the other ("both").
 InContextMix has few examples and trains the last answer. Rows of one task alone do not protect other tasks
 (ProMoT's table), so "anchors" is the default; the paper mixes many tasks and trains on such rows only.
-Methods that hold rows of the task out stand before it in the plan.
+Methods that hold rows of the task out stand before it in the plan; else examples of the task are refused.
 Long answers of one label in a row teach to copy it: shuffle and balance. `data.max_length` bounds a row.
 Cost: the rows' tokens, in one long forward each. Combine with: everything.
 """
@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from holdfast.data.asked import Reader
-from holdfast.data.encoder import Encoder
 from holdfast.data.fewshot import build, formats_for
 from holdfast.data.mix import Mix, Source
 from holdfast.data.rows import Row
@@ -27,7 +25,7 @@ from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 from holdfast.measure.tasks import AnchorTask, anchor_tasks
 from holdfast.method import Method, Paper
-from holdfast.methods.data._shots import encode_shots, fitting, task_shots
+from holdfast.methods.data._shots import encode_shots, fitting, task_examples, task_shots
 from holdfast.services import Context
 
 
@@ -50,6 +48,10 @@ class ManyICL(Method):
     strengths: ClassVar = ("share",)
     odds: ClassVar = strengths
 
+    @property
+    def copies_rows(self):  # type: ignore[override]
+        return self.source != "anchors"
+
     def off(self) -> bool:
         return self.share == 0
 
@@ -70,7 +72,7 @@ class ManyICL(Method):
 
     def data(self, mix: Mix, ctx: Context) -> Mix:
         most = min(self.max_tokens or ctx.max_length, ctx.max_length)
-        known = [] if self.source == "anchors" else task_examples(mix, ctx)
+        known = [] if self.source == "anchors" else task_examples(mix, ctx, self.name)
         rows = [self.row(n, ctx, most, known) for n in range(self.pool)]
         fits = [r for r in rows if len(r.ids) <= most]
         return mix.add(Source(self.name, fits, self.share, self.unit))
@@ -97,18 +99,3 @@ class ManyICL(Method):
             return encode_shots(prompt, ctx.tokenizer, "task", every_token=False, source=self.name)
 
         return fitting(write, len(picked), most)
-
-
-def task_examples(mix: Mix, ctx: Context) -> list[Row]:
-    """The rows of the task that train, as text, one for each prompt.
-
-    Raises:
-        PlanError: fewer than two.
-    """
-    reader = Reader(Encoder(ctx.tokenizer))
-    asked = [a for r in mix.trained if (a := reader.read(r))]
-    known = {a.prompt: Row(a.prompt, a.lead + a.answer) for a in asked}
-    if len(known) < 2:
-        what = f"ManyICL takes its examples from the task, but {len(known)} of its rows are a prompt and an answer."
-        raise PlanError(what, "Give prompt/completion rows, or set source: anchors.")
-    return list(known.values())

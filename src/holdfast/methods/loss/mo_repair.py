@@ -50,6 +50,11 @@ class MORepair(Method):
     does: ClassVar = "learns explanations of the answers beside the answers"
     strengths: ClassVar = ("weight",)
 
+    @property
+    def refuses(self):  # type: ignore[override]
+        why = "MORepair has all rows of the task explained, and learns of those too that it keeps out of training."
+        return {} if self.sources else dict.fromkeys(("CoBa", "SkillIt"), why)
+
     def off(self) -> bool:
         return self.weight == 0 or self.rows_per_step == 0
 

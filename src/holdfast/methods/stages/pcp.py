@@ -55,6 +55,10 @@ class PCP(Method):
     def off(self) -> bool:
         return self.share == 0
 
+    @property
+    def copies_rows(self):  # type: ignore[override]
+        return not self.sources
+
     def check(self, ctx: Context) -> None:
         if not 0 <= self.share < 1 or self.texts < 1 or self.labels < 2:
             raise PlanError("PCP needs share of 0 or more and below 1, texts of 1 and labels of 2.", "Mend them.")
@@ -69,7 +73,7 @@ class PCP(Method):
             what = f"PCP labels texts with the answers of the task, but it has {len(answers)} different ones."
             raise PlanError(what, f"Use it for tasks of 2 to {self.labels} labels (PCP.labels), or leave it out.")
         reader = Reader(Encoder(ctx.tokenizer, stops_of(getattr(ctx.model, "generation_config", None))))
-        rows = few(mix.kept, self.texts, self.name, ctx)
+        rows = few(mix.trained, self.texts, self.name, ctx)
         if self.sources:
             rows = read_sources(self.sources, ctx, owner="task", most=self.texts)
         longest = ctx.max_length - max(map(len, answers))

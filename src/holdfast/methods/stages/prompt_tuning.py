@@ -23,7 +23,7 @@ from holdfast.engine.ways import SOFT_PROMPT, inner
 from holdfast.errors import PlanError
 from holdfast.measure.soft_prompt import check_reading
 from holdfast.method import Method, Paper, Stage, State
-from holdfast.methods.stages._soft_prompt import sampled
+from holdfast.methods.stages._soft_prompt import ROWS_WITHOUT, sampled
 from holdfast.services import Context
 
 
@@ -43,10 +43,7 @@ class PromptTuning(Method):
         "The Power of Scale for Parameter-Efficient Prompt Tuning", "2104.08691", note="the id is from memory"
     )
     does: ClassVar = "trains a soft prompt for the task and leaves the model as it is"
-    refuses: ClassVar = dict.fromkeys(
-        ("DART", "GOTD", "InContextMix", "ManyICL", "NonInstructional", "Replay"),
-        "its rows are read without the prompt, and nothing but the prompt trains.",
-    )
+    refuses: ClassVar = ROWS_WITHOUT
 
     def check(self, ctx: Context) -> None:
         if self.num_virtual_tokens < 1:

@@ -34,6 +34,7 @@ class AnchoredSFT(Method):
         "DFT": "AnchoredSFT already contains DFT's weight, and twice would be p squared.",
         "KLToBase": "AnchoredSFT already contains a KL to the base; ICLAnchor is the one to add for other prompts.",
         "ProMoT": "ProMoT reads the task with a soft prompt, which the base it would be compared with does not have.",
+        "PrefixTuning": "a prefix is read with the task, which the base it would be compared with does not have.",
         "PromptTuning": "a soft prompt is read with the task, which the base it would be compared with does not have.",
     }
 
