@@ -67,8 +67,9 @@ which editors complete and check keys while you type; `holdfast recipe --schema`
 """
 
 
-SHAPES_INTRO = """In the folder `recipes/`, one for each shape of data; [data](data.md) says what each does with its rows. Every
-one runs on a tiny model in the tests. `sst2.yaml` and `rte.yaml` are for labelled sentences, of files that are not shipped.
+SHAPES_INTRO = """In the folder `recipes/`, one for each shape of data; [data](data.md) says what each does with its
+rows. Every one runs on a tiny model in the tests. `sst2.yaml` and `rte.yaml` are for labelled sentences, of files that
+are not shipped.
 """
 
 SUITES_INTRO = """# Suites
