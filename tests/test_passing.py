@@ -1,5 +1,7 @@
 """A base whose blocks pass through the device one at a time answers as the whole one, and never is there whole."""
 
+import copy
+
 import pytest
 import torch
 
@@ -66,6 +68,15 @@ def test_afterwards_nothing_is_left_of_it(model):
     assert not away(model)
     stay(model)
     assert not any(b._forward_pre_hooks or b._forward_hooks for b in blocks(model)) and not passes(model)
+
+
+def test_a_copy_may_stay_while_the_model_passes(model):
+    """As that in fp32 on the host, which a small model is tried with."""
+    pass_blocks(model, CPU)
+    other = copy.deepcopy(model)
+    stay(other)
+    assert passes(model) and all(b._forward_pre_hooks and b._forward_hooks for b in blocks(model))
+    assert not passes(other) and not any(b._forward_pre_hooks or b._forward_hooks for b in blocks(other))
 
 
 def prepared(model, tokenizer, *methods):

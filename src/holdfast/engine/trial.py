@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from holdfast.engine.pack import pack, token_row
+from holdfast.engine.passing import stay
 from holdfast.engine.ways import Outcome, inner, run_packed, run_padded
 from holdfast.errors import HoldfastError, ModelError
 
@@ -189,7 +190,9 @@ def _trials(model: Any) -> list[Trial]:
     if mine.exact or not small or getattr(core, "hf_device_map", None) or getattr(core, "is_quantized", False):
         return [mine]
     try:
-        sharp = Trial(copy.deepcopy(model).float().cpu().eval())
+        apart = copy.deepcopy(model)
+        stay(apart)  # it has no device of its own to pass blocks through
+        sharp = Trial(apart.float().cpu().eval())
         assert sharp.alone
     except (RuntimeError, TypeError, NotImplementedError, ModelError):
         return [mine]
