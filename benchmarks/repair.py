@@ -26,7 +26,8 @@ import repair_table
 from leaderboard_cell import read
 from leaderboard_plans import BATCH, FULL, HERE, LORA, OUT, STEPS, TASKS
 
-BASE, KEEP, ROWS = "smollm2-135m", 0.95, 600  # rows of a test set: more do not tell more here
+BASE, KEEP = "smollm2-135m", 0.95
+LARGE, ROWS = 1000, 400  # of a test set with more rows so many are drawn
 KINDS = {"full": FULL, "lora": LORA}
 FASTER = {("rte", "lora"): 1e-3, ("agnews", "lora"): 1e-3}
 SEARCHES = {
@@ -97,7 +98,7 @@ def data_of(task: str, shared: Path, folder: Path) -> str:
         return "holdfast:tickets/test.jsonl"
     whole, part = shared / f"text/{task}/test.jsonl", folder / f"{task}.jsonl"
     lines = whole.read_text(encoding="utf-8").splitlines(keepends=True)
-    if len(lines) <= 2 * ROWS:
+    if len(lines) <= LARGE:
         return str(whole)
     part.write_text("".join(random.Random(0).sample(lines, ROWS)), encoding="utf-8")
     return str(part)
