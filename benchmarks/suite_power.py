@@ -49,32 +49,32 @@ def suite_of(name: str, limit: int | None, tokenizer: Any) -> Suite:
     return build(name, Ask(tokenizer, limit=limit, labels=("positive", "negative")))
 
 
-def shape_of(suite: Suite) -> dict[str, list[str]]:
-    """The cluster of each item, by task."""
-    out: dict[str, list[str]] = {group.name: [] for group in suite.groups}
+def shape_of(suite: Suite) -> dict[str, list[tuple[str, str]]]:
+    """The id and the cluster of each item, by task."""
+    out: dict[str, list[tuple[str, str]]] = {group.name: [] for group in suite.groups}
     for probe in suite.probes:
-        out[probe.task].append(probe.cluster or probe.id)
+        out[probe.task].append((probe.id, probe.cluster or probe.id))
     return out
 
 
-def measured(suite: Suite, shape: dict[str, list[str]], marks: dict[str, np.ndarray]) -> dict[str, Any]:
+def measured(suite: Suite, shape: dict[str, list[tuple[str, str]]], marks: dict[str, np.ndarray]) -> dict[str, Any]:
     """Marks by task in the shape of `score_suite`."""
     tasks = []
     for group in suite.groups:
         about = {"version": 1, "chance": group.chance, "metric": "right", "clustered": group.clustered}
         items = [
-            {"id": f"{group.name}/{n}", "cluster": cluster, "correct": float(mark), "marks": {}}
-            for n, (cluster, mark) in enumerate(zip(shape[group.name], marks[group.name], strict=True))
+            {"id": name, "cluster": cluster, "correct": float(mark), "marks": {}}
+            for (name, cluster), mark in zip(shape[group.name], marks[group.name], strict=True)
         ]
         tasks.append({"name": group.name, "items": items, **about})
     return {"suite": suite.name, "tasks": tasks}
 
 
 def drawn(
-    base: float, loss: float, clusters: list[str], apart: bool, rng: np.random.Generator
+    base: float, loss: float, items: list[tuple[str, str]], apart: bool, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Marks of base and tuned of one task, (items,) each; apart: items of a cluster change on their own."""
-    names = list(range(len(clusters))) if apart else clusters
+    names = [name if apart else cluster for name, cluster in items]
     places = {name: n for n, name in enumerate(dict.fromkeys(names))}
     gained = min(max(0.0, (DISCORDANT - loss) / 2), 1 - base)
     chances = (base - gained - loss, gained + loss, gained, 1 - base - gained)  # 11, 10, 01, 00
@@ -87,7 +87,7 @@ def lost(suite: Suite, base: float, loss: float, reps: int, rng: np.random.Gener
     hits, shape = 0, shape_of(suite)
     apart = {group.name: not group.clustered for group in suite.groups}
     for _ in range(reps):
-        pairs = {name: drawn(base, loss, clusters, apart[name], rng) for name, clusters in shape.items()}
+        pairs = {name: drawn(base, loss, items, apart[name], rng) for name, items in shape.items()}
         before, after = (measured(suite, shape, {name: pair[k] for name, pair in pairs.items()}) for k in (0, 1))
         hits += ability(before, after, KEEP)["status"] == "lost"
     return hits / reps
@@ -98,8 +98,8 @@ def row_of(name: str, limit: int | None, tokenizer: Any, reps: int, rng: np.rand
     sizes = Counter(probe.kind for probe in suite.probes)
     found = {f"{100 * loss:.0f}": lost(suite, base, loss, reps, rng) for loss in LOSSES}
     shape, marks = shape_of(suite), {}
-    for task, clusters in shape.items():
-        marks[task] = np.arange(len(clusters)) < base * len(clusters)
+    for task, items in shape.items():
+        marks[task] = np.arange(len(items)) < base * len(items)
     sight = can_see(measured(suite, shape, marks), KEEP)
     seen = round(100 * sight.loss, 1) if sight else None
     about = {"suite": name, "limit": limit, "items": len(suite.probes), "written": sizes["generate"], "base": base}

@@ -14,8 +14,9 @@ without thinking, is a figure beside the score. Thoughts that fill 768 tokens wi
 thoughts without marks are not seen.
 
 300 items of 150 questions, 40 of these written by hand and the others made from templates (tools/make_items.py).
-Simulated (benchmarks/suite_power.py, base right in 0.9, a tenth of the marks change): POWER. No public model that
-thinks has been measured yet: the tests plant the answers.
+Simulated (benchmarks/suite_power.py, 200 checks, base right in 0.9, a tenth of the marks change): a true loss of 5
+points of the score is called "lost" with probability 0.81, none with 0.04. No public model that thinks has been
+measured yet: the tests plant the answers.
 """
 
 from __future__ import annotations
