@@ -7,7 +7,7 @@ SMOLLM := 0.1.2
 # Without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves some 3 GB of CUDA libraries.
 TORCH_INDEX ?=
 
-.PHONY: setup demo test test-long test-wheel lint types leaderboard bench clean
+.PHONY: setup demo test test-long test-wheel lint types leaderboard lessons bench clean
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,10 @@ lint: setup
 leaderboard: setup  ## docs/leaderboard.md and its plots (hours; resumable, MINUTES=60 for a part; needs ../shared/data)
 	-$(BIN)/python benchmarks/leaderboard.py run $(if $(MINUTES),--minutes $(MINUTES))
 	$(BIN)/python benchmarks/leaderboard.py table
+
+lessons: setup  ## docs/lessons.md and its plot (hours; resumable, MINUTES=60 for a part; needs ../shared/data)
+	-$(BIN)/python benchmarks/lessons.py run $(if $(MINUTES),--minutes $(MINUTES))
+	$(BIN)/python benchmarks/lessons.py page
 
 bench: setup  ## the measured part of docs/performance.md (hours; resumable; wants a quiet machine)
 	$(BIN)/python benchmarks/speed.py $(if $(wildcard ../shared/data/text),--shared ../shared/data)

@@ -16,7 +16,19 @@ from holdfast.measure import stats
 from holdfast.measure.stats.bootstrap import task_draws
 from leaderboard_cells import BASE, Data, scores_of, unpacked
 from leaderboard_plans import BATCH, STEPS
-from leaderboard_table import FURTHER, OTHERS, OURS, Row, figure_kept, number, rank_correlation, seen, share, table
+from leaderboard_table import (
+    FURTHER,
+    NOT,
+    OTHERS,
+    OURS,
+    Row,
+    figure_kept,
+    number,
+    rank_correlation,
+    seen,
+    share,
+    table,
+)
 from lessons_curve import Point, curve_words, points_of, save_plot
 from lessons_plans import FEW, KINDS, LONGEST, LOW, PHRASINGS, RATES, ROWS, SHARES, SIZE, TASK, Setting, mixed
 
@@ -136,16 +148,18 @@ def advice_lines(rows: Rows) -> tuple[list[str], list[str]]:
 
 
 def share_lines(rows: Rows) -> list[str]:
-    """What each share of each kind of general data keeps and costs."""
-    lines = []
+    """What each share of each kind of general data keeps and costs, where it was measured."""
+    lines = [["none", "0 %", *_of_tunings(rows, "")]]
     for kind, words in KINDS.items():
-        for part in (0.0, *SHARES):
-            cells = []
-            for tuning in RATES:
-                row = rows.get(tuning if part == 0 else f"{tuning} + {mixed(kind, part)}")
-                cells += [number(row and row.accuracy().value, ".3f"), share(row.kept(OURS) if row else None)]
-            lines.append([words, f"{100 * part:g} %", *cells])
-    return table(["general data", "share", *(f"{t}: {w}" for t in RATES for w in ("task", "in-context kept"))], lines)
+        lines += [[words, f"{100 * part:g} %", *_of_tunings(rows, f" + {mixed(kind, part)}")] for part in SHARES]
+    shown = [line for line in lines if set(line[2:]) != {NOT}]
+    return table(["general data", "share", *(f"{t}: {w}" for t in RATES for w in ("task", "in-context kept"))], shown)
+
+
+def _of_tunings(rows: Rows, ending: str) -> list[str]:
+    """(task, in-context kept) of full tuning and of LoRA with the same ending of their names."""
+    found = [rows.get(f"{tuning}{ending}") for tuning in RATES]
+    return [x for r in found for x in (number(r and r.accuracy().value, ".3f"), share(r.kept(OURS) if r else None))]
 
 
 def all_lines(rows: Rows) -> list[str]:
@@ -229,6 +243,7 @@ def page(base: Data, rows: Rows, known: Sequence[Setting], seeds: int) -> str:
     text += [f"- n: task {len(unpacked(base['task_scores']))} test rows; {counts}."]
     text += [f"- The base is not above chance in: {', '.join(blind)}. Nothing can be lost there."] if blind else []
     text += [f"- Hardware: {'; '.join(machines)}.", "", "## Popular advice, tested", "", *words, "", *lines, ""]
+    text += [ADVICE_WORDS, ""]
     text += ["## How much general data", "", SHARE_WORDS, "", *share_lines(rows), ""]
     text += ["## On-policy against off-policy: does one curve explain all?", "", *own_lines(rows), ""]
     if points:
@@ -257,7 +272,14 @@ TOP = [
     "  and seeds, and not corrected for the number of rows of the table.",
     f"- **homogeneous**: {FEW} rows ten times. **phrasings**: {len(PHRASINGS)} ways to write the prompt, in turn; the",
     "  test is always in the first.",
+    "- **KL**: KL(base || tuned) in nats a token: on the answers of the task's test rows and what ends them, which",
+    "  the base does not write, so that it is large wherever the task is learnt; and on all tokens of few-shot",
+    "  prompts of other tasks.",
 ]
+ADVICE_WORDS = (
+    "A difference is the first setting minus the second. What keeps nothing cannot lose more: LoRA at its best rate "
+    "by task score is there, so what helps full tuning may not be seen with it."
+)
 SHARE_WORDS = (
     f"A share is a part of a run's {STEPS * BATCH} rows; general rows are cut at {LONGEST} tokens. At 50 % the task "
     "has half of its rows left."

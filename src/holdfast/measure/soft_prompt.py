@@ -8,6 +8,7 @@ up a second time in a layer, or has another kind of memory, differs or fails her
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,7 +198,9 @@ def _with_peft(model: Any, row: TokenRow, soft: torch.Tensor) -> torch.Tensor:
     ids = torch.as_tensor(row.ids, device=soft.device)[None]
     prompted = PeftModelForCausalLM(inner(model), _adapter_config(model, soft))
     prompted.prompt_encoder["default"].embedding.weight.data.copy_(soft.flatten(1))
-    logits = prompted.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT calls a cache by the name that transformers gives up
+        logits = prompted.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
     return _chosen(logits[len(logits) - len(row.ids) : -1], row.ids[1:].tolist())
 
 
