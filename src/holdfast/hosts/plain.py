@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from holdfast.engine.forward import through_backward
 from holdfast.engine.pack import TokenRow
 from holdfast.hosts import processes
 from holdfast.hosts.checkpoint import Checkpoint
+from holdfast.hosts.compiled import Compiled
 from holdfast.hosts.course import course
 from holdfast.hosts.eight_bits import NAMES, eight_bits
 from holdfast.hosts.losses import Losses, Parts, numbers
@@ -56,6 +57,7 @@ class Training:
     logging_steps: int = 1  # losses are read, and looked at, every so many steps: to read is to wait for the device
     folder: Path | None = None
     watch: Watch | None = None
+    torch_compile: bool = False
 
     @property
     def keep_best(self) -> bool:
@@ -116,6 +118,7 @@ class _Loop:
     evaluate: Callable[[Any], float] | None
     losses: Losses = field(default_factory=Losses)
     done: int = 0
+    compiled: Compiled | None = None  # the blocks of the stage's model
 
     def stage(self, stage: Stage, steps: int) -> None:
         """Train one stage, from its beginning or from where the checkpoint stands in it."""
@@ -129,7 +132,9 @@ class _Loop:
         for step in range(first, steps):
             session.begin_step(done + step, optimizer)
             batch = session.pick(list(islice(stream, size)), done + step)
-            self.losses.add(done + step, _step(session, optimizer, batch, done + step, settings, log))
+            with self.compiled.on() if self.compiled else nullcontext():
+                parts = _step(session, optimizer, batch, done + step, settings, log)
+            self.losses.add(done + step, parts)
             schedule.step()
             rates = bool(stage.keep_best and self.evaluate) and (step + 1) % max(1, steps // 4) == 0
             saves = settings.save_steps > 0 and (step + 1) % settings.save_steps == 0 and step + 1 < steps
@@ -169,6 +174,7 @@ class _Loop:
         processes.same_start(session.tensors())
         session.chosen.combine(session.params)
         model.train()
+        self.compiled = Compiled(model) if settings.torch_compile else None
         return optimizer, schedule, first
 
     def _read(self, now: int, must: bool) -> None:

@@ -229,6 +229,9 @@ class Training(Section):
     data_seed: int | None = Field(default=None, ge=0, lt=2**32, description="Seed of the row order; null: seed.")
     bf16: bool | None = Field(default=None, description="Mixed precision; null: where the device does it well.")
     gradient_checkpointing: bool = Field(default=False, description="Less memory for more time.")
+    torch_compile: bool = Field(
+        default=False, description="Compile the blocks: a first step of minutes, then shorter ones."
+    )
     packing: bool | None = Field(default=None, description="Lay rows end to end, exact; false: pad them instead.")
     logging_steps: int = Field(default=5, ge=1, description="Steps between two lines of the log.")
     save_steps: int = Field(default=50, ge=1, description="Steps between two checkpoints.")

@@ -18,6 +18,7 @@ from holdfast.data.sets import sets_of
 from holdfast.data.task import TaskData, read_task
 from holdfast.data.weights import weighted
 from holdfast.errors import PlanError
+from holdfast.hosts.compiled import check_compiled
 from holdfast.hosts.course import check_course
 from holdfast.hosts.eight_bits import check_eight_bits
 from holdfast.hosts.plain import Training
@@ -169,6 +170,7 @@ def _plan(recipe: Recipe) -> Plan:
     plan.check_together()
     check_merge(recipe, plan)
     check_eight_bits(recipe.training.optim, plan)
+    check_compiled(recipe.training.torch_compile, plan)
     if recipe.model.load_in_4bit:
         plan.check_host(_host(recipe))
         models.may_load_in_4bit()
@@ -258,4 +260,5 @@ def _training(run: Run, model: Any, steps: int, epoch: int, rate: Rate) -> Train
         save_steps=t.save_steps if t.save_strategy == "steps" else epoch,
         logging_steps=t.logging_steps if model.device.type == "cuda" else 1,  # to read a loss on a CPU costs nothing
         folder=run.path,
+        torch_compile=t.torch_compile,
     )
