@@ -30,6 +30,7 @@ Data = dict[str, Any]
 Rule = Callable[[Any, Any], Any]  # (base's logits, tuned model's) -> the outcome's, all (N, V)
 SCALES, BETAS, ALPHAS = (0.5, 0.75, 0.9, 1.1, 1.25), (4.0, 2.0, 1.0, 0.5), (0.1, 0.5)
 SHOTS, TARGET = 8, OUT / "inference.json"
+NOTHING = ["Not measured on a real model yet."]
 CONTROL = "sst2.lora.0.own"  # a repair of the same tuning, where it was run
 
 
@@ -187,13 +188,21 @@ def measure(shared: Path, work: Path, rows: int, limit: int) -> Data:
 
 
 def ways_table(found: Data) -> list[str]:
-    lines = ["| way | SST-2 accuracy | in-context, share right |", "|---|---|---|"]
-    return lines + [f"| {n} | {w['task']:.3f} | {w['in-context']:.3f} |" for n, w in found["ways"].items()]
+    where = (
+        f"One LoRA tuning of SST-2 (`benchmarks/inference.py`, SmolLM2-135M-Instruct): {found['rows']} test rows, "
+        f"{found['items']} few-shot items. The large model of emulated tuning is the untouched base itself."
+    )
+    lines = [where, "", "| way | SST-2 accuracy | in-context, share right |", "|---|---|---|"]
+    lines += [f"| {n} | {w['task']:.3f} | {w['in-context']:.3f} |" for n, w in found["ways"].items()]
+    return lines + [f"| base, SCALE: {n} | {share:.3f} | - |" for n, share in found["drafts"].items()]
 
 
 def causes_table(found: Data) -> list[str]:
     sides = [*found["causes"]]
-    lines = [f"| diagnosis | {' | '.join(sides)} | CPU seconds |", "|" + "---|" * (len(sides) + 2)]
+    where = (
+        "On one LoRA tuning of SST-2 that lost in-context learning (`benchmarks/inference.py`, SmolLM2-135M-Instruct):"
+    )
+    lines = [where, "", f"| diagnosis | {' | '.join(sides)} | CPU seconds |", "|" + "---|" * (len(sides) + 2)]
     for name, first in found["causes"][sides[0]].items():
         words = [found["causes"][side][name]["finding"].replace("|", "/") for side in sides]
         lines.append(f"| `{name}` | {' | '.join(words)} | {first['cpu_seconds']} |")
@@ -213,10 +222,10 @@ def main() -> None:
 
         args.work.mkdir(parents=True, exist_ok=True)
         write_json(TARGET, measure(args.shared, args.work, args.rows, args.limit))
-    found = json.loads(TARGET.read_text(encoding="utf-8"))
+    found = json.loads(TARGET.read_text(encoding="utf-8")) if TARGET.exists() else None
     docs = HERE.parent / "docs"
-    repair_table.put(docs / "repair.md", "inference.py", {"ways": ways_table(found)})
-    repair_table.put(docs / "check.md", "inference.py", {"causes": causes_table(found)})
+    repair_table.put(docs / "repair.md", "inference.py", {"ways": ways_table(found) if found else NOTHING})
+    repair_table.put(docs / "check.md", "inference.py", {"causes": causes_table(found) if found else NOTHING})
 
 
 if __name__ == "__main__":

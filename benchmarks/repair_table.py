@@ -132,7 +132,8 @@ def searched_table(folder: Path) -> list[str]:
 
 def _named(file: Path) -> str:
     task, kind, seed, _ = file.stem.split(".")
-    return f"{TASK_NAMES[task]}, {'LoRA' if kind == 'lora' else kind}, seed {seed}"
+    rate = json.loads(file.read_text(encoding="utf-8"))["rate"]
+    return f"{TASK_NAMES[task]}, {'LoRA' if kind == 'lora' else kind} at {rate:g}, seed {seed}"
 
 
 def _span(e: Mapping[str, Any]) -> str:
