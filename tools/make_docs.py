@@ -67,20 +67,21 @@ which editors complete and check keys while you type; `holdfast recipe --schema`
 """
 
 
-SHAPES_INTRO = """In the folder `recipes/`, one for each shape of data; [data](data.md) says what each does with its
-rows. Every one runs on a tiny model in the tests. `sst2.yaml` and `rte.yaml` are for labelled sentences, of files that
-are not shipped.
+SHAPES_INTRO = """In the folder `recipes/`, one for each shape of data; [data](data.md) says what each does with
+its rows. Every one runs on a tiny model in the tests. `sst2.yaml` and `rte.yaml` are for labelled sentences, of files
+that are not shipped.
 """
 
 POWER_INTRO = """## What they show
 
-How often a true loss of 5 points of the score is called "lost", in 200 simulated checks each (`benchmarks/suite_power.py`):
-a tenth of the marks changes both ways, the floor is 0.95, and items of a cluster (phrasings of a fact) change together,
-which is the worst that can be. Scores that are graded (language, calibration, copying) are not in it.
-Where answers are written, the default asks few, since they cost the most; `--limit` asks more. What was written by hand
-is asked first.
+How often a true loss of 5 points of the score is called "lost", in 200 simulated checks each
+(`benchmarks/suite_power.py`): a tenth of the marks changes both ways, the floor is 0.95, and items of a cluster
+(phrasings of a fact) change together, which is the worst that can be. Scores that are graded (language, calibration,
+copying) are not in it. Where answers are written, the default asks few, since they cost the most; `--limit` asks more.
+What was written by hand is asked first.
 
 """
+
 SUITES_INTRO = """# Suites
 
 What `holdfast measure` and `holdfast check` can ask a model. `--suite` takes a name of this page, `default`, `all`,
