@@ -25,7 +25,7 @@ from holdfast.methods import all_methods
 from holdfast.recipe import SCHEMA_FILE, json_schema, recipe_schema
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-RECIPES = DOCS.parent / "recipes"
+RECIPES, POWER = DOCS.parent / "recipes", DOCS.parent / "benchmarks" / "results" / "suite_power.json"
 GENERATED = "<!-- Written by tools/make_docs.py: change the code and run it again. -->\n\n"
 NEEDS = {
     "base_logits": "the base model's answers, computed once before training, or asked for rows that come later",
@@ -67,9 +67,19 @@ which editors complete and check keys while you type; `holdfast recipe --schema`
 """
 
 
-SHAPES_INTRO = """In the folder `recipes/`, one for each shape of data; [data](data.md) says what each does with its
-rows. Every one runs on a tiny model in the tests. `sst2.yaml` and `rte.yaml` are for labelled sentences, of files that
-are not shipped.
+SHAPES_INTRO = """In the folder `recipes/`, one for each shape of data; [data](data.md) says what each does with
+its rows. Every one runs on a tiny model in the tests. `sst2.yaml` and `rte.yaml` are for labelled sentences, of files
+that are not shipped.
+"""
+
+POWER_INTRO = """## What they show
+
+How often a true loss of 5 points of the score is called "lost", in 200 simulated checks each
+(`benchmarks/suite_power.py`): a tenth of the marks changes both ways, the floor is 0.95, and items of a cluster
+(phrasings of a fact) change together, which is the worst that can be. Scores that are graded (language, calibration,
+copying) are not in it. Where answers are written, the default asks few, since they cost the most; `--limit` asks more.
+What was written by hand is asked first.
+
 """
 
 SUITES_INTRO = """# Suites
@@ -214,7 +224,18 @@ def suites_page() -> str:
         lines.append(f"| [{name}](#{name}) | {'yes' if name in DEFAULT else ''} | {_words(about(name)[0])} |")
     sections = [f"## {name}\n\n{about(name)[1]}\n" for name in SUITES if name != "anchors"]
     anchors = f"## anchors\n\nAs [in-context](#in-context): {about('anchors')[0]}.\n"
-    return GENERATED + SUITES_INTRO + "\n".join([*lines, "", *sections, anchors])
+    return GENERATED + SUITES_INTRO + "\n".join([*lines, "", power(), *sections, anchors])
+
+
+def power() -> str:
+    """Which loss a suite shows, as benchmarks/suite_power.py found it."""
+    found = json.loads(POWER.read_text(encoding="utf-8"))
+    lines = ["| suite | limit | items | answers written | base right | called lost at a loss of 0 | of 5 points |"]
+    lines.append("|---|--:|--:|--:|--:|--:|--:|")
+    for r in found["rows"]:
+        head = f"| {r['suite']} | {r['limit'] or 'default'} | {r['items']} | {r['written']} | {r['base']:g} |"
+        lines.append(f"{head} {r['lost']['0']:.2f} | {r['lost']['5']:.2f} |")
+    return POWER_INTRO + "\n".join(lines) + "\n"
 
 
 def _code(text: str) -> str:

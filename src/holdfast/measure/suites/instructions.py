@@ -6,7 +6,7 @@ IFEval (Zhou et al. 2023, arXiv 2311.07911), with own requests short enough for 
 good beyond its form is not judged.
 
 Of each task 14 requests were written by hand and 46 made from templates (tools/make_items.py). The default asks 6,
-since writing answers costs the most; `limit` 48 shows a loss of 5 points (benchmarks/suite_power.py).
+since writing answers costs the most; `limit` 54 shows a loss of 5 points (benchmarks/suite_power.py).
 """
 
 from __future__ import annotations

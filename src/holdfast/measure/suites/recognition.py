@@ -32,7 +32,7 @@ from holdfast.measure.suites.in_context import pick_shots, shuffled
 
 DATA = Path(__file__).parent / "data" / "recognition.json"
 SHOTS = 16
-LIMIT = 32  # questions of each task under each condition
+LIMIT = 36  # questions of each task under each condition, all there are
 FORM = FORMATS["arrow"]  # no word of it hints at the task, as Pan's minimal template
 SYMBOLS = ("F", "R", "T", "V")  # no label begins with one of them
 CONDITIONS = ("true", "random", "abstract")
