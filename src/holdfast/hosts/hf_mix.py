@@ -47,7 +47,7 @@ def mixed(
         for stage in session.stages:
             Mix(()).only(*stage.draws)
         for m in (m for m in session.methods if type(m).check_mix is not Method.check_mix):
-            m.check_mix(Mix(dataset_rows(dataset)), session.ctx)
+            m.check_mix(Mix(dataset_rows(dataset) if hasattr(dataset, "__len__") else ()), session.ctx)
         if session.held_out.methods:
             session.held_out.cut(Mix(dataset_rows(dataset, weighed)), session.ctx)
         return {}
