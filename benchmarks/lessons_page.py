@@ -11,6 +11,7 @@ from statistics import fmean
 
 import numpy as np
 
+import lessons_before
 from holdfast.files import write_text
 from holdfast.measure import stats
 from holdfast.measure.stats.bootstrap import task_draws
@@ -147,6 +148,19 @@ def advice_lines(rows: Rows) -> tuple[list[str], list[str]]:
     return table(head, lines) if lines else ["Not measured yet."], words
 
 
+def before_lines() -> list[str]:
+    """The same advice on runs of the leaderboard."""
+    lines = [
+        [task, words, f"{lessons_before.named(new)} - {lessons_before.named(old)}", str(len(_pairs(new, old))),
+         told(task_change(new, old)), *(told(kept_change(new, old, s)) for s in (OURS, OTHERS))]
+        for task, words, new, old in lessons_before.pairs()
+        if _pairs(new, old)
+    ]  # fmt: skip
+    return table(
+        ["task", "advice", "difference", "seeds", "accuracy", "in-context kept", "other authors' kept"], lines
+    )
+
+
 def share_lines(rows: Rows) -> list[str]:
     """What each share of each kind of general data keeps and costs, where it was measured."""
     lines = [["none", "0 %", *_of_tunings(rows, "")]]
@@ -244,6 +258,7 @@ def page(base: Data, rows: Rows, known: Sequence[Setting], seeds: int) -> str:
     text += [f"- The base is not above chance in: {', '.join(blind)}. Nothing can be lost there."] if blind else []
     text += [f"- Hardware: {'; '.join(machines)}.", "", "## Popular advice, tested", "", *words, "", *lines, ""]
     text += [ADVICE_WORDS, ""]
+    text += ["## The same advice on earlier runs", "", lessons_before.WORDS, "", *before_lines(), ""]
     text += ["## How much general data", "", SHARE_WORDS, "", *share_lines(rows), ""]
     text += ["## On-policy against off-policy: does one curve explain all?", "", *own_lines(rows), ""]
     if points:

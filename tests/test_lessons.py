@@ -11,7 +11,16 @@ from holdfast import models
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 NAMES = ("_common", "leaderboard_plans", "leaderboard_cells", "leaderboard_talk", "leaderboard_peers")
-NAMES = (*NAMES, "leaderboard_cell", "leaderboard_table", "lessons_plans", "lessons_curve", "lessons_page", "lessons")
+NAMES = (
+    *NAMES,
+    "leaderboard_cell",
+    "leaderboard_table",
+    "lessons_plans",
+    "lessons_curve",
+    "lessons_before",
+    "lessons_page",
+    "lessons",
+)
 pytestmark = pytest.mark.filterwarnings("default")  # what other libraries warn of is not ours
 
 
@@ -117,6 +126,15 @@ def test_the_page_says_what_is_measured_and_what_is_not(less, tmp_path):
     assert "| LoRA forgets less than full tuning | best rates | lora - full | 1 |" in text
     assert "- **20 % of the rows as few-shot prompts of the task itself.** Not measured yet." in text
     assert "One rising curve of the KL on the task's answers" in text
+    assert "| Tickets | The anchor term | anchor (weight 1), full at 2e-05 - full at 2e-05 | 2 |" in text
+
+
+def test_earlier_runs_are_paired_by_task_and_rate(less):
+    found = less.lessons_before.pairs()
+    assert {task for task, *_ in found} == {"SST-2", "Tickets"} and len(found) > 15
+    assert all(new.task == old.task and new.method != "base" != old.method for *_, new, old in found)
+    told = {less.lessons_before.named(new) for *_, new, _ in found}
+    assert {"lora at 0.001", "sdft at 0.0003", "in-context mix at 2e-05"} <= told
 
 
 def test_what_is_missing_comes_in_order_and_once(less, tmp_path):

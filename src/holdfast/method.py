@@ -255,7 +255,10 @@ class Method:
         return mix
 
     def check_mix(self, mix: Mix, ctx: Context) -> None:
-        """Raise for what does not fit the mix when all methods have had their turn at it (part of `data`)."""
+        """Raise for what does not fit the mix when all methods have had their turn at it (part of `data`).
+
+        A trainer whose plan mixes nothing shows one row in the place of its own: look at sources, not at rows.
+        """
 
     def asides(self, ctx: Context) -> Sequence[TokenRow]:
         """A fixed pool of extra rows for this method's own loss term (part of `data`); owner = the method's name."""

@@ -13,6 +13,7 @@ from holdfast.engine.forward import forward, forward_states
 from holdfast.engine.pack import pack, token_row
 from holdfast.engine.replaced import collecting, replaced_in
 from holdfast.errors import PlanError
+from holdfast.hosts.hf_mix import mixed
 from holdfast.methods.adapt.loramoe import Experts, imbalance
 from holdfast.services import Context, View
 
@@ -174,3 +175,16 @@ def test_sources_are_known_by_their_method_and_their_file(names, tiny_model, tok
     session = start(plan, tiny_model(), rows=rows, enter=False)
     mix = session.mix(tokenized(rows, tokenizer))
     assert [plan[0].is_knowledge(s.rows[0]) for s in mix.sources] == [True]
+
+
+def test_a_trainer_whose_plan_mixes_nothing_refuses_it_too(tiny_model, start):
+    from datasets import Dataset
+
+    data = Dataset.from_dict({"input_ids": [[5, 6, 7]], "labels": [[-100, 6, 7]]})
+    session = start([hf.LoRAMoE(r=2, experts=4, knowledge=("Replay",))], tiny_model(), enter=False)
+    with pytest.raises(PlanError, match=r"LoRAMoE\.knowledge names 'Replay', and the sources of the mix are task"):
+        mixed(session, data, None, None, "Trainer", {})
+    assert (
+        mixed(start([hf.LoRAMoE(knowledge=("task",))], tiny_model(), enter=False), data, None, None, "Trainer", {})
+        == {}
+    )

@@ -88,8 +88,8 @@ class LoRAMoE(Method):
 
     def check_mix(self, mix: Mix, ctx: Context) -> None:
         every = [("task", mix.task), *((s.name, s.rows) for s in mix.sources)]
-        if any(callable(rows) for _, rows in every):
-            return  # nobody knows the names of rows that are still to be read
+        if not self.knowledge or any(callable(rows) for _, rows in every):
+            return  # of rows that are still to be read nobody knows the names
         labels = dict.fromkeys(label for _, rows in every for label in names_of(rows))
         wrong = [s for s in self.knowledge if not any(fits(label, s) for label in labels)]
         if wrong:

@@ -44,7 +44,7 @@ class IFT(Method):
     gamma: float = 0.95  # released code
     detach: bool = False  # released code
 
-    paper: ClassVar = Paper("Intuitive Fine-Tuning: Towards Simplifying Alignment into a Single Process", "2405.11870",
+    paper: ClassVar = Paper("Intuitive Fine-Tuning: Towards Unifying SFT and RLHF into a Single Process", "2405.11870",
                             "read in summaries and in the released code")  # fmt: skip
     does: ClassVar = "reads the model's own guesses beside the answers and weighs tokens by the losses that follow"
     strengths: ClassVar = ("lam",)

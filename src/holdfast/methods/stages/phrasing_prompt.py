@@ -59,7 +59,7 @@ class PhrasingPrompt(Method):
     seed: int = 0
 
     paper: ClassVar = Paper("Evaluating the Zero-shot Robustness of Instruction-tuned Language Models", "2306.11270",
-                            "the exact form of its loss and its sizes were not verified")  # fmt: skip
+                            "title from memory; its exact loss and its sizes were not verified")  # fmt: skip
     does: ClassVar = "trains a soft prompt so that other phrasings are answered as the known one (experimental)"
     strengths: ClassVar = ("weight",)
     needs: ClassVar = frozenset({"live_logits"})

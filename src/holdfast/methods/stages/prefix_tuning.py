@@ -44,7 +44,9 @@ class PrefixTuning(Method):
     seed: int = 0
 
     paper: ClassVar = Paper(
-        "Prefix-Tuning: Optimizing Continuous Prompts for Generation", "2101.00190", note="ids are from memory"
+        "Prefix-Tuning: Optimizing Continuous Prompts for Generation",
+        "2101.00190",
+        note="title and ids are from memory",
     )
     does: ClassVar = "trains keys and values before the task's rows in every layer and leaves the model as it is"
     prefix: ClassVar = True
