@@ -1246,6 +1246,12 @@ CASES = (
         no_zero="behind a prompt and other words the model is not the base",
     ),
     Case(
+        hf.PrefixTuning(num_virtual_tokens=3, learning_rate=0.1),
+        prompt_alone_holds,
+        no_off="a prefix of no positions is refused: leaving it out is off",
+        no_zero=NO_TERM,
+    ),
+    Case(
         hf.ProMoT(num_virtual_tokens=3),
         prompt_holds,
         no_off="a prompt of no tokens is refused: leaving it out is off",
@@ -1255,12 +1261,6 @@ CASES = (
         hf.PromptTuning(num_virtual_tokens=3),
         prompt_alone_holds,
         no_off="a prompt of no tokens is refused: leaving it out is off",
-        no_zero=NO_TERM,
-    ),
-    Case(  # behind ProMoT, which stands for it
-        hf.PrefixTuning(num_virtual_tokens=3, learning_rate=0.1),
-        prompt_alone_holds,
-        no_off="a prefix of no positions is refused: leaving it out is off",
         no_zero=NO_TERM,
     ),
     Case(
@@ -1353,10 +1353,14 @@ CASES = (
 BY_NAME = {c.name: c for c in CASES}
 
 
+KNOWN = ("ICLAnchor", "KLToBase", "LoRA", "ProMoT")  # they stand for others before any other does
+
+
 def _standing() -> frozenset[str]:
     """One method for each set of sites, and those of the default plan: what several processes, both hosts and every
     kind of model do with a method depends on its sites. `make test-long` tries all."""
-    found = {(c.method.sites(), c.method.wraps): c.name for c in reversed(CASES)}
+    cases = [*reversed(CASES), *(BY_NAME[n] for n in KNOWN)]
+    found = {(c.method.sites(), c.method.wraps): c.name for c in cases}
     return frozenset({*found.values(), "LoRA", "ICLAnchor", "KLToBase"})
 
 
@@ -1365,15 +1369,15 @@ STANDING = _standing()
 
 def _covering() -> frozenset[str]:
     """The fewest of those that have every site and every need between them, as a wrapper and without: for what starts
-    processes. Those that bring most that is missing first; of equal ones the first by name."""
+    processes. Those that bring most that is missing first; of equal ones those of KNOWN, then the first by name."""
 
     def has(case: Case) -> set[tuple[str, bool]]:
         return {(t, case.method.wraps) for t in (*case.method.sites(), *case.method.needs)}
 
-    found, left = {"LoRA", "ICLAnchor"}, set[tuple[str, bool]]().union(*map(has, CASES))
-    left -= has(BY_NAME["LoRA"]) | has(BY_NAME["ICLAnchor"])
+    found, left = {"LoRA", "ICLAnchor", "ProMoT"}, set[tuple[str, bool]]().union(*map(has, CASES))
+    left -= set[tuple[str, bool]]().union(*(has(BY_NAME[n]) for n in found))
     while left:
-        best = min(CASES, key=lambda c: (-len(has(c) & left), c.name))
+        best = min(CASES, key=lambda c: (-len(has(c) & left), c.name not in KNOWN, c.name))
         found.add(best.name)
         left -= has(best)
     return frozenset(found)

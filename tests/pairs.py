@@ -193,6 +193,8 @@ def law(a: Method, b: Method) -> str:
         return "an adapter freezes the model's own weights"
     if a.writes & b.writes:
         return f"one writer of {', '.join(sorted(a.writes & b.writes))}"
+    if a.copies_rows and b.holds_out:
+        return "rows made of the task's come behind what is held out of them"
     if b.name in a.refuses or a.name in b.refuses:
         return "they mean different things"
     if "grad" in sites and PHASES.index(a.phase) > PHASES.index(b.phase):

@@ -58,7 +58,8 @@ def test_conversations(shape, tmp_path):
         assert ends == [n % 2 and not (marked and n == 1) for n in range(len(ends))]
 
 
-def test_documents(shape, tmp_path):
+@pytest.mark.parametrize("recipe", ["documents", pytest.param("long_context", marks=pytest.mark.long)])
+def test_documents(recipe, shape, tmp_path):
     """A folder of texts, split with nothing lost; documents that are held out are measured."""
     folder = tmp_path / "documents"
     folder.mkdir()
@@ -66,7 +67,7 @@ def test_documents(shape, tmp_path):
         words = " ".join(text for _, text in random.Random(n).choices(TICKET, k=30 + n))
         (folder / f"{n:02}.{'md' if n % 2 else 'txt'}").write_text(words, encoding="utf-8")
     sizes = ["data.max_length=64", "data.stride=16", "data.validation_size=3"]
-    report = shape("documents", f"data.train={folder}", *sizes)
+    report = shape(recipe, f"data.train={folder}", *sizes)
     assert "9 rows longer than data.max_length, split (first 00.txt:1)" in report["task"]["note"]
     assert report["task"]["metric"] == "loss per byte" and report["task"]["before"]["n"] == 3
     assert report["data"]["rows"] == 9 and report["rows"][0]["num_tokens"] == 64
