@@ -535,6 +535,7 @@ def test_the_search_by_hand():
     assert only is not None and only.strength == 1.0
 
 
+@pytest.mark.long
 def test_a_search_goes_on_with_the_same_trials(world, tmp_path, monkeypatch):
     options = {"factors": None, "search": 3, "seeds": 1}
     methods = ["LoRA+KLToBase"]

@@ -247,8 +247,18 @@ def make(base, data, tokenizer, tmp_path) -> Callable[..., Any]:
 # ---- equal weights
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
-@pytest.mark.parametrize("name", stands(METHODS))
+# TRL's trainer differs in what collates and divides: these are quick with both
+WITH_BOTH = ("none", "LoRA", "KLToBase LoRA", "InContextMix", "batch", "stages", "OnPolicyKL LoRA")
+
+
+def both() -> list[Any]:
+    """Every plan with every trainer, and what of that is long."""
+    late = {(p.values[0], k): p.marks for p in stands(METHODS) for k in TRAINERS}
+    once = {(n, "SFTTrainer"): (pytest.mark.long,) for n in METHODS if n not in WITH_BOTH}
+    return [pytest.param(n, k, marks=late[n, k] or once.get((n, k), ())) for n, k in late]
+
+
+@pytest.mark.parametrize("name, kind", both())
 def test_hosts_give_equal_weights(name, kind, make, plain, base):
     start, expected = weights_of(base), plain(METHODS[name])
     drops = {"gradient_checkpointing": False} if any(m.prefix for m in METHODS[name]) else {}  # TRL asks for it

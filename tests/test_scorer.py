@@ -82,7 +82,7 @@ def test_tree_is_one_by_one(tiny_model, tokenizer, encoded):
     assert_same(Scorer(model, tokenizer).score_tokens(encoded), expected)
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 3, 17, 64, 4096])
+@pytest.mark.parametrize("batch_tokens", [pytest.param(1, marks=pytest.mark.long), 3, 17, 64, 4096])
 @pytest.mark.parametrize("lines", [False, True])
 def test_batch_size_does_not_matter(tiny_model, tokenizer, encoded, batch_tokens, lines):
     model = tiny_model(tied=False)

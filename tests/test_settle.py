@@ -169,7 +169,11 @@ def test_what_is_more_than_a_scale_and_cannot_be_healed_is_said(world, tmp_path)
     assert found["met"] is False and found["share"] == 1 and len(found["points"]) == 1 and not found["healed"]
 
 
-@pytest.mark.parametrize("plan", [{}, {"LoRA": {"r": 8}}, {"LoRA": {"r": 8, "use_dora": True}}])
+LATER = pytest.mark.long
+DORA = {"LoRA": {"r": 8, "use_dora": True}}
+
+
+@pytest.mark.parametrize("plan", [pytest.param({}, marks=LATER), {"LoRA": {"r": 8}}, pytest.param(DORA, marks=LATER)])
 def test_where_no_part_meets_the_bound_the_model_is_healed(world, tmp_path, monkeypatch, plan):
     """The line is cut short here, so that nothing on it meets the bound."""
     monkeypatch.setattr(settle, "SHARES", (1.0, 0.9))

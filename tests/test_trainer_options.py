@@ -420,7 +420,10 @@ EQUAL: dict[str, Case] = {
     "compiled": Case({"torch_compile": True, "torch_compile_backend": "eager"}),
     "NEFTune, compiled": Case({**NEFTUNE, "torch_compile": True, "torch_compile_backend": "eager"}),
 }
-LONG = ("compiled", "NEFTune, compiled")
+LONG = (
+    "compiled", "NEFTune, compiled", "keeps everything", "reentrant", "selective", "every second layer",
+    "empties the cache", "counts tokens", "counts all tokens", "by length, told", "callbacks", "sgd", "epochs",
+)  # fmt: skip
 
 
 def built(case: Case, plan: Sequence[Method] | None, folder: Any) -> Any:
