@@ -28,7 +28,7 @@ from holdfast.report import repair as shown
 from holdfast.runs import repair as repair_run
 from holdfast.runs import repair_heal, repair_judge, repair_search
 from holdfast.runs.repair_goal import from_data
-from holdfast.runs.repair_heal import Healed, heal, write
+from holdfast.runs.repair_heal import Healed, heal, write_change
 from holdfast.runs.repair_search import GRID, MADE, TUNED, Candidate, Point, best, candidates, choose, frontier, search
 from holdfast.services import Context
 from holdfast.session import Session
@@ -392,7 +392,7 @@ def test_heal_pulls_towards_the_base_and_reads_no_label(world, tokenizer, tmp_pa
     file, told = tmp_path / "heal.safetensors", []
     monkeypatch.setattr(repair_heal, "RATE", 0.02)  # a tiny model moves little
     healing = heal(lambda: base, lambda: tuned, tokenizer, goal.prompts, steps=24, tell=lambda x, _: told.append(x))
-    write(healing, file)
+    write_change(healing.model, file)
     assert told == sorted(told) and told[-1] == 1 and [p.name for p in tmp_path.iterdir()] == [file.name]
 
     rows = ICLAnchor(pool=12, seed=5).asides(Context(base, tokenizer))
@@ -446,7 +446,7 @@ def test_a_change_of_turned_weights_is_written_in_their_shape(tokenizer, tmp_pat
     with torch.no_grad():
         for name, p in session.params.items():
             p.normal_(generator=torch.Generator().manual_seed(len(name)))
-    write(session, tmp_path / "heal.safetensors")
+    write_change(session.model, tmp_path / "heal.safetensors")
     healed = Healed(file=str(tmp_path / "heal.safetensors"))
     merged = dict(session.model.merge_and_unload().named_parameters())
     for name in (n for n in tuned if not n.startswith("lm_head")):

@@ -100,14 +100,13 @@ class Look:
         rounding, and every process computes those of the rows it asks about.
         """
         packed, logits = self._forward(rows)
-        counts = np.bincount(packed.row, minlength=len(rows))
-        return list(logits.split(counts.tolist()))
+        return packed.by_row(logits)
 
     def token_logp(self, rows: Sequence[TokenRow]) -> list[torch.Tensor]:
         """For each row (n,) log-probabilities of its targets."""
         packed, logits = self._forward(rows)
         chosen = logits.float().log_softmax(-1).gather(1, packed.target[:, None])[:, 0]
-        return list(chosen.split(np.bincount(packed.row, minlength=len(rows)).tolist()))
+        return packed.by_row(chosen)
 
 
 @dataclass

@@ -83,12 +83,13 @@ def test_what_would_do_nothing_is_refused(other):
     Plan([SMALL, hf.Curriculum(), hf.DFT(), hf.UDS()]).check_together()
 
 
+@pytest.mark.parametrize("kind", [hf.PromptTuning, hf.PrefixTuning])
 @pytest.mark.parametrize(
     "settings, words", [({"num_virtual_tokens": 0}, "num_virtual_tokens is 0"), ({"learning_rate": 0.0}, "is 0.0")]
 )
-def test_values_without_meaning_are_refused(settings, words, tiny_model, tokenizer):
-    with pytest.raises(PlanError, match=words):
-        hf.PromptTuning(**settings).check(Context(tiny_model(), tokenizer))
+def test_values_without_meaning_are_refused(settings, words, kind, tiny_model, tokenizer):
+    with pytest.raises(PlanError, match=f"{kind.__name__}.*{words}"):
+        kind(**settings).check(Context(tiny_model(), tokenizer))
 
 
 def test_a_setting_of_that_name_is_no_soft_prompt():

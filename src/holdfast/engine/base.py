@@ -67,8 +67,7 @@ def token_logp(model: Any, rows: Sequence[TokenRow], batch_tokens: int = 1024) -
     for n in shares(range(len(whole)), sizes, num)[rank]:
         packed, logits = forward(model, [replace(rows[i], source="asked") for i in whole[n]])
         chosen = logits.float().log_softmax(-1).gather(1, packed.target[:, None])[:, 0]
-        parts = chosen.split(np.bincount(packed.row, minlength=len(whole[n])).tolist())
-        found |= {str(i): part.tolist() for i, part in zip(whole[n], parts, strict=True)}
+        found |= {str(i): part.tolist() for i, part in zip(whole[n], packed.by_row(chosen), strict=True)}
     if num > 1:
         found = {i: values for own in gather(found) for i, values in own.items()}
     return [np.asarray(found[str(i)], dtype=np.float32) for i in range(len(rows))]

@@ -3,8 +3,7 @@
 Three paths give the same numbers: packed attention without padding (models with plain full attention), padding on the
 right (most other causal LMs, and gradient checkpointing), and one row at a time (models in which neighbours or padding
 matter); each with a soft prompt before the task's rows, perhaps (ProMoT), a prefix (`engine.prefix`) in the last two
-alone. They stand in `engine.ways`, and
-`engine.trial` finds out which are right.
+alone. They stand in `engine.ways`, and `engine.trial` finds out which are right.
 """
 
 from __future__ import annotations

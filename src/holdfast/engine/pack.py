@@ -98,6 +98,10 @@ class Packed:
     layout: Layout
     rows: Sequence[TokenRow]
 
+    def by_row(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """(N, ...) values at the scored positions, in a part for each row."""
+        return list(values.split(np.bincount(self.row, minlength=len(self.rows)).tolist()))
+
 
 def pack(rows: Sequence[TokenRow], device: Any = "cpu", prompts: Sequence[int] | None = None) -> Packed:
     """Lay `rows` end to end. `prompts[i]` soft-prompt tokens are put before row i (their ids are 0, never scored)."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from holdfast.engine.prefix import cache_name, cache_of, is_prefix
+from holdfast.engine.ways import inputs_behind
 
 # Limits of `distance` (ours). SAME: the same weights in the same place, where at most sums go in another order.
 # ROUNDED: W + s B A rounded to the dtype once per weight, computed in fp32; SmolLM2-135M under adapters from weak to
@@ -51,13 +51,7 @@ def logits_of(model: Any, rows: Iterable[torch.Tensor], soft_prompt: torch.Tenso
     device = next(model.parameters()).device
     out = []
     for row in rows:
-        inputs: dict[str, Any] = {"input_ids": row[None].to(device)}
-        if soft_prompt is not None and is_prefix(soft_prompt):
-            dtype = model.get_input_embeddings().weight.dtype
-            inputs[cache_name(model)] = cache_of(soft_prompt.to(device), 1, dtype)
-        elif soft_prompt is not None:
-            embedded = model.get_input_embeddings()(inputs["input_ids"])
-            inputs = {"inputs_embeds": torch.cat([soft_prompt[None].to(embedded), embedded], dim=1)}
+        inputs = inputs_behind(model, row[None].to(device), soft_prompt)
         out.append(model(**inputs, use_cache=False).logits[0].float().cpu())
     return out
 

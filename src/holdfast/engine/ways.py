@@ -16,7 +16,7 @@ import torch
 from holdfast.engine.attention import ATTENTION
 from holdfast.engine.layout import upload
 from holdfast.engine.pack import Packed, TokenRow, pack
-from holdfast.engine.prefix import behind, is_prefix
+from holdfast.engine.prefix import behind, cache_name, cache_of, is_prefix
 from holdfast.engine.replaced import Handed, collecting
 from holdfast.errors import ModelError
 
@@ -54,6 +54,18 @@ def run_packed(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Seq
 def spans(prompts: Sequence[int], soft: Any) -> list[int]:
     """How many places of its own each row's prompt takes: none of a prefix, which is no part of the row."""
     return [0] * len(prompts) if is_prefix(soft) else list(prompts)
+
+
+def inputs_behind(model: Any, ids: torch.Tensor, soft: torch.Tensor | None) -> dict[str, Any]:
+    """What a model is given to read ids (B, T) behind a (p, D) soft prompt or a prefix, if there is one."""
+    if soft is None:
+        return {"input_ids": ids}
+    table = inner(model).get_input_embeddings()
+    if is_prefix(soft):
+        cache = cache_of(soft.to(ids.device), len(ids), table.weight.dtype)
+        return {"input_ids": ids, cache_name(inner(model)): cache}
+    embedded = table(ids)
+    return {"inputs_embeds": torch.cat([soft.to(embedded).expand(len(ids), -1, -1), embedded], dim=1)}
 
 
 def _by_token(value: torch.Tensor, grid: torch.Size) -> torch.Tensor:
@@ -97,14 +109,14 @@ def _other(row: TokenRow) -> np.ndarray:
 
 
 def run_padded(model: Any, p: Packed, prompts: list[int], soft: Any, layers: Sequence[int]) -> Outcome:
-    lengths = [len(r.ids) + n for r, n in zip(p.rows, spans(prompts, soft), strict=True)]
+    own = spans(prompts, soft)
+    lengths = [len(r.ids) + n for r, n in zip(p.rows, own, strict=True)]
     width, starts = max(lengths), np.concatenate([[0], np.cumsum(lengths)])
     real = np.arange(width) < np.asarray(lengths)[:, None]
     cells = np.where(real, starts[:-1, None] + np.arange(width), 0)
     at, mask, shift = (upload(a, p.ids.device) for a in (cells, real.astype(np.int64), starts[p.row]))
     grid = p.ids[0][at] * mask
     inputs: dict[str, Any] = {"input_ids": grid}
-    own = spans(prompts, soft)
     if any(own) or blends(p):
         flat = _embed(model, p, own, soft)
         inputs = {"inputs_embeds": flat[at] * mask[..., None]}

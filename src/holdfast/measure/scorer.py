@@ -33,10 +33,10 @@ from holdfast.engine.attention import no_plans
 from holdfast.engine.forward import attention, can_pack
 from holdfast.engine.head import comes_apart, head_of, left_out
 from holdfast.engine.lines import LINES_ATTENTION, WIDTHS, Lines, lay
-from holdfast.engine.prefix import cache_name, cache_of, is_prefix, layers_of
+from holdfast.engine.prefix import cache_name, is_prefix, layers_of
 from holdfast.engine.threads import may_share, side_by_side
 from holdfast.engine.tree import TREE_ATTENTION, Tree, grow, parts, slices, tiles
-from holdfast.engine.ways import inner
+from holdfast.engine.ways import inner, inputs_behind
 from holdfast.errors import DataError, HoldfastError
 
 Request = tuple[str, str]
@@ -361,14 +361,8 @@ class Scorer:
 
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
         """(B, T, V) logits of ids (B, T), read behind the soft prompt if there is one."""
-        if self.soft_prompt is None:
-            return self.model(input_ids=ids, use_cache=False).logits
-        if is_prefix(self.soft_prompt):
-            cache = cache_of(self.soft_prompt, len(ids), self._dtype)
-            return self.model(input_ids=ids, **{self._cache: cache}, use_cache=False).logits
-        soft = self.soft_prompt.to(self._dtype).expand(len(ids), -1, -1)
-        embedded = torch.cat([soft, self.model.get_input_embeddings()(ids)], dim=1)
-        return self.model(inputs_embeds=embedded, use_cache=False).logits[:, soft.shape[1] :]
+        given = inputs_behind(self.model, ids, self.soft_prompt)
+        return self.model(**given, use_cache=False).logits[:, -ids.shape[1] :]
 
 
 def _spaces_moved(context: str, continuation: str, alone: bool) -> Request:

@@ -21,7 +21,7 @@ from holdfast.models.related import check_related
 from holdfast.recipe import KEEP_FRAC
 from holdfast.runs import repair_goal
 from holdfast.runs.folder import JsonOrder, RunFolder
-from holdfast.runs.repair_heal import FEWEST, Healed, check_prompts, heal, write
+from holdfast.runs.repair_heal import FEWEST, Healed, check_prompts, heal, write_change
 from holdfast.runs.repair_judge import BASE, CHOOSING, Judge
 from holdfast.runs.repair_made import READS_HARM, check_pair, made, read_harmful
 from holdfast.runs.repair_search import DEFAULT, HEAL, TUNED, Candidate, Point, candidates, choose, search
@@ -175,7 +175,8 @@ class _Work:
         if not file.exists():
             base, tuned = partial(judge.model, BASE), partial(judge.model, TUNED)
             settings: dict[str, Any] = dict(who.settings)
-            write(heal(base, tuned, judge.tokenizer, self.goal.prompts, tell=self._told("heal"), **settings), file)
+            told = self._told("heal")
+            write_change(heal(base, tuned, judge.tokenizer, self.goal.prompts, tell=told, **settings).model, file)
             judge.forget()
         return file
 

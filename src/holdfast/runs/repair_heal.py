@@ -39,7 +39,7 @@ STEPS, BATCH, RATE, PROMPTS, FEWEST, SEED = 48, 8, 1e-3, 200, 8, 0  # ours
 class Healed(Method):
     """The change that `heal` trained, added to the tuned weights: W + s B A for each linear map."""
 
-    file: str  # of `write`
+    file: str  # of `write_change`
     on: str = "tuned"  # "base": an adapter's pruned factors on its base
 
     does: ClassVar = "adds what a short training changed"
@@ -154,11 +154,6 @@ def _trained(
 
     train(session, mix, settings, on_step=on_step)
     return session
-
-
-def write(session: Session, target: Path) -> None:
-    """Write the change of a trained session; see `write_change`."""
-    write_change(session.model, target)
 
 
 def write_change(model: Any, target: Path) -> None:

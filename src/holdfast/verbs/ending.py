@@ -26,9 +26,7 @@ from holdfast.errors import HoldfastError, out_of_memory
 
 MISTAKE, FAULT, STOPPED, UNREAD = 2, 70, 130, 141  # 70 is EX_SOFTWARE of sysexits.h, the others are the shell's
 PEERS = ("closed by peer", "reset by peer", "gloo", "nccl", "tcpstore")  # a collective call that others have left
-NATIVE = re.compile(
-    r"\(os error (\d+)\)"
-)  # of a library in Rust (tokenizers, safetensors), as an error of its own kind
+NATIVE = re.compile(r"\(os error (\d+)\)")  # of a library in Rust (tokenizers, safetensors), in an error of its own
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 GOES_ON = ("tune", "repair", "compare")  # from where they were
 MEMORY_CURES = {

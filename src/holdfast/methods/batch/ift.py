@@ -90,8 +90,8 @@ class IFT(Method):
     def weights(self, view: View, losses: torch.Tensor) -> torch.Tensor:
         """(N,) W at the positions of the task's own rows, 1 at all others; `losses` (N,)."""
         out = []
-        for n, part in enumerate(losses.split(np.bincount(view.packed.row, minlength=len(view.packed.rows)).tolist())):
-            sums = discounted(part, self.gamma) if view.packed.rows[n].of_task else torch.ones_like(part)
+        for row, part in zip(view.packed.rows, view.packed.by_row(losses), strict=True):
+            sums = discounted(part, self.gamma) if row.of_task else torch.ones_like(part)
             whole = sums.sum()
             out.append(len(part) * sums / whole if float(whole.detach()) > 0 else torch.ones_like(part))
         return torch.cat(out)

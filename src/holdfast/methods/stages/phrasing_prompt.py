@@ -27,12 +27,11 @@ from holdfast.data.asked import Reader
 from holdfast.data.encoder import Encoder, stops_of
 from holdfast.data.phrasing import reworded
 from holdfast.engine.pack import TokenRow
-from holdfast.engine.ways import SOFT_PROMPT, inner
 from holdfast.errors import PlanError
 from holdfast.measure.soft_prompt import check_reading
 from holdfast.method import Method, Paper, Stage, State, Term
 from holdfast.methods.loss._divergence import forward_kl
-from holdfast.methods.stages._soft_prompt import ROWS_WITHOUT, sampled
+from holdfast.methods.stages._soft_prompt import ROWS_WITHOUT, alone, sampled, trained
 from holdfast.services import Context, Look, View
 
 SAID = "said/"  # begins the names of what the base says to the rows of a step
@@ -84,10 +83,10 @@ class PhrasingPrompt(Method):
         return {"init": sampled(ctx, self.num_virtual_tokens, f"PhrasingPrompt/{self.seed}")}
 
     def stages(self) -> tuple[Stage, ...]:
-        return (Stage("prompt", 1.0, "prompt", self.learning_rate, keep_best=True, sources=("task",)),)
+        return alone(self.learning_rate)
 
     def decode(self, model: Any) -> Mapping[str, torch.Tensor]:
-        return {"soft_prompt": getattr(inner(model), SOFT_PROMPT).detach()}
+        return trained(model)
 
     def batch(self, rows: Sequence[TokenRow], step: int, look: Look) -> Sequence[TokenRow]:
         reader = Reader(Encoder(look.ctx.tokenizer, stops_of(getattr(look.ctx.model, "generation_config", None))))
@@ -125,10 +124,9 @@ class PhrasingPrompt(Method):
         said = [view.state.get(SAID + r.key.hex()) for r in view.packed.rows]
         if all(one is None for one in said):
             return None
-        sizes = np.bincount(view.packed.row, minlength=len(said)).tolist()
         values = [
             torch.zeros_like(mine[:, 0]) if aim is None else forward_kl(aim.to(mine.device), mine)
-            for mine, aim in zip(view.logp.split(sizes), said, strict=True)
+            for mine, aim in zip(view.packed.by_row(view.logp), said, strict=True)
         ]
         return Term(self.weight * torch.cat(values)[at], "task")
 

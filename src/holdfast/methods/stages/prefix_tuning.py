@@ -23,11 +23,10 @@ from typing import Any, ClassVar
 import torch
 
 from holdfast.engine.prefix import prefix_of
-from holdfast.engine.ways import SOFT_PROMPT, inner
-from holdfast.errors import PlanError
+from holdfast.engine.ways import inner
 from holdfast.measure.soft_prompt import check_reading
 from holdfast.method import Method, Paper, Stage, State
-from holdfast.methods.stages._soft_prompt import ROWS_WITHOUT, ordinary
+from holdfast.methods.stages._soft_prompt import ROWS_WITHOUT, alone, check_numbers, ordinary, trained
 from holdfast.services import Context
 
 
@@ -53,10 +52,7 @@ class PrefixTuning(Method):
     refuses: ClassVar = ROWS_WITHOUT
 
     def check(self, ctx: Context) -> None:
-        if self.num_virtual_tokens < 1:
-            raise PlanError(f"PrefixTuning.num_virtual_tokens is {self.num_virtual_tokens}.", "Use at least 1.")
-        if self.learning_rate is not None and self.learning_rate <= 0:
-            raise PlanError(f"PrefixTuning.learning_rate is {self.learning_rate}.", "Use more than 0.")
+        check_numbers(self)
         check_reading(ctx.model, ctx.tokenizer, self.name, prefix=True)
 
     def prepare(self, ctx: Context) -> State:
@@ -67,7 +63,7 @@ class PrefixTuning(Method):
         return {"init": start.float()}
 
     def stages(self) -> tuple[Stage, ...]:
-        return (Stage("prompt", 1.0, "prompt", self.learning_rate, keep_best=True, sources=("task",)),)
+        return alone(self.learning_rate)
 
     def decode(self, model: Any) -> Mapping[str, torch.Tensor]:
-        return {"soft_prompt": getattr(inner(model), SOFT_PROMPT).detach()}
+        return trained(model)

@@ -21,11 +21,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from holdfast.engine.ways import SOFT_PROMPT, inner
 from holdfast.errors import PlanError
 from holdfast.measure.soft_prompt import check_reading
 from holdfast.method import Method, Paper, Stage, State
-from holdfast.methods.stages._soft_prompt import sampled
+from holdfast.methods.stages._soft_prompt import sampled, trained
 from holdfast.services import Context
 
 
@@ -58,4 +57,4 @@ class ProMoT(Method):
         )
 
     def decode(self, model: Any) -> Mapping[str, torch.Tensor]:
-        return {"soft_prompt": getattr(inner(model), SOFT_PROMPT).detach()}
+        return trained(model)

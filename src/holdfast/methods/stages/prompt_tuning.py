@@ -19,11 +19,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from holdfast.engine.ways import SOFT_PROMPT, inner
-from holdfast.errors import PlanError
 from holdfast.measure.soft_prompt import check_reading
 from holdfast.method import Method, Paper, Stage, State
-from holdfast.methods.stages._soft_prompt import ROWS_WITHOUT, sampled
+from holdfast.methods.stages._soft_prompt import ROWS_WITHOUT, alone, check_numbers, sampled, trained
 from holdfast.services import Context
 
 
@@ -46,17 +44,14 @@ class PromptTuning(Method):
     refuses: ClassVar = ROWS_WITHOUT
 
     def check(self, ctx: Context) -> None:
-        if self.num_virtual_tokens < 1:
-            raise PlanError(f"PromptTuning.num_virtual_tokens is {self.num_virtual_tokens}.", "Use at least 1.")
-        if self.learning_rate is not None and self.learning_rate <= 0:
-            raise PlanError(f"PromptTuning.learning_rate is {self.learning_rate}.", "Use more than 0.")
+        check_numbers(self)
         check_reading(ctx.model, ctx.tokenizer, self.name)
 
     def prepare(self, ctx: Context) -> State:
         return {"init": sampled(ctx, self.num_virtual_tokens, f"PromptTuning/{self.seed}")}
 
     def stages(self) -> tuple[Stage, ...]:
-        return (Stage("prompt", 1.0, "prompt", self.learning_rate, keep_best=True, sources=("task",)),)
+        return alone(self.learning_rate)
 
     def decode(self, model: Any) -> Mapping[str, torch.Tensor]:
-        return {"soft_prompt": getattr(inner(model), SOFT_PROMPT).detach()}
+        return trained(model)
