@@ -6,6 +6,7 @@ is one short run; blocks of all sides alternate in one process, and every figure
 
 from __future__ import annotations
 
+import argparse
 import copy
 import gc
 import json
@@ -451,6 +452,21 @@ def matmul_rate(model: Any, rows: int = 512, seconds: float = 1.0, dtype: torch.
 def share(tokens_per_second: float, num_parameters: int, flops: float) -> float:
     """Part of the matmul rate that 6 FLOP per parameter and token are (for LoRA too, as usual, though it needs 4)."""
     return 6 * num_parameters * tokens_per_second / flops
+
+
+def keep(path: Path, found: Data) -> None:
+    """Write a benchmark's results, whole or not at all."""
+    from holdfast.files import write_json
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, found)
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """Options of a model of random weights and of a step."""
+    parser.add_argument("--size", default="smollm2-135m", choices=list(SIZES))
+    parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument("--tokens", type=int, default=512, help="of a step")
 
 
 def peak_bytes() -> int:

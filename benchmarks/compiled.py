@@ -18,6 +18,7 @@ import resource
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def measure(
                 try:
                     found[name].append(side(model, tokenizer, job, methods, SIDES[name]))
                 except Exception as e:  # what cannot be compiled is a finding
-                    found[name].append({"error": f"{type(e).__name__}: {e}"[:300]})
+                    found[name].append({"error": C.said(e)})
                 print(plan, name, {k: v for k, v in found[name][-1].items() if k != "seconds"}, flush=True)
                 keep(out)
     return out
@@ -159,20 +160,14 @@ def table(path: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from holdfast.files import write_json
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="smollm2-135m", choices=list(C.SIZES))
-    parser.add_argument("--layers", type=int, help="fewer than the shape has")
-    parser.add_argument("--tokens", type=int, default=512, help="of a step")
+    C.add_shape(parser)
     parser.add_argument("--steps", type=int, default=21, help="of a block; the first is not timed")
     parser.add_argument("--cycles", type=int, default=2)
     parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES))
     parser.add_argument("--out", type=Path, default=C.RESULTS / "compiled.json")
     args = parser.parse_args(argv)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    keep = lambda found: write_json(args.out, found)  # noqa: E731
-    measure(args.size, args.layers, args.tokens, args.steps, args.cycles, args.sides, keep)
+    measure(args.size, args.layers, args.tokens, args.steps, args.cycles, args.sides, partial(C.keep, args.out))
     print("\n".join(table(args.out)))
 
 

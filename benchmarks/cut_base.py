@@ -159,8 +159,6 @@ def table(path: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from holdfast.files import write_json
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="200M", choices=list(SHAPES))
     parser.add_argument("--steps", type=int, default=3)
@@ -172,8 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         child(args.folder, args.child, args.steps)
         return
     found = measure(args.size, args.steps)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, found)
+    C.keep(args.out, found)
     print("\n".join(table(args.out)))
 
 

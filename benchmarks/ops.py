@@ -289,19 +289,14 @@ def table(path: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from holdfast.files import write_json
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="smollm2-135m", choices=list(C.SIZES))
-    parser.add_argument("--layers", type=int, help="fewer than the shape has")
-    parser.add_argument("--tokens", type=int, default=512, help="of a step")
+    C.add_shape(parser)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--without", nargs="*", default=[], help="parts of names of sides to leave out")
     parser.add_argument("--out", type=Path, default=C.RESULTS / "ops.json")
     args = parser.parse_args(argv)
     found = measure(args.size, args.layers, args.tokens, args.steps, args.without)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, found)
+    C.keep(args.out, found)
     print("\n".join(table(args.out)))
 
 

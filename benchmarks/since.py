@@ -120,8 +120,6 @@ def table(path: Path) -> list[str]:
 
 
 def main() -> None:
-    from holdfast.files import write_json
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True, help="a worktree of the earlier commit")
     parser.add_argument("--model", default="random:smollm2-135m")
@@ -131,7 +129,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--out", type=Path, default=C.RESULTS / "since.json")
     args = parser.parse_args()
-    write_json(args.out, measure(args.before, args.model, args.steps, args.batch, args.cycles, args.only))
+    C.keep(args.out, measure(args.before, args.model, args.steps, args.batch, args.cycles, args.only))
     print("\n".join(table(args.out)))
 
 
