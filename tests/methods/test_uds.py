@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from holdfast.engine.pack import token_row
+from holdfast.engine.pack import pack, token_row
 from holdfast.errors import PlanError
 from holdfast.methods import UDS
 from holdfast.methods.batch.uds import nuclear_norm
@@ -20,12 +20,8 @@ def row(n: int):
 def look(answers, state, **settings):
     """A look at rows whose logits are written down: `answers[i]` (L, V) for the row that ends with 4 + i."""
 
-    class Packing:
-        def __init__(self, rows):
-            self.row = torch.arange(len(rows)).repeat_interleave(2).numpy()
-
     def forward(rows):
-        return Packing(rows), torch.cat([answers[int(r.ids[-1]) - 4] for r in rows])
+        return pack(rows), torch.cat([answers[int(r.ids[-1]) - 4] for r in rows])
 
     return Look(Context(None, None, max_length=8, **settings), state, forward)
 
