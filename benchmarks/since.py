@@ -6,8 +6,10 @@
 A side is a process of its own that imports one commit's package and its own benchmarks/_common.py. Sides go in
 lockstep, one step (or one task that is scored) each in turn, the same rows in the same step, while the others wait:
 the speed of a virtual machine drifts by half within minutes, so a step is set against its neighbour of seconds ago.
-Random weights of SmolLM2-135M's shape, shipped rows, one thread. Figures are medians of the ratios of steps, with
-intervals that resample the steps; preparing and the first step are in `begin`, one figure a process.
+One commit in two processes differs by up to a tenth (where its memory lies, which core it is on): every cell has
+several lots of fresh processes. Random weights of the shape of SmolLM2-135M, shipped rows, one thread. Geometric
+means over lots of the median ratio of steps, with intervals that resample lots and steps; preparing and the first
+step are in `begin`. A last row sets this commit against itself: what the method itself cannot tell.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import numpy as np
@@ -26,11 +29,12 @@ import _common as C
 
 HERE = Path(__file__).parent
 CELLS: dict[str, dict[str, Any]] = {
-    "lora": {"kind": "lora", "data": "medium"},
-    "lora, short rows": {"kind": "lora", "data": "short"},
-    "full": {"kind": "full", "data": "medium"},
+    "lora": {"kind": "lora", "data": "medium", "trl": True},
+    "lora, short rows": {"kind": "lora", "data": "short", "trl": True},
+    "full": {"kind": "full", "data": "medium", "trl": True},
     "default plan": {"kind": "lora", "data": "medium", "anchor": True},
     "scoring": {"items": 24},
+    "lora, this commit against itself": {"kind": "lora", "data": "medium", "itself": True},
 }
 CHILD = """
 import json, sys, time
@@ -69,7 +73,7 @@ else:
     rows = C.rows_of(job["data"], None, tokenizer)
     asked = C.Job(rows, job["steps"] + 1, job["batch"], job["kind"])
     turn()
-    if job["trl"]:
+    if job["peer"]:
         plain = {"gradient_checkpointing": False, "padding_free": True, "max_length": None}
         C.trl(C.fresh(model), tokenizer, asked, plain)
     else:
@@ -104,7 +108,7 @@ class Side:
 
 def lockstep(trees: dict[str, Path], job: dict[str, Any]) -> dict[str, list[list[float]]]:
     """{side: [wall, CPU seconds of each step]}; the first step is preparing."""
-    sides = {n: Side(tree, {**job, "trl": n == "TRL"}) for n, tree in trees.items()}
+    sides = {n: Side(tree, {**job, "peer": n == "TRL"}) for n, tree in trees.items()}
     found: dict[str, list[list[float]]] = {n: [] for n in sides}
     try:
         for n in range(job["steps"] + 1):
@@ -116,28 +120,36 @@ def lockstep(trees: dict[str, Path], job: dict[str, Any]) -> dict[str, list[list
     return found
 
 
-def ratio(now: list[list[float]], other: list[list[float]], which: int) -> list[float]:
-    """[median of the ratios of steps, and its 95 % interval]."""
-    each = np.array([a[which] / b[which] for a, b in zip(now[1:], other[1:], strict=True)])
-    drawn = np.random.default_rng(0).choice(each, (2000, len(each)))
-    return [round(float(x), 4) for x in (np.median(each), *np.quantile(np.median(drawn, 1), (0.025, 0.975)))]
+def ratio(lots: list[dict[str, list[list[float]]]], other: str, which: int) -> list[float]:
+    """[geometric mean over lots of the median ratio of steps, and its 95 % interval]."""
+    each = [np.log([a[which] / b[which] for a, b in zip(f["now"][1:], f[other][1:], strict=True)]) for f in lots]
+    draw = np.random.default_rng(0)
+    again = [
+        np.mean([np.median(draw.choice(each[n], len(each[n]))) for n in draw.integers(len(each), size=len(each))])
+        for _ in range(2000)
+    ]
+    middle = np.mean([np.median(one) for one in each])
+    return [round(float(np.exp(x)), 4) for x in (middle, *np.quantile(again, (0.025, 0.975)))]
 
 
-def measure(before: Path, model: str, steps: int, batch: int, only: str, out: Path) -> None:
-    trees = {"now": HERE.parent, "before": before.resolve()}
+def measure(before: Path, model: str, steps: int, lots: int, batch: int, only: str, out: Path) -> None:
     said = lambda tree: subprocess.check_output(["git", "-C", str(tree), "rev-parse", "--short", "HEAD"], text=True)  # noqa: E731
-    record: C.Data = {"commits": {n: said(t).strip() for n, t in trees.items()}, "model": model, "cells": {}}
+    commits = {n: said(tree).strip() for n, tree in (("now", HERE.parent), ("before", before))}
+    record: C.Data = {"commits": commits, "model": model, "cells": {}}
     for name, cell in CELLS.items():
         if only not in name:
             continue
-        beside = {"TRL": HERE.parent} if cell.get("kind") and not cell.get("anchor") else {}
-        found = lockstep({**trees, **beside}, {**cell, "model": model, "steps": steps, "batch": batch})
-        others = [n for n in found if n != "now"]
+        trees = {"now": HERE.parent, "before": HERE.parent if cell.get("itself") else before.resolve()}
+        beside = {"TRL": HERE.parent} if cell.get("trl") else {}
+        job = {**cell, "model": model, "steps": steps, "batch": batch}
+        found = [lockstep({**trees, **beside}, job) for _ in range(lots)]
+        others = [n for n in found[0] if n != "now"]
+        begin = {n: [f["now"][0][1] / f[n][0][1] for f in found] for n in others}
         record["cells"][name] = {
-            "step": {n: ratio(found["now"], found[n], 0) for n in others},
-            "cpu": {n: ratio(found["now"], found[n], 1) for n in others},
-            "begin": {n: round(found["now"][0][1] / found[n][0][1], 4) for n in others},
-            "seconds": {n: [[round(x, 4) for x in step] for step in steps] for n, steps in found.items()},
+            "step": {n: ratio(found, n, 0) for n in others},
+            "cpu": {n: ratio(found, n, 1) for n in others},
+            "begin": {n: round(geometric_mean(each), 4) for n, each in begin.items()},
+            "seconds": [{n: [[round(x, 3) for x in s] for s in steps] for n, steps in f.items()} for f in found],
         }
         print(name, {k: v for k, v in record["cells"][name].items() if k != "seconds"}, flush=True)
         C.keep(out, {**record, "facts": C.facts()})
@@ -164,12 +176,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True, help="a worktree of the earlier commit")
     parser.add_argument("--model", default="random:smollm2-135m")
-    parser.add_argument("--steps", type=int, default=24, help="of a side, beside the first")
+    parser.add_argument("--steps", type=int, default=12, help="of a process, beside the first")
+    parser.add_argument("--lots", type=int, default=4, help="of fresh processes")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--out", type=Path, default=C.RESULTS / "since.json")
     args = parser.parse_args()
-    measure(args.before, args.model, args.steps, args.batch, args.only, args.out)
+    measure(args.before, args.model, args.steps, args.lots, args.batch, args.only, args.out)
     print("\n".join(table(args.out)))
 
 
