@@ -43,8 +43,8 @@ ORDER = [("sst2", 0), ("tickets", 0), ("sst2", 1), ("tickets", 1), ("rte", 0), (
 
 def wanted() -> list[tuple[str, str, int, str]]:
     """(task, kind, seed, search) in the order of need."""
-    cells = [(t, k, s, search) for t, s in ORDER for search in ("heal", "default") for k in KINDS]
-    more = [(t, "lora", 0, search) for search in ("own", "six") for t in ("sst2", "tickets")]
+    cells = [(t, k, s, search) for t, s in ORDER for search in ("heal", "own", "default") for k in KINDS]
+    more = [(t, "lora", 0, "six") for t in ("sst2", "tickets")]
     return [*more, *cells, *(("sst2", "full", 0, search) for search in ("six", "merges", "graft"))]
 
 
