@@ -132,7 +132,7 @@ def ratio(lots: list[dict[str, list[list[float]]]], other: str, which: int) -> l
     return [round(float(np.exp(x)), 4) for x in (middle, *np.quantile(again, (0.025, 0.975)))]
 
 
-def measure(before: Path, model: str, steps: int, lots: int, batch: int, only: str, out: Path) -> None:
+def measure(before: Path, model: str, steps: int, lots: int, batch: int, only: str, peer: bool, out: Path) -> None:
     said = lambda tree: subprocess.check_output(["git", "-C", str(tree), "rev-parse", "--short", "HEAD"], text=True)  # noqa: E731
     commits = {n: said(tree).strip() for n, tree in (("now", HERE.parent), ("before", before))}
     record: C.Data = {"commits": commits, "model": model, "cells": {}}
@@ -140,7 +140,7 @@ def measure(before: Path, model: str, steps: int, lots: int, batch: int, only: s
         if only not in name:
             continue
         trees = {"now": HERE.parent, "before": HERE.parent if cell.get("itself") else before.resolve()}
-        beside = {"TRL": HERE.parent} if cell.get("trl") else {}
+        beside = {"TRL": HERE.parent} if cell.get("trl") and peer else {}
         job = {**cell, "model": model, "steps": steps, "batch": batch}
         found = [lockstep({**trees, **beside}, job) for _ in range(lots)]
         others = [n for n in found[0] if n != "now"]
@@ -180,9 +180,10 @@ def main() -> None:
     parser.add_argument("--lots", type=int, default=4, help="of fresh processes")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--only", default="", help="cells whose name contains this")
+    parser.add_argument("--alone", action="store_true", help="without TRL")
     parser.add_argument("--out", type=Path, default=C.RESULTS / "since.json")
     args = parser.parse_args()
-    measure(args.before, args.model, args.steps, args.lots, args.batch, args.only, args.out)
+    measure(args.before, args.model, args.steps, args.lots, args.batch, args.only, not args.alone, args.out)
     print("\n".join(table(args.out)))
 
 
