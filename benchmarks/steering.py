@@ -34,7 +34,7 @@ from leaderboard_table import NAMES, OURS, Row, grouped
 
 FOLDER, SHARED = OUT / "steering", HERE.parent.parent / "shared" / "data"
 TASKS = ("sst2", "rte", "tickets", "agnews")
-HOLDS = (0.05, 0.1, 0.2)  # nats per token
+HOLDS = (0.1, 0.2, 0.4)  # nats per token
 SIZE = Size(suites={OURS: 24}, more={}, divergence=20, shared=20)
 KL, WEIGHT = "ICLAnchor/kl", "ICLAnchor/weight"
 LAST, PROMPTS = 8, 16  # looks of a run that its live KL is a mean of; prompts that are looked at behind it

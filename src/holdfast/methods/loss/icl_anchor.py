@@ -26,10 +26,11 @@ there anyway. Without it (gold = 0) in-context ability settles a little below th
 Dual ascent on max over w of min over weights of (task + w (KL - hold)), as in PPO-Lagrangian, here on log w: a KL
 answers to ratios of w, so one rate serves small and large w, and w leaves 0.01 as fast as it went there, where a sum
 that was clipped at 0 has lost its place. Ziegler et al. (1909.08593) steer PPO's KL (1707.06347) by such factors.
-Nothing winds up: w falls only when `hold_over` looks are there, as the KL is 0 at the base whatever w is; w stops
-with the learning rate, when it can change nothing more; a look moves it by e^(hold_rate s) at most. `gold` stays as it
-is. The KL is seen in training (with dropout) on the anchors alone: a bound on it is no proof about other tasks.
-hold_rate 0 only shows it. The losses in training.json have both, as "ICLAnchor/kl" and "ICLAnchor/weight".
+Against windup: w falls only when `hold_over` looks are there, as the KL is 0 at the base whatever w is; w stops with
+the learning rate, when it can change nothing more; a look moves it by e^(hold_rate s) at most. A peak of the KL in the
+first steps does raise w. `gold` stays as it is, and part of the KL is its doing. The KL is seen in training, on the
+anchors alone: a bound on it is no proof about other tasks. hold_rate 0 only shows it. training.json has both, as
+"ICLAnchor/kl" and "ICLAnchor/weight".
 The base's answers on the fixed prompts are computed once, before training. Cost: the prompts' tokens in a step.
 Combine with: everything. With ProMoT the prompts go without the soft prompt.
 """
