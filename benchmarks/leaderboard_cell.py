@@ -219,8 +219,19 @@ def train_plan(cell: Cell, lab: Lab, model: Any, tokenizer: Any, rows: Material)
     return train_methods(plans()[cell.method][0], cell, lab, model, tokenizer, rows)
 
 
-def train_methods(methods: Sequence[Any], cell: Cell, lab: Lab, model: Any, tokenizer: Any, rows: Material) -> Trained:
-    """Train a plan of these methods as `holdfast tune` does, at the rate and the seed of `cell`."""
+def train_methods(
+    methods: Sequence[Any],
+    cell: Cell,
+    lab: Lab,
+    model: Any,
+    tokenizer: Any,
+    rows: Material,
+    keep: Sequence[str] = (),
+) -> Trained:
+    """Train a plan of these methods as `holdfast tune` does, at the rate and the seed of `cell`.
+
+    keep: parts of the loss whose course is a fact worth keeping: [step, value] of the steps that have them.
+    """
     from holdfast.hosts.plain import Training, rows_of_run, train
     from holdfast.measure.tuned_task import score_task
     from holdfast.plan import Host, Plan
@@ -247,7 +258,9 @@ def train_methods(methods: Sequence[Any], cell: Cell, lab: Lab, model: Any, toke
     def run() -> Data:
         log = train(session, mix, settings, evaluate=evaluate)
         loss = [round(p["task"], 3) for _, p in log.loss]
-        return {"tokens": log.tokens, "loss": loss, "realised": dict(log.realised)}
+        shown = {name: [[at, round(p[name], 6)] for at, p in log.loss if name in p] for name in keep}
+        more = {"shown": shown} if keep else {}
+        return {"tokens": log.tokens, "loss": loss, "realised": dict(log.realised), **more}
 
     if lab.trained is not None and all(m.sites() == ("merge",) for m in plan.methods):
         file = lab.trained / f"{cell.task}.{cell.rate}.{cell.seed}.safetensors"

@@ -94,6 +94,15 @@ def test_a_penalty_on_what_holds_still_is_no_fault(tiny_model, tokenizer, rows):
     assert len(run(plan, tiny_model(), tokenizer, rows, 4).log.loss) == 4
 
 
+def test_a_weight_that_is_steered_is_in_the_checkpoint(tmp_path, tiny_model, tokenizer, rows):
+    plan, world = [hf.ICLAnchor(pool=4, every=2, hold=1e-3, hold_over=2)], (tiny_model, tokenizer, rows)
+    again, whole = killed_and_resumed(plan, 7, tmp_path, *world), run(plan, tiny_model(), tokenizer, rows, 8)
+    equal(again, whole)
+    state = whole.session.state["ICLAnchor"]
+    assert all(torch.equal(again.session.state["ICLAnchor"][n], t) for n, t in state.items())
+    assert len({p["ICLAnchor/weight"] for _, p in again.log.loss if "ICLAnchor/weight" in p}) > 3
+
+
 # ---- gradients, parameters, losses by source
 
 

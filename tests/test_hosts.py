@@ -106,6 +106,7 @@ METHODS: dict[str, Sequence[Method]] = {
     "KLToBase": [hf.KLToBase(weight=2.0)],
     "KLToBase LoRA": [hf.LoRA(r=4), hf.KLToBase(weight=2.0)],
     "ICLAnchor": [hf.ICLAnchor(pool=8, weight=5.0, every=3)],
+    "ICLAnchor held": [hf.ICLAnchor(pool=8, weight=5.0, every=2, hold=1e-3, hold_over=1)],
     "DFT": [hf.DFT()],
     "L2ToInit": [hf.L2ToInit(alpha=10.0)],
     "OrthogonalSubspace": [hf.OrthogonalSubspace()],

@@ -33,6 +33,7 @@ PLANS: dict[str, Sequence[Method]] = {
     **{c.name: [LORA if c.name == "LoRA" else c.method] for c in CASES},
     "feedback": [Watcher()],
     "all at once": [LORA, hf.ICLAnchor(pool=8), hf.KLToBase(on="replay"), hf.InContextMix(pool=8), hf.L2ToInit()],
+    "held": [hf.ICLAnchor(pool=8, shots=(1, 2), prompts_per_step=2, hold=1e-3, hold_over=2)],
     "balanced": [LORA, hf.Replay(share=0.5), hf.MFTCoder()],
     "left out and paired": [Unlikely(), hf.Curriculum(), Averaged(grouped=True)],
     "by source": [Averaged(per="source")],

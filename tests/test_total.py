@@ -67,6 +67,16 @@ def test_pieces_give_the_same_loss_parts_and_gradients(case, step, monkeypatch):
         torch.testing.assert_close(grads_again[name], grad, rtol=1e-4, atol=1e-6)
 
 
+def test_what_a_term_shows_comes_out_the_same_in_pieces(step, monkeypatch):
+    session, rows = step([hf.ICLAnchor(every=1, short=0, shots=(1, 2), pool=8, hold=0.1, weight=3.0)])
+    with torch.no_grad():
+        for p in session.params.values():
+            p.mul_(1.3)
+    whole, parts = (result(session, rows, most, monkeypatch)[1] for most in (10**6, FEW))
+    assert parts == pytest.approx(whole, rel=1e-4) and parts["ICLAnchor/weight"] == pytest.approx(3)
+    assert parts["ICLAnchor/kl"] > 1e-3
+
+
 class Largest(TorchDispatchMode):
     """The most positions that any tensor over the vocabulary had; (width, vocabulary) is the head's weight, turned."""
 

@@ -60,11 +60,14 @@ class Term:
     per: "position" as above; "row": `value` is (R,), one number for each of the owner's rows that are scored
     somewhere, divided by their number in the step; "source": `value` is (M,), and the means over each source's
     positions in the step are averaged over the sources that stand in it.
+    shown: name -> what else is to be known of the same positions, shaped and divided as `value`, without gradient and
+    no part of the loss: `Past.loss` and the log of losses have it as "<method>/<name>". Of terms with an owner alone.
     """
 
     value: torch.Tensor
     owner: str | None = None
     per: str = "position"
+    shown: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,8 @@ class Past:
 
     step: of the run, from 0; total: steps of the run, 0 when unknown; loss: parts of the loss of this step, summed
     over micro-batches and processes ("task", and each method's term by its name), and what each source brings to
-    "task" ("task/<source>", which add up to it); learning_rate: the schedule's, of the first group;
-    model: as it is before the step; to be looked at only, the same in every process.
+    "task" ("task/<source>", which add up to it), and what terms show beside (`Term.shown`); learning_rate: the
+    schedule's, of the first group; model: as it is before the step; to be looked at only, the same in every process.
     grads: of the step, by canonical name, summed over micro-batches and processes, before masks of `entries`, the
     `grad` chain and clipping; none of what no row reached. params: what trains, before the step. base: the base's
     weights. All three whole, each gathered when it is asked for; grads only for methods whose `needs` has

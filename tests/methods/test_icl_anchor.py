@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
+from cases import run
 from holdfast.errors import HoldfastError, PlanError
 from holdfast.measure.tasks import anchor_tasks
+from holdfast.method import Past
 from holdfast.methods import ICLAnchor
 from holdfast.services import Context
 
@@ -80,6 +83,101 @@ def test_every_second_step_with_twice_the_weight(tiny_model, start, token_rows, 
     assert "ICLAnchor" not in parts[2, 1]
 
 
+# ---- a bound in place of a fixed weight
+
+
+def looked(method, looks, total=60, state=None):
+    """The weights after looks (step, KL, learning rate), and the state."""
+    state, weights = {} if state is None else state, []
+    for step, kl, rate in looks:
+        said = method.steer(Past(step, total, {"task": 1.0, "ICLAnchor/kl": kl}, rate), state)
+        state |= said.state
+        weights.append(float(state["weight"]))
+    return weights, state
+
+
+def test_steps_of_the_weight_by_hand():
+    """hold 0.05, every 2, rate 0.1, means of 2 looks, so a look moves log w by 0.2 * error * learning rate / largest.
+
+    step 0: KL 0, one look of two, which may not lower: w = 1
+    step 2: mean (0 + 0.02) / 2 = 0.01, error 0.01 / 0.05 - 1 = -0.8: log w = -0.16, w = 0.852144
+    step 4: mean (0.02 + 0.18) / 2 = 0.1, error 1: log w = 0.04, w = 1.040811
+    step 6: mean 0.3, error 5, clipped at 1, half the learning rate: log w = 0.14, w = 1.150274
+    step 8: mean 0.21, learning rate 0: as before
+    """
+    method = ICLAnchor(hold=0.05, hold_over=2)
+    looks = [(0, 0.0, 1e-3), (2, 0.02, 1e-3), (4, 0.18, 1e-3), (6, 0.42, 5e-4), (8, 0.0, 0.0)]
+    weights, state = looked(method, looks)
+    assert weights == pytest.approx([1.0, 0.852144, 1.040811, 1.150274, 1.150274], abs=1e-6)
+    assert state["looks"].tolist() == [0.42, 0.0] and float(state["most"]) == 1e-3
+    assert method.steer(Past(9, 60, {"task": 1.0}, 1e-3), state) is None  # a step without prompts
+
+
+def test_an_early_step_counts_once_and_the_weight_stays_in_its_range():
+    """In a run of 14 steps the first 4 all have prompts: 0.1 a look. Error 1 at most, so 0.1 and then 0.2, as every is
+    2; from 1 it takes e^0.3 = 1.349859. Then 300 looks at 0 and as many far above the bound."""
+    method = ICLAnchor(hold=0.1, hold_over=1)
+    assert looked(method, [(3, 9.0, 1e-3), (4, 9.0, 1e-3)], total=14)[0] == pytest.approx(
+        [math.exp(0.1), 1.349859], abs=1e-6
+    )
+    weights, state = looked(method, [(2 * n, 0.0, 1e-3) for n in range(300)])
+    assert weights[0] == pytest.approx(math.exp(-0.2)) and weights[-1] == pytest.approx(0.01)
+    back = looked(method, [(2 * n, 1.0, 1e-3) for n in range(300)], state=state)[0]
+    assert back[22] < 1 < back[23] and back[-1] == pytest.approx(32.0)  # ln 100 / 0.2 = 23.03 looks to 1
+
+
+def test_the_term_has_the_weight_of_its_state_and_shows_both(toy_view):
+    """Weight 3 in the state: 3 * every 2 * ln 1.25; shown are ln 1.25 and 3."""
+    view = toy_view(torch.tensor([[0.8, 0.1, 0.1]]).log(), [0], step=6, base=[[0.5, 0.25, 0.25]], owner="ICLAnchor")
+    view.state["weight"] = torch.tensor(3.0, dtype=torch.float64)
+    term = ICLAnchor(hold=0.05).loss(view)
+    assert term.value.item() == pytest.approx(6 * math.log(1.25), rel=1e-5)
+    assert term.shown["kl"].item() == pytest.approx(math.log(1.25), rel=1e-5) and term.shown["weight"].item() == 3
+
+
+HELD = {"pool": 8, "shots": (1, 2), "every": 1, "short": 0, "prompts_per_step": 2}
+
+
+def shown(result, name):
+    return [p[f"ICLAnchor/{name}"] for _, p in result.log.loss]
+
+
+def test_the_weight_falls_below_the_bound_and_rises_above_it(tiny_model, tokenizer, rows):
+    loose = run([ICLAnchor(hold=1e3, **HELD)], tiny_model(), tokenizer, rows, 12)
+    low = shown(loose, "weight")
+    assert low[:4] == pytest.approx([1.0] * 4) and all(b < a for a, b in pairwise(low[3:]))
+    tight = run([ICLAnchor(hold=1e-6, **HELD)], tiny_model(), tokenizer, rows, 12)
+    high = shown(tight, "weight")
+    assert high[-1] > 1.5 and all(b >= a * (1 - 1e-6) for a, b in pairwise(high))
+    assert shown(tight, "kl")[-1] < shown(loose, "kl")[-1]
+    assert float(tight.session.state["ICLAnchor"]["weight"]) >= high[-1]
+
+
+def test_a_bound_that_moves_nothing_is_the_fixed_weight_bit_for_bit(tiny_model, tokenizer, rows):
+    """With hold_rate 0 the KL is only shown; without a bound the method has no `steer` and shows nothing."""
+    fixed = run([ICLAnchor(**HELD)], tiny_model(), tokenizer, rows, 6)
+    watched = run([ICLAnchor(hold=0.05, hold_rate=0.0, **HELD)], tiny_model(), tokenizer, rows, 6)
+    assert all(torch.equal(watched.weights[n], w) for n, w in fixed.weights.items())
+    assert set(fixed.log.loss[0][1]) == {"task", "ICLAnchor"} and fixed.session.state["ICLAnchor"] == {}
+    assert "steer" not in ICLAnchor().sites() and "steer" in ICLAnchor(hold=0.05).sites()
+    assert shown(watched, "weight") == [1.0] * 6
+
+
+def test_micro_batches_of_a_step_move_the_weight_once(tiny_model, tokenizer, rows):
+    whole, parts = (
+        run([ICLAnchor(hold=1e-3, **HELD)], tiny_model(), tokenizer, rows, 6, batch_size=8 // n,
+            gradient_accumulation_steps=n)
+        for n in (1, 4)
+    )  # fmt: skip
+    for name in ("kl", "weight"):
+        assert shown(parts, name) == pytest.approx(shown(whole, name), rel=1e-3, abs=1e-9)
+    assert len(parts.session.state["ICLAnchor"]["looks"]) == 4
+
+
+def test_a_stronger_bound_is_a_lower_one():
+    assert ICLAnchor(hold=0.06).stronger(3) == ICLAnchor(hold=0.02, gold=0.3 * 3)
+
+
 def test_the_pool_is_used_in_turn():
     method = ICLAnchor(every=2, prompts_per_step=3)
     assert [list(method.asides_at(s, 5, 60)) for s in range(5)] == [[0, 1, 2], [], [3, 4, 0], [], [1, 2, 3]]
@@ -134,7 +232,12 @@ def test_prompts_that_do_not_fit_are_left_out(tiny_model, tokenizer):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"direction": "x"}, {"on": "x"}, {"shots": (3, 1)}, {"every": 0}, {"pool": 0}, {"weight": -1.0}, {"gold": -1.0}],
+    [
+        *({"direction": "x"}, {"on": "x"}, {"shots": (3, 1)}, {"every": 0}, {"pool": 0}),
+        *({"weight": -1.0}, {"gold": -1.0}, {"hold": 0.0}, {"hold": -1.0}, {"hold": math.nan}),
+        *({"hold": 0.1, **more} for more in ({"hold_rate": -1.0}, {"hold_over": 0}, {"weight": 0.0})),
+        *({"hold": 0.1, "hold_range": some} for some in ((2.0, 3.0), (0.0, 3.0), (0.1, 0.5))),
+    ],
 )
 def test_values_that_make_no_sense(wrong, tiny_model, tokenizer):
     with pytest.raises(PlanError, match="ICLAnchor"):

@@ -541,7 +541,8 @@ class PlannedTrainer(_Base):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         self._read_losses()
         if "loss" in logs and self._parts:
-            names, steps = sorted(self._parts), max(1, self._steps_in_parts)
+            names = sorted(n for n in self._parts if "/" not in n)  # what terms show is no mean over all steps
+            steps = max(1, self._steps_in_parts)
             names = names if self.accelerator.num_processes == 1 else ["task", *(m.name for m in self.session.methods)]
             values = torch.tensor([self._parts[n] for n in names], device=self.args.device)
             values = self._summed(values) / steps

@@ -6,8 +6,8 @@ many, the model gives the states before its head; head, weights and terms run pi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,7 @@ class Total:
                 value = torch.stack(values).sum()
                 total = total + value
                 parts[m.name] = value.detach()
+                parts |= {f"{m.name}/{name}": x for t in terms for name, x in _shown(t, step, seen)}
         return total, parts
 
     def _scaled(self, method: Method, term: Term, step: Step, seen: Seen) -> torch.Tensor:
@@ -179,6 +180,12 @@ class Total:
             for name, value in zip(ran[0], values, strict=True):
                 parts[name] = parts[name] + value if name in parts else value
         return total, parts
+
+
+def _shown(term: Term, step: Step, seen: Seen) -> Iterator[tuple[str, torch.Tensor]]:
+    """This forward's part of what a term shows beside its value."""
+    for name, x in term.shown.items():
+        yield name, divided(replace(term, value=x.detach()), seen.packed, step.counts)
 
 
 def vocabulary(model: Any) -> int:

@@ -16,10 +16,26 @@ there: a step of Adam is as long for a small gradient as for a large one, so the
 ability before the KL, which is zero at the base, has a gradient. A longer run mends that itself (docs/decisions.md).
 The second sum, the right answers of the same prompts, costs no further token: it is InContextMix on rows that are
 there anyway. Without it (gold = 0) in-context ability settles a little below the base's.
+`hold` (off by default) is a bound on that KL, in nats per token, and the KL's weight w is then steered to meet it:
+
+    w <- clip(w exp(hold_rate s r clip(K / hold - 1, -1, 1)), hold_range)    after every step with prompts
+
+    w begins as `weight`; K: mean KL of the last `hold_over` such steps; s: `every`, 1 in early steps; r: the step's
+    learning rate / the largest so far
+
+Dual ascent on max over w of min over weights of (task + w (KL - hold)), as in PPO-Lagrangian, here on log w: a KL
+answers to ratios of w, so one rate serves small and large w, and w leaves 0.01 as fast as it went there, where a sum
+that was clipped at 0 has lost its place. Ziegler et al. (1909.08593) steer PPO's KL (1707.06347) by such factors.
+Against windup: w falls only when `hold_over` looks are there, as the KL is 0 at the base whatever w is; w stops with
+the learning rate, when it can change nothing more; a look moves it by e^(hold_rate s) at most. A peak of the KL in the
+first steps does raise w. `gold` stays as it is, and part of the KL is its doing. The KL is seen in training, on the
+anchors alone: a bound on it is no proof about other tasks. hold_rate 0 only shows it. training.json has both, as
+"ICLAnchor/kl" and "ICLAnchor/weight".
 The base's answers on the fixed prompts are computed once, before training. Cost: the prompts' tokens in a step.
 Combine with: everything. With ProMoT the prompts go without the soft prompt.
 """
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +48,7 @@ from holdfast.data.fewshot import build, formats_for
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 from holdfast.measure.tasks import AnchorTask, anchor_tasks
-from holdfast.method import Method, Paper, Term
+from holdfast.method import Method, Paper, Past, State, Steer, Term
 from holdfast.methods.data._shots import encode_shots
 from holdfast.methods.loss._divergence import KINDS
 from holdfast.services import Context, View
@@ -56,6 +72,10 @@ class ICLAnchor(Method):
     on: str = "all"
     pool: int = 512  # distinct prompts
     seed: int = 0
+    hold: float | None = None  # ours: nats per token; None: the weight is fixed
+    hold_rate: float = 0.1  # ours, per step; the controller of 1909.08593: 0.1 a batch, its error clipped at 0.2
+    hold_over: int = 4  # ours: steps with prompts whose mean is compared with the bound
+    hold_range: tuple[float, float] = (0.01, 32.0)  # ours: smallest and largest weight
 
     paper: ClassVar = Paper("Steering Large Language Models for Machine Translation with Finetuning and In-Context "
                             "Learning", "2310.13448", "the loss itself is ours; no paper defines it")  # fmt: skip
@@ -79,7 +99,31 @@ class ICLAnchor(Method):
         if min(self.short, self.early, self.early_factor) < 0:
             what = f"ICLAnchor has short {self.short}, early {self.early} and early_factor {self.early_factor}."
             raise PlanError(what, "Use 0 or more.")
+        self._check_hold()
         anchor_tasks(self.tasks)
+
+    def _check_hold(self) -> None:
+        if self.hold is None:
+            return
+        if not self.hold > 0:
+            what = f"ICLAnchor.hold is {self.hold}, but a KL that prompts may reach is above 0."
+            raise PlanError(what, "Use nats per token, such as 0.05, or leave it out for a fixed weight.")
+        if self.hold_rate < 0 or self.hold_over < 1:
+            what = f"ICLAnchor has hold_rate {self.hold_rate} and hold_over {self.hold_over}."
+            raise PlanError(what, "Use a rate of 0 or more, and at least 1 step.")
+        if len(self.hold_range) != 2 or not 0 < self.hold_range[0] <= self.weight <= self.hold_range[1]:
+            what = f"ICLAnchor.hold steers the weight from {self.weight} on, within hold_range {self.hold_range}."
+            raise PlanError(what, "Give smallest and largest, such as [0.01, 32], above 0 and around weight.")
+
+    def sites(self) -> tuple[str, ...]:
+        """Without a bound no step is looked at."""
+        return tuple(s for s in super().sites() if s != "steer" or self.hold is not None)
+
+    def stronger(self, factor: float) -> Method:
+        """With a bound it is the bound that says how much is held; the weight only begins somewhere."""
+        if self.hold is None:
+            return super().stronger(factor)
+        return dataclasses.replace(self, gold=factor * self.gold, hold=self.hold / factor)
 
     def asides(self, ctx: Context) -> Sequence[TokenRow]:
         tasks: Sequence[AnchorTask] = anchor_tasks(self.tasks)
@@ -122,10 +166,26 @@ class ICLAnchor(Method):
             return None
         divergence = KINDS[self.direction](view.base_logp(self.name), view.logp[at])
         early = self._is_early(view.step, view.total_steps)
-        value = self.weight * (self.early_factor if early else self.every) * divergence
+        weight = float(view.state.get("weight", self.weight))
+        value = weight * (self.early_factor if early else self.every) * divergence
         if self.gold:
             value = value - self.gold * (1 if early else self.every) * _answers(view, self.name) * view.token_logp[at]
-        return Term(value, self.name)
+        shown = {"kl": divergence, "weight": torch.full_like(divergence, weight)}
+        return Term(value, self.name, shown=shown if self.hold is not None else {})
+
+    def steer(self, past: Past, state: State) -> Steer | None:
+        """Look at the step's KL, the same in every process, and set the weight of the next step."""
+        if self.hold is None or f"{self.name}/kl" not in past.loss:
+            return None
+        now = torch.tensor([past.loss[f"{self.name}/kl"]], dtype=torch.float64)
+        looks = torch.cat([state["looks"].cpu(), now])[-self.hold_over :] if "looks" in state else now
+        most = torch.tensor([past.learning_rate, float(state.get("most", 0.0))], dtype=torch.float64).max()
+        least = 0.0 if len(looks) < self.hold_over else -1.0
+        error = (looks.mean() / self.hold - 1).clamp(least, 1.0)
+        steps = 1 if self._is_early(past.step, past.total) else self.every
+        pace = self.hold_rate * steps * past.learning_rate / max(float(most), 1e-300)
+        weight = float(state.get("weight", self.weight)) * (pace * error).exp()
+        return Steer(state={"looks": looks, "most": most, "weight": weight.clamp(*self.hold_range)})
 
 
 def _answers(view: View, owner: str) -> torch.Tensor:
