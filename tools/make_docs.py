@@ -61,6 +61,9 @@ the wrong kind are refused, with the line. `--set training.seed=1` changes a key
 Files are looked for beside the recipe first and in the working directory second. `holdfast:` names a file that comes
 with the package; `holdfast:demo` is a recipe that does, and its run folder lies in the working directory.
 
+The model may be a PEFT adapter. It is merged into its base, which a plan with an adapter of its own writes as `base/`
+beside the new one.
+
 `holdfast init DATA` writes a commented recipe for a data file. Its first line names the JSON schema of recipes, with
 which editors complete and check keys while you type; `holdfast recipe --schema` prints it.
 
