@@ -56,7 +56,8 @@ RECIPE_INTRO = """# Recipe
 A recipe is one YAML file. `holdfast tune RECIPE` runs it and `holdfast explain RECIPE` shows what it would do. Only
 `model.model_name_or_path` and `data.train` are required. A key that does not exist, a key given twice and a value of
 the wrong kind are refused, with the line. `--set training.seed=1` changes a key for one run, as often as needed;
-`--set plan.0.LoRA.r=8` reaches into the list of methods.
+`--set plan.0.LoRA.r=8` reaches into the list of methods. In Python `holdfast.tune("my.yaml")` does the same and
+returns the run folder.
 
 Files are looked for beside the recipe first and in the working directory second. `holdfast:` names a file that comes
 with the package; `holdfast:demo` is a recipe that does, and its run folder lies in the working directory.
