@@ -56,10 +56,14 @@ RECIPE_INTRO = """# Recipe
 A recipe is one YAML file. `holdfast tune RECIPE` runs it and `holdfast explain RECIPE` shows what it would do. Only
 `model.model_name_or_path` and `data.train` are required. A key that does not exist, a key given twice and a value of
 the wrong kind are refused, with the line. `--set training.seed=1` changes a key for one run, as often as needed;
-`--set plan.0.LoRA.r=8` reaches into the list of methods.
+`--set plan.0.LoRA.r=8` reaches into the list of methods. In Python `holdfast.tune("my.yaml")` does the same and
+returns the run folder.
 
 Files are looked for beside the recipe first and in the working directory second. `holdfast:` names a file that comes
 with the package; `holdfast:demo` is a recipe that does, and its run folder lies in the working directory.
+
+The model may be a PEFT adapter. It is merged into its base, which a plan with an adapter of its own writes as `base/`
+beside the new one.
 
 `holdfast init DATA` writes a commented recipe for a data file. Its first line names the JSON schema of recipes, with
 which editors complete and check keys while you type; `holdfast recipe --schema` prints it.

@@ -1,8 +1,7 @@
 """The command line: what can be typed. What a command does is told in `verbs`, one file each, and loaded on use.
 
-Exit codes: 0 done (check, repair: kept), 1 check: lost, repair: bound not met, compare: a run failed, 2 a mistake to
-mend, 3 not enough evidence, 70 a fault of ours;
-`ending` says how errors get theirs.
+Exit codes: 0 done (check, repair: kept), 1 check: lost, repair and tune --keep: bound not met, compare: a run failed,
+2 a mistake to mend, 3 not enough evidence, 70 a fault of ours; `ending` says how errors get theirs.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def _whole_from_one(value: float | None) -> float | None:
 class Model(Section):
     """The base model."""
 
-    model_name_or_path: str = Field(min_length=1, description="Hub id, folder, or GGUF file of the base model.")
+    model_name_or_path: str = Field(min_length=1, description="Hub id, folder, PEFT adapter, or GGUF file.")
     model_revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(default="auto", description="Weights' type.")
     load_in_4bit: bool = Field(default=False, description="Keep the base in 4 bits (CUDA, bitsandbytes, LoRA plans).")
@@ -249,7 +249,7 @@ class Training(Section):
     early_stopping_patience: int | None = Field(
         default=None, ge=1, description="End after so many looks in a row that are no better; null: never."
     )
-    save_total_limit: int | None = Field(default=1, ge=1, description="Checkpoints kept; null: all.")
+    save_total_limit: int | None = Field(default=1, ge=1, description="Checkpoints kept; only 1 is taken.")
     run_name: str | None = Field(
         default=None, min_length=1, description="Name of the run in trackers; null: that of its folder."
     )
@@ -303,10 +303,10 @@ class Measure(Section):
 
     suites: list[str] = Field(
         default=[AUTO],
-        description="Abilities to measure; auto: in-context, and all default suites if they cost under a tenth of it.",
+        description="Abilities to measure; auto: in-context, and all default suites if under a tenth of the training.",
     )
     num_fewshot: int = Field(default=8, ge=0, description="Demonstrations in a few-shot prompt.")
-    limit: int | None = Field(default=None, ge=1, description="Items of each task; null: 48.")
+    limit: int | None = Field(default=None, ge=1, description="Items of each task; null: each suite's own number.")
     batch_tokens: int = Field(default=BATCH_TOKENS, ge=1, description="Tokens scored in one forward pass.")
     invariant: bool = Field(
         default=False, description="Scores with the same bits whatever batch_tokens is; each request alone, so slower."
@@ -360,7 +360,7 @@ class Export(Section):
     """What is written beside the adapter or the tuned weights."""
 
     merge: bool = Field(default=False, description="Write the weights with the adapter merged in.")
-    folder: str | None = Field(default=None, description="Where to; null: inside output_dir.")
+    folder: str | None = Field(default=None, description="Where to; null: output_dir/model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Type of the weights that are written; auto: the base's, of an adapter float32."
     )
@@ -397,7 +397,7 @@ class Recipe(Section):
     data: Data = Field(description="The task.")
     training: Training = Field(default=Training(), description="The training run.")
     plan: list[PlanItem] | None = Field(
-        default=None, description="Methods: names or {name: {field: value}}; null: default."
+        default=None, description="Methods: names or {name: {field: value}}; null: LoRA and ICLAnchor."
     )
     measure: Measure = Field(default=Measure(), description="What is measured and kept.")
     export: Export = Field(default=Export(), description="What is written at the end.")

@@ -1,7 +1,8 @@
 """How a command ends: one message and an exit code that means one thing.
 
     0    done (check, repair: kept)      2    a mistake that can be mended
-    1    check: lost; repair: not met    70   a fault of Holdfast: one sentence, the traceback in a file
+    1    check: lost; repair, tune:      70   a fault of Holdfast: one sentence, the traceback in a file
+         not met; compare: a run failed
     3    not enough evidence             130  Ctrl-C;  141: nobody reads the output any more;  128 + n: signal n
 
 Python itself, typer and rich end with 1 on errors of their own, and a library may call sys.exit: a pipeline would read
