@@ -1,7 +1,7 @@
 """How often `tune --keep` keeps its promise, and what it costs. Resumable: one JSON of a few kilobytes a run.
 
     python benchmarks/budget.py run --shared ../shared/data     # trains what is missing
-    python benchmarks/budget.py table                           # prints the table of docs/budget.md
+    python benchmarks/budget.py table                           # prints a table
 
 The default plan on SmolLM2-135M-Instruct, 60 steps of 8 rows: the shipped tickets, and SST-2, RTE and AG News from
 --shared (not shipped), three seeds each, under in-context 0.97. The bound chooses on one half of the items and on

@@ -1,4 +1,4 @@
-"""What a command exits with: 1 is "lost" and nothing else; a fault of ours is 70, its traceback in a file."""
+"""What a command exits with: 1 is a finding and never an error; a fault of ours is 70, its traceback in a file."""
 
 import errno
 import json
@@ -233,7 +233,7 @@ def test_a_fault_from_outside(tmp_path):
 
 
 def test_a_module_is_the_command(tmp_path):
-    told = shell('"$PY" -m holdfast.cli check nobody/nothing nobody/nothing', tmp_path)
+    told = shell('"$PY" -m holdfast check nobody/nothing nobody/nothing', tmp_path)
     assert told.returncode == 2 and told.stderr.startswith("Error: No model 'nobody/nothing'")
     (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\x00")
     assert shell(f'"$PY" -m holdfast.cli tune {tmp_path}/bad.yaml', tmp_path).returncode in (2, 70)
