@@ -123,11 +123,11 @@ def page(results: Path, plot: Path) -> str:
         "Scoring": scoring(results / "scoring.json"),
         "Starting": section(startup.table(results / "startup.json"), results / "startup.json"),
         "Growth": section([*grown, *picture] if grown else [], results / "growth"),
-        "On a GPU": section(gpu.table(results / "gpu.json"), results / "gpu.json"),
     }
     since_then = since.table(results / "since.json")
     if since_then:
         parts["Against an earlier commit"] = section(since_then, results / "since.json")
+    parts["On a GPU"] = section(gpu.table(results / "gpu.json"), results / "gpu.json")
     sections = (line for title, lines in parts.items() for line in (f"## {title}", "", *lines, ""))
     return "\n".join([INTRO, *sections, *targets()])
 
