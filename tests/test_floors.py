@@ -26,7 +26,7 @@ FLOORS = (  # lowest first; a package stands for its modules, unless one of them
     {"runs"},  # what verbs share
     {"verbs"},
     {"cli"},
-    {"holdfast"},  # the door: names what a user imports
+    {"holdfast", "__main__"},  # the door: names what a user imports, and `python -m holdfast`
 )
 
 
