@@ -11,7 +11,8 @@ before the cells that only it has (further seeds, other tasks) are trained, and 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -89,6 +90,25 @@ def _value(value: Any) -> str:
 def scores_of(record: Mapping[str, Any], what: str) -> dict[str, list[float]]:
     """Item scores of a suite of a record: {task: scores}; {} where it was not measured."""
     return {name: unpacked(x) for name, x in record["suites"].get(what, {}).items()}
+
+
+def in_turn(todo: Iterable[tuple[str, Path, Callable[[], Data]]], until: float) -> dict[str, str]:
+    """Make and save records one after the other until the clock shows `until`; returns what failed and why.
+
+    todo: what a record is called, its file, and what makes it.
+    """
+    failed: dict[str, str] = {}
+    for name, path, make in todo:
+        if time.monotonic() > until:
+            break
+        begun = time.monotonic()
+        try:
+            save(path, make())
+        except Exception as e:  # one broken run must not end the others
+            failed[name] = f"{type(e).__name__}: {e}"
+        how = failed.get(name, "measured")
+        print(f"{time.strftime('%H:%M:%S')} {name}: {how}, {time.monotonic() - begun:.0f} s", flush=True)
+    return failed
 
 
 # ---- the board

@@ -17,14 +17,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import lessons_page
 from leaderboard_cell import Lab, Material, asked, made, material, train_methods
-from leaderboard_cells import BASE, Cell, Data, packed, save
+from leaderboard_cells import BASE, Cell, Data, in_turn, packed
 from leaderboard_plans import HERE
 from lessons_plans import FEW, FOLDER, PHRASINGS, ROWS, SIZE, TASK, Setting, settings
 
@@ -166,19 +166,12 @@ def missing(folder: Path, known: Sequence[Setting], seeds: int) -> Iterator[tupl
 
 def drive(bench: Bench, folder: Path, todo: Sequence[tuple[Setting | None, int]], until: float) -> Mapping[str, str]:
     """Run what is to do until the clock shows `until`; returns what failed and why."""
-    failed: dict[str, str] = {}
-    for setting, seed in todo:
-        if time.monotonic() > until:
-            break
-        name = setting.name if setting else BASE
-        begun = time.monotonic()
-        try:
-            save(path_of(folder, name, seed), bench.run(setting, seed))
-        except Exception as e:  # one broken run must not end the others
-            failed[f"{name}, seed {seed}"] = f"{type(e).__name__}: {e}"
-        how = failed.get(f"{name}, seed {seed}", "measured")
-        print(f"{time.strftime('%H:%M:%S')} {name}, seed {seed}: {how}, {time.monotonic() - begun:.0f} s", flush=True)
-    return failed
+    named = ((setting, seed, setting.name if setting else BASE) for setting, seed in todo)
+    made_by = (
+        (f"{name}, seed {seed}", path_of(folder, name, seed), partial(bench.run, setting, seed))
+        for setting, seed, name in named
+    )
+    return in_turn(made_by, until)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from leaderboard_cell import Lab, Material, divergence, made, material, measure, train_methods
-from leaderboard_cells import BASE, Cell, Data, save
+from leaderboard_cells import BASE, Cell, Data, in_turn
 from leaderboard_plans import DEFAULT, HERE, OUT, Size
 from leaderboard_table import NAMES, OURS, Row, grouped
 
@@ -149,18 +149,8 @@ def cells(tasks: Sequence[str], seeds: int, only: Sequence[str] = ()) -> Iterato
 
 def drive(bench: Bench, folder: Path, todo: Sequence[tuple[Cell, Setting | None]], until: float) -> Mapping[str, str]:
     """Run what is to do until the clock shows `until`; returns what failed and why."""
-    failed: dict[str, str] = {}
-    for cell, setting in todo:
-        if time.monotonic() > until:
-            break
-        begun = time.monotonic()
-        try:
-            save(folder / cell.file, bench.run(cell, setting))
-        except Exception as e:  # one broken run must not end the others
-            failed[f"{cell}"] = f"{type(e).__name__}: {e}"
-        how = failed.get(f"{cell}", "measured")
-        print(f"{time.strftime('%H:%M:%S')} {cell}: {how}, {time.monotonic() - begun:.0f} s", flush=True)
-    return failed
+    made_by = ((f"{cell}", folder / cell.file, partial(bench.run, cell, setting)) for cell, setting in todo)
+    return in_turn(made_by, until)
 
 
 # ---- tables

@@ -1,12 +1,11 @@
 """The GPU benchmark's dry run, and the arithmetic behind every benchmark's figures."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+from scripts import FOLDER, scripts
+
 NAMES = ("_common", "stand_in", "gpu_tries", "gpu", "growth", "memory", "since", "speed", "startup")
 NAMES += ("performance_page",)
 LATER = pytest.mark.long  # a whole dry run of both sides
@@ -17,11 +16,8 @@ pytestmark = pytest.mark.filterwarnings("default")  # what other libraries warn 
 def bench():
     """The benchmark scripts, imported as they import each other; forgotten afterwards."""
     pytest.importorskip("trl")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield {name: __import__(name) for name in NAMES}
-        for name in NAMES:
-            sys.modules.pop(name)
+    with scripts(*NAMES) as found:
+        yield vars(found)
 
 
 @pytest.fixture(scope="module")

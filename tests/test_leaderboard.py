@@ -2,30 +2,22 @@
 
 import json
 import random
-import sys
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from holdfast import models
 from holdfast.data.rows import identity
+from scripts import LEADERBOARD, scripts
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
-NAMES = ("_common", "leaderboard_plans", "leaderboard_cells", "leaderboard_talk", "leaderboard_peers")
-NAMES = (*NAMES, "leaderboard_cell", "leaderboard_table", "leaderboard")
 pytestmark = pytest.mark.filterwarnings("default")  # what other libraries warn of is not ours
 
 
 @pytest.fixture(scope="module")
 def lead():
-    """The scripts, imported as they import each other; forgotten afterwards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        found = {name.removeprefix("leaderboard_"): __import__(name) for name in NAMES}
-        yield type("Lead", (), found)
-        for name in NAMES:
-            sys.modules.pop(name)
+    with scripts(*LEADERBOARD, "leaderboard") as found:
+        yield SimpleNamespace(**{name.removeprefix("leaderboard_"): one for name, one in vars(found).items()})
 
 
 def entries(lead):

@@ -1,12 +1,10 @@
 """What a step asks of a device, counted on a CPU (`benchmarks/ops.py`): no more than TRL's, few shapes, no waiting."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
+from scripts import scripts
+
 pytestmark = pytest.mark.filterwarnings("default")  # what other libraries warn of is not ours
 STEPS, SHALLOW, DEEP = 4, 2, 4
 
@@ -14,11 +12,8 @@ STEPS, SHALLOW, DEEP = 4, 2, 4
 @pytest.fixture(scope="module")
 def ops():
     pytest.importorskip("trl")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield __import__("ops")
-        for name in ("ops", "_common", "stand_in"):
-            sys.modules.pop(name)
+    with scripts("ops", "_common", "stand_in") as found:
+        yield found.ops
 
 
 @pytest.fixture(scope="module")

@@ -2,28 +2,19 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 
 from holdfast import models
+from scripts import LEADERBOARD, scripts
 
-FOLDER = Path(__file__).parent.parent / "benchmarks"
-NAMES = ("_common", "leaderboard_plans", "leaderboard_cells", "leaderboard_talk", "leaderboard_peers")
-NAMES = (*NAMES, "leaderboard_cell", "leaderboard_table", "steering")
 pytestmark = pytest.mark.filterwarnings("default")  # what other libraries warn of is not ours
 
 
 @pytest.fixture(scope="module")
 def less():
-    """The scripts, imported as they import each other; forgotten afterwards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        found = {name: __import__(name) for name in NAMES}
-        yield type("Less", (), found)
-        for name in NAMES:
-            sys.modules.pop(name)
+    with scripts(*LEADERBOARD, "steering") as found:
+        yield found
 
 
 def point(less, task, signal, kept, method="default"):
