@@ -18,7 +18,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,28 +56,45 @@ def tuned(task: str, kind: str, seed: int, shared: Path, folder: Path) -> Path:
     """The folder of a plain tuning, made if it is missing."""
     from holdfast import methods as M
     from holdfast import models
-    from holdfast.hosts.plain import Training, train
-    from holdfast.plan import Host, Plan
-    from holdfast.services import Context
-    from holdfast.session import Session
 
     target = folder / f"{task}.{kind}.{seed}"
     if target.exists():
         return target
+    if kind == "lora" and not (folder / "base").exists():  # an adapter must name a base that lies somewhere
+        models.save_model(*models.load(BASE), folder / "base", card=None)
     model, tokenizer = models.load(BASE)
-    compute = model.dtype
-    if kind == "lora":  # an adapter must name a base that lies somewhere
-        if not (folder / "base").exists():
-            models.save_model(model, tokenizer, folder / "base", card=None)
+    if kind == "lora":
         models.name_after(model, folder / "base")
     rows, tokens, *_ = read(task, shared, tokenizer)
-    plan = Plan([M.LoRA()] if kind == "lora" else [])
+    return trained(
+        target, model, tokenizer, rows, tokens, [M.LoRA()] if kind == "lora" else [], rate_of(task, kind), seed
+    )
+
+
+def trained(
+    target: Path,
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Any],
+    tokens: Sequence[Any],
+    methods: Sequence[Any],
+    rate: float,
+    seed: int,
+) -> Path:
+    """Train `model` under a plan of these methods and write it to `target`; returns that."""
+    from holdfast.hosts.plain import Training, rows_of_run, train
+    from holdfast.plan import Host, Plan
+    from holdfast.services import Context
+    from holdfast.session import Session
+
+    compute = model.dtype
+    plan = Plan(methods)
     ctx = Context(model, tokenizer, seed, rows, total_steps=STEPS, max_length=1024)
     plan.check(Host("benchmark"), ctx)
     session = Session(plan, model, ctx, compute_dtype=compute, knows_rows=True)
     mix = session.mix(tokens)
-    session.prepare()
-    settings = Training(STEPS, BATCH, learning_rate=rate_of(task, kind), seed=seed, autocast=compute, save_steps=0)
+    settings = Training(STEPS, BATCH, learning_rate=rate, seed=seed, autocast=compute, save_steps=0)
+    session.prepare(list(rows_of_run(session, mix, settings)))
     train(session, mix, settings)
     model, _ = session.finished_model(compute)
     part = target.with_name(target.name + ".part")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from holdfast.engine.ranks import counted, within
 from holdfast.errors import PlanError
 from holdfast.methods import SkillGraft
-from holdfast.methods.merge._ranks import counted, within
 
 A, B, EMBEDS = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
 

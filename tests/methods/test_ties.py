@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft.utils.merge_utils import ties as peft_ties
 
+from holdfast.engine.ranks import counted, threshold
 from holdfast.errors import PlanError
 from holdfast.methods import TIES
-from holdfast.methods.merge._ranks import counted, threshold
 from holdfast.services import Context
 
 

@@ -28,8 +28,8 @@ from holdfast.data.tokens import tokenize_all
 from holdfast.engine.base import batches
 from holdfast.engine.forward import forward
 from holdfast.engine.pack import TokenRow
+from holdfast.engine.ranks import counted, within
 from holdfast.errors import HoldfastError, ModelError
-from holdfast.methods.merge._ranks import counted, within
 from holdfast.methods.merge.skill_graft import SkillGraft
 
 STEPS, RATE, BIAS = 10, 1e7, 10.0  # the released code; the released code; ours

@@ -11,10 +11,10 @@ import torch
 
 from holdfast.engine.forward import forward_states
 from holdfast.engine.pack import TokenRow, token_row
+from holdfast.engine.ranks import counted, threshold
 from holdfast.engine.ways import blocks
 from holdfast.errors import HoldfastError, ModelError
 from holdfast.method import layer_of
-from holdfast.methods.merge._ranks import counted, threshold
 
 Tensors = Mapping[str, torch.Tensor]
 Rows = Sequence[TokenRow]

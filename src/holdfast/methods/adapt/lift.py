@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from holdfast.engine.ranks import largest
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, State
 from holdfast.methods.adapt._matrices import is_matrix, only_matrices
@@ -61,7 +62,4 @@ def principal(weight: torch.Tensor, rank: int, lora_rank: int) -> torch.Tensor:
     """(m, n) bool: the min((m + n) * lora_rank, m n) largest entries of |W_R|, R = rank; ties go to the first."""
     u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
     low = (u[:, :rank] * s[:rank]) @ vh[:rank]
-    count = min(sum(weight.shape) * lora_rank, weight.numel())
-    chosen = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
-    chosen[low.abs().flatten().argsort(descending=True, stable=True)[:count]] = True
-    return chosen.view_as(weight)
+    return largest(low, sum(weight.shape) * lora_rank)

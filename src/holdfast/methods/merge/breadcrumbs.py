@@ -5,7 +5,7 @@
     theta = theta_0 + scale * sum_i masked tau_i,   tau_i = theta_i - theta_0
 
 Where outliers and density together exceed 1, all but the outliers stay. Norms and biases are masked like matrices.
-Cost: a sort of every tensor of all models. Combine with: LiNeS or WiSEFT behind it.
+Cost: a few passes over the weights of all models. Combine with: LiNeS or WiSEFT behind it.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import torch
 
+from holdfast.engine.ranks import largest
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper
 from holdfast.methods.merge._changes import by_place, changes
@@ -49,13 +50,10 @@ class Breadcrumbs(Method):
     def merge(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> torch.Tensor:
         base, total = weights["base"], torch.zeros_like(weights["base"])
         for _, tau in changes(weights):
-            total += self._masked(tau)
+            if tau.any():  # an adapter leaves whole tensors as they are
+                total += self._masked(tau)
         return base + self.scale * total
 
     def _masked(self, tau: torch.Tensor) -> torch.Tensor:
-        size = tau.numel()
-        first = int(self.outliers * size)
-        order = tau.abs().flatten().sort(descending=True, stable=True).indices
-        stays = torch.zeros(size, dtype=torch.bool, device=tau.device)
-        stays[order[first : first + int(self.density * size)]] = True
-        return tau * stays.view_as(tau)
+        outliers, kept = (int(share * tau.numel()) for share in (self.outliers, self.density))
+        return tau * (largest(tau, outliers + kept) & ~largest(tau, outliers))

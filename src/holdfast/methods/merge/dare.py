@@ -57,7 +57,7 @@ class DARE(Method):
     def _dropped(self, tau: torch.Tensor, key: str) -> torch.Tensor:
         from peft.utils.merge_utils import prune
 
-        if self.density == 1:
+        if self.density == 1 or not tau.any():
             return tau
         with torch.random.fork_rng(devices=[]):  # on the CPU: other devices have other random numbers
             torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)

@@ -17,9 +17,9 @@ from typing import ClassVar
 
 import torch
 
+from holdfast.engine.ranks import counted, within
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, layer_of
-from holdfast.methods.merge._ranks import counted, within
 from holdfast.services import Context, State
 
 COUNTS = "counts"

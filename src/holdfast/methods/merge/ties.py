@@ -18,10 +18,10 @@ from typing import ClassVar
 
 import torch
 
+from holdfast.engine.ranks import counted, threshold
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper
 from holdfast.methods.merge._changes import by_place, changes
-from holdfast.methods.merge._ranks import counted, threshold
 from holdfast.services import Context, State
 
 
@@ -59,14 +59,18 @@ class TIES(Method):
     def survey(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> State | None:
         if self.trim == "tensor" or self.density == 1:
             return None
-        return {role: state.get(role, 0) + counted(tau) for role, tau in changes(weights)}
+        return {
+            role: state[role].add_(counted(tau)) if role in state else counted(tau) for role, tau in changes(weights)
+        }
 
     def merge(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> torch.Tensor:
         from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
 
-        taus = torch.stack([self._trimmed(role, tau, state) for role, tau in changes(weights)])
-        merged = disjoint_merge(taus, calculate_majority_sign_mask(taus))
-        return weights["base"] + self.scale * merged
+        taus = [self._trimmed(role, tau, state) for role, tau in changes(weights)]
+        if len(taus) == 1:  # it is elected, and is its own mean
+            return weights["base"] + self.scale * taus[0]
+        stack = torch.stack(taus)
+        return weights["base"] + self.scale * disjoint_merge(stack, calculate_majority_sign_mask(stack))
 
     def _trimmed(self, role: str, tau: torch.Tensor, state: State) -> torch.Tensor:
         from peft.utils.merge_utils import prune
