@@ -35,7 +35,11 @@ CELLS: dict[str, dict[str, Any]] = {
     "default plan": {"kind": "lora", "data": "medium", "anchor": True},
     "scoring": {"items": 24},
     "lora, this commit against itself": {"kind": "lora", "data": "medium", "itself": True},
+    "lora, large pages against itself": {"kind": "lora", "data": "medium", "itself": True, "pages": True},
+    "full, large pages against itself": {"kind": "full", "data": "medium", "itself": True, "pages": True},
 }
+# glibc 2.35 or later asks Linux for pages of 2 MB, and keeps what was freed
+PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000"}
 NOTE = (
     "Processes in lockstep, a step each in turn; 95 % intervals over lots of fresh processes and their steps. The "
     "side that starts first is slower, also against itself (1.07, 0.96 to 1.22, in three lots of one order), so lots "
@@ -92,7 +96,7 @@ class Side:
     def __init__(self, tree: Path, job: dict[str, Any]):
         folder = tree / "benchmarks"
         paths = os.pathsep.join(map(str, (tree / "src", folder)))
-        env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **job.get("env", {})}
         command = [sys.executable, "-W", "ignore", "-c", CHILD, json.dumps(job)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, env=env, cwd=folder, text=True, **pipes)  # type: ignore[call-overload]
@@ -117,7 +121,8 @@ def lockstep(trees: dict[str, Path], job: dict[str, Any], lot: int) -> dict[str,
     The side that is started first takes some 5 % longer, also against itself, so lots begin with each in turn.
     """
     order = list(trees) if lot % 2 == 0 else list(reversed(trees))
-    sides = {n: Side(trees[n], {**job, "peer": n == "TRL"}) for n in order}
+    env = {"now": PAGES} if job.get("pages") else {}
+    sides = {n: Side(trees[n], {**job, "peer": n == "TRL", "env": env.get(n, {})}) for n in order}
     found: dict[str, list[list[float]]] = {n: [] for n in sides}
     try:
         for n in range(job["steps"] + 1):
