@@ -200,8 +200,8 @@ def unharmed(at: Place) -> Data:
         done = realign(repair.BASE, tuned, harmful, task, out)
         said.update(share=done.chosen.share, step=done.chosen.step, rolled_back=done.rolled_back)
 
-    found["alignment recovery"] = score(at.made("realigned", realigned)) | said
-    return found
+    found["alignment recovery"] = score(at.made("realigned", realigned))
+    return found | {"recovered": said}
 
 
 def forgotten(at: Place) -> Data:
@@ -277,7 +277,7 @@ def table(part: Data | None, first: str) -> list[str]:
     """A row for each model, a column for each figure that any has."""
     if part is None:
         return NOTHING
-    rows = {n: r for n, r in part["found"].items() if isinstance(r, dict)}
+    rows = {n: r for n, r in part["found"].items() if isinstance(r, dict) and {"task", "accuracy"} & set(r)}
     names = list(dict.fromkeys(k for r in rows.values() for k, v in r.items() if isinstance(v, float)))
     called = {"task": "SST-2 accuracy", "in-context": "in-context, share right"}
     lines = [f"| {' | '.join([first, *(called.get(n, n) for n in names)])} |", "|" + "---|" * (len(names) + 1)]
