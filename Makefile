@@ -6,6 +6,9 @@ TORCH := 2.13.0
 SMOLLM := 0.1.2
 # Without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu saves some 3 GB of CUDA libraries.
 TORCH_INDEX ?=
+# Memory in pages of 2 MB, kept when it is freed: docs/performance.md. Ignored where there is no glibc 2.35.
+GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:glibc.malloc.trim_threshold=8000000000:glibc.malloc.top_pad=67108864
+export GLIBC_TUNABLES
 
 .PHONY: setup demo test test-long test-wheel lint types leaderboard lessons bench clean
 

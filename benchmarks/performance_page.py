@@ -2,8 +2,8 @@
 
     python benchmarks/performance_page.py
 
-Sections: speed.py, memory.py, overhead.py, scoring.py, startup.py, growth.py, gpu.py, and since.py where it ran. What
-has no JSON is "not measured yet".
+Sections: speed.py, memory.py, overhead.py, scoring.py, startup.py, growth.py, gpu.py, and since.py where it ran
+(pages.json: its part on large pages). What has no JSON is "not measured yet".
 """
 
 from __future__ import annotations
@@ -42,6 +42,15 @@ python benchmarks/performance_page.py
 ```
 
 **None of these was measured on a GPU since the code for it was written**, unless the table above has it.
+"""
+PAGES = """Linux gives memory in pages of 4 KB unless a program asks for 2 MB, where `/sys/kernel/mm/transparent_hugepage/enabled`
+says `madvise` (with `always` nothing need be done). On a virtual machine small pages can cost more than the computing.
+With glibc 2.35 or later a variable of the environment asks for large ones and keeps freed memory in the process. `make`
+sets it; on your own command line:
+
+```
+GLIBC_TUNABLES=%s holdfast tune my.yaml
+```
 """
 TARGETS = (
     (
@@ -100,6 +109,22 @@ def overhead(path: Path) -> list[str]:
     return lines[:-1]
 
 
+def pages(path: Path) -> list[str]:
+    """What large pages bring on a CPU."""
+    if not path.is_file():
+        return NONE
+    d = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        PAGES % since.PAGES["GLIBC_TUNABLES"],
+        "| large pages, small ones = 1 | a step | its CPU seconds |",
+        "|---|---|---|",
+    ]
+    for name, cell in d["cells"].items():
+        wall, cpu = ("{:.2f} ({:.2f} to {:.2f})".format(*cell[k]["before"]) for k in ("step", "cpu"))
+        lines.append(f"| {name.partition(',')[0]} | {wall} | {cpu} |")
+    return lines
+
+
 def scoring(path: Path) -> list[str]:
     if not path.is_file():
         return NONE
@@ -127,6 +152,7 @@ def page(results: Path, plot: Path) -> str:
     since_then = since.table(results / "since.json")
     if since_then:
         parts["Against an earlier commit"] = section(since_then, results / "since.json")
+    parts["Memory in large pages"] = section(pages(results / "pages.json"), results / "pages.json")
     parts["On a GPU"] = section(gpu.table(results / "gpu.json"), results / "gpu.json")
     sections = (line for title, lines in parts.items() for line in (f"## {title}", "", *lines, ""))
     return "\n".join([INTRO, *sections, *targets()])

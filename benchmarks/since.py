@@ -2,6 +2,7 @@
 
     git worktree add --detach ../before COMMIT
     python benchmarks/since.py --before ../before    # writes benchmarks/results/since.json
+    python benchmarks/since.py --before . --only "large pages" --out benchmarks/results/pages.json
 
 A side is a process of its own that imports one commit's package and its own benchmarks/_common.py. Sides go in
 lockstep, one step (or one task that is scored) each in turn, the same rows in the same step, while the others wait:
@@ -38,8 +39,9 @@ CELLS: dict[str, dict[str, Any]] = {
     "lora, large pages against itself": {"kind": "lora", "data": "medium", "itself": True, "pages": True},
     "full, large pages against itself": {"kind": "full", "data": "medium", "itself": True, "pages": True},
 }
-# glibc 2.35 or later asks Linux for pages of 2 MB, and keeps what was freed
-PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8000000000"}
+# glibc 2.35 or later asks Linux for pages of 2 MB, in one heap, and keeps what was freed; the Makefile says the same
+TUNABLES = ("hugetlb=1", "mmap_max=0", "arena_max=1", "trim_threshold=8000000000", "top_pad=67108864")
+PAGES = {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{t}" for t in TUNABLES)}
 NOTE = (
     "Processes in lockstep, a step each in turn; 95 % intervals over lots of fresh processes and their steps. The "
     "side that starts first is slower, also against itself (1.07, 0.96 to 1.22, in three lots of one order), so lots "
