@@ -43,10 +43,10 @@ python benchmarks/performance_page.py
 
 **None of these was measured on a GPU since the code for it was written**, unless the table above has it.
 """
-PAGES = """Linux gives memory in pages of 4 KB unless a program asks for 2 MB, where `/sys/kernel/mm/transparent_hugepage/enabled`
-says `madvise` (with `always` nothing need be done). On a virtual machine small pages can cost more than the computing.
-With glibc 2.35 or later a variable of the environment asks for large ones and keeps freed memory in the process. `make`
-sets it; on your own command line:
+PAGES = """Linux gives memory in pages of 4 KB unless a program asks for 2 MB, where
+`/sys/kernel/mm/transparent_hugepage/enabled` says `madvise` (with `always` nothing need be done). On a virtual machine
+small pages can cost more than the computing. With glibc 2.35 or later a variable of the environment asks for large ones
+and keeps freed memory in the process. `make` sets it; on your own command line:
 
 ```
 GLIBC_TUNABLES=%s holdfast tune my.yaml
@@ -112,7 +112,7 @@ def overhead(path: Path) -> list[str]:
 def pages(path: Path) -> list[str]:
     """What large pages bring on a CPU."""
     if not path.is_file():
-        return NONE
+        return []
     d = json.loads(path.read_text(encoding="utf-8"))
     lines = [
         PAGES % since.PAGES["GLIBC_TUNABLES"],
