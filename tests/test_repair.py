@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from browser import CHROMIUM, assert_fits
@@ -455,8 +456,21 @@ def test_a_change_of_turned_weights_is_written_in_their_shape(tokenizer, tmp_pat
     assert not torch.equal(merged["transformer.h.0.attn.c_attn.weight"], tuned["transformer.h.0.attn.c_attn.weight"])
 
 
-def test_a_healed_candidate_is_written_and_made_once(world, tmp_path, monkeypatch):
-    monkeypatch.setitem(repair_search.GRID, "heal", [{"steps": 6}])
+def test_a_share_of_a_healing_lies_between_the_tuned_model_and_the_whole(tmp_path):
+    change = {"w.A": torch.randn(2, 5), "w.B": torch.randn(3, 2)}
+    save_file(change, tmp_path / "heal.safetensors")
+    tuned = torch.randn(3, 5)
+    whole, half, none = (
+        Healed(file=str(tmp_path / "heal.safetensors"), share=s).merge("w", {"tuned": tuned}, {}, 1)
+        for s in (1.0, 0.5, 0.0)
+    )
+    assert torch.equal(none, tuned)
+    torch.testing.assert_close(whole, tuned + change["w.B"] @ change["w.A"])
+    torch.testing.assert_close(half, (whole + tuned) / 2)
+
+
+def test_a_healed_candidate_is_written_and_made_once_for_all_shares(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(repair_search.GRID, "heal", [{"steps": 6}, {"steps": 6, "share": 0.5}])
     made, plain = [], repair_run.heal
     monkeypatch.setattr(repair_run, "heal", lambda *a, **k: made.append(1) or plain(*a, **k))
     settings = {"data": world.data, "keep": {"language": 0.1}, **ROWS, **FEW, "methods": ("heal",)}
@@ -465,10 +479,14 @@ def test_a_healed_candidate_is_written_and_made_once(world, tmp_path, monkeypatc
         repair(world.base, world.tuned, tmp_path / "out", **settings)
     got = repair(world.base, world.tuned, tmp_path / "out", **settings)
     assert len(made) == 1 and [p["label"] for p in got["points"]].count("heal steps 6") == 2
-    wanted = dict(Pair(world.base, world.tuned).merged([Healed(file=str(tmp_path / "out" / "heal.safetensors"))]))
     looked = {p["label"]: p for p in got["points"]}
-    assert looked["heal steps 6"]["task"] != looked["tuned model"]["task"]
+    tasks = [looked[label]["task"]["value"] for label in ("tuned model", "heal steps 6 share 0.5", "heal steps 6")]
+    assert len(set(tasks)) == 3
     if got["chosen"]["method"] == "heal":
+        change = Healed(
+            file=str(tmp_path / "out" / "heal.safetensors"), share=got["chosen"]["settings"].get("share", 1)
+        )
+        wanted = dict(Pair(world.base, world.tuned).merged([change]))
         model = AutoModelForCausalLM.from_pretrained(got["model"])
         assert all(torch.equal(p, wanted[n]) for n, p in model.named_parameters())
 

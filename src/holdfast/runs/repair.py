@@ -161,7 +161,7 @@ class _Work:
     def _made(self, who: Candidate) -> Method:
         """What a candidate that looks at rows changes; found when it is first asked for."""
         if who.method == HEAL:
-            return Healed(file=str(self._healed(who)))
+            return Healed(file=str(self._healed(who)), share=who.settings.get("share", 1.0))
         file = self.folder.path / MADE / f"{safe_name(who.label)}.safetensors"
         if not file.exists():
             file.parent.mkdir(exist_ok=True)
@@ -174,7 +174,7 @@ class _Work:
         file, judge = self.folder.path / HEALED, self.judge
         if not file.exists():
             base, tuned = partial(judge.model, BASE), partial(judge.model, TUNED)
-            settings: dict[str, Any] = dict(who.settings)
+            settings: dict[str, Any] = {"steps": who.settings["steps"]}
             told = self._told("heal")
             write_change(heal(base, tuned, judge.tokenizer, self.goal.prompts, tell=told, **settings).model, file)
             judge.forget()
@@ -198,7 +198,7 @@ class _Work:
         fine = self._told("second look")
         points, chosen = search(asked, coarse, lambda who: self.judge.point(who, CHOOSING, fine), self.wish.also)
         if tuple(self.wish.methods) == DEFAULT and self._falls_short(points, chosen):
-            points.append(self.judge.point(candidates([HEAL])[0], CHOOSING, fine))
+            points += [self.judge.point(who, CHOOSING, fine) for who in candidates([HEAL])]
             chosen = choose([p for p in points if p.parts == chosen.parts])
         return points, chosen
 

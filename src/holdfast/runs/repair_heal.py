@@ -8,7 +8,8 @@ A LoRA adapter is trained on the tuned model, which stays as it is below:
 It is the plan LoRA + KLToBase(on="task") + ICLAnchor on the tuned model: the "base" of a plan is the model that its
 training begins with. Only ICLAnchor must ask another model, the real base, whose states on the few prompts it needs
 are stored before (`_Anchor`). No label of the task is read. Afterwards the adapter is one more change of the weights
-(`Healed`), so it is written, looked at and merged like the other candidates. The setting is ours.
+(`Healed`), so it is written, looked at and merged like the other candidates; shares of it are candidates too, as the
+whole often gives back more than a bound asks, and the task pays for it. The setting is ours.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ from holdfast.services import Context, Teacher, View
 from holdfast.session import Session
 
 STEPS, BATCH, RATE, PROMPTS, FEWEST, SEED = 48, 8, 1e-3, 200, 8, 0  # ours
+SHARES = (0.85, 0.7, 0.55)  # ours: of the change, where the whole gives back more than the bound asks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Healed(Method):
-    """The change that `heal` trained, added to the tuned weights: W + s B A for each linear map."""
+    """What `heal` trained, or a share of it, added to the tuned weights: W + share s B A for each linear map."""
 
     file: str  # of `write_change`
+    share: float = 1.0
     on: str = "tuned"  # "base": an adapter's pruned factors on its base
 
     does: ClassVar = "adds what a short training changed"
@@ -52,7 +55,7 @@ class Healed(Method):
         if f"{name}.A" not in change:
             return below
         new = change[f"{name}.B"] @ change[f"{name}.A"]
-        return below + new.to(below.device)
+        return below + self.share * new.to(below.device)
 
 
 @cache

@@ -21,7 +21,7 @@ from typing import Any
 from holdfast.errors import PlanError, suggest
 from holdfast.method import Method
 from holdfast.methods import TaskArithmetic, all_methods
-from holdfast.runs.repair_heal import STEPS
+from holdfast.runs.repair_heal import SHARES, STEPS
 from holdfast.runs.repair_made import ANTIDOTE, GRAFT, REALIGN
 
 SECOND_LOOK = 8  # ours
@@ -57,7 +57,7 @@ GRID: dict[str, list[dict[str, Any]]] = {  # ours; the papers search the same se
         *({"ratio": 0.1, "by": by} for by in ("magnitude", "chance")),  # its controls
     ],
     REALIGN: [{"rate": 0.001}],
-    HEAL: [{"steps": STEPS}],
+    HEAL: [{"steps": STEPS}, *({"steps": STEPS, "share": s} for s in SHARES)],  # one training
 }
 DEFAULT = ("WiSEFT", "LiNeS", "TIES")
 THIRDS, BEND = 3, 0.2  # ours
