@@ -456,6 +456,22 @@ def test_a_change_of_turned_weights_is_written_in_their_shape(tokenizer, tmp_pat
     assert not torch.equal(merged["transformer.h.0.attn.c_attn.weight"], tuned["transformer.h.0.attn.c_attn.weight"])
 
 
+def test_without_rows_the_least_share_of_a_healing_that_meets_the_bound_is_chosen():
+    """The training saw the prompts: there the whole looks nearest to the tuned model, which it is not."""
+
+    def healed(share, value, margin):
+        return Point(Candidate("heal", {"steps": 6, "share": share}), value, margin, ("coarse",))
+
+    line = Point(Candidate("WiSEFT", {"alpha": 0.1}), 0.80, 0.1, ("coarse",))
+    shares = [healed(1.0, 0.99, 0.1), healed(0.7, 0.98, 0.02), healed(0.5, 0.97, -0.1)]
+    assert repair_search.choose([line, *shares]) == shares[0]
+    assert repair_search.choose_nearest([line, *shares]) == shares[1]
+    better = Point(Candidate("WiSEFT", {"alpha": 0.9}), 0.985, 0.1, ("coarse",))
+    assert repair_search.choose_nearest([better, *shares]) == better
+    short = [healed(1.0, 0.9, -0.1), healed(0.5, 0.95, -0.2)]
+    assert repair_search.choose_nearest(short) == short[0]  # none meets it: the nearest to the bound
+
+
 def test_a_share_of_a_healing_lies_between_the_tuned_model_and_the_whole(tmp_path):
     change = {"w.A": torch.randn(2, 5), "w.B": torch.randn(3, 2)}
     save_file(change, tmp_path / "heal.safetensors")

@@ -24,7 +24,17 @@ from holdfast.runs.folder import JsonOrder, RunFolder
 from holdfast.runs.repair_heal import FEWEST, Healed, check_prompts, heal, write_change
 from holdfast.runs.repair_judge import BASE, CHOOSING, Judge
 from holdfast.runs.repair_made import READS_HARM, check_pair, made, read_harmful
-from holdfast.runs.repair_search import DEFAULT, HEAL, TUNED, Candidate, Point, candidates, choose, search
+from holdfast.runs.repair_search import (
+    DEFAULT,
+    HEAL,
+    TUNED,
+    Candidate,
+    Point,
+    candidates,
+    choose,
+    choose_nearest,
+    search,
+)
 from holdfast.runs.run import Tell, silent
 from holdfast.sites import adapter_files
 from holdfast.sites.merge_files import Pair
@@ -196,10 +206,11 @@ class _Work:
             return self.judge.point(who, first, self._told("search", share, (1 - share) / len(asked)))
 
         fine = self._told("second look")
-        points, chosen = search(asked, coarse, lambda who: self.judge.point(who, CHOOSING, fine), self.wish.also)
+        pick = choose if self.wish.data else choose_nearest
+        points, chosen = search(asked, coarse, lambda who: self.judge.point(who, CHOOSING, fine), self.wish.also, pick)
         if tuple(self.wish.methods) == DEFAULT and self._falls_short(points, chosen):
             points += [self.judge.point(who, CHOOSING, fine) for who in candidates([HEAL])]
-            chosen = choose([p for p in points if p.parts == chosen.parts])
+            chosen = pick([p for p in points if p.parts == chosen.parts])
         return points, chosen
 
     def _falls_short(self, points: Sequence[Point], chosen: Point) -> bool:

@@ -141,10 +141,11 @@ def search(
     coarse: Callable[[Candidate], Point],
     fine: Callable[[Candidate], Point],
     also: Sequence[str] = (),
+    pick: Callable[[Sequence[Point]], Point] | None = None,
 ) -> tuple[list[Point], Point]:
     """(all points, the coarse ones first; the chosen one, which has had the second look).
 
-    also: further tuned models.
+    also: further tuned models. pick: chooses, by default `choose`.
 
     The tuned model gets the second look in any case: where nothing is lost, nothing is repaired.
     """
@@ -152,7 +153,7 @@ def search(
     first += _bent([p for p in first if p.candidate.method == "WiSEFT"], coarse)
     first += _soups(also, coarse)
     second = [fine(TUNED), *(fine(p.candidate) for p in best(first, SECOND_LOOK))]
-    return [*first, *second], choose(second)
+    return [*first, *second], (pick or choose)(second)
 
 
 def _bent(lines: Sequence[Point], coarse: Callable[[Candidate], Point]) -> list[Point]:
@@ -204,6 +205,17 @@ def choose(points: Sequence[Point]) -> Point:
     if meeting:
         return max(meeting, key=lambda p: (p.value, p.margin))
     return max(points, key=lambda p: (p.margin, p.value))
+
+
+def choose_nearest(points: Sequence[Point]) -> Point:
+    """`choose` where the task is closeness to the tuned model: of one healing only the least share that meets the bound.
+
+    The training has seen the prompts, so its closeness there does not tell shares apart; yet the smaller one is nearer
+    to the tuned model, as a share of 0 is that model.
+    """
+    healed = [p for p in points if p.candidate.method == HEAL]
+    least = min((p for p in healed if p.meets), key=lambda p: p.candidate.settings.get("share", 1.0), default=None)
+    return choose(points if least is None else [p for p in points if p not in healed or p is least])
 
 
 def best(points: Sequence[Point], most: int) -> list[Point]:
