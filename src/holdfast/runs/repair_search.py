@@ -208,7 +208,7 @@ def choose(points: Sequence[Point]) -> Point:
 
 
 def choose_nearest(points: Sequence[Point]) -> Point:
-    """`choose` where the task is closeness to the tuned model: of one healing only the least share that meets the bound.
+    """`choose` where the task is closeness to the tuned model: of a healing only the least share that meets the bound.
 
     The training has seen the prompts, so its closeness there does not tell shares apart; yet the smaller one is nearer
     to the tuned model, as a share of 0 is that model.
