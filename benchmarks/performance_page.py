@@ -45,8 +45,8 @@ python benchmarks/performance_page.py
 """
 PAGES = """Linux gives memory in pages of 4 KB unless a program asks for 2 MB, where
 `/sys/kernel/mm/transparent_hugepage/enabled` says `madvise` (with `always` nothing need be done). On a virtual machine
-small pages can cost more than the computing. With glibc 2.35 or later a variable of the environment asks for large ones
-and keeps freed memory in the process. `make` sets it; on your own command line:
+small pages can cost more than the computing. With glibc 2.35 or later a variable of the environment asks for large
+ones and keeps freed memory in the process. `make` sets it; on your own command line:
 
 ```
 GLIBC_TUNABLES=%s holdfast tune my.yaml
