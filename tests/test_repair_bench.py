@@ -1,9 +1,12 @@
 """The tables of docs/repair.md: made of the files of results, and the area by hand."""
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
+
+from scripts import LEADERBOARD, scripts
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,6 +24,16 @@ def test_the_page_has_the_tables_of_the_results(bench):
     page = (ROOT / "docs" / "repair.md").read_text(encoding="utf-8")
     for name, lines in bench.tables(ROOT / "benchmarks" / "results" / "repair").items():
         assert "\n".join(lines) in page, f"{name}: run python benchmarks/repair.py table"
+
+
+def test_the_page_has_the_tables_of_the_edits(bench):  # repair_table is imported, and is forgotten by it
+    page = (ROOT / "docs" / "repair.md").read_text(encoding="utf-8")
+    with scripts(*LEADERBOARD, "repair", "inference", "edits") as found:
+        results = json.loads(found.edits.TARGET.read_text(encoding="utf-8"))
+        assert set(results) == set(found.edits.PARTS)
+        for name, part in results.items():
+            lines = found.edits.table(part, "model")
+            assert len(lines) > 4 and "\n".join(lines) in page, f"{name}: run python benchmarks/edits.py table"
 
 
 def test_areas_by_hand(bench):
