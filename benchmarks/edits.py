@@ -33,7 +33,6 @@ from leaderboard_cell import read
 from leaderboard_plans import DEFAULT, HERE, LORA, OUT
 
 TARGET = OUT / "edits.json"
-NOTHING = ["Not measured on a real model yet."]
 HARMFUL_SHARE, RATIOS, ROWS = 0.1, (0.05, 0.1), 64  # rows: of the task, that alignment recovery reads
 LEARNT, TAKEN, ASKED = 600, 100, 300  # rows of the head
 Data = dict[str, Any]
@@ -273,14 +272,14 @@ def measure(at: Place, only: str) -> None:
 # ---- tables
 
 
-def table(part: Data | None, first: str) -> list[str]:
+def table(part: Data | None) -> list[str]:
     """A row for each model, a column for each figure that any has."""
     if part is None:
-        return NOTHING
+        return inference.NOTHING
     rows = {n: r for n, r in part["found"].items() if isinstance(r, dict) and {"task", "accuracy"} & set(r)}
     names = list(dict.fromkeys(k for r in rows.values() for k, v in r.items() if isinstance(v, float)))
     called = {"task": "SST-2 accuracy", "in-context": "in-context, share right"}
-    lines = [f"| {' | '.join([first, *(called.get(n, n) for n in names)])} |", "|" + "---|" * (len(names) + 1)]
+    lines = [f"| {' | '.join(['model', *(called.get(n, n) for n in names)])} |", "|" + "---|" * (len(names) + 1)]
     return lines + [f"| {' | '.join([n, *(_number(r.get(k)) for k in names)])} |" for n, r in rows.items()]
 
 
@@ -302,7 +301,7 @@ def main() -> None:
         measure(Place(args.shared, args.work, args.rows, args.limit), args.only)
     found = json.loads(TARGET.read_text(encoding="utf-8")) if TARGET.exists() else {}
     page = HERE.parent / "docs" / "repair.md"
-    repair_table.put(page, "edits.py", {name: table(found.get(name), "model") for name in PARTS})
+    repair_table.put(page, "edits.py", {name: table(found.get(name)) for name in PARTS})
 
 
 if __name__ == "__main__":

@@ -120,8 +120,7 @@ def pages(path: Path) -> list[str]:
         "|---|---|---|",
     ]
     for name, cell in d["cells"].items():
-        wall, cpu = ("{:.2f} ({:.2f} to {:.2f})".format(*cell[k]["before"]) for k in ("step", "cpu"))
-        lines.append(f"| {name.partition(',')[0]} | {wall} | {cpu} |")
+        lines.append(f"| {' | '.join([name.partition(',')[0], *since.spans(cell)])} |")
     return lines
 
 

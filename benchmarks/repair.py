@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import repair_table
-from leaderboard_cell import read
-from leaderboard_plans import BATCH, FULL, HERE, LORA, OUT, STEPS, TASKS
+from leaderboard_cell import Lab, Material, read, train_methods
+from leaderboard_cells import Cell
+from leaderboard_plans import FULL, HERE, LORA, OUT, TASKS
 
 BASE, KEEP = "smollm2-135m", 0.95
 LARGE, ROWS = 1000, 400  # of a test set with more rows so many are drawn
@@ -66,9 +67,8 @@ def tuned(task: str, kind: str, seed: int, shared: Path, folder: Path) -> Path:
     if kind == "lora":
         models.name_after(model, folder / "base")
     rows, tokens, *_ = read(task, shared, tokenizer)
-    return trained(
-        target, model, tokenizer, rows, tokens, [M.LoRA()] if kind == "lora" else [], rate_of(task, kind), seed
-    )
+    methods = [M.LoRA()] if kind == "lora" else []
+    return trained(target, model, tokenizer, rows, tokens, methods, rate_of(task, kind), seed)
 
 
 def trained(
@@ -82,21 +82,8 @@ def trained(
     seed: int,
 ) -> Path:
     """Train `model` under a plan of these methods and write it to `target`; returns that."""
-    from holdfast.hosts.plain import Training, rows_of_run, train
-    from holdfast.plan import Host, Plan
-    from holdfast.services import Context
-    from holdfast.session import Session
-
-    compute = model.dtype
-    plan = Plan(methods)
-    ctx = Context(model, tokenizer, seed, rows, total_steps=STEPS, max_length=1024)
-    plan.check(Host("benchmark"), ctx)
-    session = Session(plan, model, ctx, compute_dtype=compute, knows_rows=True)
-    mix = session.mix(tokens)
-    settings = Training(STEPS, BATCH, learning_rate=rate, seed=seed, autocast=compute, save_steps=0)
-    session.prepare(list(rows_of_run(session, mix, settings)))
-    train(session, mix, settings)
-    model, _ = session.finished_model(compute)
+    cell, material = Cell(target.name, "", rate, seed), Material(rows, tokens, (), (), ())
+    model = train_methods(methods, cell, Lab(Path()), model, tokenizer, material).model
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)

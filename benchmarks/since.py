@@ -171,6 +171,12 @@ def measure(before: Path, model: str, steps: int, lots: int, batch: int, only: s
         C.keep(out, {**record, "facts": C.facts()})
 
 
+def spans(cell: C.Data) -> tuple[str, str]:
+    """What a step takes of the other side's time and of its CPU seconds, in words."""
+    wall, cpu = ("{:.2f} ({:.2f} to {:.2f})".format(*cell[k]["before"]) for k in ("step", "cpu"))
+    return wall, cpu
+
+
 def table(path: Path) -> list[str]:
     """Markdown lines; none without data."""
     if not path.is_file():
@@ -182,7 +188,7 @@ def table(path: Path) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for name, cell in d["cells"].items():
-        wall, cpu = ("{:.2f} ({:.2f} to {:.2f})".format(*cell[k]["before"]) for k in ("step", "cpu"))
+        wall, cpu = spans(cell)
         trl = f"{cell['step']['TRL'][0]:.2f}" if "TRL" in cell["step"] else ""
         lines.append(f"| {name} | {wall} | {cpu} | {cell['begin']['before']:.2f} | {trl} |")
     return [*lines, "", NOTE]

@@ -1,7 +1,6 @@
 """The tables of docs/repair.md: made of the files of results, and the area by hand."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,27 +12,23 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def bench():
-    """benchmarks/repair_table.py, forgotten afterwards."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        yield __import__("repair_table")
-        sys.modules.pop("repair_table")
+    with scripts(*LEADERBOARD, "repair_table", "repair", "inference", "edits") as found:
+        yield found
 
 
 def test_the_page_has_the_tables_of_the_results(bench):
     page = (ROOT / "docs" / "repair.md").read_text(encoding="utf-8")
-    for name, lines in bench.tables(ROOT / "benchmarks" / "results" / "repair").items():
+    for name, lines in bench.repair_table.tables(ROOT / "benchmarks" / "results" / "repair").items():
         assert "\n".join(lines) in page, f"{name}: run python benchmarks/repair.py table"
 
 
-def test_the_page_has_the_tables_of_the_edits(bench):  # repair_table is imported, and is forgotten by it
+def test_the_page_has_the_tables_of_the_edits(bench):
     page = (ROOT / "docs" / "repair.md").read_text(encoding="utf-8")
-    with scripts(*LEADERBOARD, "repair", "inference", "edits") as found:
-        results = json.loads(found.edits.TARGET.read_text(encoding="utf-8"))
-        assert set(results) == set(found.edits.PARTS)
-        for name, part in results.items():
-            lines = found.edits.table(part, "model")
-            assert len(lines) > 4 and "\n".join(lines) in page, f"{name}: run python benchmarks/edits.py table"
+    results = json.loads(bench.edits.TARGET.read_text(encoding="utf-8"))
+    assert set(results) == set(bench.edits.PARTS)
+    for name, part in results.items():
+        lines = bench.edits.table(part)
+        assert len(lines) > 4 and "\n".join(lines) in page, f"{name}: run python benchmarks/edits.py table"
 
 
 def test_areas_by_hand(bench):
@@ -48,4 +43,6 @@ def test_areas_by_hand(bench):
         ["TIES density 0.1", "TIES", "coarse", 0.4, [], 0.9, []],  # below the base: no gain
         ["TIES density 0.1", "TIES", "coarse+fine", 0.9, [], 1.0, []],  # the second look does not count
     ]
-    assert bench.areas([*ends, *looked]) == pytest.approx({"WiSEFT": 0.5, "WiSEFT, bent": 0.55, "TIES": 0.2})
+    assert bench.repair_table.areas([*ends, *looked]) == pytest.approx(
+        {"WiSEFT": 0.5, "WiSEFT, bent": 0.55, "TIES": 0.2}
+    )

@@ -13,8 +13,7 @@ ROW = 1 << 10
 
 def counted(x: torch.Tensor) -> torch.Tensor:
     """(BINS,) how many magnitudes of a tensor, in fp32, fall into each bin; counts of several tensors add."""
-    bits = x.abs().contiguous().view(torch.int32) >> DROPPED_BITS
-    return bits.flatten().bincount(minlength=BINS)
+    return (_patterns(x) >> DROPPED_BITS).bincount(minlength=BINS)
 
 
 def largest(x: torch.Tensor, count: int) -> torch.Tensor:
@@ -26,7 +25,7 @@ def largest(x: torch.Tensor, count: int) -> torch.Tensor:
         return torch.ones_like(x, dtype=torch.bool)
     if count <= 0:
         return torch.zeros_like(x, dtype=torch.bool)
-    bits = x.abs().contiguous().view(torch.int32).flatten()
+    bits = _patterns(x)
     bins = bits >> DROPPED_BITS
     whole, held = _fit(bins.bincount(minlength=BINS), count - 1)
     taken, edge = bins > BINS - 1 - whole, (bins == BINS - 1 - whole).nonzero().flatten()
@@ -47,6 +46,11 @@ def within(counts: torch.Tensor, share: float) -> float:
     """
     fits, _ = _fit(counts, share * int(counts.sum()))
     return _edge(min(max(1, BINS - fits), BINS - 1))
+
+
+def _patterns(x: torch.Tensor) -> torch.Tensor:
+    """(N,) the magnitudes of an fp32 tensor as integers, which are in the same order."""
+    return x.abs().contiguous().view(torch.int32).flatten()
 
 
 def _fit(counts: torch.Tensor, most: float) -> tuple[int, int]:
