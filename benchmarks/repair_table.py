@@ -19,7 +19,8 @@ from typing import Any
 
 Data = dict[str, Any]
 ABILITY, PLAIN, BENT = "in-context", "WiSEFT", "WiSEFT, bent"
-FEW = ("facts", "load", "seconds", "cpu_seconds", "limit", "rate", "beyond", "status", "sentence", "met", "keep")
+FEW = ("facts", "load", "seconds", "cpu_seconds", "phases", "limit", "rate", "beyond", "status", "sentence", "met")
+FEW += ("keep",)
 TASK_NAMES = {"sst2": "SST-2", "tickets": "tickets", "rte": "RTE", "agnews": "AG News"}
 SIZE = (1060, 1130)  # of the picture, in pixels
 

@@ -186,6 +186,7 @@ class _Work:
             base, tuned = partial(judge.model, BASE), partial(judge.model, TUNED)
             settings: dict[str, Any] = {"steps": who.settings["steps"]}
             told = self._told("heal")
+            told(0.0, "answers of the base")
             write_change(heal(base, tuned, judge.tokenizer, self.goal.prompts, tell=told, **settings).model, file)
             judge.forget()
         return file
