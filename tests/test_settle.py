@@ -5,13 +5,15 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 from holdfast import cli, models
 from holdfast.errors import PlanError, RecipeError
 from holdfast.measure.names import DEFAULT
 from holdfast.recipe import recipe_from
-from holdfast.runs import looking, repair_heal, settle
+from holdfast.runs import looking, repair_heal, settle, settle_heal
 from holdfast.runs.halves import Halves
 from holdfast.runs.job import checked
 from holdfast.runs.repair_search import Point
@@ -75,8 +77,20 @@ def test_it_is_the_largest_share_seen_that_meets_the_bound_and_learns_most(settl
     found = settled[2]["training"]["budget"]
     meeting = [p for p in found["points"] if p["meets"]]
     best = min(meeting, key=lambda p: p["task"]["value"])
-    assert found["share"] == best["share"]
-    assert len(found["points"]) <= len(settle.SHARES) + settle.HALVINGS
+    assert (found["share"], found["healed"]) == (best["share"], best["healed"])
+    line = [p for p in found["points"] if not p["healed"]]
+    assert len(line) <= len(settle.SHARES) + settle.HALVINGS
+
+
+def test_it_is_healed_where_the_line_gives_back_much_of_the_gain(settled):
+    """The task is a loss: what the base has, the tuned model, and the best of the line that meets the bound."""
+    _, folder, report, _ = settled
+    points = report["training"]["budget"]["points"]
+    chose = json.loads((folder / "with" / "before.choose.json").read_text())["task"]
+    base = -sum(i["logprob"] for i in chose) / sum(i["tokens"] for i in chose)
+    line = [p for p in points if not p["healed"]]
+    tuned, best = line[0]["task"]["value"], min(p["task"]["value"] for p in line if p["meets"])
+    assert any(p["healed"] for p in points) == (best - tuned > 0.1 * (base - tuned))
 
 
 def test_what_chose_is_not_reported(settled):
@@ -120,17 +134,17 @@ def test_a_search_by_hand():
     """Bounds are met at 0.4: between it and 0.6 the middle 0.5 fails, and then 0.45 meets them."""
 
     def look(share):
-        return Point(share, share, 0.46 - share, ("choose",))
+        return Point(settle.End(share), share, 0.46 - share, ("choose",))
 
     points = []
     settle._search(points, look)
-    assert [p.candidate for p in points] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.5, 0.45])
+    assert [p.candidate.share for p in points] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.5, 0.45])
 
 
 def test_a_bound_that_nothing_meets():
     points = []
-    settle._search(points, lambda share: Point(share, share, -share, ("choose",)))
-    assert [p.candidate for p in points] == list(settle.SHARES)
+    settle._search(points, lambda share: Point(settle.End(share), share, -share, ("choose",)))
+    assert [p.candidate.share for p in points] == list(settle.SHARES)
 
 
 def test_a_killed_search_ends_the_same(settled, world, tmp_path, monkeypatch):
@@ -185,14 +199,31 @@ def test_where_no_part_meets_the_bound_the_model_is_healed(world, tmp_path, monk
     run = tune(recipe)
     report = report_of(run)
     found, note = report["training"]["budget"], report["task"]["note"]
-    *line, healed = found["points"]
-    assert [p["share"] for p in line] == ([1.0] if "use_dora" in str(plan) else [1.0, 0.9]) and healed["healed"]
-    assert healed["margin"] > max(p["margin"] for p in line) and found["healed"] and "heal" in note
+    line, healed = ([p for p in found["points"] if p["healed"] == which] for which in (False, True))
+    assert [p["share"] for p in line] == ([1.0] if "use_dora" in str(plan) else [1.0, 0.9])
+    assert [p["share"] for p in healed] == [1.0, *repair_heal.SHARES][: len(healed)]
+    assert healed[0]["margin"] > max(p["margin"] for p in line) and found["healed"] and "heal" in note
+    assert f"{found['share']:.0%} of a short training" in note
     assert report["task"]["after"]["value"] < report["task"]["before"]["value"]  # a loss: the task stays learnt
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     assert not (run / "model" / "adapter_config.json").exists()
     base = AutoModelForCausalLM.from_pretrained(world.base)
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters(), strict=True))
+
+
+def test_a_share_of_a_healing_is_that_share_of_its_change(world):
+    plain = models.load(str(world.base), dtype="float32")[0]
+    before = {n: p.detach().clone() for n, p in plain.named_parameters()}
+    adapted = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    change = {n: m.get_delta_weight("default") for n, m in adapted.named_modules() if isinstance(m, LoraLayer)}
+    healing = settle_heal.Healed(adapted, "it")
+    for share in (0.3, 1.0, 0.5):  # each time of the whole
+        healing.scale(share)
+    got = dict(healing.plain().named_parameters())
+    assert change
+    for name, old in before.items():
+        delta = change.get(f"base_model.model.{name.removesuffix('.weight')}", torch.zeros(()))
+        torch.testing.assert_close(got[name], old + 0.5 * delta)
 
 
 def test_an_ability_that_the_base_does_not_have_is_no_bound_met(world, tmp_path):

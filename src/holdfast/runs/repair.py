@@ -33,6 +33,7 @@ from holdfast.runs.repair_search import (
     candidates,
     choose,
     choose_nearest,
+    falls_short,
     search,
 )
 from holdfast.runs.run import Tell, silent
@@ -43,7 +44,6 @@ from holdfast.versions import versions
 MODEL, ADAPTER, HEALED, MADE, LAST = "model", "adapter", "heal.safetensors", "made", "repair.json"
 WORK = {MODEL, ADAPTER, HEALED, MADE, LAST}
 ENDS = (BASE, TUNED)
-GIVEN_BACK = 0.1  # ours: of what the tuning gained
 
 
 @dataclass(frozen=True)
@@ -215,12 +215,12 @@ class _Work:
         return points, chosen
 
     def _falls_short(self, points: Sequence[Point], chosen: Point) -> bool:
-        """Whether no merge meets the bound without giving back much of what was gained, and healing is possible."""
+        """Whether the merges fall short, and healing is possible."""
         if len(self.goal.prompts) < FEWEST:
             return False
         tuned = next(p for p in points if p.candidate == TUNED)
         base = self.judge.point(BASE, CHOOSING, self._told("measure before"))
-        return not chosen.meets or tuned.value - chosen.value > GIVEN_BACK * (tuned.value - base.value)
+        return falls_short(chosen, tuned.value, base.value)
 
     def _may_search(self) -> None:
         if not self.judge.measurable(CHOOSING, self._told("measure before")):

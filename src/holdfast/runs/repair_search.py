@@ -61,6 +61,7 @@ GRID: dict[str, list[dict[str, Any]]] = {  # ours; the papers search the same se
 }
 DEFAULT = ("WiSEFT", "LiNeS", "TIES")
 THIRDS, BEND = 3, 0.2  # ours
+GIVEN_BACK = 0.1  # ours: of what the tuning gained
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,11 @@ def choose(points: Sequence[Point]) -> Point:
     if meeting:
         return max(meeting, key=lambda p: (p.value, p.margin))
     return max(points, key=lambda p: (p.margin, p.value))
+
+
+def falls_short(chosen: Point, tuned: float, base: float) -> bool:
+    """Whether it misses the bound, or meets it by giving back much of what the task gained from `base` to `tuned`."""
+    return not chosen.meets or tuned - chosen.value > GIVEN_BACK * (tuned - base)
 
 
 def choose_nearest(points: Sequence[Point]) -> Point:

@@ -2,7 +2,8 @@
 
 The weights walk back from the tuned model towards the base in a straight line (WiSE-FT, arXiv 2109.01903; on a LoRA
 adapter its scale, which is the same), until the share of each ability lies above its floor. Where no part of the
-change meets the bounds, the model is healed (`settle_heal`). One half of the items and the validation rows decide;
+change meets the bounds, or what does gives back more than a tenth of what the task gained, the model is healed
+(`settle_heal`), and shares of that change are looked at too. One half of the items and the validation rows decide;
 `measuring` then reports on the other half, so no number in the report was chosen on. Where the whole change meets
 every bound, that is one measurement and nothing is changed.
 """
@@ -10,6 +11,7 @@ every bound, that is one measurement and nothing is changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,14 +25,22 @@ from holdfast.recipe import KEEP_FRAC
 from holdfast.runs import settle_heal
 from holdfast.runs.halves import CHOOSE, Halves, Measured
 from holdfast.runs.job import Job
-from holdfast.runs.repair_search import Point, choose
+from holdfast.runs.repair_heal import SHARES as OF_HEALING
+from holdfast.runs.repair_search import Point, choose, falls_short
 from holdfast.session import LORA_B
 
 SHARES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)  # ours: from the tuned model towards the base, until one meets the bounds
-HEALED = "healed"  # the candidate that is no share
 HALVINGS = 2  # ours: between the first that meets them and the last that does not
 BASE = "before.choose.json"  # the base's answers on the choosing half, in the run folder
 LORA = (".lora_A.", ".lora_B.", ".lora_embedding_")
+
+
+@dataclass(frozen=True)
+class End:
+    """Where a run may end: `share` of what it trained, or, healed, all of that and `share` of the healing."""
+
+    share: float
+    healed: bool = False
 
 
 class Change:
@@ -79,9 +89,10 @@ def remember(job: Job, key: str | None) -> None:
 def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[str, Any]]:
     """Scale the change so that every bound holds on the choosing half, the task as good as it can be; else heal.
 
-    Returns (the model: `model`, or another one that was healed; {"share", "healed", "met": None where no bound could
-    be measured, "points": what each share scored, "unseen": the abilities with a bound that the base does not have,
-    "why": why all of the change stays whatever it meets, "unhealed": why healing was not tried where nothing met}).
+    Returns (the model: `model`, or another one that was healed; {"share": of the change, or of the healing where
+    "healed", "met": None where no bound could be measured, "points": what each end scored, "unseen": the abilities
+    with a bound that the base does not have, "why": why all of the change stays whatever it meets, "unhealed": why
+    healing was not tried where it was called for}).
     """
     base, halves = job.run.folder.read(BASE), Halves(job)
 
@@ -89,24 +100,31 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
         change.scale(model, share)
         told = _told(job, "search")
         told(len(points) / len(SHARES), f"{share:.0%} of the change")
-        return _point(job, share, base, halves.measured(CHOOSE, model, soft))
+        return _point(job, End(share), base, halves.measured(CHOOSE, model, soft))
+
+    def look_healed(share: float) -> Point:
+        healing.scale(share)
+        return _point(job, End(share, healed=True), base, halves.measured(CHOOSE, healing.model))
 
     points: list[Point] = []
     said: dict[str, Any] = {} if change.straight else {"why": "what was trained is more than a scale of its change"}
-    healed = None
     with job.run.timed("search"):
         _search(points, look, SHARES if change.straight else SHARES[:1])
-        if points[0].shown["kept"] and not choose(points).meets:
+        if points[0].shown["kept"] and falls_short(choose(points), points[0].value, _value(job, base)):
             said["unhealed"] = settle_heal.why_not(job, soft)
             change.scale(model, 1.0)
             if not said["unhealed"]:
-                healed = settle_heal.healed(job, model, _told(job, "heal"))
-                points.append(_point(job, HEALED, base, halves.measured(CHOOSE, healed)))
+                healing = settle_heal.heal(job, model, _told(job, "heal"))
+                for share in (1.0, *OF_HEALING):
+                    points.append(look_healed(share))
+                    if not points[-1].meets:
+                        break
         best = choose(points)
-        if best.candidate == HEALED:
-            model = healed
+        if best.candidate.healed:
+            healing.scale(best.candidate.share)
+            model = healing.plain()
         else:
-            change.scale(model, best.candidate)
+            change.scale(model, best.candidate.share)
     unseen = [name for name in job.recipe.measure.keep if name not in best.shown["kept"]]
     met = best.meets if best.shown["kept"] else None
     which = {k: v for k, v in _shown(best).items() if k in ("share", "healed")}
@@ -121,27 +139,36 @@ def _search(points: list[Point], look: Callable[[float], Point], shares: Sequenc
             break
     if not points[-1].meets or len(points) == 1:
         return
-    low, high = points[-1].candidate, points[-2].candidate
+    low, high = points[-1].candidate.share, points[-2].candidate.share
     for _ in range(HALVINGS):
         points.append(look((low + high) / 2))
-        low, high = (points[-1].candidate, high) if points[-1].meets else (low, points[-1].candidate)
+        middle = points[-1].candidate.share
+        low, high = (middle, high) if points[-1].meets else (low, middle)
 
 
-def _point(job: Job, share: float | str, base: Measured, found: Measured) -> Point:
-    floors, metric = job.recipe.measure.keep, metric_of(job.task.metric)
+def _point(job: Job, end: End, base: Measured, found: Measured) -> Point:
+    floors = job.recipe.measure.keep
     pairs = zip(base["abilities"], found["abilities"], strict=True)
     parts = [ability(b, a, floors.get(b["suite"], KEEP_FRAC)) for b, a in pairs]
     kept = {p["name"]: p["retention"] for p in parts if p["retention"]}
-    task = task_estimates(metric, None, found["task"])["after"]
     margins = [kept[name]["value"] - floor for name, floor in floors.items() if name in kept]
-    value = -task["value"] if metric.lower else task["value"]
-    return Point(share, value, min(margins, default=0.0), (CHOOSE,), {"task": task, "kept": kept})
+    shown = {"task": _task(job, found), "kept": kept}
+    return Point(end, _value(job, found), min(margins, default=0.0), (CHOOSE,), shown)
+
+
+def _task(job: Job, found: Measured) -> dict[str, Any]:
+    """The task's estimate, in its own unit."""
+    return task_estimates(metric_of(job.task.metric), None, found["task"])["after"]
+
+
+def _value(job: Job, found: Measured) -> float:
+    """The task's score, higher is better."""
+    value = _task(job, found)["value"]
+    return -value if metric_of(job.task.metric).lower else value
 
 
 def _shown(p: Point) -> dict[str, Any]:
-    healed = p.candidate == HEALED
-    which = {"share": 1.0 if healed else p.candidate, "healed": healed}
-    return {**which, "meets": p.meets, "margin": p.margin, **p.shown}
+    return {**asdict(p.candidate), "meets": p.meets, "margin": p.margin, **p.shown}
 
 
 def words(found: Mapping[str, Any], floors: Mapping[str, float]) -> str:
@@ -154,8 +181,10 @@ def words(found: Mapping[str, Any], floors: Mapping[str, float]) -> str:
 
 def _outcome(found: Mapping[str, Any], bound: str) -> str:
     if found["healed"]:
+        line = [p for p in found["points"] if not p["healed"]]
+        failed = _costly(line, bound) if any(p["meets"] for p in line) else _none(found, bound)
         does = "meets it and was used" if found["met"] else "does not either, but is the nearest to it"
-        return f"{_none(found, bound)}; a short training towards the base (heal) {does}"
+        return f"{failed}; {found['share']:.0%} of a short training towards the base (heal) {does}"
     if found["share"] == 1 and found["met"]:
         return f"the whole change meets the budget ({bound}) on the items for choosing"
     unhealed = found.get("unhealed")
@@ -168,11 +197,16 @@ def _outcome(found: Mapping[str, Any], bound: str) -> str:
     return f"{_none(found, bound)}; {kept}, the nearest to it{tried}"
 
 
+def _costly(line: Sequence[Mapping[str, Any]], bound: str) -> str:
+    most = max(p["share"] for p in line if p["meets"])
+    return f"{most:.0%} of the change meets the budget ({bound}), but gives back much of what the task gained"
+
+
 def _none(found: Mapping[str, Any], bound: str) -> str:
     what = (
         f"the change, of which no part can be taken back ({found['why']}), does not meet"
         if "why" in found
-        else ("no part of the change meets")
+        else "no part of the change meets"
     )
     return f"{what} the budget ({bound}) on the items for choosing"
 

@@ -13,11 +13,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+
 from holdfast import models
 from holdfast.engine.pack import TokenRow
 from holdfast.engine.processes import world
+from holdfast.method import canonical
 from holdfast.runs.job import Job, base_of
 from holdfast.runs.repair_heal import FEWEST, PROMPTS, SEED, STEPS, healing
+from holdfast.session import LORA_B
 
 
 def why_not(job: Job, soft: Any) -> str:
@@ -31,8 +35,31 @@ def why_not(job: Job, soft: Any) -> str:
     return "" if len(job.task.token_rows) >= FEWEST else f"it has fewer than {FEWEST} rows"
 
 
-def healed(job: Job, tuned: Any, tell: Callable[[float, str], None]) -> Any:
-    """A plain model, healed; `tuned` stays as it is."""
+class Healed:
+    """A tuned model with what was trained to heal it as an adapter, of which a share can be taken.
+
+    Attributes:
+        model: computes with the adapter; used up by `plain`.
+    """
+
+    def __init__(self, model: Any, label: str):
+        self.model, self._label = model, label
+        self._whole = {n: p.detach().clone() for n, p in model.named_parameters() if LORA_B.search(canonical(n))}
+
+    @torch.no_grad()
+    def scale(self, share: float) -> None:
+        """Take `share` of the change; 1 is all of it, exactly."""
+        for name, p in self.model.named_parameters():
+            if name in self._whole:
+                p.copy_(share * self._whole[name])
+
+    def plain(self) -> Any:
+        """The plain model that computes the same."""
+        return models.merged(self.model, self._label)
+
+
+def heal(job: Job, tuned: Any, tell: Callable[[float, str], None]) -> Healed:
+    """Train; `tuned` stays as it is."""
     dtype, label = job.model.dtype, f"The healed model of {job.source.label}"
 
     def plain() -> Any:
@@ -42,7 +69,7 @@ def healed(job: Job, tuned: Any, tell: Callable[[float, str], None]) -> Any:
     session = healing(
         partial(base_of, job.run, job.source), plain, job.tokenizer, lambda _: _rows(job), steps=STEPS, tell=tell
     )
-    return models.merged(session.finished_model(dtype)[0], label)
+    return Healed(session.finished_model(dtype)[0], label)
 
 
 def _rows(job: Job) -> list[TokenRow]:
