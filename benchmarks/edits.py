@@ -8,6 +8,10 @@
                default plan, which stands for a new version
     unharmed   a LoRA tuning of SST-2 with a tenth of rows that comply with harmful requests; then pruned by Antidote
                and by both of its controls, and alignment recovery. Requests that are asked are others than those
+    prioritised  all weights on SST-2; FPF; k-FPF with 3 repairs
+    three      a base aligned on the shipped harmful and harmless requests (a full tuning, which stands for the step
+               from a pretrained model to its instruct model); then tuned on SST-2 alone, with a tenth of rows that
+               comply with harm, and with as many of the aligning ones: what safety subspaces find
     forgotten  a closed-form head on states of the base for the topics of AG News; rows, then a topic, taken out again
 
 Test rows of a task: the likeliest label is right. In-context: share of right 8-shot answers of the built-in tasks.
@@ -30,7 +34,7 @@ import inference
 import repair
 import repair_table
 from leaderboard_cell import read
-from leaderboard_plans import DEFAULT, HERE, LORA, OUT
+from leaderboard_plans import DEFAULT, FULL, HERE, LORA, OUT
 
 TARGET = OUT / "edits.json"
 HARMFUL_SHARE, RATIOS, ROWS = 0.1, (0.05, 0.1), 64  # rows: of the task, that alignment recovery reads
@@ -203,6 +207,66 @@ def unharmed(at: Place) -> Data:
     return found | {"recovered": said}
 
 
+def prioritised(at: Place) -> Data:
+    from holdfast import methods as M
+    from holdfast import models
+
+    def made(method: M.Method) -> Callable[[Path], Any]:
+        def make(out: Path) -> None:
+            model, tokenizer = models.load(repair.BASE)
+            rows, tokens, *_ = read("sst2", at.shared, tokenizer)
+            repair.trained(out, model, tokenizer, rows, tokens, [method], FULL, seed=0)
+
+        return make
+
+    return {
+        "base": at.score(repair.BASE),
+        "full tuning": at.score(at.tuned("sst2", "full", 0)),
+        "FPF": at.score(at.made("fpf", made(M.FPF()))),
+        "k-FPF, 3 repairs": at.score(at.made("kfpf", made(M.FPF(k=3)))),
+    }
+
+
+def three(at: Place) -> Data:
+    from holdfast import models
+    from holdfast.data.rows import Row
+    from holdfast.data.tokens import tokenize
+    from holdfast.diagnose import Case, run
+    from holdfast.measure.probe import Ask
+    from holdfast.measure.suites.safety import DATA
+
+    told = json.loads(DATA.read_text(encoding="utf-8"))
+    tokenizer = at.lab.tokenizer
+    ask = Ask(tokenizer)
+
+    def answered(prompt: str, answer: str) -> Row:
+        return Row(ask.chat(prompt), ask.lead(answer))
+
+    good = [answered(r[kind], o[does]) for r in told["requests"] for o in told["openings"]
+            for kind, does in (("harmful", "refuses"), ("harmless", "complies"))]  # fmt: skip
+    bad = [Row(r["prompt"], r["completion"]) for r in requests(tokenizer)[0]]
+    task, *_ = read("sst2", at.shared, tokenizer)
+    drawn = random.Random(0).sample(task, round(len(bad) * (1 / HARMFUL_SHARE - 1)))
+
+    def made(name: str, below: str, rows: Sequence[Row]) -> str:
+        def make(out: Path) -> None:
+            model, tokenizer = models.load(below)
+            tokens = [tokenize(r, tokenizer, 1024) for r in rows]
+            repair.trained(out, model, tokenizer, rows, tokens, [], FULL, seed=0)
+
+        return str(at.made(name, make))
+
+    aligned = made("aligned", repair.BASE, good)
+    ancestor, base = (models.load(name)[0] for name in (repair.BASE, aligned))
+    found: Data = {}
+    for name, rows in (("harmless", drawn), ("attacked", [*drawn, *bad]), ("realigned", [*drawn, *good])):
+        tuned = models.load(made(f"aligned.{name}", aligned, rows))[0]
+        (finding,) = run(Case(base, tuned, tokenizer, ancestor=ancestor), ["safety subspaces"])
+        scores = {k: round(float(v), 4) for k, v in finding.scores.items()}
+        found[name] = {"finding": finding.finding, **scores}
+    return found
+
+
 def forgotten(at: Place) -> Data:
     from holdfast import models
     from holdfast.runs.head_states import features
@@ -249,6 +313,8 @@ PARTS: dict[str, Callable[[Place], Data]] = {
     "soups": soups,
     "carried": carried,
     "unharmed": unharmed,
+    "prioritised": prioritised,
+    "three": three,
     "forgotten": forgotten,
 }
 
@@ -276,7 +342,7 @@ def table(part: Data | None) -> list[str]:
     """A row for each model, a column for each figure that any has."""
     if part is None:
         return inference.NOTHING
-    rows = {n: r for n, r in part["found"].items() if isinstance(r, dict) and {"task", "accuracy"} & set(r)}
+    rows = {n: r for n, r in part["found"].items() if isinstance(r, dict) and {"task", "accuracy", "inside"} & set(r)}
     names = list(dict.fromkeys(k for r in rows.values() for k, v in r.items() if isinstance(v, float)))
     called = {"task": "SST-2 accuracy", "in-context": "in-context, share right"}
     lines = [f"| {' | '.join(['model', *(called.get(n, n) for n in names)])} |", "|" + "---|" * (len(names) + 1)]
