@@ -30,7 +30,7 @@ from typing import Any
 from leaderboard_plans import BATCH, DEFAULT, HERE, OUT, STEPS, TASKS
 
 KEEP = {"in-context": 0.97}
-LIMIT, SEEDS = 32, (0, 1, 2)
+SEEDS = (0, 1, 2)
 FOLDER = OUT / "budget"
 FACTORS = {"kept": (1.0,), "plain": (0.25, 0.5, 1.0, 2.0)}
 
@@ -73,7 +73,6 @@ class Cell:
             },
             "measure": {
                 "suites": ["in-context"] if kept else [],
-                "limit": LIMIT,
                 **({"keep": KEEP, "budget": True} if kept else {}),
             },
             "export": {"merge": False},
@@ -97,7 +96,7 @@ def run(cell: Cell, shared: Path, work: Path) -> None:
         "load": os.getloadavg()[1],
         **spent,
         "timing": report["timing"],
-        "rate": report["training"]["learning_rate"],
+        "rate": report["training"]["rate"]["value"],
         "task": {side: report["task"][side] for side in ("before", "after")},
         "kept": {a["name"]: {"status": a["status"], **a["retention"]} for a in report["abilities"]},
     }

@@ -6,6 +6,9 @@ change meets the bounds, or what does gives back more than a tenth of what the t
 (`settle_heal`), and shares of that change are looked at too. One half of the items and the validation rows decide;
 `measuring` then reports on the other half, so no number in the report was chosen on. Where the whole change meets
 every bound, that is one measurement and nothing is changed.
+
+A bound is met where the estimate lies a standard error above it, or SPARE where that is less: what is chosen because
+its estimate is high is partly chosen for luck, and the other half of the items does not share it.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from holdfast.runs.repair_search import Point, choose, falls_short
 from holdfast.session import LORA_B
 
 SHARES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)  # ours: from the tuned model towards the base, until one meets the bounds
+SPARE = 0.03  # ours: a suite of few items would hold the bound with its change alone taken back
 HALVINGS = 2  # ours: between the first that meets them and the last that does not
 BASE = "before.choose.json"  # the base's answers on the choosing half, in the run folder
 LORA = (".lora_A.", ".lora_B.", ".lora_embedding_")
@@ -151,9 +155,14 @@ def _point(job: Job, end: End, base: Measured, found: Measured) -> Point:
     pairs = zip(base["abilities"], found["abilities"], strict=True)
     parts = [ability(b, a, floors.get(b["suite"], KEEP_FRAC)) for b, a in pairs]
     kept = {p["name"]: p["retention"] for p in parts if p["retention"]}
-    margins = [kept[name]["value"] - floor for name, floor in floors.items() if name in kept]
+    margins = [_sure(kept[name]) - floor for name, floor in floors.items() if name in kept]
     shown = {"task": _task(job, found), "kept": kept}
     return Point(end, _value(job, found), min(margins, default=0.0), (CHOOSE,), shown)
+
+
+def _sure(kept: Mapping[str, float]) -> float:
+    """An estimate less its standard error, of which a 95 % interval has about four, and less SPARE at most."""
+    return kept["value"] - min(SPARE, (kept["high"] - kept["low"]) / 4)
 
 
 def _task(job: Job, found: Measured) -> dict[str, Any]:
