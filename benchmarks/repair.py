@@ -8,8 +8,8 @@ The tunings are those of `leaderboard.py`: 60 steps of 8 rows, all weights (2e-5
 1e-3, the best rate of plain LoRA on SST-2), no plan. A repair gets the test rows of the task, which the tuning has
 not seen, and the bound in-context 0.95 (`heal`: 0.97); it chooses on one half of them and of the in-context items and
 reports on the other. The searches `own` get no rows: their task is closeness to the tuned model's answers to prompts
-that it draws. Afterwards the task's rows that the others report on are scored too (`beyond`). `soup` gets the tunings
-of three seeds.
+that it draws. Afterwards all test rows of the task, which such a repair has not seen, are scored too (`beyond`).
+`soup` gets the tunings of three seeds.
 """
 
 from __future__ import annotations
@@ -153,17 +153,17 @@ class Clock:
 
 
 def beyond(task: str, data: str, named: Mapping[str, str]) -> dict[str, Any]:
-    """The task's score of models on the rows that a repair with data would report on."""
+    """The task's score of models on all test rows."""
     from holdfast import models
     from holdfast.engine import BATCH_TOKENS
-    from holdfast.measure.parts import REPORT
+    from holdfast.measure.parts import COARSE, FINE, REPORT
     from holdfast.runs.repair_goal import from_data
 
     found: dict[str, Any] = {}
     for name, path in {"base": BASE, **named}.items():
         model, tokenizer = models.load(path, merge_adapter=True)
         goal = from_data(data, **TASKS[task], metric=None, tokenizer=tokenizer, batch_tokens=BATCH_TOKENS)
-        items = goal.score(model, REPORT)
+        items = [i for part in (COARSE, FINE, REPORT) for i in goal.score(model, part)]
         found[name] = goal.estimates(items, items)["after"]
     return found
 
