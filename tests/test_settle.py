@@ -79,7 +79,7 @@ def test_it_is_the_largest_share_seen_that_meets_the_bound_and_learns_most(settl
     best = min(meeting, key=lambda p: p["task"]["value"])
     assert (found["share"], found["healed"]) == (best["share"], best["healed"])
     line = [p for p in found["points"] if not p["healed"]]
-    assert len(line) <= len(settle.SHARES) + settle.HALVINGS
+    assert len(line) <= 1 + settle.HALVINGS
 
 
 def test_it_is_healed_where_the_line_gives_back_much_of_the_gain(settled):
@@ -131,20 +131,26 @@ def test_where_nothing_is_lost_nothing_is_taken_back(world, tmp_path):
 
 
 def test_a_search_by_hand():
-    """Bounds are met at 0.4: between it and 0.6 the middle 0.5 fails, and then 0.45 meets them."""
+    """Bounds are met up to 0.46 of the change: 0.5 fails, then 0.25 and 0.375 meet them; of a healing from 0.6 on."""
 
-    def look(share):
-        return Point(settle.End(share), share, 0.46 - share, ("choose",))
+    def look(share, margin):
+        return Point(settle.End(share), share, margin, ("choose",))
 
     points = []
-    settle._search(points, look)
-    assert [p.candidate.share for p in points] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.5, 0.45])
+    settle._most(points, lambda share: look(share, 0.46 - share), 3)
+    assert [p.candidate.share for p in points] == [1.0, 0.5, 0.25, 0.375]
+    points = []
+    settle._least(points, lambda share: look(share, share - 0.6), 2)
+    assert [p.candidate.share for p in points] == [1.0, 0.5, 0.75]
 
 
 def test_a_bound_that_nothing_meets():
     points = []
-    settle._search(points, lambda share: Point(settle.End(share), share, -share, ("choose",)))
-    assert [p.candidate.share for p in points] == list(settle.SHARES)
+    settle._most(points, lambda share: Point(settle.End(share), share, -share, ("choose",)), 3)
+    assert [p.candidate.share for p in points] == [1.0, 0.5, 0.25, 0.125]
+    points = []
+    settle._least(points, lambda share: Point(settle.End(share), share, -share, ("choose",)), 2)
+    assert [p.candidate.share for p in points] == [1.0]
 
 
 def test_a_killed_search_ends_the_same(settled, world, tmp_path, monkeypatch):
@@ -190,7 +196,7 @@ DORA = {"LoRA": {"r": 8, "use_dora": True}}
 @pytest.mark.parametrize("plan", [pytest.param({}, marks=LATER), {"LoRA": {"r": 8}}, pytest.param(DORA, marks=LATER)])
 def test_where_no_part_meets_the_bound_the_model_is_healed(world, tmp_path, monkeypatch, plan):
     """The line is cut short here, so that nothing on it meets the bound."""
-    monkeypatch.setattr(settle, "SHARES", (1.0, 0.9))
+    monkeypatch.setattr(settle, "HALVINGS", 1)
     monkeypatch.setattr(repair_heal, "RATE", 0.02)  # a tiny model moves little
     kind = "adapter" if plan else "dense"
     recipe = asked(world, tmp_path / "run", kind, keep={"language": 0.99}).model_copy(
@@ -200,8 +206,8 @@ def test_where_no_part_meets_the_bound_the_model_is_healed(world, tmp_path, monk
     report = report_of(run)
     found, note = report["training"]["budget"], report["task"]["note"]
     line, healed = ([p for p in found["points"] if p["healed"] == which] for which in (False, True))
-    assert [p["share"] for p in line] == ([1.0] if "use_dora" in str(plan) else [1.0, 0.9])
-    assert [p["share"] for p in healed] == [1.0, *repair_heal.SHARES][: len(healed)]
+    assert [p["share"] for p in line] == ([1.0] if "use_dora" in str(plan) else [1.0, 0.5])
+    assert healed[0]["share"] == 1
     assert healed[0]["margin"] > max(p["margin"] for p in line) and found["healed"] and "heal" in note
     assert f"{found['share']:.0%} of a short training" in note
     assert report["task"]["after"]["value"] < report["task"]["before"]["value"]  # a loss: the task stays learnt
@@ -260,7 +266,7 @@ def test_the_default_budget_names_every_default_suite():
 
 
 def test_the_command_says_when_the_bound_cannot_be_met(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(settle, "SHARES", (1.0, 0.95))
+    monkeypatch.setattr(settle, "HALVINGS", 0)
     path = write_recipe(tmp_path / "r.yaml", asked(world, tmp_path / "run", budget=False).model_dump(mode="json"))
     monkeypatch.setattr(sys, "argv", ["holdfast", "tune", str(path), "--keep", "language=0.99"])
     with pytest.raises(SystemExit) as stop:

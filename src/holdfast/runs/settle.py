@@ -3,7 +3,7 @@
 The weights walk back from the tuned model towards the base in a straight line (WiSE-FT, arXiv 2109.01903; on a LoRA
 adapter its scale, which is the same), until the share of each ability lies above its floor. Where no part of the
 change meets the bounds, or what does gives back more than a tenth of what the task gained, the model is healed
-(`settle_heal`), and shares of that change are looked at too. One half of the items and the validation rows decide;
+(`settle_heal`), by as little of that change as will do. One half of the items and the validation rows decide;
 `measuring` then reports on the other half, so no number in the report was chosen on. Where the whole change meets
 every bound, that is one measurement and nothing is changed.
 
@@ -28,13 +28,11 @@ from holdfast.recipe import KEEP_FRAC
 from holdfast.runs import settle_heal
 from holdfast.runs.halves import CHOOSE, Halves, Measured
 from holdfast.runs.job import Job
-from holdfast.runs.repair_heal import SHARES as OF_HEALING
 from holdfast.runs.repair_search import Point, choose, falls_short
 from holdfast.session import LORA_B
 
-SHARES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)  # ours: from the tuned model towards the base, until one meets the bounds
 SPARE = 0.03  # ours: a suite of few items would hold the bound with its change alone taken back
-HALVINGS = 2  # ours: between the first that meets them and the last that does not
+HALVINGS, HALVINGS_HEALED = 3, 2  # ours: looks between all of the change, or of the healing, and none of it
 BASE = "before.choose.json"  # the base's answers on the choosing half, in the run folder
 LORA = (".lora_A.", ".lora_B.", ".lora_embedding_")
 
@@ -103,26 +101,27 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
     def look(share: float) -> Point:
         change.scale(model, share)
         told = _told(job, "search")
-        told(len(points) / len(SHARES), f"{share:.0%} of the change")
+        told(len(points) / (1 + HALVINGS), f"{share:.0%} of the change")
         return _point(job, End(share), base, halves.measured(CHOOSE, model, soft))
 
     def look_healed(share: float) -> Point:
         healing.scale(share)
+        told = _told(job, "search")
+        told(len(looks) / (1 + HALVINGS_HEALED), f"{share:.0%} of the healing")
         return _point(job, End(share, healed=True), base, halves.measured(CHOOSE, healing.model))
 
     points: list[Point] = []
+    looks: list[Point] = []
     said: dict[str, Any] = {} if change.straight else {"why": "what was trained is more than a scale of its change"}
     with job.run.timed("search"):
-        _search(points, look, SHARES if change.straight else SHARES[:1])
+        _most(points, look, HALVINGS if change.straight else 0)
         if points[0].shown["kept"] and falls_short(choose(points), points[0].value, _value(job, base)):
             said["unhealed"] = settle_heal.why_not(job, soft)
             change.scale(model, 1.0)
             if not said["unhealed"]:
                 healing = settle_heal.heal(job, model, _told(job, "heal"))
-                for share in (1.0, *OF_HEALING):
-                    points.append(look_healed(share))
-                    if not points[-1].meets:
-                        break
+                _least(looks, look_healed, HALVINGS_HEALED)
+                points += looks
         best = choose(points)
         if best.candidate.healed:
             healing.scale(best.candidate.share)
@@ -135,19 +134,24 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
     return model, {**which, "met": met, "points": [_shown(p) for p in points], "unseen": unseen, **said}
 
 
-def _search(points: list[Point], look: Callable[[float], Point], shares: Sequence[float] = SHARES) -> None:
-    """Down to the first share that meets the bounds, then between it and the one before."""
-    for share in shares:
+def _most(points: list[Point], look: Callable[[float], Point], halvings: int) -> None:
+    """Look at the whole, and if it does not meet the bounds for the largest share that does."""
+    points.append(look(1.0))
+    low, high = 0.0, 1.0
+    for _ in range(0 if points[0].meets else halvings):
+        share = (low + high) / 2
         points.append(look(share))
-        if points[-1].meets:
-            break
-    if not points[-1].meets or len(points) == 1:
-        return
-    low, high = points[-1].candidate.share, points[-2].candidate.share
-    for _ in range(HALVINGS):
-        points.append(look((low + high) / 2))
-        middle = points[-1].candidate.share
-        low, high = (middle, high) if points[-1].meets else (low, middle)
+        low, high = (share, high) if points[-1].meets else (low, share)
+
+
+def _least(points: list[Point], look: Callable[[float], Point], halvings: int) -> None:
+    """Look at the whole, and if it meets the bounds for the least share that does."""
+    points.append(look(1.0))
+    low, high = 0.0, 1.0
+    for _ in range(halvings if points[0].meets else 0):
+        share = (low + high) / 2
+        points.append(look(share))
+        low, high = (low, share) if points[-1].meets else (share, high)
 
 
 def _point(job: Job, end: End, base: Measured, found: Measured) -> Point:
