@@ -10,13 +10,13 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 from holdfast import cli, models
-from holdfast.errors import PlanError, RecipeError
+from holdfast.errors import ModelError, PlanError, RecipeError
 from holdfast.measure.names import DEFAULT
 from holdfast.recipe import recipe_from
 from holdfast.runs import looking, repair_heal, settle, settle_heal
 from holdfast.runs.halves import Halves
 from holdfast.runs.job import checked
-from holdfast.runs.repair_search import Point
+from holdfast.runs.repair_search import Point, falls_short
 from holdfast.runs.run import Run
 from holdfast.verbs.tune import budgeted, floors_to_keep, tune
 from test_repair import reader
@@ -153,6 +153,50 @@ def test_a_bound_that_nothing_meets():
     assert [p.candidate.share for p in points] == [1.0]
 
 
+def test_a_gain_below_zero_gives_nothing_back():
+    whole = Point(settle.End(1.0), 0.4, 0.1, ("choose",))
+    assert not falls_short(whole, 0.4, 0.5)  # the task got worse, and all of the change is kept
+    assert falls_short(Point(settle.End(0.5), 0.35, 0.1, ("choose",)), 0.4, 0.5)
+
+
+def test_the_page_shows_what_was_looked_at(settled):
+    folder = settled[1]
+    text = (folder / "with" / "report.html").read_text()
+    assert "What the budget looked at" in text and "50 % of the change" in text
+    assert "What the budget looked at" not in (folder / "without" / "report.html").read_text()
+
+
+def test_an_adapter_below_is_part_of_the_base(world, tmp_path):
+    """All weights are tuned on a base with an adapter: the way back leads to both, not past them."""
+    first = tune(asked(world, tmp_path / "adapter", "adapter", budget=False)) / "model"
+    base = dict(models.load(str(first), merge_adapter=True, dtype="float32")[0].named_parameters())
+    recipe = asked(world, tmp_path / "run").model_copy(
+        update={"model": asked(world, tmp_path).model.model_copy(update={"model_name_or_path": str(first)})}
+    )
+    job = checked(Run(recipe, world.folder))
+    job.session.enter(job.session.stages[-1])
+    with torch.no_grad():
+        for p in job.session.model.parameters():
+            p.add_(0.01)
+    change = settle.Change(job)
+    change.scale(job.session.model, 0.0)
+    for name, p in job.session.model.named_parameters():
+        torch.testing.assert_close(p.float(), base[name], atol=1e-6, rtol=1e-5)
+
+
+def test_a_healing_that_fails_loses_nothing(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(settle, "HALVINGS", 0)
+
+    def fails(*_):
+        raise ModelError("its parts do not fit", "no cure")
+
+    monkeypatch.setattr(settle_heal, "heal", fails)
+    report = report_of(tune(asked(world, tmp_path / "run", keep={"language": 0.999})))
+    found = report["training"]["budget"]
+    assert found["share"] == 1 and not found["healed"] and found["met"] is False
+    assert "could not be healed, since its parts do not fit" in report["task"]["note"]
+
+
 def test_a_killed_search_ends_the_same(settled, world, tmp_path, monkeypatch):
     kind, _, report, _ = settled
 
@@ -271,7 +315,7 @@ def test_the_command_says_when_the_bound_cannot_be_met(world, tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["holdfast", "tune", str(path), "--keep", "language=0.99"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
-    assert stop.value.code == 1 and "no part of the change meets the budget" in " ".join(
+    assert stop.value.code == 1 and "no part of the change that was looked at meets the budget" in " ".join(
         capsys.readouterr().out.split()
     )
 

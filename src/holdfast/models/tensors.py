@@ -133,6 +133,28 @@ class Adapted:
             raise ModelError(f"{self._source.label} changes {away}, which the base does not have.", SAME_BASE)
 
 
+class Stacked:
+    """What is loaded of `source`: a whole model, with the adapters on it folded in, one on the other.
+
+    Raises:
+        ModelError: as `Saved` and `Adapted`.
+    """
+
+    def __init__(self, source: ModelSource, like: Any):
+        self._adapters: list[Adapted] = []  # the lowest first
+        while source.base is not None:
+            self._adapters.insert(0, Adapted(source, like))
+            source = source.base
+        self._whole = Saved(source, like)
+
+    def read(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        """One tensor in fp32, on the device of `base`."""
+        found = self._whole.read(name, base)
+        for adapter in self._adapters:
+            found = adapter.read(name, found)
+        return found
+
+
 def tensors_of(source: ModelSource, like: Any) -> Saved | Adapted:
     """The weights of `source` by the parameter names of `like`, the untouched base in memory."""
     return Saved(source, like) if source.base is None else Adapted(source, like)

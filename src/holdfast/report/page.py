@@ -12,6 +12,7 @@ from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 
 from . import plots, schema
+from .ends import ends_of
 
 _ARXIV = re.compile(r"(\d{4}\.\d{4,5}|[a-z-]+(\.[A-Z]{2})?/\d{7})(v\d+)?")
 
@@ -243,6 +244,7 @@ def render(report: dict[str, Any]) -> str:
             curves=_curves(r),
             further=_further(abilities),
             losses=_losses(r.get("training")),
+            ends=ends_of(r.get("training"), r.get("task")),
             numbers=_numbers(r),
             dots={k: Markup(_LEGEND.format(k)) for k in ("before", "after")},
         )

@@ -210,7 +210,7 @@ def choose(points: Sequence[Point]) -> Point:
 
 def falls_short(chosen: Point, tuned: float, base: float) -> bool:
     """Whether it misses the bound, or meets it by giving back much of what the task gained from `base` to `tuned`."""
-    return not chosen.meets or tuned - chosen.value > GIVEN_BACK * (tuned - base)
+    return not chosen.meets or tuned - chosen.value > GIVEN_BACK * max(0.0, tuned - base)
 
 
 def choose_nearest(points: Sequence[Point]) -> Point:

@@ -20,17 +20,20 @@ from typing import Any
 import torch
 
 from holdfast.data.metric import metric_of
+from holdfast.errors import HoldfastError
 from holdfast.measure.compare import ability
 from holdfast.measure.tuned_task import task_estimates
 from holdfast.method import canonical
-from holdfast.models.tensors import tensors_of
+from holdfast.models.source import ModelSource
+from holdfast.models.tensors import Stacked
 from holdfast.recipe import KEEP_FRAC
 from holdfast.runs import settle_heal
 from holdfast.runs.halves import CHOOSE, Halves, Measured
 from holdfast.runs.job import Job
 from holdfast.runs.repair_search import Point, choose, falls_short
-from holdfast.session import LORA_B
+from holdfast.session import LORA_B, Session
 
+SURELY = "by a standard error on the items for choosing"
 SPARE = 0.03  # ours: a suite of few items would hold the bound with its change alone taken back
 HALVINGS, HALVINGS_HEALED = 3, 2  # ours: looks between all of the change, or of the healing, and none of it
 BASE = "before.choose.json"  # the base's answers on the choosing half, in the run folder
@@ -54,12 +57,7 @@ class Change:
     @torch.no_grad()
     def __init__(self, job: Job):
         params = {canonical(n): p for n, p in job.session.model.named_parameters()}
-        self.adapter = any(LORA_B.search(n) for n in params)
-        lora = all(any(part in n for part in LORA) for n in job.session.params)
-        prompt = any(m.trains_prompt for m in job.session.plan.active)
-        self.straight = not prompt and (lora or not self.adapter)
-        whole = self.straight and not self.adapter
-        self._base = tensors_of(job.source, job.session.model) if whole else None
+        self.straight, self._base = is_straight(job.session), base_tensors(job.source, job.session)
         own = params.items() if self.straight else ()
         self._tuned = {n: p.detach().float().clone() for n, p in own if self._moved(n, p)}
 
@@ -81,8 +79,33 @@ class Change:
                 params[name].copy_(torch.lerp(self._base.read(name, tuned), tuned, share))
 
 
+def has_adapter(session: Session) -> bool:
+    """Whether what is trained lies in the factors of an adapter."""
+    return any(LORA_B.search(canonical(n)) for n, _ in session.model.named_parameters())
+
+
+def is_straight(session: Session) -> bool:
+    """Whether scaling what is trained leads to the base."""
+    lora = all(any(part in n for part in LORA) for n in session.params)
+    return not any(m.trains_prompt for m in session.plan.active) and (lora or not has_adapter(session))
+
+
+def base_tensors(source: ModelSource, session: Session) -> Stacked | None:
+    """The base's own tensors, which a dense change walks back to; None where none are needed.
+
+    Raises:
+        ModelError: its files do not give them by name.
+    """
+    return Stacked(source, session.model) if is_straight(session) and not has_adapter(session) else None
+
+
 def remember(job: Job, key: str | None) -> None:
-    """The untouched base's answers on the choosing half; before training."""
+    """The untouched base's answers on the choosing half; before training.
+
+    Raises:
+        ModelError: the base's files do not give its tensors by name, and after the training they would be needed.
+    """
+    base_tensors(job.source, job.session)
     if job.run.folder.read(BASE) is None:
         found = Halves(job).measured(CHOOSE, job.model, key=key, tell=_told(job, "measure before"))
         job.run.folder.write(BASE, found)
@@ -119,15 +142,19 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
             said["unhealed"] = settle_heal.why_not(job, soft)
             change.scale(model, 1.0)
             if not said["unhealed"]:
-                healing = settle_heal.heal(job, model, _told(job, "heal"))
-                _least(looks, look_healed, HALVINGS_HEALED)
-                points += looks
-        best = choose(points)
+                try:
+                    healing = settle_heal.heal(job, model, _told(job, "heal"))
+                    _least(looks, look_healed, HALVINGS_HEALED)
+                except HoldfastError as error:  # what was trained is worth more than this step
+                    said["unhealed"] = error.what.rstrip(".")
+                    looks = []
+        best = choose([*points, *looks])
         if best.candidate.healed:
             healing.scale(best.candidate.share)
             model = healing.plain()
         else:
             change.scale(model, best.candidate.share)
+        points += looks
     unseen = [name for name in job.recipe.measure.keep if name not in best.shown["kept"]]
     met = best.meets if best.shown["kept"] else None
     which = {k: v for k, v in _shown(best).items() if k in ("share", "healed")}
@@ -199,29 +226,35 @@ def _outcome(found: Mapping[str, Any], bound: str) -> str:
         does = "meets it and was used" if found["met"] else "does not either, but is the nearest to it"
         return f"{failed}; {found['share']:.0%} of a short training towards the base (heal) {does}"
     if found["share"] == 1 and found["met"]:
-        return f"the whole change meets the budget ({bound}) on the items for choosing"
+        return f"the whole change meets the budget ({bound}) {SURELY}"
     unhealed = found.get("unhealed")
     tried = f"; it could not be healed, since {unhealed}" if unhealed else ""
     if "why" in found:
         return f"the budget ({bound}) is not met and could not be enforced: {found['why']}{tried}"
     kept = f"{found['share']:.0%} of the change was kept"
     if found["met"]:
-        return f"{kept}, as much as meets the budget ({bound}) on the items for choosing"
+        return f"{kept}, the best seen that meets the budget ({bound}) {SURELY}{tried or _lost(found)}"
     return f"{_none(found, bound)}; {kept}, the nearest to it{tried}"
 
 
 def _costly(line: Sequence[Mapping[str, Any]], bound: str) -> str:
     most = max(p["share"] for p in line if p["meets"])
-    return f"{most:.0%} of the change meets the budget ({bound}), but gives back much of what the task gained"
+    return f"{most:.0%} of the change meets the budget ({bound}) {SURELY}, but gives back much of what the task gained"
+
+
+def _lost(found: Mapping[str, Any]) -> str:
+    """That a healing was tried and not used."""
+    tried = any(p["healed"] for p in found["points"])
+    return "; a short training towards the base (heal) was tried and is no better" if tried else ""
 
 
 def _none(found: Mapping[str, Any], bound: str) -> str:
     what = (
         f"the change, of which no part can be taken back ({found['why']}), does not meet"
         if "why" in found
-        else "no part of the change meets"
+        else "no part of the change that was looked at meets"
     )
-    return f"{what} the budget ({bound}) on the items for choosing"
+    return f"{what} the budget ({bound}) {SURELY}"
 
 
 def _told(job: Job, phase: str) -> Callable[[float, str], None]:

@@ -30,8 +30,8 @@ def why_not(job: Job, soft: Any) -> str:
         return "its soft prompt stands outside of the weights"
     if world()[1] > 1:
         return "several processes share it"
-    if job.recipe.model.load_in_4bit:
-        return "its base has 4 bits"
+    if models.is_packed(job.model):
+        return "its base has packed weights"
     return "" if len(job.task.token_rows) >= FEWEST else f"it has fewer than {FEWEST} rows"
 
 
