@@ -136,8 +136,8 @@ def test_a_search_by_hand():
     def look(share, margin):
         return Point(settle.End(share), share, margin, ("choose",))
 
-    points = []
-    settle._most(points, lambda share: look(share, 0.46 - share), 3)
+    points = [look(1.0, -0.5)]
+    settle._halve(points, lambda share: look(share, 0.46 - share), 3)
     assert [p.candidate.share for p in points] == [1.0, 0.5, 0.25, 0.375]
     points = []
     settle._least(points, lambda share: look(share, share - 0.6), 2)
@@ -145,8 +145,8 @@ def test_a_search_by_hand():
 
 
 def test_a_bound_that_nothing_meets():
-    points = []
-    settle._most(points, lambda share: Point(settle.End(share), share, -share, ("choose",)), 3)
+    points = [Point(settle.End(1.0), 1.0, -1.0, ("choose",))]
+    settle._halve(points, lambda share: Point(settle.End(share), share, -share, ("choose",)), 3)
     assert [p.candidate.share for p in points] == [1.0, 0.5, 0.25, 0.125]
     points = []
     settle._least(points, lambda share: Point(settle.End(share), share, -share, ("choose",)), 2)
@@ -185,7 +185,7 @@ def test_an_adapter_below_is_part_of_the_base(world, tmp_path):
 
 
 def test_a_healing_that_fails_loses_nothing(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(settle, "HALVINGS", 0)
+    monkeypatch.setattr(settle, "HALVINGS", 1)
 
     def fails(*_):
         raise ModelError("its parts do not fit", "no cure")
@@ -193,7 +193,7 @@ def test_a_healing_that_fails_loses_nothing(world, tmp_path, monkeypatch):
     monkeypatch.setattr(settle_heal, "heal", fails)
     report = report_of(tune(asked(world, tmp_path / "run", keep={"language": 0.999})))
     found = report["training"]["budget"]
-    assert found["share"] == 1 and not found["healed"] and found["met"] is False
+    assert len(found["points"]) == 2 and not found["healed"] and found["met"] is False
     assert "could not be healed, since its parts do not fit" in report["task"]["note"]
 
 
@@ -310,7 +310,7 @@ def test_the_default_budget_names_every_default_suite():
 
 
 def test_the_command_says_when_the_bound_cannot_be_met(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(settle, "HALVINGS", 0)
+    monkeypatch.setattr(settle, "HALVINGS", 1)
     path = write_recipe(tmp_path / "r.yaml", asked(world, tmp_path / "run", budget=False).model_dump(mode="json"))
     monkeypatch.setattr(sys, "argv", ["holdfast", "tune", str(path), "--keep", "language=0.99"])
     with pytest.raises(SystemExit) as stop:

@@ -137,7 +137,12 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
     looks: list[Point] = []
     said: dict[str, Any] = {} if change.straight else {"why": "what was trained is more than a scale of its change"}
     with job.run.timed("search"):
-        _most(points, look, HALVINGS if change.straight else 0)
+        points.append(look(1.0))
+        broken = not points[0].meets and change.straight
+        if broken:
+            _halve(points, look, 1)
+            if points[-1].meets:
+                _halve(points, look, HALVINGS - 1)
         if points[0].shown["kept"] and falls_short(choose(points), points[0].value, _value(job, base)):
             said["unhealed"] = settle_heal.why_not(job, soft)
             change.scale(model, 1.0)
@@ -148,6 +153,8 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
                 except HoldfastError as error:  # what was trained is worth more than this step
                     said["unhealed"] = error.what.rstrip(".")
                     looks = []
+        if broken and not any(p.meets for p in [*points, *looks]):  # half a change has lost much of what it learnt
+            _halve(points, look, HALVINGS - 1)
         best = choose([*points, *looks])
         if best.candidate.healed:
             healing.scale(best.candidate.share)
@@ -161,14 +168,12 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
     return model, {**which, "met": met, "points": [_shown(p) for p in points], "unseen": unseen, **said}
 
 
-def _most(points: list[Point], look: Callable[[float], Point], halvings: int) -> None:
-    """Look at the whole, and if it does not meet the bounds for the largest share that does."""
-    points.append(look(1.0))
-    low, high = 0.0, 1.0
-    for _ in range(0 if points[0].meets else halvings):
-        share = (low + high) / 2
-        points.append(look(share))
-        low, high = (share, high) if points[-1].meets else (low, share)
+def _halve(points: list[Point], look: Callable[[float], Point], times: int) -> None:
+    """Look between the largest share that meets the bounds and the smallest that does not; 0 meets them."""
+    for _ in range(times):
+        low = max((p.candidate.share for p in points if p.meets), default=0.0)
+        high = min(p.candidate.share for p in points if not p.meets)
+        points.append(look((low + high) / 2))
 
 
 def _least(points: list[Point], look: Callable[[float], Point], halvings: int) -> None:
