@@ -114,11 +114,16 @@ def abilities(before: Sequence[Part], after: Sequence[Part], floors: Mapping[str
     parts = [
         ability(b, a, floors.get(b["suite"], floor), b["suite"] in floors) for b, a in zip(before, after, strict=True)
     ]
-    known = {p["name"]: p["p_loss"] for p in parts if "p_loss" in p}
+    return corrected(parts)
+
+
+def corrected(parts: list[Part]) -> list[Part]:
+    """Each "p_loss" adjusted for all of them, in place; what is lost only without that is unclear."""
+    known = {p["name"]: p["p_loss"] for p in parts if p.get("p_loss") is not None}
     adjusted = stats.holm(known) if known else {}
     for p in parts:
         p["p_loss"] = adjusted.get(p["name"])
-        if p["status"] == "lost" and adjusted[p["name"]] >= ALPHA:
+        if p["status"] == "lost" and p["name"] in adjusted and adjusted[p["name"]] >= ALPHA:
             p["status"] = "unclear"
     return parts
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 from holdfast.data.metric import metric_of
-from holdfast.measure import stats
+from holdfast.measure import recipes, stats
 from holdfast.measure.packed import unpack, unpack_suite
-from holdfast.measure.recipes import kept
 from holdfast.measure.stats import Estimate
 from holdfast.measure.tuned_task import task_estimates
 from holdfast.recipe import KEEP_FRAC
@@ -21,6 +21,7 @@ from holdfast.versions import versions
 Measured = Mapping[str, Any]
 SHOWN = ("name", "status", "before", "after", "retention", "runs")
 FASTER = 1.1  # ours: less is the noise of a clock
+Runs = Sequence[tuple[Cell, Measured]]
 ORDER = ("kept", "no loss shown", "unclear", "lost")  # the best first
 
 
@@ -42,13 +43,10 @@ class Ends:
         return task_estimates(self.metric, self.base["task"] if against is None else against, items)
 
     def abilities(self, runs: Sequence[Measured]) -> list[dict[str, Any]]:
-        """Each ability of a recipe from its runs (`measure.recipes.kept`)."""
-        out = []
-        for n, before in enumerate(self.base["abilities"]):
-            afters = [unpack_suite(run["abilities"][n], before) for run in runs]
-            part = kept(before, afters, self.floors.get(before["suite"], KEEP_FRAC))
-            out.append({k: part[k] for k in SHOWN})
-        return out
+        """Each ability of a recipe from its runs (`measure.recipes.abilities`)."""
+        befores = self.base["abilities"]
+        afters = [[unpack_suite(a, b) for a, b in zip(run["abilities"], befores, strict=True)] for run in runs]
+        return [{k: part[k] for k in SHOWN} for part in recipes.abilities(befores, afters, self.floors, KEEP_FRAC)]
 
     def value(self, estimate: Mapping[str, Any]) -> float:
         """One number of a task score, higher is better."""
@@ -157,9 +155,8 @@ def _advice(ends: Ends, rows: Sequence[Mapping[str, Any]], final: Mapping[str, A
         return f"Take {good[0]['name']}: it alone is shown to keep what it must ({floors})."
     first, second = good[0], good[1]
     apart = _apart(ends, final[first["name"]], final[second["name"]])
-    sure = (apart.high < 0) if ends.metric.lower else (apart.low > 0)
-    words = f"{abs(apart.value):.3g} ({apart.low:.3g} to {apart.high:.3g})"
-    if sure:
+    words = "no seed in common" if apart is None else f"{apart.value:.3g} ({apart.low:.3g} to {apart.high:.3g})"
+    if apart and apart.low > 0:
         return (
             f"Take {first['name']}: of those that keep what they must ({floors}), it learns the task best; "
             f"the next, {second['name']}, is {words} behind."
@@ -176,10 +173,14 @@ def _advice(ends: Ends, rows: Sequence[Mapping[str, Any]], final: Mapping[str, A
     )
 
 
-def _apart(ends: Ends, one: Sequence[tuple[Cell, Measured]], other: Sequence[tuple[Cell, Measured]]) -> Estimate:
-    """How much better the first plan's task score is, paired by item and seed."""
-    each = []
-    for (_, mine), (_, theirs) in zip(one, other, strict=False):
-        against = unpack(theirs["task"], ends.base["task"])
-        each.append(Estimate.from_dict(ends.task(mine, against)["difference"]))
-    return stats.mean_of_runs(each)
+def _apart(ends: Ends, one: Runs, other: Runs) -> Estimate | None:
+    """How much better the first plan's task score is, paired by item and seed; None without a seed in common."""
+    theirs, each = {cell.seed: found for cell, found in other}, []
+    for cell, mine in one:
+        if cell.seed in theirs:  # a run that failed has no partner
+            against = unpack(theirs[cell.seed]["task"], ends.base["task"])
+            each.append(Estimate.from_dict(ends.task(mine, against)["difference"]))
+    if not each:
+        return None
+    mean = stats.mean_of_runs(each)
+    return dataclasses.replace(mean, value=-mean.value, low=-mean.high, high=-mean.low) if ends.metric.lower else mean

@@ -152,7 +152,7 @@ class Comparison:
             for name, cell in cells.items()
             if cell
         }
-        if known is None or self.failed:
+        if known != said:  # a run that had failed was tried again
             self.folder.write(CHOSEN, said)
 
     # ---- the second phase
@@ -182,7 +182,7 @@ class Comparison:
             return self._measured(cell, half)
         except HoldfastError as e:
             self.failed[cell.label] = str(e)
-        except (RuntimeError, OSError) as e:  # out of memory, a full disk, and what a library refuses on this device
+        except Exception as e:  # out of memory, a full disk, and whatever a library refuses on this device
             self.failed[cell.label] = f"{type(e).__name__}: {e}"
         return None
 
@@ -207,7 +207,8 @@ class Comparison:
             run.folder.check_room(export.room(job), f"checkpoints and export of {run.path.name}")
         if self.recipe.measure.budget:
             settle.remember(job, base_key(job, job.model))
-        tuned, soft = export.loaded(run) if run.folder.read("training.json") else training.trained(job)
+        there = run.folder.read("training.json") and run.export.exists()  # that of a worse trial is taken away
+        tuned, soft = export.loaded(run) if there else training.trained(job)
         found = Halves(job).measured(half, tuned, soft, tell=lambda x, words: run.tell("measure after", x, words))
         base, done = self.folder.read(f"base.{half}.json"), run.folder.read("training.json")
         packed = {

@@ -14,9 +14,8 @@ from typing import Any
 
 from holdfast.errors import RecipeError
 from holdfast.files import write_json, write_text
-from holdfast.measure import stats
+from holdfast.measure import recipes, stats
 from holdfast.measure.compare import verdict
-from holdfast.measure.recipes import kept
 from holdfast.measure.stats import Estimate
 from holdfast.recipe import KEEP_FRAC, Recipe
 from holdfast.report import markdown, page
@@ -88,12 +87,8 @@ def summarised(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
 
 def _abilities(runs: Sequence[Run]) -> list[dict[str, Any]]:
     before = runs[0].folder.read("before.json")
-    afters = [run.folder.read("after.json") for run in runs]
-    floors = runs[0].recipe.measure.keep
-    return [
-        kept(b, [a["abilities"][n] for a in afters], floors.get(b["suite"], KEEP_FRAC))
-        for n, b in enumerate(before["abilities"])
-    ]
+    afters = [run.folder.read("after.json")["abilities"] for run in runs]
+    return recipes.abilities(before["abilities"], afters, runs[0].recipe.measure.keep, KEEP_FRAC)
 
 
 def _task(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:
