@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from holdfast.data.encoder import Encoder
 from holdfast.engine.forward import forward
 from holdfast.errors import DataError, HoldfastError, ModelError, PlanError, RecipeError
 from holdfast.measure import closeness as close
-from holdfast.measure.parts import COARSE, FINE, REPORT, cut, join
+from holdfast.measure.parts import COARSE, FINE, REPORT, cut, join, whole_parts
 from holdfast.measure.probe import Ask, Group, Probe, Suite
 from holdfast.measure.suites import build
 from holdfast.methods import ICLAnchor
@@ -454,6 +455,33 @@ def test_a_change_of_turned_weights_is_written_in_their_shape(tokenizer, tmp_pat
         got = healed.merge(name, {"tuned": tuned[name]}, {}, 1)
         torch.testing.assert_close(got, merged[name].detach(), rtol=1e-4, atol=1e-4)
     assert not torch.equal(merged["transformer.h.0.attn.c_attn.weight"], tuned["transformer.h.0.attn.c_attn.weight"])
+
+
+def test_a_suite_that_asks_this_model_nothing_is_no_fault():
+    parts = whole_parts(Suite("thinking", (), (), {}, note="no switch"), "--limit")
+    assert not any(p.probes for p in parts.values()) and set(parts) == {COARSE, FINE, REPORT}
+
+
+def test_a_change_of_an_embedding_is_written_too(tiny_model, tmp_path):
+    """PEFT keeps the factors of an embedding by another name; s B A stands there turned."""
+    model = tiny_model(tied=False)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    config = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, config)
+    write_change(adapted, tmp_path / "change.safetensors")
+    change = Healed(file=str(tmp_path / "change.safetensors"))
+    merged = dict(adapted.merge_and_unload().named_parameters())
+    for name, old in before.items():
+        torch.testing.assert_close(change.merge(name, {"tuned": old}, {}, 1), merged[name], atol=1e-5, rtol=1e-4)
+    assert not torch.equal(merged["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+def test_another_change_at_the_same_place_is_read_anew(tmp_path):
+    file, w = tmp_path / "change.safetensors", torch.zeros(2, 2)
+    for n, value in enumerate((1.0, 3.0)):
+        save_file({"w.A": torch.full((1, 2), value), "w.B": torch.ones(2, 1)}, file)
+        os.utime(file, ns=(n, n))
+        assert Healed(file=str(file)).merge("w", {"tuned": w}, {}, 1).unique().tolist() == [value]
 
 
 def test_without_rows_the_least_share_of_a_healing_that_meets_the_bound_is_chosen():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from holdfast import cli, models
 from holdfast.errors import HoldfastError
@@ -109,6 +109,10 @@ def test_an_adapter_is_pruned_in_its_factors(world, tmp_path, tokenizer):
         torch.testing.assert_close(out[n], w.detach(), atol=1e-5, rtol=1e-4)
     with pytest.raises(HoldfastError, match="antidote prunes the factors of plain LoRA"):
         check_pair([ANTIDOTE], SimpleNamespace(tuned=models.resolve(str(tmp_path / "dora"))))
+    with torch.device("meta"):
+        like = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=1, n_head=1))  # its maps have other names
+    with pytest.raises(HoldfastError, match="has none by the names q_proj"):
+        check_pair([ANTIDOTE], SimpleNamespace(tuned=models.resolve(world.base), like=like))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from holdfast.diagnose import Case, run
 from holdfast.diagnose.subspaces import diagnose, left, main, mso, parallel, projected
@@ -58,6 +59,27 @@ def test_a_change_along_the_alignment_is_told_and_a_random_one_is_not(tiny_model
     ancestor, base, tuned = three(tiny_model, along=False)
     found = diagnose(Case(base, tuned, tokenizer, ancestor=ancestor))
     assert found.finding.startswith("Nothing unusual") and 0.5 < found.scores["times"] < 2
+
+
+def test_weights_that_are_stored_turned_are_read_by_what_they_write(tokenizer):
+    """GPT-2 stores (in, out): alignment and tuning write along one direction and read along others."""
+    config = GPT2Config(vocab_size=200, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=1)
+    ancestor = GPT2LMHeadModel(config).eval()
+    base, tuned = copy.deepcopy(ancestor), copy.deepcopy(ancestor)
+    with torch.no_grad():
+        for n, (p, q) in enumerate(
+            zip(base.transformer.h.parameters(), tuned.transformer.h.parameters(), strict=True)
+        ):
+            if p.ndim == 2:
+                out = draw(1, p.shape[1], seed=n).float()
+                p.add_(0.05 * draw(len(p), 1, seed=n + 500).float() @ out)
+                q.copy_(p + 0.01 * draw(len(p), 1, seed=n + 900).float() @ out)
+    found = diagnose(Case(base, tuned, tokenizer, ancestor=ancestor))
+    assert found.scores["inside"] == pytest.approx(1.0, abs=1e-3)
+    into = copy.deepcopy(tuned)
+    projected(Case(base, tuned, tokenizer, ancestor=ancestor), 0.1, into)
+    for p, q in zip(into.transformer.h.parameters(), tuned.transformer.h.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
 
 
 def test_the_whole_projection_is_the_tuned_model(tiny_model, tokenizer):

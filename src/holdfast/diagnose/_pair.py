@@ -48,6 +48,13 @@ class Pair:
         return self.tuned.detach().to(self.base.device).float() - self.base.detach().float()
 
 
+def is_turned(model: Any, name: str) -> bool:
+    """Whether the weight of this name is stored (in, out), as in GPT-2."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+
+
 def blocks(model: Any) -> tuple[str, torch.nn.ModuleList]:
     """The decoder layers and their path: the outermost ModuleList with one entry per hidden layer.
 

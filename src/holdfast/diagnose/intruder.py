@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from holdfast.diagnose import NOTHING, Case, Finding
-from holdfast.diagnose._pair import Pair, Place, label, pairs, share
+from holdfast.diagnose._pair import Pair, Place, is_turned, label, pairs, share
 from holdfast.methods.merge._spectrum import left_vectors
 
 TOP_K, EPSILON = 10, 0.5  # Sec. 3 and main text
@@ -126,14 +126,11 @@ def _strength(pair: Pair, seed: int) -> float:
 
 def diagnose(case: Case) -> Finding:
     """Count intruder dimensions in the layers' matrices and in random updates of the same norm."""
-    from transformers.pytorch_utils import Conv1D
-
     taken, changed = candidates(case)
     if not taken:
         sentence = f"{NOTHING}: no matrix of the layers changed."
         return Finding("intruder dimensions", sentence, scores={"intruders": 0.0, "control": 0.0})
-    modules = dict(case.base.named_modules())
-    turned = [isinstance(modules[p.name.rpartition(".")[0]], Conv1D) for p in taken]
+    turned = [is_turned(case.base, p.name) for p in taken]
     counts = [count(p, t, case.seed + DRAWS * n) for n, (p, t) in enumerate(zip(taken, turned, strict=True))]
     found, random = (sum(n) for n in zip(*((c.seen.intruders, c.random) for c in counts), strict=True))
     return Finding(

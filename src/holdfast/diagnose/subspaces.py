@@ -1,6 +1,6 @@
 """Safety subspaces: does the change of tuning lie where aligning the base had changed it? Three models are compared.
 
-    V = W_base - W_ancestor (alignment),  U = W_tuned - W_base, of each matrix (m, n) of the layers
+    V = W_base - W_ancestor (alignment),  U = W_tuned - W_base, of each matrix (m out, n in) of the layers
     Q_v   the first k left singular vectors of V, k = round(frac * min(m, n))
     kept  = |Q_v Q_v^T U|_F^2 / |U|_F^2, the energy of U inside the alignment's main directions;  by chance k / m
     MSO   = |Q_u^T Q_v|_F^2 / min(k_u, k_v), Q of the fewest directions with a share e of the energy;
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from holdfast.diagnose import NOTHING, Case, Finding
-from holdfast.diagnose._pair import Pair, label, pairs, share
+from holdfast.diagnose._pair import Pair, is_turned, label, pairs, share
 from holdfast.errors import ModelError
 
 FRAC, ENERGY = 0.1, 0.5  # ours, out of the paper's grids
@@ -74,9 +74,11 @@ def mso(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float]:
     return found, max(a.shape[1], b.shape[1]) / len(a)
 
 
-def overlap(pair: Pair, alignment: torch.Tensor) -> Overlap:
-    """Compare the change of one matrix with what alignment had changed of it."""
+def overlap(pair: Pair, alignment: torch.Tensor, turned: bool = False) -> Overlap:
+    """Compare the change of one matrix with what alignment had changed of it; turned: both are (in, out)."""
     change = pair.change().double()
+    if turned:
+        change, alignment = change.T, alignment.T
     (u, s), (v, t) = left(change), left(alignment)
     k = max(1, round(FRAC * min(change.shape)))
     energy = float(change.square().sum())
@@ -96,7 +98,7 @@ def diagnose(case: Case) -> Finding:
         if isinstance(pair.place, int) and pair.base.ndim == 2:
             alignment = _alignment(pair, older)
             if alignment.any() and pair.change().any():
-                found.append(overlap(pair, alignment))
+                found.append(overlap(pair, alignment, is_turned(case.base, pair.name)))
     if not found:
         sentence = f"{NOTHING}: no matrix of the layers was changed by both, alignment and tuning."
         return Finding("safety subspaces", sentence, scores={"inside": 0.0, "times": 0.0})
@@ -157,5 +159,7 @@ def projected(case: Case, frac: float, into: Any) -> None:
     with torch.no_grad():
         for pair in pairs(case):
             if pair.base.ndim == 2:
-                part = parallel(pair.change(), _alignment(pair, older), frac)
+                sides = pair.change(), _alignment(pair, older)
+                turned = isinstance(pair.place, int) and is_turned(case.base, pair.name)
+                part = parallel(sides[0].T, sides[1].T, frac).T if turned else parallel(*sides, frac)
                 into.get_parameter(pair.name).copy_(pair.base.float() + part)

@@ -25,7 +25,7 @@ def cut(suite: Suite) -> dict[str, Suite]:
 
 
 def whole_parts(suite: Suite, limit: str) -> dict[str, Suite]:
-    """As `cut`, where every part has items.
+    """As `cut`, where every part has items, or the whole suite asks this model nothing.
 
     limit: what a user would raise.
 
@@ -33,6 +33,8 @@ def whole_parts(suite: Suite, limit: str) -> dict[str, Suite]:
         HoldfastError: a part has none.
     """
     parts = cut(suite)
+    if not suite.probes:
+        return parts
     few = next((part for part in parts if not parts[part].probes), None)
     if few:
         what = f"The suite {suite.name!r} has too few items at this limit: none is left for the part {few!r}."

@@ -101,6 +101,11 @@ def prune(
     return {name: float((m.weight == 0).float().mean()) for name, m in maps.items()}
 
 
+def any_maps(model: Any, targets: str = TARGETS) -> bool:
+    """Whether a whole model has maps that `targets` finds."""
+    return any(re.search(targets, n) for n, m in model.named_modules() if isinstance(m, nn.Linear))
+
+
 def maps_of(model: Any, targets: str) -> dict[str, nn.Linear]:
     """The maps to prune by name: an adapter's factors, or those that `targets` finds.
 

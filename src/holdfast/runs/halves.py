@@ -104,4 +104,4 @@ def _cut(name: str, ask: Ask) -> dict[str, Suite]:
     if name.startswith("lm_eval:"):
         what = f"{name} is to choose with and to report on, and it cannot be cut into two halves."
         raise HoldfastError(what, "Use suites of Holdfast or jsonl:<path>.")
-    return whole_parts(build(name, ask), "the limit")
+    return whole_parts(build(name, ask), "measure.limit")

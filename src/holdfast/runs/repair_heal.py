@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,7 +50,7 @@ class Healed(Method):
     needs: ClassVar = frozenset({"base_weights", "dense"})
 
     def merge(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> torch.Tensor:
-        change = _changes(self.file)
+        change = _changes(self.file, Path(self.file).stat().st_mtime_ns)
         below = weights[self.on]
         if f"{name}.A" not in change:
             return below
@@ -58,8 +58,8 @@ class Healed(Method):
         return below + self.share * new.to(below.device)
 
 
-@cache
-def _changes(file: str) -> dict[str, torch.Tensor]:
+@lru_cache(maxsize=1)  # of one repair; another one may write another file to the same place
+def _changes(file: str, written: int) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(file)
@@ -171,7 +171,10 @@ def write_change(model: Any, target: Path) -> None:
     found = {}
     for name, m in layers:
         (adapter,) = m.active_adapters
-        a, b = m.lora_A[adapter].weight.detach().float(), m.lora_B[adapter].weight.detach().float()
+        if adapter in m.lora_embedding_A:  # W^T + s B A
+            a, b = m.lora_embedding_B[adapter].detach().float().T, m.lora_embedding_A[adapter].detach().float().T
+        else:
+            a, b = m.lora_A[adapter].weight.detach().float(), m.lora_B[adapter].weight.detach().float()
         b = b * m.scaling[adapter]
         a, b = (b.T, a.T) if getattr(m, "fan_in_fan_out", False) else (a, b)
         place = canonical(f"{name}.weight")

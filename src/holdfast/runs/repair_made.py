@@ -49,7 +49,7 @@ class Masked(Method):
     needs: ClassVar = frozenset({"base_weights", "dense"})
 
     def merge(self, name: str, weights: Mapping[str, torch.Tensor], state: State, num_layers: int) -> torch.Tensor:
-        bits, outside = _masks(self.file).get(name), weights[self.outside]
+        bits, outside = _masks(self.file, Path(self.file).stat().st_mtime_ns).get(name), weights[self.outside]
         if bits is None:
             return outside
         mask = torch.from_numpy(np.unpackbits(bits, count=prod(outside.shape)).astype(bool)).view(outside.shape)
@@ -57,8 +57,8 @@ class Masked(Method):
         return torch.where(mask.to(outside.device), inside, outside)
 
 
-@lru_cache(maxsize=1)  # one candidate at a time
-def _masks(file: str) -> dict[str, np.ndarray]:
+@lru_cache(maxsize=1)  # one candidate at a time; another repair may write another file to the same place
+def _masks(file: str, written: int) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     return load_file(file)
@@ -89,6 +89,8 @@ def read_harmful(path: str, tokenizer: Any) -> list[TokenRow]:
 
 def check_pair(methods: Sequence[str], pair: Pair) -> None:
     """Raise HoldfastError where a candidate cannot be made of these models."""
+    from holdfast.runs.antidote import any_maps
+
     tuned, whole = pair.tuned, next((m for m in methods if m in (GRAFT, REALIGN)), None)
     if whole and pair.overlap:
         what = f"{whole} changes a model entry by entry, and the two have tables of other sizes (--overlap)."
@@ -96,6 +98,9 @@ def check_pair(methods: Sequence[str], pair: Pair) -> None:
     if ANTIDOTE in methods and tuned.kind == "adapter" and not is_plain_lora(tuned):
         what = f"antidote prunes the factors of plain LoRA, and {tuned.label} is an adapter of another kind."
         raise HoldfastError(what, "Merge it into its base, save the whole and repair that, or leave antidote out.")
+    if ANTIDOTE in methods and tuned.kind != "adapter" and not any_maps(pair.like):
+        what = f"antidote prunes the query, key and value maps, and {tuned.label} has none by the names q_proj, k_proj"
+        raise HoldfastError(f"{what} and v_proj.", "Leave antidote out.")
 
 
 def made(
