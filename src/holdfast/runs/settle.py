@@ -141,8 +141,6 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
         broken = not points[0].meets and change.straight
         if broken:
             _halve(points, look, 1)
-            if points[-1].meets:
-                _halve(points, look, HALVINGS - 1)
         if points[0].shown["kept"] and falls_short(choose(points), points[0].value, _value(job, base)):
             said["unhealed"] = settle_heal.why_not(job, soft)
             change.scale(model, 1.0)
@@ -153,7 +151,7 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
                 except HoldfastError as error:  # what was trained is worth more than this step
                     said["unhealed"] = error.what.rstrip(".")
                     looks = []
-        if broken and not any(p.meets for p in [*points, *looks]):  # half a change has lost much of what it learnt
+        if broken and not choose([*points, *looks]).candidate.healed:
             _halve(points, look, HALVINGS - 1)
         best = choose([*points, *looks])
         if best.candidate.healed:
