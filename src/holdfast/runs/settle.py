@@ -151,7 +151,8 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
                 except HoldfastError as error:  # what was trained is worth more than this step
                     said["unhealed"] = error.what.rstrip(".")
                     looks = []
-        if broken and not choose([*points, *looks]).candidate.healed:
+        best = choose([*points, *looks])
+        if broken and not (best.meets and best.candidate.healed):
             _halve(points, look, HALVINGS - 1)
         best = choose([*points, *looks])
         if best.candidate.healed:
