@@ -35,6 +35,12 @@ def test_a_measured_document_is_cut_between_tokens(name):
     assert len(parts) > 3 and "".join(p.completion for p in parts) == TEXT.strip()
     assert [p.where for p in parts[:2]] == ["d:1 (part 1)", "d:1 (part 2)"]
     assert all(len(s.ids) <= 60 for s in encoder.join([("", p.completion) for p in parts], end=True))
+    assert [p.ends for p in parts] == [False] * (len(parts) - 1) + [True]
+    splits = encoder.join([("", p.completion) for p in parts], end=[p.ends for p in parts])
+    ended = encoder.join([("", p.completion) for p in parts], end=True)
+    assert splits[-1] == ended[-1]
+    if encoder.end is not None:  # the document goes on: no end is asked for
+        assert all(e.ids == [*s.ids, encoder.end] for s, e in zip(splits[:-1], ended[:-1], strict=True))
     assert list(text_parts(Row("", "short", where="d:1"), encoder, 60)) == [Row("", "short", where="d:1")]
 
 

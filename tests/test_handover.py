@@ -86,6 +86,14 @@ def test_an_adapter_is_no_gguf(world, tmp_path):
     refused(path, PlanError, "LoRA leaves weights of its own")
 
 
+def test_a_soft_prompt_is_no_gguf(world, tmp_path):
+    """The file would be the bare base."""
+    (tmp_path / handover.CONVERTER).touch()
+    for n, plan in enumerate(({"PromptTuning": {"num_virtual_tokens": 2}}, {"ProMoT": {"num_virtual_tokens": 2}})):
+        path = written(world, tmp_path / f"run{n}", plan=[plan], export={"gguf": str(tmp_path)})
+        refused(path, PlanError, "leaves a soft prompt, which a GGUF file does not hold")
+
+
 @pytest.mark.parametrize("place", ["folder", "script", "environment", "PATH"])
 def test_the_converter_is_found_and_called_rightly(tmp_path, monkeypatch, place):
     """llama.cpp is not installed where tests run, so the command line is looked at, against its usage text."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from holdfast.data import propose
 from holdfast.data.rows import read_rows
 from holdfast.errors import DataError, RecipeError
 from holdfast.recipe import RECIPE_DIR, SCHEMA_FILE, Recipe, json_schema, load_recipe
@@ -25,7 +26,7 @@ FOUND = {  # the row (# becomes its number): (schema, prompt, completion, metric
     ),
     "free text": ({"prompt": "Say #.", "completion": " It is # today."}, ("prompt/completion", None, None, "loss")),
     "alpaca": ({"instruction": "Say #", "input": "", "output": "so # it is"}, ("alpaca", None, None, "loss")),
-    "messages": ({"messages": TURNS}, ("messages", None, None, "loss")),
+    "messages": ({"messages": TURNS}, ("messages", None, None, "accuracy")),  # one answer: a closed set
     "plain": ({"text": "Once # upon a time."}, ("text", None, None, "loss_per_byte")),
 }
 
@@ -66,6 +67,22 @@ def test_several_files_become_sets(tmp_path, monkeypatch):
     data = load_recipe("r.yaml").data
     assert [(s.title, s.prompt) for s in data.sets("train")] == [("tickets", "{text}\nQueue:"), ("said", None)]
     assert (data.metric, data.name, data.prompt) == ("loss", "tickets-said", None)
+
+
+def test_of_a_hub_set_the_train_split_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def records(source, base_dir):
+        asked.append(source)
+        return iter([(f"{n}", {"text": f"broken {n}", "queue": "billing"}) for n in range(60)]), None
+
+    monkeypatch.setattr(propose, "records_of", records)
+    init(["some/set"], Path("r.yaml"), "m")
+    init(["some/set", "some/other"], Path("both.yaml"), "m")
+    assert {s.split for s in asked} == {"train"}
+    assert (load_recipe("r.yaml").data.train.path, load_recipe("r.yaml").data.train.split) == ("some/set", "train")
+    assert [s.split for s in load_recipe("both.yaml").data.train] == ["train", "train"]
 
 
 def test_a_recipe_elsewhere_finds_its_data(tmp_path, monkeypatch):

@@ -50,6 +50,20 @@ def test_an_answer_that_does_not_fit_loses_its_end_and_that_is_said():
     assert not truncated(row_of(20, 10), 10, 0)[1]
 
 
+def test_a_conversation_that_is_trained_on_as_a_whole_keeps_its_end():
+    row, notes = row_of(20, 1), Notes()
+    (cut,) = Limit(10, "truncate").fit(row, "f:1", notes)
+    assert cut.ids.tolist() == list(range(110, 120)) and "cut at the beginning" in notes.lines()[0]
+    (text,) = Limit(10, "truncate").fit(row, "f:1", Notes(), text=True)
+    assert text.ids.tolist() == list(range(100, 110))
+
+
+def test_where_the_model_reads_no_more_nobody_is_told_to_raise_the_length():
+    with pytest.raises(DataError) as told:
+        Limit(8, of_model=True).fit(row_of(10, 8), "f:1", Notes())
+    assert told.value.cure.startswith("The model reads no more. Set data.too_long")
+
+
 @pytest.mark.parametrize("length", [2, 7, 8, 9, 14, 15, 40])
 @pytest.mark.parametrize("stride", [1, 3, 6, 7])
 def test_every_target_is_one_of_exactly_one_part(length, stride):

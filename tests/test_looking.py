@@ -73,8 +73,18 @@ def test_the_best_look_is_exported(world, tmp_path, ranked):
     best = sorted(seen[2].values(), key=lambda t: (t.shape, t.flatten().tolist()))
     assert len(mine) == len(best) and all(a.equal(b) for a, b in zip(mine, best, strict=True))
     report = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))
-    assert "also chose the weights" in report["task"]["note"]
+    note = report["task"]["note"]
+    assert "also chose the weights" in note and "the weights after step 4 were the best look and came out" in note
     assert "The weights after step 4 were the best look" in (tmp_path / "run" / "report.html").read_text("utf-8")
+
+
+def test_the_last_step_is_looked_at_too(world, tmp_path, ranked):
+    """Else a run that looks every fourth of its six steps could not end with what it learnt last."""
+    ranked([0.1, 0.4, 0.9])
+    tune(recipe(world, tmp_path / "run", eval_steps=4, load_best_model_at_end=True))
+    training = training_of(tmp_path / "run")
+    assert [step for step, _ in training["looks"]["task"]] == [0, 4, training["steps"]]
+    assert training["best_step"] == training["steps"]
 
 
 def test_a_run_that_ruins_the_task_gives_the_base_back(world, tmp_path):
@@ -86,6 +96,7 @@ def test_a_run_that_ruins_the_task_gives_the_base_back(world, tmp_path):
     assert all(not w.any() for n, w in weights(tmp_path / "run").items() if "lora_B" in n)
     task = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))["task"]
     assert task["before"]["value"] == pytest.approx(task["after"]["value"], rel=1e-5)
+    assert "no look was better than the untouched base above the floors, so its weights came out" in task["note"]
     assert "the untouched base above the floors" in (tmp_path / "run" / "report.html").read_text("utf-8")
 
 
@@ -141,6 +152,8 @@ def test_looks_that_see_nothing_are_refused(world, tmp_path):
     data = {"test": str(world.train), "validation_size": 0}
     with pytest.raises(RecipeError, match="there are none"):
         planned(recipe(world, tmp_path / "run", data=data, eval_steps=2), world.folder)
+    with pytest.raises(RecipeError, match="looks every 500 steps, and the run has"):
+        planned(recipe(world, tmp_path / "run", eval_steps=500), world.folder)
     with pytest.raises(PlanError, match="ProMoT splits it into stages"):
         planned(recipe(world, tmp_path / "run", [{"ProMoT": {"num_virtual_tokens": 2}}], eval_steps=2), world.folder)
     for method in ("MovingAverage", "AdaptiveEMA"):

@@ -10,18 +10,22 @@ import pytest
 import torch
 from rich.console import Console
 
-from holdfast.data.metric import METRICS, judge_of, last_number, metric_of
+from holdfast.data import own_metric
+from holdfast.data.encoder import Encoder
+from holdfast.data.metric import METRICS, check_rows, judge_of, last_number, metric_of
 from holdfast.data.own_metric import judge, load_function
 from holdfast.data.rows import Row
 from holdfast.data.sets import Set
 from holdfast.errors import DataError, HoldfastError, PlanError
 from holdfast.measure import stats
-from holdfast.measure.tuned_task import judged, score_task, task_estimates, written
+from holdfast.measure.tuned_task import judged, plainly, score_task, task_estimates, written
 from holdfast.models.card import model_card
 from holdfast.recipe import METRIC_NAMES, Source, load_recipe
 from holdfast.report import markdown, page, schema, terminal
 from holdfast.verbs.tune import tune
+from tiny import build_model
 from tiny_run import recipe_data, write_recipe, write_rows
+from tokenizers_made import MADE
 
 RULES = """\
 def begins(prompt, answer, row):
@@ -112,6 +116,30 @@ def test_chrf_is_told_of_100():
     assert sides["before"] is None and sides["after"]["value"] == pytest.approx(100) and sides["after"]["n"] == 4
 
 
+def test_the_end_that_a_template_writes_is_no_part_of_an_answer(tiny_model):
+    tokenizer = MADE["bytes"]()
+    encoder = Encoder(tokenizer, [tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    assert encoder.without_end("Paris<|im_end|>\n") == "Paris" and encoder.without_end(" Paris") == " Paris"
+    assert encoder.without_end("<|im_end|>\n") == "<|im_end|>\n"  # nothing else would be left
+    (row,) = plainly([Row("q", "Paris is large<|im_end|>\n", where="a:1")], encoder)
+    assert judge_of("chrf")("Paris is large", row) == pytest.approx(100)
+    assert judge_of("rouge_l")("Paris is large", row) == 1
+
+
+def test_bytes_are_those_of_the_text(world, tmp_path):
+    model, tokenizer = build_model(), MADE["bytes"]()
+    model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    rows = [Row("q", "Paris<|im_end|>\n", where="a:1"), Row("q", "Paris", where="a:2")]
+    model.resize_token_embeddings(len(tokenizer))
+    assert [i["bytes"] for i in score_task(model, tokenizer, rows, None)] == [5, 5]
+
+
+def test_rouge_needs_words_that_it_knows():
+    with pytest.raises(DataError, match=r"a:1: data.metric is rouge_l, which knows words of a to z"):
+        check_rows("rouge_l", [Row("q", "\u041f\u0430\u0440\u0438\u0436", where="a:1")])
+    check_rows("chrf", [Row("q", "\u041f\u0430\u0440\u0438\u0436", where="a:1")])
+
+
 # ---- what a model writes
 
 
@@ -139,6 +167,26 @@ def test_an_own_function_sees_the_columns(tmp_path):
     rows = [Row("b", " y", where="d.jsonl:2")]
     score = judge("rules:begins", tmp_path, [Set(Source(path=str(data)), "task", None, None, None)], rows)
     assert (score("yes", rows[0]), score("no", rows[0])) == (1, 0)
+
+
+def test_an_own_function_reads_no_more_than_it_needs(tmp_path, monkeypatch):
+    """Two files of one name: the set that is named first is asked, and nothing behind the last row is read."""
+    (tmp_path / "rules.py").write_text(RULES, encoding="utf-8")
+    read = []
+
+    def records(source, base_dir, shown):
+        def each():
+            for n in range(1, 10):
+                read.append((source.path, n))
+                yield f"d.jsonl:{n}", {"queue": source.path}
+
+        return each(), None
+
+    monkeypatch.setattr(own_metric, "records_of", records)
+    sets = [Set(Source(path=p), "task", None, None, None) for p in ("mine/d.jsonl", "other/d.jsonl")]
+    row = Row("b", " y", where="d.jsonl:2")
+    assert judge("rules:begins", tmp_path, sets, [row])("my answer", row) == 1
+    assert read == [("mine/d.jsonl", 1), ("mine/d.jsonl", 2)]
 
 
 @pytest.mark.parametrize(

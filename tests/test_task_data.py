@@ -168,6 +168,22 @@ def test_long_rows_of_training_alone_are_counted(tmp_path):
     assert len(kept.test) == 4 and all(len(r.ids) <= 100 for r in kept.token_rows)
 
 
+def test_a_length_that_the_model_does_not_read_is_said(tmp_path):
+    path = write(tmp_path / "t.jsonl", [talk(n) for n in range(40)])
+    found = data_of(path, tokenizer_of("bytes"), longest=90, max_length=200)
+    assert "data.max_length is 200, and the model reads 90 tokens at most" in found.note
+    assert "the model reads" not in data_of(path, tokenizer_of("bytes"), longest=90).note  # nobody asked for more
+    with pytest.raises(DataError, match=r"data.stride is 100, but the model reads 90"):
+        data_of(path, tokenizer_of("bytes"), longest=90, max_length=200, stride=100, too_long="split")
+
+
+def test_the_labels_of_conversations_have_names_without_their_end(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "ab"[n % 2]}]}
+            for n in range(40)]  # fmt: skip
+    found = data_of(write(tmp_path / "t.jsonl", rows), tokenizer_of("bytes"))
+    assert sorted(found.names) == ["a", "b"] and all(len(label) > 1 for label in found.labels)
+
+
 def test_a_drawn_training_set_is_tokenised_alone(tmp_path):
     tokenizer, path = tokenizer_of("bytes"), write(tmp_path / "t.jsonl", [talk(n) for n in range(40)])
     found = data_of(path, tokenizer, train_size=5, validation_size=4)

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from holdfast.data.rows import read_rows
+from holdfast.data.talk import Talk
 from holdfast.data.tokens import tokenize_all
+from holdfast.data.turns import marks
 from holdfast.engine.pack import WEIGHT
 from holdfast.errors import DataError
 from tokenizers_made import MADE
@@ -186,11 +188,34 @@ def test_marks_of_the_template_need_no_prefixes(read):
     assert targets(tokenizer, packed) == ["billing<|im_end|>", "a b<|im_end|>", "No.<|im_end|>"]
 
 
+def test_an_end_that_is_marked_apart_is_of_the_answer_before_it(read):
+    apart = "{% endgeneration %}{% generation %}<|im_end|>{% endgeneration %}"
+    tokenizer = tokenizer_of("bytes", MARKED.replace("<|im_end|>{% endgeneration %}", apart))
+    (row,), _ = read(tokenizer, [TALK[0], said("billing", train=False), *TALK[2:4]])
+    (packed,) = tokenize_all([row], tokenizer, None, stops=[tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    assert targets(tokenizer, packed) == ["a b<|im_end|>"]
+    talk = [TALK[0], said("billing", weight=0.5), *TALK[2:4]]
+    (row,), notes = read(tokenizer, talk)
+    assert [turn.weight for turn in row.turns] == [0.5, 0.5, 1.0, 1.0] and "weights of their own" in notes[0]
+
+
 def test_marks_that_cannot_be_told_apart_are_refused(read):
+    """The template writes other words than the conversation has, and marks each answer twice."""
     twice = MARKED.replace("{% endgeneration %}", "{% endgeneration %}{% generation %}!{% endgeneration %}")
-    talk = [TALK[0], said("billing", train=False), *TALK[2:4]]
+    upper = twice.replace("{{ m['content'] }}<|im_end|>{% end", "{{ m['content'] | upper }}<|im_end|>{% end")
+    talk = Talk([TALK[0], said("billing"), *TALK[2:4]], (1, 3), "t.jsonl:1", each=True)
+    tokenizer = tokenizer_of("bytes", upper)
+    whole = tokenizer.apply_chat_template(talk.messages, tokenize=False)
     with pytest.raises(DataError, match=r"t.jsonl:1: the chat template marks 4 stretches .* there are 2 answers"):
-        read(tokenizer_of("bytes", twice), talk)
+        marks(talk, whole, tokenizer)
+
+
+def test_an_answer_without_a_mark_is_refused(read):
+    """It would not be trained on, and nobody would know."""
+    marked = "{% if m['role'] == 'assistant' %}"
+    some = MARKED.replace(marked, "{% if m['role'] == 'assistant' and loop.index != 2 %}")
+    with pytest.raises(DataError, match=r"marks nothing of message 2 \(assistant\) with"):
+        read(tokenizer_of("bytes", some), TALK)
 
 
 def test_an_empty_or_changed_earlier_answer_is_refused_like_the_last(read):

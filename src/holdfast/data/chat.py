@@ -122,20 +122,21 @@ class Chat:
         said = [whole[turn.start : turn.end] for turn in turns]
         said = said if len(said) == len(talk.answers) else [whole] * len(talk.answers)
         self._check_messages(talk, prompt, whole, said)
-        turns = weighed(talk, turns)
         if any(turn.weight != 1 for turn in turns):
             self.notes.add(WEIGHED, place)
         one = len(turns) == 1 and turns[0] == Turn(len(prompt), turns[0].end)
         return Pair(Rendered(prompt), whole[len(prompt) :], () if one else tuple(turns))
 
     def _turns(self, talk: Talk, prompt: str, whole: str) -> list[Turn]:
-        """Where each trained answer stands in the text: as the template marks it, else found by its prefixes."""
+        """Where each trained answer stands, with its weight: as the template marks it, else found by its prefixes."""
         if not talk.each:
-            return [Turn(len(prompt), len(whole))]
+            return weighed(talk, [Turn(len(prompt), len(whole))])
         marked = marks(talk, whole, self.tokenizer)
         if marked is not None:
             return marked
-        return prefixes(talk, whole, lambda count, next_: self._render(talk, count, next_), self.template)
+        return weighed(
+            talk, prefixes(talk, whole, lambda count, next_: self._render(talk, count, next_), self.template)
+        )
 
     # What is passed on.
 

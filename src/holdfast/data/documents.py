@@ -31,4 +31,4 @@ def text_parts(row: Row, encoder: Encoder, longest: int) -> Iterator[Row]:
     parts = [text[a:b] for a, b in pairwise(cuts)]
     for n, part in enumerate(parts, 1):
         if part.strip():
-            yield replace(row, completion=part, where=f"{row.where} (part {n})")
+            yield replace(row, completion=part, where=f"{row.where} (part {n})", ends=n == len(parts))

@@ -192,13 +192,15 @@ class Encoder:
 
     # ---- prompt and answer
 
-    def join(self, pairs: Sequence[tuple[str, str]], *, end: bool, wheres: Sequence[str] = ()) -> list[Split]:
+    def join(
+        self, pairs: Sequence[tuple[str, str]], *, end: bool | Sequence[bool], wheres: Sequence[str] = ()
+    ) -> list[Split]:
         """Tokens of each (prompt, answer); every distinct text is tokenised once, and all of them in one batch.
 
         Args:
             pairs: a prompt may be empty.
-            end: end every answer as training does. Blanks after a token that stops generation are then left out: it
-                is never asked to write them.
+            end: end every answer as training does, or which of them. Blanks after a token that stops generation are
+                then left out: it is never asked to write them.
             wheres: file:line of each pair, for messages.
 
         Raises:
@@ -211,11 +213,12 @@ class Encoder:
             where = wheres[n] if wheres else ""
             mended = whole[: len(head)] != head or (len(whole) == len(head) and bool(answer.strip()))
             tail = self._apart(prompt, answer, head, whole, where) if mended else whole[len(head) :]
+            ended = end if isinstance(end, bool) else end[n]
             if not tail:
                 what = f"{where + ': ' if where else ''}The answer {answer!r} adds no token to its prompt."
                 raise DataError(what, "Fill it in, or remove the row.")
             lead = self._lead(prompt, whole)
-            out.append(Split([*lead, *head, *(self._ended(tail) if end else tail)], len(lead) + len(head), mended))
+            out.append(Split([*lead, *head, *(self._ended(tail) if ended else tail)], len(lead) + len(head), mended))
         return out
 
     def _apart(self, prompt: str, answer: str, head: Tokens, whole: Tokens, where: str) -> Tokens:
@@ -263,6 +266,21 @@ class Encoder:
     def is_ended(self, answer: str, split: Split) -> bool:
         """Whether an answer brings its own end: a newline, or a token such as those that end a turn."""
         return answer.endswith("\n") or split.ids[-1] in self.stops or split.ids[-1] in self._special
+
+    def without_end(self, answer: str) -> str:
+        """What an answer says: without the token that a chat template ends it with, and the blanks behind that."""
+        text = answer.rstrip()
+        end = next((name for name in self._end_names if text.endswith(name)), "")
+        bare = text.removesuffix(end)
+        return bare if end and bare.strip() else answer
+
+    @cached_property
+    def _end_names(self) -> list[str]:
+        """The texts of special tokens, the longest first."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        names = {str(t) for t in added if getattr(t, "special", False)} | set(self.tokenizer.all_special_tokens)
+        names |= {str(t) for t in self.tokenizer.convert_ids_to_tokens(sorted(self.stops))}
+        return sorted({n for n in names if n.strip()}, key=len, reverse=True)
 
     @cached_property
     def _special(self) -> frozenset[int]:
@@ -347,6 +365,11 @@ def _meet(mark: str, other: str) -> bool:
 
 def _squeezed(text: str) -> str:
     return "".join(text.split())
+
+
+def encoder_of(model: Any, tokenizer: Any) -> Encoder:
+    """The rules of a tokenizer, with the tokens that end the model's generation."""
+    return Encoder(tokenizer, stops_of(getattr(model, "generation_config", None)))
 
 
 def stops_of(config: Any) -> tuple[int, ...]:

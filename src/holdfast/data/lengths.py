@@ -23,12 +23,13 @@ class Limit:
     """How long a row may be (None: as long as it likes), and what becomes of a longer one.
 
     how: refuse, drop, truncate or split; None: split for plain text, drop for other rows. stride: tokens that the
-    parts of a split row have in common.
+    parts of a split row have in common. of_model: it is the model that reads no more, whatever data.max_length says.
     """
 
     most: int | None = None
     how: str | None = "refuse"
     stride: int = 0
+    of_model: bool = False
 
     def fit(self, row: TokenRow, where: str, notes: Notes, lead: int = 0, text: bool = False) -> list[TokenRow]:
         """What becomes of one row. lead: its first tokens that stand before every text; text: it is plain text.
@@ -43,31 +44,38 @@ class Limit:
             notes.add(DROPPED, where)
             return []
         if how == "truncate":
-            cut, whole = truncated(row, self.most, lead)
+            cut, whole = truncated(row, self.most, lead, text)
             notes.add(CUT_HEAD if whole else CUT_TAIL, where)
             return [cut]
         if how == "split":
             notes.add(CUT_UP, where)
             return list(parts(row, self.most, self.stride))
         what = f"{where or 'A row'} has {len(row.ids)} tokens, more than max_length {self.most}."
-        cure = "Raise data.max_length (up to the model's own limit), or set data.too_long: drop, truncate or split."
+        cure = f"{self._raise}et data.too_long: drop, truncate or split."
         raise DataError(what, cure)
 
     def check_left(self, left: int, of: int, owner: str = "", rows: str = "rows") -> None:
         """Raise DataError where dropping took most of the rows; owner: which set's, " of NAME"; rows: which of it."""
         if of and left < of * MOST_DROPPED:
             what = f"{of - left} of {of} {rows}{owner} are longer than max_length {self.most} and would be left out."
-            raise DataError(what, "Raise data.max_length, or set data.too_long: truncate or split.")
+            raise DataError(what, f"{self._raise}et data.too_long: truncate or split.")
+
+    @property
+    def _raise(self) -> str:
+        """How a cure begins that ends in setting something else."""
+        return "The model reads no more. S" if self.of_model else "Raise data.max_length, or s"
 
 
-def truncated(row: TokenRow, most: int, lead: int) -> tuple[TokenRow, bool]:
+def truncated(row: TokenRow, most: int, lead: int, text: bool = False) -> tuple[TokenRow, bool]:
     """At most `most` tokens, and whether the last answer is whole.
 
     The beginning goes, as where a prompt is too long for a model; `lead` stays. An answer that is too long with one
-    token before it keeps its beginning, behind half a row of its prompt.
+    token before it keeps its beginning, behind half a row of its prompt. Where a conversation is trained on as a
+    whole, its beginning goes too; plain text (`text`) keeps it.
     """
     answer = _last_answer(row)
-    if len(row.ids) - answer + lead < most:
+    all_trained = not text and answer <= max(1, lead)
+    if all_trained or len(row.ids) - answer + lead < most:
         index = np.r_[0:lead, len(row.ids) - most + lead : len(row.ids)]
         return _taken(row, index, 0), True
     start = max(lead, answer - most // 2)

@@ -57,6 +57,7 @@ METRICS = {  # the names of recipe.METRIC_NAMES
         Metric("number", "right number", "text"),
     )
 }
+_WORD = re.compile("[a-z0-9]")
 _NUMBER = re.compile(r"[-\u2212]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 
 
@@ -88,6 +89,10 @@ def check_rows(name: str, rows: Sequence[Row]) -> None:
     if bad:
         what = f"{bad.where}: data.metric is number, but the answer {bad.completion!r} holds no number."
         raise DataError(what, "Mend the row, or choose another data.metric.")
+    wordless = next((r for r in rows if name == "rouge_l" and not _WORD.search(r.completion.lower())), None)
+    if wordless:
+        what = f"{wordless.where}: data.metric is rouge_l, which knows words of a to z and digits, and the answer"
+        raise DataError(f"{what} {wordless.completion!r} has none.", "Mend the row, or write data.metric: chrf.")
     if metric_of(name).asked == "text" and any(not r.prompt for r in rows):
         what = f"data.metric is {name}, which reads what the model writes, but plain text has no prompt to answer."
         raise DataError(what, "Write data.metric: loss or loss_per_byte.")

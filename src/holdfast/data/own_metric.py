@@ -54,7 +54,7 @@ def identity(name: str, base_dir: Path) -> str | None:
 
 
 def judge(name: str, base_dir: Path, sets: Sequence[Set], rows: Sequence[Row]) -> Callable[..., float]:
-    """(answer, row) -> score of `rows`, which come from `sets`.
+    """(answer, row) -> score of `rows`, which come from `sets`, those they most likely come from first.
 
     The function's third argument is a dict: the columns of the row as the file has them, with "completion" and
     "where" where the file has no such columns. What it raises, and what is no number from 0 to 1, becomes a DataError
@@ -78,11 +78,19 @@ def judge(name: str, base_dir: Path, sets: Sequence[Set], rows: Sequence[Row]) -
 
 
 def _columns(sets: Sequence[Set], base_dir: Path, wanted: set[str]) -> dict[str, dict[str, Any]]:
-    """place -> columns of the wanted rows, read once more: rows keep only what is trained on."""
+    """place -> columns of the wanted rows, read once more: rows keep only what is trained on.
+
+    Of several sets that have a place of the same name the first is asked; nothing is read beyond the last wanted row.
+    """
     found: dict[str, dict[str, Any]] = {}
     for one in sets:
-        records = records_of(one.source, base_dir, one.shown)[0] if wanted - found.keys() else ()
-        found |= {place: columns for place, columns in records if place in wanted}
+        left = wanted - found.keys()
+        for place, columns in records_of(one.source, base_dir, one.shown)[0] if left else ():
+            if place in left:
+                found[place] = columns
+                left.remove(place)
+            if not left:
+                break
     return found
 
 

@@ -42,6 +42,7 @@ class Prepared:
     validation: list[Row]
     test: list[Row]
     labels: tuple[str, ...] | None
+    names: tuple[str, ...]  # what the labels say
     notes: list[str]
     key: str
     metric: str
@@ -167,8 +168,13 @@ def prepare(
     """
     spec, seed = recipe.data, recipe.seed_of_rows
     most = min(spec.max_length, longest)
-    limit = Limit(most, spec.too_long, spec.stride or most // 8)
+    if (spec.stride or 0) >= most:
+        what = f"data.stride is {spec.stride}, but the model reads {most} tokens at most."
+        raise DataError(what, "Write a smaller data.stride.")
+    limit = Limit(most, spec.too_long, spec.stride or most // 8, of_model=longest < spec.max_length)
     reader = _Reader(recipe, tokenizer, base_dir, Encoder(tokenizer, stops), limit, tell or (lambda words: None))
+    if limit.of_model and "max_length" in spec.model_fields_set:
+        reader.notes.append(f"data.max_length is {spec.max_length}, and the model reads {most} tokens at most")
     at_once = spec.train_size is None
     with Writer(folder) as writer:
         numbered = ((writer.add(row), row) for row in reader.rows("train"))
@@ -189,7 +195,8 @@ def prepare(
             limit.check_left(sum(number in left for number in numbers), len(numbers), _of(name))
         reader.say_of(train)
     held, asked = _checked(reader, texts.only(kept), validation, test, closed, longest)
-    return Prepared(kept, held, asked, labels, reader.notes, _key(texts.only(kept), asked), metric)
+    names = tuple(map(reader.encoder.without_end, labels or ()))
+    return Prepared(kept, held, asked, labels, names, reader.notes, _key(texts.only(kept), asked), metric)
 
 
 def _kind(texts: Texts, asked: str | None) -> tuple[tuple[str, ...] | None, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from holdfast.errors import DataError
 from holdfast.recipe import Source, template_columns
 
 LOOKED_AT = 20_000  # rows; more would not change a proposal
+SAID = ("output", "completion", "messages", "conversations")  # columns of the schemas, with the answer at their end
 ANSWERS = ("completion", "answer", "output", "response", "target", "label", "labels", "category", "class", "queue",
            "sentiment", "intent", "summary", "translation")  # fmt: skip # names that an answer's column often has
 
@@ -62,14 +63,20 @@ def propose(source: Source, base_dir: Path) -> Proposal:
         prompt, completion = _templates(records, answer)
         answers = [_text(r.get(answer)) for r in records]
     else:
-        answers = [
-            _text(r.get({"alpaca": "output", "prompt/completion": "completion"}.get(schema, ""))) for r in records
-        ]
+        answers = [_said(r) for r in records]
     labels = labels_of([Row("", a) for a in answers]) if all(answers) else None
     metric = "accuracy" if labels else "number" if all(map(_is_number, answers)) else "loss"
     metric = "loss_per_byte" if schema == "text" else metric
     sizes = (len(records), len(found) <= LOOKED_AT)
     return Proposal(*sizes, columns, schema, prompt, completion, len(labels) if labels else None, metric)
+
+
+def _said(record: Mapping[str, Any]) -> str:
+    """The last answer of a row whose columns have a schema, "" where none is found."""
+    found = next((record[c] for c in SAID if record.get(c)), None)
+    if isinstance(found, list) and found and isinstance(found[-1], dict):
+        found = found[-1].get("content", found[-1].get("value"))
+    return _text(found)
 
 
 def _text(value: Any) -> str:

@@ -35,6 +35,7 @@ class Row:
         source: name of the data set in a mix.
         where: file:line, or data set[split]:number for what has no lines.
         turns: which characters of prompt + completion are trained on; () is the completion.
+        ends: whether the completion comes to its end; not where more of a document follows.
     """
 
     prompt: str
@@ -42,6 +43,7 @@ class Row:
     source: str = "task"
     where: str = ""
     turns: tuple[Turn, ...] = ()
+    ends: bool = True
 
 
 def read_rows(
@@ -192,7 +194,8 @@ def check_labels(train_labels: Sequence[str] | None, rows: Iterable[Row]) -> Non
             what = f"{row.where}: the label {row.completion!r} does not occur in the training rows."
             near = suggest(row.completion, list(train_labels))
             listed = f"Known: {', '.join(map(repr, train_labels))}."
-            raise DataError(what, f"{near} {listed}" if near.startswith("Did") else listed)
+            other = "Or, if these answers are no closed set, write data.metric: exact_match or loss."
+            raise DataError(what, " ".join([*([near] if near.startswith("Did") else []), listed, other]))
 
 
 def leaks(train: Iterable[Row], test: Iterable[Row]) -> int:

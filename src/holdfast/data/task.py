@@ -35,6 +35,7 @@ class TaskData:
 
     Attributes:
         labels: the closed set of completions, or None for free text.
+        names: what the labels say, without the end that a chat template writes behind them; empty for free text.
         key: identity of the training and test rows, by content.
         metric: its name (`data.metric.metric_of`).
         note: what is no error and must be said.
@@ -45,6 +46,7 @@ class TaskData:
     validation: tuple[Row, ...]
     test: tuple[Row, ...]
     labels: tuple[str, ...] | None
+    names: tuple[str, ...]
     token_rows: Tokens
     key: str
     metric: str
@@ -103,17 +105,17 @@ def read_task(
 def _write(folder: Path, found: Prepared) -> None:
     np.save(folder / "train.npy", np.asarray(found.train, dtype=np.int64))
     said = {name: [_plain(row) for row in getattr(found, name)] for name in ("validation", "test")}
-    said |= {"labels": found.labels, "note": "; ".join(dict.fromkeys(found.notes)), "key": found.key}
-    said["metric"] = found.metric
+    said |= {name: getattr(found, name) for name in ("labels", "names", "key", "metric")}
+    said["note"] = "; ".join(dict.fromkeys(found.notes))
     (folder / DONE).write_text(json.dumps(said), encoding="utf-8")
 
 
 def _plain(row: Row) -> list[Any]:
-    return [row.prompt, row.completion, row.source, row.where, isinstance(row.prompt, Rendered)]
+    return [row.prompt, row.completion, row.source, row.where, isinstance(row.prompt, Rendered), row.ends]
 
 
-def _row(prompt: str, completion: str, source: str, where: str, rendered: bool) -> Row:
-    return Row(Rendered(prompt) if rendered else prompt, completion, source, where)
+def _row(prompt: str, completion: str, source: str, where: str, rendered: bool, ends: bool) -> Row:
+    return Row(Rendered(prompt) if rendered else prompt, completion, source, where, ends=ends)
 
 
 def _opened(folder: Path, name: str, keeps: Any) -> TaskData:
@@ -128,6 +130,7 @@ def _opened(folder: Path, name: str, keeps: Any) -> TaskData:
         tuple(_row(*row) for row in said["validation"]),
         tuple(_row(*row) for row in said["test"]),
         labels,
+        tuple(said["names"]),
         Tokens(folder, chosen=ours),
         said["key"],
         chosen(said["metric"], labels),  # its package may be gone

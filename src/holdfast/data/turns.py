@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ WEIGHED = "answers of {n conversation} have weights of their own, by which the l
 CUT = "{n conversation} cut off behind the last answer that is trained on"
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 ELSE = "Set data.train_on: last, mark the answers in the template with {% generation %}, or make a row of each answer."
+
+MEND = "Mend the template, or set data.train_on: last."
 
 Render = Callable[[int, bool], str]  # the first messages, with the opening of an answer or without
 
@@ -51,18 +54,8 @@ def weights_of(talk: Talk) -> tuple[float, ...]:
 
 
 def weighed(talk: Talk, turns: Sequence[Turn]) -> list[Turn]:
-    """The turns with the weights of their answers.
-
-    Raises:
-        DataError: the answers have different weights, and the template's marks do not tell which is whose.
-    """
-    weights = weights_of(talk)
-    if len(set(weights)) == 1:
-        return [turn._replace(weight=weights[0]) for turn in turns]
-    if len(turns) != len(weights):
-        what = f"{talk.place}: the chat template marks {len(turns)} stretches with {{% generation %}}, "
-        raise DataError(what + f"and {len(weights)} answers have weights of their own.", "Mend the template.")
-    return [turn._replace(weight=weight) for turn, weight in zip(turns, weights, strict=True)]
+    """The turns of the answers that are trained on, with their weights."""
+    return [turn._replace(weight=weight) for turn, weight in zip(turns, weights_of(talk), strict=True)]
 
 
 def trained(messages: Sequence[Message], place: str) -> tuple[int, ...]:
@@ -111,10 +104,10 @@ def _differs(talk: Talk, i: int, template: str, alone: str, other: str, when: st
 
 
 def marks(talk: Talk, whole: str, tokenizer: Any) -> list[Turn] | None:
-    """Where the template marks the answers that are trained on; None for a template without marks.
+    """Where the template marks the answers that are trained on, with their weights; None for one without marks.
 
     Raises:
-        DataError: some answers are left out, and the marks do not tell which is whose.
+        DataError: an answer has no mark, or the marks do not tell which is whose.
     """
     template = tokenizer.get_chat_template(tools=talk.options.get("tools"))
     if not GENERATION.search(template):
@@ -127,11 +120,32 @@ def marks(talk: Talk, whole: str, tokenizer: Any) -> list[Turn] | None:
     )
     found = [Turn(*span) for span in marked[0] if span[1] > span[0]]
     answers = [i for i, message in enumerate(talk.messages) if message["role"] == "assistant"]
-    if texts[0] == whole and len(found) == len(answers):
-        return [turn for i, turn in zip(answers, found, strict=True) if i in talk.answers]
-    if texts[0] != whole or not found or len(answers) != len(talk.answers):
+    owners = _owners(talk, answers, whole, found) if texts[0] == whole else None
+    if owners is None:
         what = f"{talk.place}: the chat template marks {len(found)} stretches with {{% generation %}}, "
-        raise DataError(
-            what + f"and there are {len(answers)} answers.", "Mend the template, or set data.train_on: last."
-        )
-    return found
+        raise DataError(what + f"and there are {len(answers)} answers.", MEND)
+    bare = next((i for i in talk.answers if i not in owners), None)
+    if bare is not None:
+        what = f"{talk.place}: the chat template marks nothing of {talk.name(bare)} with {{% generation %}}."
+        raise DataError(what, MEND)
+    weights = dict(zip(talk.answers, weights_of(talk), strict=True))
+    sides = zip(found, owners, strict=True)
+    return [turn._replace(weight=weights[i]) for turn, i in sides if i in weights]
+
+
+def _owners(talk: Talk, answers: Sequence[int], whole: str, found: Sequence[Turn]) -> list[int] | None:
+    """Which answer each marked stretch is of: the last one whose text begins before the stretch ends.
+
+    A template may mark what ends an answer apart. None where the texts do not stand there as they are, and the
+    stretches are not as many as the answers.
+    """
+    starts, at = [], 0
+    for i in answers:
+        text = talk.messages[i].get("content")
+        text = text.strip() if isinstance(text, str) else ""
+        at = whole.find(text, at) if text else -1
+        if at < 0:
+            return list(answers) if len(found) == len(answers) else None
+        starts.append(at)
+        at += len(text)
+    return [answers[max(0, bisect_left(starts, turn.end) - 1)] for turn in found]

@@ -140,7 +140,7 @@ class _Loop:
             saves = settings.save_steps > 0 and (step + 1) % settings.save_steps == 0 and step + 1 < steps
             self._read(done + step + 1, rates or saves or step + 1 == steps)
             if settings.watch:
-                settings.watch.after(done + step + 1, session, checkpoint, log)
+                settings.watch.after(done + step + 1, settings.num_steps, session, checkpoint, log)
             log.ended = session.steering.ended or log.ended
             if log.ended:
                 break

@@ -21,7 +21,8 @@ class Watch:
     """When to look, and what follows.
 
     Attributes:
-        every: steps between two looks; the first is before the first step.
+        every: steps between two looks; the first is before the first step. Where the best look's weights are kept,
+            there is one after the last step too.
         look: (model, step) -> (rank, finding): a higher rank is better, None is out of the question; the finding is
             plain data for the log.
         keep_best: end with the weights of the best look (of equals the first).
@@ -38,9 +39,9 @@ class Watch:
         if not log.looks:
             self._look(session, checkpoint, log, 0)
 
-    def after(self, step: int, session: Any, checkpoint: Checkpoint, log: Any) -> None:
-        """Look if it is time to, after `step` steps; may set `log.ended`."""
-        if step % self.every:
+    def after(self, step: int, of: int, session: Any, checkpoint: Checkpoint, log: Any) -> None:
+        """Look if it is time to, after `step` of all steps; may set `log.ended`."""
+        if step % self.every and not (self.keep_best and step == of):
             return
         start = time.perf_counter()
         self._look(session, checkpoint, log, step)

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from holdfast.data.encoder import Encoder, Split, stops_of
+from holdfast.data.encoder import Encoder, Split, encoder_of
 from holdfast.engine import BATCH_TOKENS, trial
 from holdfast.engine.attention import no_plans
 from holdfast.engine.forward import attention, can_pack
@@ -98,7 +98,7 @@ class Scorer:
     @cached_property
     def encoder(self) -> Encoder:
         """The tokenizer's rules, with what stops this model's generation."""
-        return Encoder(self.tokenizer, stops_of(getattr(self.model, "generation_config", None)))
+        return encoder_of(self.model, self.tokenizer)
 
     def encode(self, request: Request) -> tuple[list[int], int]:
         """Return (context + continuation tokens, number of context tokens)."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from holdfast.data.encoder import Encoder
 from holdfast.data.metric import METRICS, Metric
 from holdfast.data.rows import Row
 from holdfast.engine import BATCH_TOKENS, trial
@@ -40,13 +42,14 @@ def score_task(
     Several processes each score a share of the rows, and all get the whole.
 
     Returns per row {"id", "correct": 0 or 1, "logprob": of the right completion, "answer": label or None}; without
-    labels also "tokens" (with the end) and "bytes" (of the text) of the completion.
+    labels also "tokens" (with the end) and "bytes" (of the text, without one) of the completion.
     """
     settings: dict[str, Any] = {"batch_tokens": batch_tokens, "invariant": invariant, "progress": progress}
     scorer = Scorer(model, tokenizer, soft_prompt=soft_prompt, **settings)
     asked = labels or ("",)
     requests = [(r.prompt, y or r.completion) for r in rows for y in asked]
-    splits = scorer.encoder.join(requests, end=True, wheres=[r.where for r in rows for _ in asked])
+    wheres, ends = [r.where for r in rows for _ in asked], [r.ends for r in rows for _ in asked]
+    splits = scorer.encoder.join(requests, end=ends, wheres=wheres)
     scores = shard.score_tokens(scorer, scorer.fit(splits), [prompt for prompt, _ in requests])
     out = []
     for n, row in enumerate(rows):
@@ -57,7 +60,8 @@ def score_task(
             item = {"correct": int(best == right), "logprob": mine[right].logprob, "answer": labels[best]}
         else:
             exact = mine[0].greedy and not scorer.encoder.lacks(splits[n].answer)
-            size = {"tokens": mine[0].num_tokens, "bytes": len(row.completion.encode("utf-8"))}
+            text = scorer.encoder.without_end(row.completion)
+            size = {"tokens": mine[0].num_tokens, "bytes": len(text.encode("utf-8"))}
             item = {"correct": int(exact), "logprob": mine[0].logprob, "answer": None, **size}
         out.append({"id": row.where or str(n), **item})
     return out
@@ -89,8 +93,16 @@ def written(
     return generate(model, tokenizer, probes, batch_size=batch_for(batch_tokens, invariant), progress=progress)
 
 
+def plainly(rows: Sequence[Row], encoder: Encoder) -> list[Row]:
+    """The rows with completions as a reader knows them, without the end that a chat template writes behind them."""
+    return [replace(row, completion=encoder.without_end(row.completion)) for row in rows]
+
+
 def judged(rows: Sequence[Row], texts: Sequence[str], judge: Callable[[str, Row], float], top: float) -> list[Part]:
-    """Per row {"id", "correct": share of `top` that the judge gives the text, "answer": the text}."""
+    """Per row {"id", "correct": share of `top` that the judge gives the text, "answer": the text}.
+
+    rows: as `plainly` gives them.
+    """
     return [
         {"id": row.where or str(n), "correct": judge(text, row) / top, "answer": text}
         for n, (row, text) in enumerate(zip(rows, texts, strict=True))

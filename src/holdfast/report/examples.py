@@ -42,11 +42,18 @@ def examples(
     ]
 
 
-def answers(rows: Sequence[Any], before: Sequence[Any] | None, after: Sequence[Any], most: int = 6) -> list[Any]:
+def answers(
+    rows: Sequence[Any],
+    before: Sequence[Any] | None,
+    after: Sequence[Any],
+    plain: Callable[[str], str] = str,
+    most: int = 6,
+) -> list[Any]:
     """Answers to the task side by side: the greatest losses first, the greatest gains last; none without both sides.
 
     Args:
-        rows: of the test set; before, after: their scored items (`measure.tuned_task`).
+        rows: of the test set; before, after: their scored items (`measure.tuned_task`). plain: an answer as a reader
+            knows it.
     """
     sides = zip(rows, before or (), after, strict=bool(before))
     both = [(b, a, r) for r, b, a in sides if b["answer"] is not None and a["answer"] is not None]
@@ -56,9 +63,9 @@ def answers(rows: Sequence[Any], before: Sequence[Any] | None, after: Sequence[A
         {
             "task": r.where,
             "prompt": r.prompt[-400:],
-            "expected": r.completion.strip(),
-            "before": b["answer"].strip(),
-            "after": a["answer"].strip(),
+            "expected": plain(r.completion).strip(),
+            "before": plain(b["answer"]).strip(),
+            "after": plain(a["answer"]).strip(),
         }
         for b, a, r in shown
     ]

@@ -109,10 +109,15 @@ def check_looks(recipe: Recipe, task: TaskData, session: Session) -> None:
     """Refuse looks during training that see nothing, mix up the stages of a plan, or choose what is undone.
 
     Raises:
-        HoldfastError: no validation rows, a plan of several stages, or an average beside the best look's weights.
+        HoldfastError: no validation rows, no look before the end, a plan of several stages, or an average beside the
+            best look's weights.
     """
-    if recipe.training.eval_steps is None:
+    every, steps = recipe.training.eval_steps, session.ctx.total_steps
+    if every is None:
         return
+    if every > steps:
+        what = f"training.eval_steps looks every {every} steps, and the run has {steps}: there would be no look."
+        raise RecipeError(what, "Lower eval_steps, or train longer.")
     if not task.validation:
         what = "training.eval_steps asks for looks at validation rows, and there are none."
         raise RecipeError(what, "Give data.validation or data.validation_size.")

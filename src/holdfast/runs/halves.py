@@ -42,7 +42,7 @@ class Halves:
     def suites(self) -> dict[str, dict[str, Suite]]:
         """name -> part -> the suite with that part's probes; building them takes longer than cutting rows."""
         job, m = self.job, self.job.recipe.measure
-        ask = Ask(job.tokenizer, m.num_fewshot, m.limit, labels=job.task.labels or ())
+        ask = Ask(job.tokenizer, m.num_fewshot, m.limit, labels=job.task.names)
         return {name: _cut(name, ask) for name in job.suites}
 
     @cached_property

@@ -55,6 +55,9 @@ def check_fits(recipe: Recipe, plan: Any, source: Any) -> None:
     if recipe.export.gguf and wraps and not recipe.export.merge:
         what = f"export.gguf converts whole weights, but {wraps} leaves weights of its own beside the base's."
         raise PlanError(what, "Set export.merge: true.")
+    if recipe.export.gguf and prompts:
+        what = f"export.gguf converts weights, but {prompts} leaves a soft prompt, which a GGUF file does not hold."
+        raise PlanError(what, f"Remove export.gguf, or {prompts}.")
     if recipe.export.push_to_hub and prompts:
         what = f"export.push_to_hub uploads one folder, but {prompts} leaves a soft prompt in another."
         raise PlanError(what, "Remove export.push_to_hub, and upload both folders with `hf upload`.")

@@ -182,7 +182,7 @@ def _host(recipe: Recipe) -> Host:
 
 
 def _ask(recipe: Recipe, tokenizer: Any, task: TaskData) -> Ask:
-    return Ask(tokenizer, recipe.measure.num_fewshot, recipe.measure.limit, labels=task.labels or ())
+    return Ask(tokenizer, recipe.measure.num_fewshot, recipe.measure.limit, labels=task.names)
 
 
 def _session(run: Run, plan: Plan, model: Any, tokenizer: Any, task: TaskData, longest: int) -> Session:

@@ -63,5 +63,5 @@ def _probe(job: Job, model: Any) -> list[Any]:
     if job.halved:
         return Halves(job).looked_at(names, model)
     settings: dict[str, Any] = {"num_fewshot": m.num_fewshot, "limit": min(m.limit or ITEMS, ITEMS), **m.forwards}
-    settings["labels"] = job.task.labels or ()
+    settings["labels"] = job.task.names
     return measure_suites(names, lambda: model, job.tokenizer, lambda *_: None, **settings)

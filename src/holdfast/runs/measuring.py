@@ -91,7 +91,7 @@ def _abilities(job: Job, model: Any, key: str | None, tell: Callable[[float, str
         told,
         num_fewshot=m.num_fewshot,
         limit=m.limit,
-        labels=job.task.labels or (),
+        labels=job.task.names,
         **m.forwards,
         cache_key=key,
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from holdfast.data.encoder import encoder_of
 from holdfast.data.metric import METRICS, Metric, check_rows, chosen, judge_of, metric_of
 from holdfast.data.rows import Row, cap, labels_of, read_rows, split
 from holdfast.data.tokens import tokenize_all
@@ -19,7 +20,7 @@ from holdfast.files import content_key
 from holdfast.measure import closeness as close
 from holdfast.measure.parts import COARSE, FINE, REPORT
 from holdfast.measure.suites import remembered
-from holdfast.measure.tuned_task import judged, score_task, task_estimates, written
+from holdfast.measure.tuned_task import judged, plainly, score_task, task_estimates, written
 
 FEWEST_ROWS, CHOOSE_ROWS, REPORT_ROWS, SEED = 16, 256, 512, 0  # ours
 Items = list[dict[str, Any]]
@@ -107,7 +108,7 @@ def _scored(
     if kind.asked != "text":
         return score_task(model, tokenizer, rows, labels, batch_tokens=batch_tokens)
     texts = written(model, tokenizer, rows, batch_tokens=batch_tokens)
-    return judged(rows, texts, judge_of(metric), kind.top or 1.0)
+    return judged(plainly(rows, encoder_of(model, tokenizer)), texts, judge_of(metric), kind.top or 1.0)
 
 
 def from_answers(model: Callable[[], Any], tokenizer: Any, sha: str, prompts: str | None, batch_tokens: int) -> Goal:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
 from holdfast import models
+from holdfast.data.encoder import Encoder
 from holdfast.data.metric import metric_of
 from holdfast.data.sets import grouped, sets_of
 from holdfast.data.shares import title
@@ -64,7 +66,7 @@ def _task(job: Job, before: Measured | None, after: Measured) -> dict[str, Any]:
         "note": _note(job) or None,
         **task_estimates(metric, items, after["task"]),
         "sets": _sets(job, items, after["task"]),
-        "answers": answers(reported_rows(job), items, after["task"]),
+        "answers": answers(reported_rows(job), items, after["task"], Encoder(job.tokenizer).without_end),
     }
 
 
@@ -107,8 +109,21 @@ def _note(job: Job) -> str:
     picked = {"the weights": t.load_best_model_at_end, "the learning rate": t.learning_rate == "search"}
     chose = [] if job.recipe.data.test or job.halved else [what for what, so in picked.items() if so]
     more = [f"the reported rows also chose {what}, which flatters them" for what in chose]
-    told = job.run.folder.read("training.json").get("notes", ())
-    return "; ".join(filter(None, [job.note, *told, *more]))
+    training = job.run.folder.read("training.json")
+    told = training.get("notes", ())
+    return "; ".join(filter(None, [job.note, *told, *_ends(training), *more]))
+
+
+def _ends(training: Mapping[str, Any]) -> list[str]:
+    """Which weights came out, where these are not simply the last."""
+    step, why = training.get("best_step"), training.get("ended")
+    early = [f"the training ended early: {why}"] if why else []
+    looked = [at for pairs in (training.get("looks") or {}).values() for at, _ in pairs]
+    if step is None or step == max(looked, default=step):
+        return early
+    if step == 0:
+        return [*early, "no look was better than the untouched base above the floors, so its weights came out"]
+    return [*early, f"the weights after step {step} were the best look and came out"]
 
 
 def _report(job: Job, tuned: Any, judged: list[Any], task: Any, shown: list[Any]) -> dict[str, Any]:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from holdfast.data import own_metric
+from holdfast.data.encoder import encoder_of
 from holdfast.data.metric import judge_of, metric_of
 from holdfast.data.rows import Row
 from holdfast.data.sets import sets_of
 from holdfast.files import content_key
 from holdfast.measure.suites import remembered
-from holdfast.measure.tuned_task import judged, score_task, written
+from holdfast.measure.tuned_task import judged, plainly, score_task, written
 from holdfast.runs.job import Job
 
 
@@ -30,12 +31,12 @@ def score_rows(
     """
     task, m, metric = job.task, job.recipe.measure, metric_of(job.task.metric)
     labels = task.labels if metric.asked == "labels" else None
-    asked = [[r.where, r.prompt, r.completion] for r in rows]
+    asked = [[r.where, r.prompt, r.completion, *([] if r.ends else ["goes on"])] for r in rows]
     name = key and content_key(key, asked, labels, metric.asked, m.max_new_tokens, m.rounds_as)
     settings = {**m.forwards, "progress": progress}
     if metric.asked == "text":
         texts = remembered(name, lambda: written(model, job.tokenizer, rows, m.max_new_tokens, **settings))
-        return judged(rows, texts, _judge(job, rows), metric.top or 1.0)
+        return judged(plainly(rows, encoder_of(model, job.tokenizer)), texts, _judge(job, rows), metric.top or 1.0)
     return remembered(
         name, lambda: score_task(model, job.tokenizer, rows, labels, soft_prompt=soft_prompt, **settings)
     )
@@ -45,5 +46,7 @@ def _judge(job: Job, rows: Sequence[Row]) -> Callable[[str, Row], float]:
     name, base_dir = job.task.metric, job.run.base_dir
     if ":" not in name:
         return judge_of(name)
-    sets = [s for role in ("test", "validation", "train") for s in sets_of(job.recipe.data, role, base_dir)]
+    asked = set(rows)
+    roles = sorted(("test", "validation"), key=lambda role: -len(asked.intersection(getattr(job.task, role))))
+    sets = [s for role in (*roles, "train") for s in sets_of(job.recipe.data, role, base_dir)]
     return own_metric.judge(name, base_dir, sets, rows)

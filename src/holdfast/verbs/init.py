@@ -17,6 +17,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }  # files beside the training file
+TRAIN = "train"  # the split of a hub set
 WHY = {"number": "each answer is a number", "loss": "free answers", "loss_per_byte": "plain text"}
 METRICS = "accuracy, exact_match, loss, loss_per_byte, chrf, rouge_l, number, module:function"
 
@@ -30,12 +31,15 @@ def init(data: Sequence[str], out: Path, model: str) -> list[Proposal]:
     if out.exists():
         raise RecipeError(f"{out} exists.", "Give another file with -o, or remove it.")
     found = [locate(one, Path.cwd()) for one in data]
-    proposals = [propose(Source(path=str(path or one)), Path.cwd()) for path, one in zip(found, data, strict=True)]
+    sources = [_source(one, path) for one, path in zip(data, found, strict=True)]
+    proposals = [propose(source, Path.cwd()) for source in sources]
     names = [_named(one, path, out) for path, one in zip(found, data, strict=True)]
     if len(data) == 1:
-        lines, name = _one(names[0], _beside(found[0], out), proposals[0]), default_name(names[0])
+        lines = _one(names[0], sources[0].split, _beside(found[0], out), proposals[0])
+        name = default_name(names[0])
     else:
-        lines, name = _several(names, proposals), "-".join(map(default_name, names))
+        lines = _several(names, sources, proposals)
+        name = "-".join(map(default_name, names))
     write_text(out, _text(lines, name, model))
     load_recipe(out)  # what we wrote must be a recipe
     return proposals
@@ -47,6 +51,12 @@ def command(data: Sequence[str], out: Path, model: str) -> None:
         columns = ", ".join(found.columns)
         print(f"{found.rows}{'' if found.whole else ' or more'} rows with the columns {columns}.")
     print(f"{out} is written. Look through it, then: holdfast explain {out} --rows 3")
+
+
+def _source(data: str, found: Path | None) -> Source:
+    """Of a hub set its train split: most have several, and one must be named."""
+    hub = found is None and not data.startswith("holdfast:")
+    return Source(path=str(found or data), split=TRAIN if hub else None)
 
 
 def _named(data: str, found: Path | None, out: Path) -> str:
@@ -73,11 +83,12 @@ def _rows(found: Proposal) -> str:
     return _line(f"{found.rows}{'' if found.whole else ' or more'} rows; columns: {', '.join(found.columns)}")
 
 
-def _several(names: Sequence[str], proposals: Sequence[Proposal]) -> list[str]:
+def _several(names: Sequence[str], sources: Sequence[Source], proposals: Sequence[Proposal]) -> list[str]:
     """The lines under `train` of several sets, each with templates of its own."""
     data = ["  train:  # several sets; `weight` on each would say how often its rows come, by size without"]
-    for name, found in zip(names, proposals, strict=True):
+    for name, source, found in zip(names, sources, proposals, strict=True):
         data.append(f"    - path: {_quoted(name)}  # {_rows(found)}")
+        data += [f"      split: {source.split}"] * bool(source.split)
         if not found.schema:
             data += [
                 f"      prompt: {_quoted(found.prompt or '')}",
@@ -93,8 +104,9 @@ def _last(metric: str, why: str) -> list[str]:
     return [f"  metric: {metric}  # {why}; also {METRICS}", "  max_length: 1024  # tokens of the longest row"]
 
 
-def _one(train: str, beside: dict[str, str], found: Proposal) -> list[str]:
-    data = [f"  name: {_quoted(default_name(train))}", f"  train: {_quoted(train)}  # {_rows(found)}"]
+def _one(train: str, split: str | None, beside: dict[str, str], found: Proposal) -> list[str]:
+    path = f"{{path: {_quoted(train)}, split: {split}}}" if split else _quoted(train)
+    data = [f"  name: {_quoted(default_name(train))}", f"  train: {path}  # {_rows(found)}"]
     data += [f"  {role}: {_quoted(path)}" for role, path in beside.items()]
     if "validation" not in beside:
         data.append("  # validation_size: 200  # cut from train; without it a tenth, at most test_size (500)")
