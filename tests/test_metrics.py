@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,41 @@ def test_an_own_function_must_be_there(tmp_path):
     }.items():
         with pytest.raises(DataError, match=said):
             load_function(name, tmp_path)
+
+
+COMMANDS = {  # what the program does with what it read: (python, what is said)
+    "right": ("print(float(x['answer'][:1] == x['row']['queue'][:1]))", None),
+    "fails": ("raise SystemExit('no such label')", "exit code 1: no such label"),
+    "talks": ("print('fine')", "it printed 'fine' and no number"),
+    "large": ("print(7)", "gave 7 for this row"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_judges_each_answer(tmp_path, name):
+    body, said = COMMANDS[name]
+    (tmp_path / "judge.py").write_text(f"import json, sys\nx = json.load(sys.stdin)\n{body}\n", encoding="utf-8")
+    data = write_rows(tmp_path / "d.jsonl", [Row("a", " x"), Row("b", " y")])
+    row = Row("b", " y", where="d.jsonl:2")
+    sets = [Set(Source(path=str(data)), "task", None, None, None)]
+    score = judge(f"command: {sys.executable} judge.py", tmp_path, sets, [row])
+    if said is None:
+        assert (score("yes", row), score("no", row)) == (1, 0)
+        return
+    with pytest.raises(DataError) as told:
+        score("yes", row)
+    assert "d.jsonl:2" in told.value.what and said in told.value.what
+
+
+def test_a_command_must_be_there(tmp_path):
+    for name, said in (("command: no-such-program-1", "is no program"), ("command:", "without a program"),
+                       ("command: 'open", "no command")):  # fmt: skip
+        with pytest.raises(DataError, match=said):
+            load_function(name, tmp_path)
+    own = tmp_path / "judge"
+    own.write_text("#!/bin/sh\ncat > /dev/null; echo 0.5\n", encoding="utf-8")
+    own.chmod(0o755)
+    assert load_function("command: judge", tmp_path)("p", "a", {}) == 0.5
 
 
 def test_two_folders_have_each_their_own_rules(tmp_path):

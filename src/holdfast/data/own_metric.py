@@ -1,4 +1,7 @@
-"""A user's own metric: `module:function` beside the recipe, called with prompt, answer and row, giving 0 to 1."""
+"""A user's own metric: `module:function` beside the recipe, called with prompt, answer and row, giving 0 to 1.
+
+`command: PROGRAM` asks a program instead (`data.command_metric`).
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from holdfast.data import command_metric
 from holdfast.data.readers import records_of
 from holdfast.data.rows import Row
 from holdfast.data.sets import Set
 from holdfast.errors import DataError
 from holdfast.files import content_key
+from holdfast.recipe import COMMAND
 
 Function = Callable[[str, str, Mapping[str, Any]], float]  # prompt, answer, row -> 0 to 1
 
@@ -26,6 +31,8 @@ def load_function(name: str, base_dir: Path) -> Function:
     Raises:
         DataError: there is no such module or function, or the module does not load.
     """
+    if name.startswith(COMMAND):
+        return command_metric.function_of(name, base_dir)
     module_name, function = name.split(":")
     path = module_file(name, base_dir)
     try:
@@ -42,7 +49,9 @@ def load_function(name: str, base_dir: Path) -> Function:
 
 
 def module_file(name: str, base_dir: Path) -> Path | None:
-    """The file of the module, if it stands beside the recipe."""
+    """The file of the module, if it stands beside the recipe; None for a command."""
+    if name.startswith(COMMAND):
+        return None
     path = (base_dir / f"{name.split(':')[0].replace('.', '/')}.py").absolute()
     return path if path.is_file() else None
 

@@ -6,6 +6,7 @@ line. Names follow Transformers and TRL.
 
 from holdfast.recipe.names import (
     AUTO,
+    COMMAND,
     FILE_KINDS,
     KEEP_FRAC,
     METRIC_NAMES,
@@ -24,6 +25,7 @@ from holdfast.recipe.sections import ROLES, Data, Export, Measure, Model, Recipe
 
 __all__ = (
     "AUTO",
+    "COMMAND",
     "FILE_KINDS",
     "KEEP_FRAC",
     "METRIC_NAMES",

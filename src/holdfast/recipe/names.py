@@ -16,6 +16,7 @@ FILE_KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", *TEXT_KINDS)
 SCHEMA_FILE = RECIPE_DIR / "recipe.schema.json"  # json_schema(), written by tools/make_docs.py
 METRIC_NAMES = ("accuracy", "exact_match", "loss", "loss_per_byte", "chrf", "rouge_l", "number")
 OWN_METRIC = r"[A-Za-z_][\w.]*:[A-Za-z_]\w*"  # module:function
+COMMAND = "command:"  # what stands before a program that judges answers
 OLD_WARMUP = "warmup_ratio"
 KEY_KINDS = ("extra_forbidden", "invalid_key")  # pydantic's names for "no such key"
 

@@ -13,7 +13,16 @@ from pydantic import model_validator as check_all
 
 from holdfast.engine import BATCH_TOKENS
 from holdfast.recipe.dialect import Dumper
-from holdfast.recipe.names import AUTO, KEEP_FRAC, METRIC_NAMES, OLD_WARMUP, OWN_METRIC, default_name, template_columns
+from holdfast.recipe.names import (
+    AUTO,
+    COMMAND,
+    KEEP_FRAC,
+    METRIC_NAMES,
+    OLD_WARMUP,
+    OWN_METRIC,
+    default_name,
+    template_columns,
+)
 
 
 class Section(BaseModel):
@@ -134,7 +143,7 @@ class Data(Section):
     )
     metric: str | None = Field(
         default=None,
-        description=f"{', '.join(METRIC_NAMES)} or module:function; "
+        description=f"{', '.join(METRIC_NAMES)}, module:function or command: PROGRAM; "
         "null: accuracy for a closed set, else loss (by byte for plain text).",
     )
 
@@ -143,8 +152,9 @@ class Data(Section):
     @check("metric")
     @classmethod
     def _known_metric(cls, value: str | None) -> str | None:
-        if value is not None and value not in METRIC_NAMES and not re.fullmatch(OWN_METRIC, value):
-            raise ValueError(f"one of {', '.join(METRIC_NAMES)}, or module:function")
+        known = value is None or value in METRIC_NAMES or value.startswith(COMMAND)
+        if not known and not re.fullmatch(OWN_METRIC, str(value)):
+            raise ValueError(f"one of {', '.join(METRIC_NAMES)}, module:function or command: PROGRAM")
         return value
 
     @check("prompt", "completion")

@@ -19,7 +19,7 @@ OTHERS: dict[str, tuple[str, ...]] = {
 }  # files beside the training file
 TRAIN = "train"  # the split of a hub set
 WHY = {"number": "each answer is a number", "loss": "free answers", "loss_per_byte": "plain text"}
-METRICS = "accuracy, exact_match, loss, loss_per_byte, chrf, rouge_l, number, module:function"
+METRICS = "accuracy, exact_match, loss, loss_per_byte, chrf, rouge_l, number, module:function, command: PROGRAM"
 
 
 def init(data: Sequence[str], out: Path, model: str) -> list[Proposal]:
