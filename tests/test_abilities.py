@@ -7,9 +7,10 @@ import pytest
 from holdfast.errors import HoldfastError
 from holdfast.measure.names import DEFAULT
 from holdfast.measure.probe import Ask
+from holdfast.measure.suites import build
 from holdfast.recipe import recipe_from
 from holdfast.runs import abilities
-from holdfast.runs.abilities import certain, measured_suites, words
+from holdfast.runs.abilities import certain, cost, measured_suites, words
 from holdfast.runs.job import checked
 from holdfast.runs.run import Run
 from tiny_run import recipe_data
@@ -21,8 +22,9 @@ def asked(world, tmp_path, **measure):
     return recipe_from(recipe_data(world, tmp_path / "run", measure={"limit": 48, **measure}))
 
 
-def test_the_bound_by_hand(world, tmp_path, tokenizer):
+def test_the_bound_by_hand(world, tmp_path, tokenizer, monkeypatch):
     """4 rows of 100 tokens a step, three forwards each: 2 * 80,000 is a tenth of the training from 1,334 steps on."""
+    monkeypatch.setattr(abilities, "cost", lambda ask: 80_000)
     recipe, ask = asked(world, tmp_path), Ask(tokenizer, 1, 2)
     short, long = (measured_suites(recipe, ROWS, steps, ask, 4096) for steps in (1333, 1334))
     assert short == ("in-context",) and set(long) == set(DEFAULT)
@@ -30,9 +32,17 @@ def test_the_bound_by_hand(world, tmp_path, tokenizer):
     assert "all default suites" in words(recipe, long)
 
 
-def test_fewer_items_cost_less(world, tmp_path, tokenizer):
-    recipe = asked(world, tmp_path, limit=12)
-    assert set(measured_suites(recipe, ROWS, 400, Ask(tokenizer, 1, 2), 4096)) == set(DEFAULT)
+def test_the_cost_is_that_of_the_suites_as_they_are_asked(tokenizer):
+    """All texts of the suites by four characters a token, each once, and eight for each token that may be written."""
+    few, more = (cost(Ask(tokenizer, 1, limit)) for limit in (2, 12))
+    by_hand = 0.0
+    for name in DEFAULT:
+        seen = set()
+        for p in build(name, Ask(tokenizer, 1, 2)).probes:
+            by_hand += 0 if p.context in seen else len(p.context) / 4
+            by_hand += sum(map(len, p.answers)) / 4 + (8 * p.max_tokens if p.kind == "generate" else 0)
+            seen.add(p.context)
+    assert few < more / 3 and few == pytest.approx(by_hand, rel=0.02)  # two suites may ask the same
 
 
 def test_what_has_a_floor_is_measured(world, tmp_path, tokenizer):
@@ -58,6 +68,6 @@ def test_a_floor_of_no_suite_is_refused(world, tmp_path):
 
 
 def test_a_run_measures_them(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(abilities, "COST", 0)
+    monkeypatch.setattr(abilities, "cost", lambda ask: 0)
     recipe = recipe_from(recipe_data(world, tmp_path / "run"))
     assert set(checked(Run(recipe, tmp_path)).suites) == set(DEFAULT)

@@ -13,14 +13,14 @@ from typing import Any
 from holdfast.errors import HoldfastError
 from holdfast.measure.names import DEFAULT, names_of
 from holdfast.measure.probe import Ask
-from holdfast.measure.suites import check_suite
+from holdfast.measure.suites import build, check_suite
 from holdfast.recipe import AUTO, Recipe
 
 SHARE = 0.1  # ours
-COST = 80_000  # tokens' worth of a forward that all default suites take: counted with SmolLM2's tokenizer, a new token
-# of a generated answer as eight
+CHARACTERS = 4  # of a token, about
+WRITTEN = 8  # ours: a new token of a generated answer in tokens that are read
 STEP = 3  # forwards' worth of a training step: one, and a backward of two
-LIMIT, LOOKED = 48, 256  # items of a task that COST was counted with; rows whose length is taken
+LOOKED = 256  # rows whose length is taken
 
 
 def certain(recipe: Recipe) -> tuple[str, ...]:
@@ -34,7 +34,7 @@ def certain(recipe: Recipe) -> tuple[str, ...]:
 def measured_suites(recipe: Recipe, rows: Sequence[Any], steps: int, ask: Ask, longest: int) -> tuple[str, ...]:
     """The suites of a run of so many steps on these token rows; of the open ones those that the model can read."""
     names = certain(recipe)
-    if AUTO not in recipe.measure.suites or not _cheap(recipe, rows, steps):
+    if AUTO not in recipe.measure.suites or 2 * cost(ask) > SHARE * STEP * _tokens(recipe, rows, steps):
         return names
     return tuple(dict.fromkeys([*names, *(s for s in DEFAULT if _fits(s, ask, longest))]))
 
@@ -49,13 +49,19 @@ def words(recipe: Recipe, names: Sequence[str]) -> str:
     return f"not measured, as it would cost more than a tenth of the training or does not fit the model: {left}"
 
 
-def _cheap(recipe: Recipe, rows: Sequence[Any], steps: int) -> bool:
+def cost(ask: Ask) -> float:
+    """What all default suites take at most, in tokens of a forward: each text once, answers as long as they may be."""
+    probes = [p for name in DEFAULT for p in build(name, ask).probes]
+    read = sum(map(len, {p.context for p in probes})) + sum(len(a) for p in probes for a in p.answers)
+    return read / CHARACTERS + WRITTEN * sum(p.max_tokens for p in probes if p.kind == "generate")
+
+
+def _tokens(recipe: Recipe, rows: Sequence[Any], steps: int) -> float:
+    """What is trained on."""
     t = recipe.training
     looked = [len(r.ids) for r in islice(iter(rows), LOOKED)]
     each = sum(looked) / max(1, len(looked))
-    tokens = steps * t.per_device_train_batch_size * t.gradient_accumulation_steps * each
-    cost = 2 * COST * (recipe.measure.limit or LIMIT) / LIMIT  # before and after
-    return cost <= SHARE * STEP * tokens
+    return steps * t.per_device_train_batch_size * t.gradient_accumulation_steps * each
 
 
 def _fits(name: str, ask: Ask, longest: int) -> bool:
