@@ -89,6 +89,19 @@ def test_large(shape, tmp_path):
     assert report["task"]["metric"] == "loss per token"
 
 
+def test_written_answers(shape, tmp_path):
+    """Answers are written and judged, looks choose the weights, and a tracker hears of it."""
+    rows = [{"instruction": text, "output": f"Please send this to {queue}, who answer."} for queue, text in TICKET]
+    train = write(tmp_path / "train.jsonl", rows)
+    small = ["data.validation_size=4", "training.eval_steps=2", "measure.max_new_tokens=6", "training.save_steps=2",
+             "measure.suites=[in-context]"]  # fmt: skip
+    report = shape("written_answers", f"data.train={train}", *small)
+    assert report["task"]["metric"] == "chrF" and report["task"]["after"]["n"] == 4
+    assert [step for step, _ in report["training"]["looks"]["task"]] == [0, 2, 3]
+    assert report["training"]["best_step"] in (0, 2, 3) and len(report["task"]["answers"]) == 4
+    assert list((tmp_path / "run" / "trackers").rglob("events*"))
+
+
 def test_all_weights_of_a_small_model(shape, tmp_path):
     rows = [{"prompt": text, "completion": f" {queue}"} for queue, text in TICKET]
     train = write(tmp_path / "train.jsonl", rows)
