@@ -6,6 +6,7 @@ that is asked for another bound, goes on with what is known.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -97,9 +98,10 @@ class Judge:
             params[name].copy_(new)
 
     def forget(self) -> None:
-        """Let the weights go."""
+        """Let the weights go, and those of a training that its hooks still tie together."""
         self.__dict__.pop("_model", None)
         self._holds = TUNED
+        gc.collect()
 
     # ---- what it scores
 
