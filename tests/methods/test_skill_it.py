@@ -55,6 +55,13 @@ def test_only_targets_count():
     assert ask(method, START, {"a": 7.0, "b": 2.0, "c": 50.0}) == softmax(a=1.0, b=2.0, c=0.0)
 
 
+def test_targets_count_by_the_mean_of_the_looks():
+    """b is the target, losses 2 and 4: their mean is 3, so a: 1 * 0.5 * 3, b: 1 * 3."""
+    method = SkillIt(eta=1.0, graph=(("a", "b", 0.5),), targets=("b",))
+    looks = [START, {"a": 7.0, "b": 2.0, "c": 1.0}, {"a": 0.0, "b": 4.0, "c": 9.0}]
+    assert ask(method, *looks) == softmax(a=1.5, b=3.0, c=0.0)
+
+
 def test_equal_losses_and_no_edges_are_uniform():
     assert ask(SkillIt(), START, START) == softmax(a=0.0, b=0.0, c=0.0)
 

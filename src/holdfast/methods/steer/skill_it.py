@@ -4,8 +4,9 @@
     A_ii = 1;  A_ij: how much training on source i helps skill j (`graph`);  L_j: loss of skill j on held-out rows
 
 A skill is a source of the mix: the task, its sets, and what other methods add to it, such as Replay. `targets` are the
-skills whose losses count; () is all. Until the first look the losses in the formula are 1, as in the released code. A
-source's token losses are weighted by w_i, which average 1 over the sources.
+skills whose losses count; () is all. As in the released code, with targets the mean over the looks stands in the
+place of the sum, and until the first look the losses in the formula are 1. A source's token losses are weighted by
+w_i, which average 1 over the sources.
 Differences: Skill-It draws the next chunk of the data anew with shares p_i = prior_i * w_i / sum; here the order of
 rows is fixed by the seed, and the weight of a row's loss stands for it, with the mix's own shares as prior: a source
 of weight near 0 still costs its forward. The graph is given, not learnt (the paper trains k^2 short runs for it).
@@ -102,7 +103,8 @@ class SkillIt(Method):
             now = torch.tensor([past.held_out[n] for n in names], dtype=torch.float64)[:, None]
             losses = torch.cat([losses, now], 1)[:, -self.window :]
         seen = losses if losses.shape[1] else torch.ones((len(names), 1), dtype=torch.float64)
-        weights = len(names) * (self.eta * self.matrix(names) @ seen.sum(1)).softmax(0)
+        losses_of = seen.mean(1) if self.targets else seen.sum(1)
+        weights = len(names) * (self.eta * self.matrix(names) @ losses_of).softmax(0)
         return {"losses": losses} | {f"weight/{n}": w for n, w in zip(names, weights, strict=True)}
 
     def matrix(self, names: Sequence[str]) -> torch.Tensor:
