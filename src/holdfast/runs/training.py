@@ -45,6 +45,8 @@ def trained(job: Job) -> tuple[Any, Any]:
     job.run.timing["tune"] = log.seconds
     export.save(job, tuned, soft)
     said = export.check(job, tuned, soft)
+    if verdicts := job.session.ctx.verdicts:
+        job.run.folder.write("verdicts.json", verdicts)
     job.run.folder.write("training.json", _part(job, log, said, settled, time.perf_counter() - start))
     Checkpoint(job.run.path).clear()
     return tuned, soft
