@@ -606,13 +606,12 @@ def lottery_holds(seen: Seen) -> None:
 
 
 def balance_holds(seen: Seen) -> None:
-    """After the warm-up the weights add up to the number of sources, and differ; held-out rows never trained."""
-    state = seen.result.session.state["CoBa"]
-    weights = [float(v) for k, v in state.items() if k.startswith("weight/")]
-    assert len(weights) == 2 and sum(weights) == pytest.approx(2) and abs(weights[0] - weights[1]) > 1e-3
-    assert seen.result.session.steering.source_weight == {
-        k.removeprefix("weight/"): float(v) for k, v in state.items() if k.startswith("weight/")
-    }
+    """After the warm-up a token weighs 1 on average, and the weights differ; held-out rows never trained."""
+    state, parts = seen.result.session.state["CoBa"], seen.result.session.held_out.parts
+    weights = {k.removeprefix("weight/"): float(v) for k, v in state.items() if k.startswith("weight/")}
+    assert len(weights) == 2 and sum(parts[n] * w for n, w in weights.items()) == pytest.approx(1)
+    assert max(weights.values()) - min(weights.values()) > 1e-3
+    assert seen.result.session.steering.source_weight == weights
     assert state["losses"].shape == (2, 20) and state["slopes"].shape == (3, 20 - seen.method.warmup)
 
 
@@ -811,7 +810,8 @@ def skills_hold(seen: Seen) -> None:
     assert state["losses"].shape == (2, 3) and list(seen.result.session.steering.source_weight) == ["SkillIt", "task"]
     ratio = math.exp(0.5 * (own + 0.5 * task) - 0.5 * task)
     assert float(state["weight/SkillIt"] / state["weight/task"]) == pytest.approx(ratio)
-    assert sum(seen.result.session.steering.source_weight.values()) == pytest.approx(2)
+    parts = seen.result.session.held_out.parts
+    assert sum(parts[n] * w for n, w in seen.result.session.steering.source_weight.items()) == pytest.approx(1)
 
 
 def made_up_holds(seen: Seen) -> None:

@@ -320,6 +320,22 @@ def test_the_table(whole):
         assert "LoRA" in (folder / "out" / name).read_text()
 
 
+def test_the_trials_show_their_early_signs(whole):
+    """Of all 4 steps, as training.json has them; a comparison of an older version shows none."""
+    folder, report = whole
+    page = (folder / "out" / "compare.html").read_text()
+    for row in report["rows"]:
+        for trial in row["trials"]:
+            run = folder / "out" / "runs" / f"{row['name']}.x{trial['factor']:g}.0"
+            assert trial["early"] == json.loads((run / "training.json").read_text())["early"]
+            assert trial["early"]["steps"] == 4 and f"<td>{trial['early']['grad_norm']:.3g}</td>" in page
+    old = json.loads(json.dumps(report))
+    for row in old["rows"]:
+        for trial in row["trials"]:
+            del trial["early"]
+    assert "<td>-</td><td>-</td>" in compared.page(old)
+
+
 def test_a_name_of_html_is_shown_as_it_is(whole):
     named = json.loads(json.dumps(whole[1]).replace('"language"', '"jsonl:a<i>&b"'))
     text = compared.page(named)

@@ -55,6 +55,14 @@ def test_every_method_has_a_section_with_its_settings():
         assert not kind.paper or kind.paper.title in section
 
 
+def test_a_method_called_experimental_is_so_wherever_it_is_listed():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, kind in all_methods().items():
+        title = (importlib.import_module(kind.__module__).__doc__ or "").split("\n")[0]
+        listed = next((line for line in readme.splitlines() if line.startswith(f"| `{name}` |")), kind.does)
+        assert {"experimental" in text for text in (title, kind.does, listed)} in ({True}, {False}), name
+
+
 def test_the_source_of_a_default_is_its_comment():
     from holdfast.methods import KLToBase
 

@@ -15,7 +15,7 @@ import torch
 
 from cases import HOST, run, same, start
 from holdfast import methods as hf
-from holdfast.data.mix import Mix
+from holdfast.data.mix import Mix, Source
 from holdfast.data.tokens import tokenize
 from holdfast.engine.base import token_logp
 from holdfast.engine.counts import add_counts, count_rows
@@ -154,6 +154,29 @@ def test_a_row_stays_when_all_filters_keep_it():
     mix = Mix(sized(2, 3, 4, 5)).with_filter("A", lambda r: len(r.ids) > 2).with_filter("B", lambda r: len(r.ids) < 5)
     assert [len(r.ids) for r in mix.kept] == [3, 4] and mix.left_out == {"A": 0.25, "B": 0.25}
     assert mix.num_rows(3) == 6 and {len(r.ids) for r in islice(mix.draw(0), 6)} == {3, 4}
+
+
+def scoring(length: int, scored: int, source: str) -> TokenRow:
+    return token_row(range(length), length - scored, source=source)
+
+
+def test_parts_of_the_scored_positions_by_hand():
+    """Task: rows of 10 tokens, 4 scored. A: a quarter of the rows, 2 scored. B: 30 % of the tokens, rows of 20, 20 and
+    20, of which 10 each are scored, two of them labelled B:x. An average row of L tokens: B has 0.3 L / 20 of the
+    rows, A 0.25 with 6 tokens, the task 0.75 - 0.015 L with 10. L = 1.5 + 0.3 L + 7.5 - 0.15 L, so L = 9 / 0.85.
+    Rows: B 0.1588, A 0.25, task 0.5912. Scored: 1.588 (2/3 of it B:x), 0.5, 2.3647, of 4.4529."""
+    many = [scoring(20, 10, "B:x"), scoring(20, 10, "B:x"), scoring(20, 10, "B:y")]
+    a, b = Source("A", [scoring(6, 2, "A")], 0.25), Source("B", many, 0.3, unit="tokens")
+    mix = Mix([scoring(10, 4, "task")] * 4, (a, b))
+    wanted = {"task": 0.53105, "A": 0.11229, "B:x": 0.23778, "B:y": 0.11889}
+    assert mix.parts() == {n: pytest.approx(x, abs=1e-4) for n, x in wanted.items()}
+    counted = Counter[str]()
+    for row in islice(mix.draw(0), 2000):
+        counted[row.source] += row.num_scored
+    assert {n: x / counted.total() for n, x in counted.items()} == {
+        n: pytest.approx(x, abs=3e-3) for n, x in wanted.items()
+    }
+    assert Mix(mix.task, (Source("C", lambda: iter(many), 0.5),)).parts() == {}
 
 
 def test_an_empty_rest_names_the_methods():

@@ -92,6 +92,15 @@ def test_a_run_leaves_everything(whole, plan):
     assert load_recipe(folder / "recipe.yaml") == whole(plan).recipe
 
 
+def test_what_became_of_each_row_is_in_the_folder(world, tmp_path):
+    tune(recipe(world, tmp_path / "run", plan=[{"CLEAR": {"samples": 1, "max_new_tokens": 2, "rows": 5}}]))
+    said, left = load(tmp_path / "run" / "verdicts.json")["CLEAR"], load(tmp_path / "run" / "training.json")
+    assert len(said) == len({v["key"] for v in said}) == 5 and {v["verdict"] for v in said} == {"kept", "left out"}
+    gone = sum(v["verdict"] == "left out" for v in said)
+    assert f"CLEAR leaves out {gone} of 5 rows" in " ".join(left["notes"])
+    assert {v["verdict"] == "kept" for v in said if v["confidence"] == max(w["confidence"] for w in said)} == {True}
+
+
 def test_the_card_has_front_matter(whole):
     text = (whole("lora").path / "model" / "README.md").read_text(encoding="utf-8")
     _, front, body = text.split("---\n", 2)

@@ -84,6 +84,8 @@ class Past:
     "gradients", base only for those that have "base_weights".
     held_out: source -> mean loss per token of the method's held-out rows, at the steps that `looks` names.
     epochs: whole passes over the task's rows that are done with this step; 0 where nobody knows how many rows it has.
+    parts: source -> the part of the task's scored positions that the whole mix has from it on average; {} where nobody
+    knows, or no method of the plan has held-out rows.
     """
 
     step: int
@@ -96,6 +98,7 @@ class Past:
     base: Mapping[str, torch.Tensor] = field(default_factory=dict)
     held_out: Mapping[str, float] = field(default_factory=dict)
     epochs: int = 0
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class Context:
     total_steps: optimizer steps of the whole run, 0 when unknown.
     tell: hears of long work before training: the share done and words; None, nobody listens.
     notes: sentences about the data that the report passes on.
+    verdicts: method -> what it decided about each row that it looked at, for the run's folder (verdicts.json).
     stage: name of the stage that is being set up, or trained; "" before the first one.
     taught: the base's answers to rows, kept for other runs on the same base (`Teacher.learn`); None: for nobody.
     """
@@ -45,6 +46,7 @@ class Context:
     base_dir: Any = None
     tell: Callable[[float, str], None] | None = None
     notes: list[str] = field(default_factory=list)
+    verdicts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     stage: str = ""
     taught: dict[Any, Any] | None = None
     _identity: str = ""  # of the base, once it was asked

@@ -398,6 +398,7 @@ class Session:
             Wholes(self.params),
             Wholes(self.base_weights),
             epochs=int((step + 1) / self.epoch_steps + 1e-9) if self.epoch_steps else 0,
+            parts=self.held_out.parts,
         )
         score = Look(self.ctx, {}, self._look).token_logp
         self.effects.update(self.steering.ask(past, self.held_out.losses(step, self.model, score)))

@@ -1,5 +1,6 @@
 """CLEAR: confidence by hand, what is left out, and the base that is asked."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from holdfast.data.mix import Mix
 from holdfast.data.rows import Row
 from holdfast.data.tokens import tokenize
+from holdfast.engine.pack import token_row
 from holdfast.errors import PlanError
 from holdfast.methods import CLEAR
 from holdfast.services import Context
@@ -93,6 +95,18 @@ def test_rows_of_low_confidence_are_left_out_and_told(ctx, task):
     mix = CLEAR(samples=4, gamma=0.5, verifier="number").data(Mix(task), ctx)
     assert [r.key for r in mix.kept] == [task[0].key] and mix.left_out == {"CLEAR": 0.5}
     assert ctx.notes == ["CLEAR leaves out 1 of 2 rows: confidence below 0.500"]
+
+
+def test_every_row_that_was_asked_about_has_a_verdict(ctx, task):
+    """The last one has no prompt: it stays, and no confidence is known."""
+    CLEAR(samples=4, mix=1.0, gamma=0.5, most=0.9, verifier="number").data(Mix([*task, token_row([5, 6], 1)]), ctx)
+    said = ctx.verdicts["CLEAR"]
+    assert [(v["row"], v["confidence"], v["verdict"]) for v in said] == [
+        (0, 0.75, "kept"),
+        (1, 0.0, "left out"),
+        (2, None, "kept"),
+    ]
+    assert [v["key"] for v in said[:2]] == [hashlib.sha256(r.key).hexdigest()[:16] for r in task]
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,15 @@ def test_losses_are_relative_to_the_first_and_weights_stay_between_two_looks():
     assert steering.source_weight == wanted
 
 
+def test_a_token_of_the_mix_weighs_one_on_average():
+    """The weights of the first example, 0.17899 and 0.82101; the first source has 3 of 4 tokens of the mix:
+    sum part w = 0.75 * 0.17899 + 0.25 * 0.82101 = 0.33950, so 0.52722 and 2.41829."""
+    steering = Steering([CoBa(warmup=1)], {"CoBa": {}})
+    for step, losses in enumerate([{"a": 4.0, "b": 2.0}, {"a": 3.2, "b": 2.2}]):
+        steering.ask(Past(step, 100, {}, 1e-3, parts={"a": 0.75, "b": 0.25}), {"CoBa": losses})
+    assert steering.source_weight == {"a": pytest.approx(0.52722, abs=1e-4), "b": pytest.approx(2.41829, abs=1e-4)}
+
+
 def test_a_window_forgets_what_is_older():
     method = CoBa(warmup=1, history=2)
     steering = Steering([method], {"CoBa": {}})
@@ -89,7 +98,9 @@ def test_sources_of_other_methods_are_balanced(tiny_model, tokenizer, rows):
     got = run(plan, tiny_model(), tokenizer, rows, 6)
     weights = got.session.steering.source_weight
     assert set(weights) == {"task", "Replay:instructions", "Replay:text"}
-    assert math.isclose(sum(weights.values()), 3) and min(weights.values()) >= 0.1
+    parts = got.session.held_out.parts
+    assert math.isclose(sum(parts[n] * w for n, w in weights.items()), 1)
+    assert min(weights.values()) >= 0.1 * sum(weights.values()) / 3
 
 
 def test_one_source_alone_and_a_run_too_short_are_refused(tiny_model, tokenizer, rows):

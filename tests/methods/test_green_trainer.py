@@ -1,5 +1,6 @@
 """GreenTrainer: the choice against all choices there are; what is not chosen stands still and gets no gradient."""
 
+import re
 from itertools import chain, combinations
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from cases import run, weights_of
 from holdfast.errors import PlanError
+from holdfast.method import Past
 from holdfast.methods import GreenTrainer
 from holdfast.methods.steer.green_trainer import best
 from holdfast.services import Context
@@ -64,11 +66,32 @@ def test_what_is_not_chosen_stands_still(tiny_model, tokenizer, rows):
     assert {k.split("/")[1] for k in state if "/" in k} == moved[12] and not any("weight/" in k for k in state)
 
 
-def test_importance_is_what_the_step_gave(tiny_model, tokenizer, rows):
-    """Where Adam is nearly SGD dw = - lr g, so every I is positive, and rho 1 chooses everything."""
-    at, linear = {}, {"adam_epsilon": 1.0, "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+def test_importance_by_hand_is_of_the_gradient_after_the_step(tiny_model):
+    """Every entry moves by +0.1, against gradients of -1: each tensor of n entries did good at its own step. After it
+    the norms have gradients of -1 and I = 0.1 n > 0, all others of +1 and I < 0: rho 1 pays for all, norms train."""
+    model, state = tiny_model(), {}
+    method, params = GreenTrainer(rho=1.0), {n: p.detach() for n, p in model.named_parameters()}
+    before = Past(0, 9, {}, 1e-3, model, {n: -torch.ones_like(p) for n, p in params.items()}, params)
+    state.update(method.steer(before, state).state)
+    norms = {n for n in params if "norm" in n}
+    after = {n: torch.full_like(p, -1.0 if n in norms else 1.0) for n, p in params.items()}
+    moved = {n: p + 0.1 for n, p in params.items()}
+    said = method.steer(Past(1, 9, {}, 1e-3, model, after, moved), state)
+    assert {k.removeprefix("chosen/") for k in said.state if k.startswith("chosen/")} == norms
+    assert not any(re.search(p, n) for p in said.freeze for n in norms) and len(said.freeze) == len(params) - len(
+        norms
+    )
+
+
+def test_small_steps_on_the_same_rows_all_help(tiny_model, tokenizer, rows):
+    """All rows in every batch, and Adam is nearly SGD: the gradient after a small step is nearly that of the step, so
+    every I is about lr |g|^2 > 0, and rho 1 chooses everything."""
+    at, linear = (
+        {},
+        {"adam_epsilon": 1.0, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_grad_norm": 0.0},
+    )
     watch = lambda session, n: at.update({n: weights_of(session.model)})  # noqa: E731
-    run([GreenTrainer(rho=1.0)], tiny_model(), tokenizer, rows, 3, watch=watch, **linear)
+    run([GreenTrainer(rho=1.0)], tiny_model(), tokenizer, rows, 3, watch=watch, batch_size=len(rows), **linear)
     assert changed(at[1], at[2]) == changed(at[2], at[3]) == set(at[1])
 
 

@@ -1,12 +1,18 @@
 """LocFT: one matrix moves, small losses move nothing, and an epoch of small losses ends the run."""
 
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
 import pytest
 import torch
 
-from cases import run, weights_of
+from cases import run, start, weights_of
 from holdfast.errors import PlanError
+from holdfast.hosts.plain import Training, train
 from holdfast.method import Past
 from holdfast.methods import KLToBase, LocFT
+from holdfast.plan import Plan
 from holdfast.services import Context
 from holdfast.sites.steering import Steering
 
@@ -32,26 +38,49 @@ def test_what_is_not_taken_leaves_every_bit(tiny_model, tokenizer, rows):
     assert len(got.log.loss) == 6 and "mean loss of an epoch" in got.log.ended
 
 
+@dataclass
+class Batches:
+    """Some batches of four of a mix, in place of the mix."""
+
+    mix: Any
+    numbers: tuple[int, ...]
+
+    def only(self, *_: Any) -> Any:
+        return self
+
+    def num_rows(self, epochs: float) -> int:
+        return self.mix.num_rows(epochs)
+
+    def draw(self, seed: int) -> Any:
+        drawn = list(islice(self.mix.draw(seed), 4 * (max(self.numbers) + 1)))
+        return iter([row for n in self.numbers for row in drawn[4 * n : 4 * n + 4]])
+
+
+def trained(methods, batches, model, tokenizer, rows, watch=None):
+    """The weights after steps on these batches, at one learning rate."""
+    settings = Training(len(batches), batch_size=4, learning_rate=1e-3, save_steps=0, lr_scheduler_type="constant")
+    session, mix = start(Plan(methods), model, tokenizer, rows, settings)
+    train(session, Batches(mix, batches), settings, on_step=watch and (lambda n, *_: watch(session, n)))
+    return weights_of(session.model)
+
+
 def test_moments_stay_where_a_step_is_not_taken(tiny_model, tokenizer, rows):
-    """Steps 2 and 3 are below the threshold: what follows is the run without them, at the same learning rates."""
-    skipping = LocFT(threshold=1.0)
-    losses = iter([5.0, 0.1, 0.1, 5.0])
-    real = type(skipping).steer
+    """Steps 2 and 3 are below the threshold: what follows is the run without them, to the last bit, at the same
+    learning rate. Adam's moments, and the step that corrects them, would else be those of four steps."""
+    losses, at = iter([5.0, 0.1, 0.1, 5.0, 5.0]), {}
+    real = LocFT.steer
 
     def steer(self, past, state):
         return real(self, Past(past.step, past.total, {"task": next(losses)}, past.learning_rate), state)
 
-    moments = []
-
-    def watch(session, step):
-        (p,) = session.params.values()
-        moments.append(p.detach().clone())
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocFT, "steer", steer)
-        run([skipping], tiny_model(), tokenizer, rows, 4, watch=watch, lr_scheduler_type="constant")
-    assert torch.equal(moments[0], moments[1]) and torch.equal(moments[1], moments[2])
-    assert not torch.equal(moments[2], moments[3])
+        watch = lambda session, n: at.update({n: weights_of(session.model)})  # noqa: E731
+        got = trained([LocFT(threshold=1.0)], (0, 1, 2, 3, 4), tiny_model(), tokenizer, rows, watch)
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(at[1][name], at[2][name]) and torch.equal(at[2][name], at[3][name])
+    without = trained([LocFT(threshold=0.0)], (0, 3, 4), tiny_model(), tokenizer, rows)
+    assert not torch.equal(at[3][name], at[4][name]) and torch.equal(got[name], without[name])
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,15 @@ import pytest
 import torch
 
 from holdfast.data.mix import Mix
+from holdfast.data.rows import Row
+from holdfast.data.tokens import tokenize_all
 from holdfast.engine.counts import count_rows
 from holdfast.engine.pack import pack, token_row
 from holdfast.errors import PlanError
 from holdfast.methods import TLTraining
 from holdfast.methods.token_weight.tl_training import NUMBER, forks, key_tokens
 from holdfast.services import Context, View
+from tiny import build_tokenizer
 
 # Three names that end with 9. The first two share 1 2 and part behind it; the third shares nothing.
 NAMES = [(1, 2, 3, 7, 8, 9), (1, 2, 4, 9), (5, 6, 7, 7, 7, 7, 7, 7, 7, 7, 9)]
@@ -19,7 +22,7 @@ WEIGHTS = [
     [1, 1, 1, 1],  # key 1 and 4, rest two: not fewer than the rest
     [9, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],  # key 5, rest ten: 10, and 9 is the most
 ]
-CTX = Context(None, None)
+CTX = Context(None, build_tokenizer())
 
 
 def rows_of(names=NAMES, source="task"):
@@ -40,6 +43,33 @@ def test_weights_by_hand():
     got = mapped(Mix(rows_of()), rows_of())
     for row, weights in zip(got, WEIGHTS, strict=True):
         assert row.numbers[NUMBER].tolist() == [1, 1, *weights]
+
+
+def in_json(name, city):
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {{"city": "{city}"}}}}\n</tool_call>'
+
+
+def in_python(name, city):
+    return f"{name}(city='{city}')"
+
+
+@pytest.mark.parametrize("write", [in_json, in_python])
+def test_arguments_of_tool_calls_are_no_key_tokens(write):
+    """Two calls of one tool part nowhere. With get_time the three part behind "get_", as their names do, and beside
+    the tool get_weather_now also behind get_weather."""
+    tokenizer = CTX.tokenizer
+    said = [write("get_weather", "Paris"), write("get_weather", "London"), write("get_time", "Paris")]
+    rows = tokenize_all([Row("Call:", text) for text in said], tokenizer, None)
+    behind = lambda row, text: len(tokenizer(f"Call:{text}")["input_ids"]) - int((~row.scored).sum())  # noqa: E731
+    name_at, name_end = said[0].index("weather"), said[0].index("weather") + len("weather")
+
+    def key(rows, n):
+        return {int(i) for i in np.flatnonzero(mapped(Mix(rows), rows)[n].numbers[NUMBER][rows[n].scored] > 1)}
+
+    assert key(rows[:2], 0) == key(rows[:2], 1) == {0}
+    assert key(rows, 0) == key(rows, 1) == {0, behind(rows[0], said[0][:name_at])}
+    longer = [*rows, *tokenize_all([Row("Call:", write("get_weather_now", "Paris"))], tokenizer, None)]
+    assert key(longer, 0) == {*key(rows, 0), behind(rows[0], said[0][:name_end])}
 
 
 def test_value_and_gradient_by_hand():

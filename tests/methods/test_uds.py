@@ -57,6 +57,27 @@ def test_diversity_is_the_mean_distance_to_the_queue():
     torch.testing.assert_close(state["queue"], torch.stack([own, other]))
 
 
+def test_distances_have_the_scale_of_the_released_code():
+    """One token apart in one entry, by hand: |Re FFT| of it is |cos| of some angle at every frequency. With all 8
+    entries of each side kept nothing is left to chance but these: the mean of cos^2 over 8 angles that turn k / 8 of a
+    circle is 1/2 (1 where the entry is the 0th or the 4th). So a distance of 1 becomes sqrt(8/2) * sqrt(8/2) = 4."""
+    method, ctx = UDS(dims=(8, 8)), Context(None, None, max_length=8)
+    grid = torch.zeros(3, 8)
+    grid[1, 3] = 1.0
+    assert method.project(grid, ctx).norm().item() == pytest.approx(4.0, rel=1e-5)
+
+
+def test_distances_grow_by_half_the_root_of_the_grid_on_average():
+    """V 60, max_length 16: sqrt(60 / 2) sqrt(16 / 2) = 15.49 times the true distance, and a little more, since at the
+    frequencies 0 and m / 2 all of an FFT is real: m (1/2 + 1/m) is 31 and 9, so sqrt(31 * 9) = 16.70."""
+    method, squares = UDS(dims=(12, 4)), []
+    for seed in range(400):
+        a, b = torch.randn(2, 7, 60, generator=torch.Generator().manual_seed(seed)).unbind()
+        ctx = Context(None, None, max_length=16, seed=seed)
+        squares.append((torch.dist(method.project(a, ctx), method.project(b, ctx)) / torch.dist(a, b)).item() ** 2)
+    assert math.sqrt(sum(squares) / len(squares)) == pytest.approx(math.sqrt(31 * 9), rel=0.02)
+
+
 def test_the_queue_forgets_the_oldest():
     answers, state = [torch.eye(2, 6) * (i + 1) for i in range(4)], {}
     for step in range(3):

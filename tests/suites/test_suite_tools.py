@@ -7,7 +7,7 @@ import pytest
 
 from holdfast.measure import compare
 from holdfast.measure.asking import score_suite
-from holdfast.measure.calls import Call, read_calls, same_arguments
+from holdfast.measure.calls import Call, name_ends, read_calls, same_arguments
 from holdfast.measure.facts import facts_of
 from holdfast.measure.probe import Ask
 from holdfast.measure.suites.instructions import MADE, read_data
@@ -142,6 +142,23 @@ def test_a_call_inside_thoughts_is_none():
     assert not read_calls(inside, SCHEMAS).tried
     assert not read_calls(inside.partition("</think>")[0], SCHEMAS).tried
     assert read_calls("<think>Well.</think>" + WAYS["json"]("roll_dice", {"sides": 6}), SCHEMAS).calls
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_end_of_the_called_name(way):
+    """Behind thoughts and prose that say the name too; a call of a tool called "name" is no riddle either."""
+    for name, arguments in [("get_weather", {"city": "get_weather_now", "days": 3}), ("name", {"name": "x"})]:
+        call = WAYS[way](name, arguments)
+        at = name_ends(call)
+        assert at and call[:at].endswith(name) and call[at] in "\"'({[>"
+        assert "days" not in call[:at] and "city" not in call[:at]
+        assert '"name": "name' in call[:at] or '"name": "name' not in call
+        assert name_ends(f"<think>{name}?</think>\n{call}") == at + len(f"<think>{name}?</think>\n")
+
+
+@pytest.mark.parametrize("text", ["billing", "print('x')", "f(x=1) is a call", '{"name": "Ann", "age": 3}', "", "[]"])
+def test_what_calls_nothing_has_no_name(text):
+    assert name_ends(text) is None
 
 
 def test_arguments_are_compared_by_the_schema():

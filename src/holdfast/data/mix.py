@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError, suggest
@@ -193,6 +195,31 @@ class Mix:
         by_examples = 1 - sum(s.share for s in self.sources if s.unit == "examples")
         return max(1, round(len(self.trained) * epochs / by_examples))
 
+    def parts(self) -> dict[str, float]:
+        """Label of a source -> the part of the task's scored positions that its rows bring on average.
+
+        {} where a source is streamed, so that nobody knows its rows yet, or has none.
+        """
+        drawn = self._drawn()
+        sizes = [0 if callable(s.rows) else len(s.rows) for s in drawn]
+        if not all(sizes):
+            return {}
+        counted = [self._counted(islice(s.stream(0), n)) for s, n in zip(drawn, sizes, strict=True)]
+        rates = _rates(drawn, [tokens / n for (tokens, _), n in zip(counted, sizes, strict=True)])
+        found = Counter[str]()
+        for rate, (_, scored), n in zip(rates, counted, sizes, strict=True):
+            found.update({label: rate * count / n for label, count in scored.items()})
+        whole = sum(found.values())
+        return {label: part / whole for label, part in found.items()} if whole else {}
+
+    def _counted(self, rows: Iterable[TokenRow]) -> tuple[int, Counter[str]]:
+        """Tokens of some rows as they are drawn, and the task's scored positions in them, by label."""
+        tokens, scored = 0, Counter[str]()
+        for row in rows:
+            tokens, made = tokens + len(row.ids), self.mapped(row)
+            scored[made.source] += made.num_scored if made.owner == "task" else 0
+        return tokens, scored
+
     def draw(self, seed: int) -> Iterator[TokenRow]:
         """Rows without end, in the order every host and every resumed run sees."""
         sources = self._drawn()
@@ -217,6 +244,21 @@ def names_of(rows: Sequence[TokenRow]) -> list[str]:
 def is_held(row: TokenRow, share: float) -> bool:
     """Whether a row is among the `share` that content decides: the same on every machine, in any order of rows."""
     return share > 0 and int.from_bytes(hashlib.sha256(row.key).digest()[:8], "big") < share * 2**64
+
+
+def _rates(sources: Sequence[Source], length: Sequence[float]) -> list[float]:
+    """How many of the rows drawn are each source's, as `_turn` draws them; length: mean tokens of a row of each.
+
+    A source by examples has its share of the rows; one by tokens has share * tokens of an average row / its length;
+    sources[0] has what is left, from which the tokens of an average row follow.
+    """
+    others = list(zip(sources, length, strict=True))[1:]
+    rows = sum(s.share for s, _ in others if s.unit == "examples")
+    tokens = sum(n * s.share for s, n in others if s.unit == "examples") + length[0] * (1 - rows)
+    by_tokens = [(s.share, n) for s, n in others if s.unit == "tokens"]
+    average = tokens / (1 - sum(p for p, _ in by_tokens) + length[0] * sum(p / n for p, n in by_tokens))
+    rates = [s.share if s.unit == "examples" else s.share * average / n for s, n in others]
+    return [max(0.0, 1 - sum(rates)), *rates]
 
 
 def _turn(sources: Sequence[Source], used: Sequence[float], total: dict[str, float]) -> int:

@@ -94,6 +94,7 @@ class Checkpoint:
             "best": self._best[0] if self._best else None,
             "steering": session.steering.saved(),
             "looks": log.looks,
+            "early": log.early.saved(),
         }
         fresh = self.folder.with_name("checkpoint.new")
         old = self.folder.with_name("checkpoint.old")
@@ -150,6 +151,7 @@ class Checkpoint:
         log.loss[:] = [(s, p) for s, p in meta["loss"]]
         log.seconds, log.tokens, log.realised = meta["seconds"], meta["tokens"], Counter(meta["realised"])
         log.looks[:] = [(s, r, f) for s, r, f in meta.get("looks", ())]
+        log.early = type(log.early)(*meta.get("early", ()))
         session.effects = Counter(meta["effects"])
         session.steering.restore(meta["steering"])
         if meta["done"] > done:

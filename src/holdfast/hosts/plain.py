@@ -26,6 +26,7 @@ from holdfast.hosts import processes
 from holdfast.hosts.checkpoint import Checkpoint
 from holdfast.hosts.compiled import Compiled
 from holdfast.hosts.course import course
+from holdfast.hosts.early import STEPS, Early, norm_of
 from holdfast.hosts.eight_bits import NAMES, eight_bits
 from holdfast.hosts.losses import Losses, Parts, numbers
 from holdfast.hosts.master import MasterAdamW, linear_weights, may_hold
@@ -77,6 +78,7 @@ class Log:
     looks: list[tuple[int, float | None, dict[str, float]]] = field(default_factory=list)  # step, rank, finding
     rate: float = 0.0  # learning rate of the latest step
     norm: torch.Tensor | None = None  # of its gradients, where they are clipped
+    early: Early = field(default_factory=Early)
 
 
 def train(
@@ -234,6 +236,8 @@ def _step(
         log.norm = optimizer.clip(params, settings.max_grad_norm)
     elif settings.max_grad_norm:
         log.norm = torch.nn.utils.clip_grad_norm_(params, settings.max_grad_norm, foreach=True)
+    if step < STEPS:
+        log.early.add(step, norm_of(params) if log.norm is None else log.norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return parts

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,23 @@ def read_calls(output: str, schemas: Schemas) -> Calling:
     return Calling((), False)
 
 
+def name_ends(output: str) -> int | None:
+    """Where the name of the first called function ends, in characters; None where an output calls nothing.
+
+    No function is known here, so a call in Python without marks must be all of the answer.
+    """
+    text = heard(output).answer
+    alone = re.fullmatch(r"\[?\s*[\w.-]+\s*[({].*[)}]\s*\]?", text, re.DOTALL)
+    calls = read_calls(output, {}).calls or tuple(_read(text, {}) if alone else ())
+    if not calls:
+        return None
+    mark, name = _MARKED.search(text), re.escape(calls[0].name)
+    begin = output.rfind(text) + (mark.start() if mark else 0)
+    key = r'"(?:name|tool_name|function)"\s*:\s*"'
+    found = re.search(f"{key}{name}", output[begin:]) or re.search(name, output[begin:])
+    return begin + found.end() if found else None
+
+
 def _read(text: str, schemas: Schemas) -> list[Call]:
     """The calls that a text consists of; none where it cannot be read."""
     body = reply(text)
@@ -125,7 +143,9 @@ def _arguments(value: Any) -> dict[str, Any] | None:
 
 def _of_python(text: str) -> list[Call]:
     try:
-        body = ast.parse(text, mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes that Python does not know
+            body = ast.parse(text, mode="eval").body
         calls = body.elts if isinstance(body, ast.List | ast.Tuple) else [body]
         return [_of_node(call) for call in calls]
     except (ValueError, SyntaxError, RecursionError, MemoryError):

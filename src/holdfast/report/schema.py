@@ -198,7 +198,8 @@ class TrainingPart(TypedDict, total=False):
     """The run itself; `loss` and each of `terms` and `looks` are lists of [step, value]; `left_out`: shares of rows.
 
     budget: the share of the change that was kept, whether the bounds are met where it was chosen, and what was tried.
-    ended: why it ended early. looks: what was seen during training. best_step: the look whose weights were kept.
+    ended: why it ended early. early: mean `grad_norm` (before clipping) and `loss` of the first `steps`. looks: what
+    was seen during training. best_step: the look whose weights were kept.
     """
 
     steps: int
@@ -206,6 +207,7 @@ class TrainingPart(TypedDict, total=False):
     ended: str | None
     looks: dict[str, list[list[float]]]
     best_step: int | None
+    early: dict[str, float | None]
     seconds: float
     tokens: int
     tokens_per_second: float

@@ -58,6 +58,7 @@ def point_of(ends: Ends, cell: Cell, found: Measured) -> Point:
     task, abilities = ends.task(found)["after"], ends.abilities([found])
     margins = [a["retention"]["value"] - ends.floors[a["name"]] for a in _bound(ends, abilities)]
     shown = {"task": task, "kept": _shares(abilities), "learning_rate": found["learning_rate"]}
+    shown["early"] = found.get("early")  # a run of an older version has none
     return Point(cell, ends.value(task), min(margins, default=0.0), ("choose",), shown)
 
 

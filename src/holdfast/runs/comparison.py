@@ -215,6 +215,7 @@ class Comparison:
             "learning_rate": job.training.learning_rate,
             "seconds": done["seconds_with_prepare"],
             "tokens_per_second": done["tokens_per_second"],
+            "early": done.get("early"),
             "abilities": [pack_suite(a, b) for a, b in zip(found["abilities"], base["abilities"], strict=True)],
             "task": pack(found["task"], base["task"]),
         }

@@ -13,7 +13,7 @@ from holdfast.data.metric import metric_of
 from holdfast.engine.forward import inner
 from holdfast.engine.processes import first
 from holdfast.errors import TrainingError
-from holdfast.hosts import plain
+from holdfast.hosts import early, plain
 from holdfast.hosts.checkpoint import Checkpoint
 from holdfast.hosts.watching import chosen
 from holdfast.measure.tuned_task import score_task
@@ -45,6 +45,8 @@ def trained(job: Job) -> tuple[Any, Any]:
     job.run.timing["tune"] = log.seconds
     export.save(job, tuned, soft)
     said = export.check(job, tuned, soft)
+    if verdicts := job.session.ctx.verdicts:
+        job.run.folder.write("verdicts.json", verdicts)
     job.run.folder.write("training.json", _part(job, log, said, settled, time.perf_counter() - start))
     Checkpoint(job.run.path).clear()
     return tuned, soft
@@ -147,6 +149,12 @@ def _looks(log: plain.Log) -> dict[str, list[list[float]]]:
     return {k: [[step, finding[k]] for step, _, finding in log.looks if k in finding] for k in names}
 
 
+def _advice(job: Job) -> list[str]:
+    """What the guide for small models says to a run that trains all weights."""
+    rows = job.training.batch_size * job.training.gradient_accumulation_steps
+    return [] if job.session.plan.trains_new else early.advice(rows, job.training.learning_rate)
+
+
 def _part(
     job: Job, log: plain.Log, export_said: str | None, settled: dict[str, Any] | None, seconds: float
 ) -> dict[str, Any]:
@@ -170,7 +178,12 @@ def _part(
         "terms": {t: [[s, p[t]] for s, p in log.loss if t in p] for t in sorted(terms)},
         "realised_mix": realised,
         "left_out": job.session.left_out,
-        "notes": [*job.session.ctx.notes, *([settle.words(settled, job.recipe.measure.keep)] if settled else [])],
+        "early": log.early.said(log.loss),
+        "notes": [
+            *job.session.ctx.notes,
+            *_advice(job),
+            *([settle.words(settled, job.recipe.measure.keep)] if settled else []),
+        ],
         "budget": settled,
         "export": export_said,
         "timing": job.run.timing,

@@ -29,10 +29,12 @@ class HeldOut:
     def __init__(self, methods: Sequence[Method]):
         self.methods = [m for m in methods if m.holds_out]
         self.pools: dict[str, Pool] = {}
+        self.parts: dict[str, float] = {}  # of the mix, by source, for methods that weigh these
 
     def cut(self, mix: Mix, ctx: Context) -> None:
         """Ask every method for its rows, once, when the mix has all its sources."""
         self.pools = {m.name: m.held_out(mix, ctx) for m in self.methods}
+        self.parts = mix.parts() if self.methods else {}
 
     def losses(self, step: int, model: Any, score: Score) -> dict[str, dict[str, float]]:
         """Method -> label -> mean loss per token, for the methods that look at step `step`."""

@@ -2,18 +2,18 @@
 
     y = W x + s B (E * (A x)),   A (r, n) and B (m, r) random, E (r, 1) zero at the start;   s = lora_alpha / r
     loss += orth_reg_weight * mean over all A, B of |A A^T - I|_F, |B^T B - I|_F
-    each step, of every entry, I = |p * gradient|; of an E that is 0, p = lr, what a step of Adam would give it:
+    each step, of every entry, I = |p * gradient|; of an E that is 0, p = lr (ours), what a step of Adam would give it:
     I' = beta1 I' + (1 - beta1) I,   U = beta2 U + (1 - beta2) |I - I'|
     S_i = s(E_i) + mean_j s(A_ij) + mean_j s(B_ji),   s = I' U
     t <= tinit: all ranks;   then every `delta_t` steps the b largest S of all maps keep their E, the others get 0
     b = target + (r - target) (1 - (t - tinit) / (T - tfinal - tinit))^3 a map;   the last tfinal steps: b = target,
     and which ranks are left is settled
 
-A rank without E may come back: its E has a gradient still, and counts as large as one step would make it. Step 0 is
-the base. Layers, forward and export are PEFT's (its tensors are masked, not cut). Its schedule is not used: it needs a
-call of its own after each step, sees gradients that were clipped and weights that moved already, so that no E is 0
-(here both are as before the step), is not in checkpoints, and fails where target_r is r; and its term is lost in
-trainers that make their own loss.
+A rank without E may come back: its E has a gradient still, and counts as large as one step would make it; the paper's
+formula would give it 0, at the start to all of them. Step 0 is the base. Layers, forward and export are PEFT's (its
+tensors are masked, not cut). Its schedule is not used: it needs a call of its own after each step, sees gradients that
+were clipped and weights that moved already, so that no E is 0 (here both are as before the step), is not in
+checkpoints, and fails where target_r is r; and its term is lost in trainers that make their own loss.
 tinit and tfinal are parts of the run here, and T its steps.
 Cost: two numbers more for every entry of the adapter, one sort of all ranks at a choice.
 Combine with: data and loss methods, WiSEFT and LiNeS (exact). Do not combine with: LoRA and its relatives, L2ToInit.
@@ -128,7 +128,7 @@ class AdaLoRA(Adapter):
         """The running importance of each entry of a parameter, and how unsure it is."""
         grad = past.grads[name] if name in past.grads else torch.zeros_like(p)
         size = p.abs().float()
-        if name.endswith(E):  # a rank that was taken away, or did not begin yet
+        if name.endswith(E):  # ours, for a rank that was taken away or did not begin yet: else its I would be 0
             size = torch.where(size == 0, past.learning_rate, size)
         now = size * grad.abs().float()
         before = state.get(f"importance/{name}", torch.zeros_like(now))

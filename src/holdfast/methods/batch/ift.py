@@ -9,7 +9,9 @@ A guess that leads astray costs what follows, and the token before it is taught 
 `detach` false, as in the released code, lets gradients go through W as well; true makes W a plain weight.
 gamma 0 leaves all weights at 1, as the released code's readme says (by the formula a token would be weighed by its own
 loss); with lam 0 that is plain fine-tuning. Not from the paper: it averages over each row's tokens and then over rows,
-here over all tokens of the step, as every loss here. Left out: schedules of lam, other norms of W.
+here over all tokens of the step, as every loss here. The released code looks tokens up in a frozen copy of the base's
+table, here the model reads its own, with gradient, as it will at inference: with an adapter on its layers the two are
+the same. Left out: schedules of lam, other norms of W.
 The gradient through W is a term of its own beside the task's: weights of other methods multiply the task's loss alone.
 The paper has no measure of forgetting.
 Cost: one more forward without gradient. Combine with: LoRA, Replay, KLToBase, ICLAnchor. A model that looks tokens up

@@ -4,12 +4,14 @@
 
 Z_i: (L, V) logits of the model so far at the answer's L tokens. ||.||_*: the sum of its singular values. P: a fixed
 random projection to `dims` numbers: random signs, the real part of an FFT and some of its entries, along the
-vocabulary and then along the answer. queue: the projections of the rows chosen last; while it is empty the second
-part is 0. The best `keep` of each batch are trained on, the others are not used. keep 1 is plain fine-tuning.
-Differences: the released code takes every position of a padded row, prompt and padding too, which favours long rows.
-Here the answer alone counts, and it is laid on `max_length` positions, so that a row's projection does not depend on
-its neighbours. The choice is among the rows of a whole step, there among those of a process's micro-batch. Singular
-values come from the product of the logits with themselves in fp64: the same numbers, cheaper.
+vocabulary and then along the `max_length` positions on which the answer is laid. Scaled as in the released code, it
+makes distances sqrt(V max_length) / 2 times as long, and alpha is a weight of those. queue: the projections of the
+rows chosen last; while it is empty the second part is 0. The best `keep` of each batch are trained on, the others are
+not used. keep 1 is plain fine-tuning.
+Differences: the released code takes every position of a padded row, prompt and padding too, which favours long rows;
+here the answer alone counts. It draws the FFT's entries with replacement, here none comes twice. The choice is among
+the rows of a whole step, there among those of a process's micro-batch. Singular values come from the product of the
+logits with themselves in fp64: the same numbers, cheaper.
 Cost: one more forward of every drawn row. Nothing in it protects what the model knows but that fewer rows move it.
 Combine with: every adapt, loss and token_weight method.
 """
@@ -32,7 +34,7 @@ class UDS(Method):
     """Utility-diversity sampling, arXiv 2510.16882."""
 
     keep: float = 0.25  # released scripts: one row of a micro-batch of four
-    alpha: float = 2.5e-3  # released code
+    alpha: float = 2.5e-3  # released code, for its projection's scale
     queue: int = 1024  # released code, in rows
     dims: tuple[int, ...] = (128, 8)  # released code: entries kept along the vocabulary and along the answer
 
@@ -85,9 +87,12 @@ def nuclear_norm(z: torch.Tensor) -> torch.Tensor:
 
 
 def _mixed(x: torch.Tensor, entries: int, seed: int) -> torch.Tensor:
-    """(n, entries) of (n, m): random signs, the real part of an FFT, some entries; lengths are kept on average."""
+    """(n, entries) of (n, m): random signs, the real part of an FFT, some entries.
+
+    Scaled as released: the FFT is not normalised and its real part is half of it, so lengths grow by sqrt(m / 2).
+    """
     dice = torch.Generator().manual_seed(seed)
     m = x.shape[-1]
     signs = (torch.randint(0, 2, (m,), generator=dice) * 2 - 1).to(x.device)
     picked = torch.randperm(m, generator=dice)[:entries].to(x.device)
-    return torch.fft.fft(x * signs).real[..., picked] * math.sqrt(2 / len(picked))
+    return torch.fft.fft(x * signs).real[..., picked] * math.sqrt(m / len(picked))

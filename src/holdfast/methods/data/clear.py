@@ -6,9 +6,12 @@
                   choices in both orders
 
 gamma None is the median, which leaves out less than half. Of all rows never more than `most` are left out: those of
-the lowest c. The base is asked once, before training; answers are kept in the cache, and the report says how many rows
-went. Wrong labels make the model move where nothing is to be learnt.
-Differences: this is Auto-Filter. Auto-Correct proposes answers with the tuned model and begins again: two runs.
+the lowest c. The base is asked once, before training; answers are kept in the cache. The report says how many rows
+went, and verdicts.json in the run's folder says of each row that was asked about: its number among the task's rows,
+its key (a hash of its tokens and targets), c (null: it could not be read) and whether it is kept.
+Wrong labels make the model move where nothing is to be learnt.
+Differences: this is Auto-Filter alone. Auto-Correct, which lets the tuned model propose better answers and trains
+again from the start, is not offered.
 Agreement is the verifier's instead of an entailment model's; `mix`, `question`, the number of samples and gamma were
 not readable and are ours.
 Pitfall: what the base cannot know looks wrong to it. Where the rows teach new facts this filters them out.
@@ -17,6 +20,7 @@ Cost: `samples` generations and four short forwards for each of at most `rows` r
 Combine with: everything.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -79,11 +83,21 @@ class CLEAR(Method):
             raise PlanError(what, "Write them into it.")
 
     def data(self, mix: Mix, ctx: Context) -> Mix:
-        rows = asked_about(mix.task, self.rows, self.name, ctx, "the others stay")
+        numbers = asked_about(range(len(mix.task)), self.rows, self.name, ctx, "the others stay")
+        rows = [mix.task[n] for n in numbers]
         trust = self.confidence(rows, ctx)
         sure = np.asarray([trust.get(r.key, 1.0) for r in rows])
         least = self.threshold(sure)
         ctx.notes.append(f"CLEAR leaves out {(sure < least).sum()} of {len(sure)} rows: confidence below {least:.3f}")
+        ctx.verdicts[self.name] = [
+            {
+                "row": n,
+                "key": hashlib.sha256(row.key).hexdigest()[:16],
+                "confidence": trust.get(row.key),
+                "verdict": "kept" if c >= least else "left out",
+            }
+            for n, row, c in zip(numbers, rows, sure.tolist(), strict=True)
+        ]
         return mix.with_filter(self.name, lambda row: trust.get(row.key, 1.0) >= least)
 
     def threshold(self, sure: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""GOTD: of a pool of texts mix in those that pull the pool fastest towards the target, by optimal transport.
+"""GOTD (experimental): of a pool of texts mix in those that pull it fastest towards the target, by optimal transport.
 
     f, g = dual potentials of the entropic transport from the pool to the target, both of uniform mass
     s_i = f_i - mean_{j != i} f_j,   the `select` texts with the lowest s_i are a source of the mix
@@ -9,7 +9,8 @@ match it: the gradient of the transport's cost with respect to each text's mass 
 Target: the task's own rows, or the files `target` (general text, for what should be kept). Neither may be what the
 result is measured on. Pool: the files `sources`.
 Differences: the paper trains on the chosen texts first and on the task afterwards; here they are `share` of the mix.
-It embeds with a sentence encoder. The calibration (s_i) was cited from another work and read in a summary.
+It embeds with a sentence encoder. The calibration (s_i) is cited there from another work and was read in a summary
+alone, hence experimental.
 Cost: one forward of the base over pool and target, and their transport, before training.
 Combine with: everything. It is Replay with chosen texts: beside Replay it chooses from the same shipped set.
 """
@@ -45,7 +46,9 @@ class GOTD(Method):
 
     paper: ClassVar = Paper("Get more for less: Principled Data Selection for Warming Up Fine-Tuning in LLMs",
                             "2405.02774", "the calibration of potentials was read in a summary")  # fmt: skip
-    does: ClassVar = "mixes in the texts that pull the pool fastest towards the target, by optimal transport"
+    does: ClassVar = (
+        "mixes in the texts that pull the pool fastest towards the target, by optimal transport (experimental)"
+    )
     strengths: ClassVar = ("share",)
     odds: ClassVar = strengths
 

@@ -5,7 +5,9 @@
 So the first answer is trained without examples and the i-th behind i - 1 of them, in one forward; no example is read
 as context alone. Of the tokens of the mix `share` are such rows; the rest are the task's own. A row holds one task, no
 example twice, in random order; it is cut between examples, never inside one. Tasks are the built-in anchor tasks in
-many formats ("anchors"), the task itself ("task"), or one after the other ("both").
+many formats ("anchors"), the task itself ("task"), or one after the other ("both"). Rows of the task end as they do in
+training, so n = 1 is the row itself; of chats every answer ends its turn, and of plain rows, which stand a blank line
+apart, the last one ends.
 InContextMix has few examples and trains the last answer. Rows of one task alone do not protect other tasks
 (ProMoT's table), so "anchors" is the default; the paper mixes many tasks and trains on such rows only.
 Methods that hold rows of the task out stand before it in the plan; else examples of the task are refused.

@@ -7,6 +7,8 @@ so that it is the same place that is trained. The model learns which answers the
 nothing of when to give which.
 It is here to measure against: what such a run keeps or brings back (following instructions, the shape of answers)
 says nothing about the task, and where a method does no better than this it has kept a format and no content.
+The paper's other way, a base model whose logits three rules change (ends ever likelier, some words up or down, no
+repeats), is not built.
 Cost: fewer tokens than plain training. Combine with: anything, for comparisons.
 """
 

@@ -38,7 +38,7 @@ class CPOPenalty(Method):
 
     paper: ClassVar = Paper("RL Forgets! Towards Continual Policy Optimization", "2607.04364",
                             "read in a summary; which entries are protected is ours")  # fmt: skip
-    does: ClassVar = "penalises any movement of the largest tenth of the weights"
+    does: ClassVar = "penalises any movement of the largest tenth of the weights (experimental)"
     strengths: ClassVar = ("weight",)
     needs: ClassVar = frozenset({"base_weights"})
 

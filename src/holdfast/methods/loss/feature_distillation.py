@@ -7,6 +7,8 @@ h, h0: states (D,) of the model and of the base in layer l at position t; no gra
 from 0; -1 is what enters the output head, behind the final norm. Scales differ by layer and model, and a few outlier
 dimensions dominate a plain square, hence the division.
 on = "task": the task's answer tokens. on = "replay": `rows_per_step` rows of general text a step, all tokens.
+The form of two stages is not built (arXiv 2210.02871: the base trained further is the teacher, and a student begins
+again at the base with |h_student - h_teacher|^2 beside its loss): a teacher here is the base, or gives logits alone.
 It blocks more than a KL does: states may differ where the answers do not. The comparison of arXiv 2203.17269 found it
 weaker than distilling predictions (KLToBase). Its place is where predictions cannot be compared.
 Cost: task: one base forward over the rows, and their states of these layers kept. replay: those rows' tokens in each

@@ -43,7 +43,9 @@ class VRLwF(Method):
 
     paper: ClassVar = Paper("Don't Stop Learning: Towards Continual Learning for the CLIP Model", "2207.09248",
                             "read in the abstract and a summary; the form for language models is ours")  # fmt: skip
-    does: ClassVar = "holds the output distribution near the base's on text the base writes from nothing"
+    does: ClassVar = (
+        "holds the output distribution near the base's on text the base writes from nothing (experimental)"
+    )
     strengths: ClassVar = ("weight",)
     needs: ClassVar = frozenset({"base_logits"})
 

@@ -1,6 +1,8 @@
 """What methods that weigh the sources of the data share: general text of their own, and rows that never train."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from holdfast.data.mix import Mix, Source
 from holdfast.engine.pack import TokenRow
@@ -33,3 +35,13 @@ def looked_at(mix: Mix, ctx: Context, name: str, most: int, does: str) -> dict[s
             f"Put Replay into the plan, set {name}.share, or raise {name}.cut.",
         )
     return found
+
+
+def weighing_one(weights: torch.Tensor, names: Sequence[str], parts: Mapping[str, float]) -> torch.Tensor:
+    """(K,) weights of sources, scaled so that a token of the mix weighs 1 on average: sum_k part_k w_k / sum_k part_k.
+
+    parts: of the mix, by source; where one of `names` is not among them each source counts as much.
+    """
+    known = all(parts.get(n, 0.0) > 0 for n in names)
+    part = torch.tensor([parts[n] if known else 1.0 for n in names], dtype=weights.dtype)
+    return weights * (part.sum() / (part @ weights))

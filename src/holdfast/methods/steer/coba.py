@@ -7,13 +7,15 @@
     DF  = n softmax_t(-n tau a_max(t) / sum_t |a_max(t)|)[now]  n slopes since the warm-up
     w   = softmax_k(K (DF RCS + (1 - DF) ACS));  if one is below 1 / (10 K):  w <- 0.9 w + 1 / (10 K)
 
-Until `warmup` steps all sources weigh the same. A source's token losses are weighted by K w_k, which is 1 for equal
-weights. Sources are those of the mix: the task and what other methods add to it, such as Replay; `share` adds general
-text that CoBa brings itself. Of every source a part `cut`, chosen by content, never trains: those are the rows that
-are scored.
+Until `warmup` steps all sources weigh the same. A source's token losses are weighted by w_k / sum_j part_j w_j, with
+part_k what source k has of the mix's scored tokens: the weight of a token is 1 on average. Where a source of the mix
+is streamed, parts are not known and count as equal. Sources are those of the mix: the task and what other methods add
+to it, such as Replay; `share` adds general text that CoBa brings itself. Of every source a part `cut`, chosen by
+content, never trains: those are the rows that are scored.
 Differences from the paper: it divides the loss of each source by the source's own tokens, here all tokens of the step
-are divided by their number, so a large source keeps its size (MFTCoder beside it gives the paper's division); the same
-rows are scored at every look instead of one batch after another.
+are divided by their number, so a large source keeps its size (MFTCoder beside it gives the paper's division, with the
+whole task's loss 1 / (K sum_j part_j w_j) times the paper's); the same rows are scored at every look instead of one
+batch after another.
 Cost: one forward of `rows` rows of each source every `every` steps. Combine with: everything; several sources.
 """
 
@@ -27,7 +29,7 @@ from holdfast.data.mix import Mix
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Past, State, Steer
-from holdfast.methods.steer._sources import looked_at, with_text
+from holdfast.methods.steer._sources import looked_at, weighing_one, with_text
 from holdfast.services import Context
 
 
@@ -93,7 +95,7 @@ class CoBa(Method):
         now = slopes(torch.cat([relative, relative.max(0).values[None]]))[:, None]  # (K + 1, 1)
         kept["slopes"] = torch.cat([state["slopes"].cpu(), now], 1) if "slopes" in state else now
         own, worst = kept["slopes"][:-1, -self.history :], kept["slopes"][-1]
-        weights = len(names) * balance(own, worst, self.tau)
+        weights = weighing_one(balance(own, worst, self.tau), names, past.parts)
         return kept | {f"weight/{n}": w for n, w in zip(names, weights, strict=True)}
 
 

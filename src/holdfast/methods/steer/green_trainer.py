@@ -1,19 +1,22 @@
 """GreenTrainer: train the tensors that help most for the backward passes one is ready to pay.
 
-    importance of tensor k:   I_k = - sum_i g_ki dw_ki / max |I|,   g its gradient, dw the step of the optimizer
+    importance of tensor k:   I_k = - sum_i g_ki dw_ki / max |I|,   dw a step of the optimizer, g the gradient after it
     cost of the backward:     sum of dw_k over what trains + sum of dy_j over all that lies above the deepest of it
     dw_k = dy_k = entries of the matrix (dy of the embeddings: 0);   forward: sum of dy
     choose by dynamic programming, so that the sum of I is largest and the cost at most
         rho' (sum dw + sum dy),   rho' = rho (1 + f) - f,   f = forward / backward of full tuning
 
-All tensors train at the first step with a learning rate, and at one step every `epochs` epochs; what these steps did
-is the importance. In between, what was not chosen stays to the last bit, and no gradient of it is made: there is no
-backward below the deepest chosen tensor. Fewer tensors move; that this keeps more is no claim of the paper.
+All tensors train at the first step with a learning rate, and at one step every `epochs` epochs; how far the loss of
+the next step falls along what that step did is the importance. In between, what was not chosen stays to the last bit,
+and no gradient of it is made: there is no backward below the deepest chosen tensor. Fewer tensors move; that this
+keeps more is no claim of the paper.
 Differences from it: the step that is measured is a step of the run and not taken back, so the optimizer's moments see
-nothing that did not happen; costs count products with weights alone, without attention's own; tensors stand in the
-order in which the model defines them. Several processes of a trainer make and drop the gradients: no time is saved.
-Cost: at such a step a copy of what trains and of its gradients. With unknown lengths of an epoch (a stream in a
-trainer) it chooses once.
+nothing that did not happen. The gradient after it is that of the step which follows anyway, on the next rows; the
+authors' code runs the same rows once more. Costs count products with weights alone, without attention's own; tensors
+stand in the order in which the model defines them. Several processes of a trainer make and drop the gradients: no time
+is saved.
+Cost: between the two steps a copy of what trains. With unknown lengths of an epoch (a stream in a trainer) it chooses
+once.
 Combine with: data and loss methods, HalfFineTune, WiSEFT. Do not combine with: LoRA.
 """
 
@@ -30,7 +33,7 @@ from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Past, State, Steer, canonical
 from holdfast.services import Context
 
-GRADIENT, WEIGHT, CHOSEN = "gradient/", "weight/", "chosen/"
+WEIGHT, CHOSEN = "weight/", "chosen/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +65,7 @@ class GreenTrainer(Method):
         rounds = torch.tensor(past.epochs // self.epochs)
         if any(k.startswith(WEIGHT) for k in state):
             chosen = self._choose(past, state)
-            for key in [k for k in state if k.startswith((WEIGHT, GRADIENT, CHOSEN))]:
+            for key in [k for k in state if k.startswith((WEIGHT, CHOSEN))]:
                 del state[key]
             still = _patterns(past, chosen)
             kept = {f"{CHOSEN}{n}": torch.tensor(True) for n in chosen}
@@ -73,7 +76,6 @@ class GreenTrainer(Method):
                 return Steer(state=due)
             found: State = {"due": torch.tensor(False), "round": rounds}
             for name in past.grads:
-                found[f"{GRADIENT}{name}"] = past.grads[name].clone()
                 found[f"{WEIGHT}{name}"] = past.params[name].clone()
             return Steer(state=found)
         if rounds > state["round"]:
@@ -83,17 +85,16 @@ class GreenTrainer(Method):
     def _choose(self, past: Past, state: State) -> set[str]:
         """The names that train until the next choice."""
         importance = {}
-        for key in (k for k in state if k.startswith(GRADIENT)):
-            name = key.removeprefix(GRADIENT)
+        for name in (n for n in past.grads if f"{WEIGHT}{n}" in state):
             moved = past.params[name] - state[f"{WEIGHT}{name}"]
-            importance[name] = -float((state[key].double() * moved.double()).sum())
+            importance[name] = -float((past.grads[name].double() * moved.double()).sum())
         names = [n for n, _ in _tensors(past.model)]
         sizes = np.array([p.numel() for _, p in _tensors(past.model)], dtype=float)
         table = {id(p) for p in inner(past.model).get_input_embeddings().parameters()}
         through = np.where([id(p) in table for _, p in _tensors(past.model)], 0.0, sizes)
         back = sizes.sum() + through.sum()
         share = self.rho * (1 + through.sum() / back) - through.sum() / back
-        most = max(map(abs, importance.values())) or 1.0
+        most = max(map(abs, importance.values()), default=0.0) or 1.0
         value = np.array([importance.get(n, 0.0) / most for n in names])
         picked = best(value, sizes / back, through / back, share, self.resolution)
         if not picked:  # nothing helps, or fits: what costs least

@@ -1,14 +1,17 @@
 """Skill-It: sources of the data that help the skills which are still bad weigh more.
 
-    w_i(t) = K * softmax_i( eta * sum over the last `window` looks of sum_j A_ij L_j )       K sources
+    w_i(t) = e_i / sum_j part_j e_j,   e_i = exp( eta * sum over the last `window` looks of sum_j A_ij L_j )
+    part_i: what source i has of the mix's scored tokens, so that the weight of a token is 1 on average
     A_ii = 1;  A_ij: how much training on source i helps skill j (`graph`);  L_j: loss of skill j on held-out rows
 
 A skill is a source of the mix: the task, its sets, and what other methods add to it, such as Replay. `targets` are the
-skills whose losses count; () is all. Until the first look the losses in the formula are 1, as in the released code. A
-source's token losses are weighted by w_i, which average 1 over the sources.
-Differences: Skill-It draws the next chunk of the data anew with shares p_i = prior_i * w_i / sum; here the order of
-rows is fixed by the seed, and the weight of a row's loss stands for it, with the mix's own shares as prior: a source
-of weight near 0 still costs its forward. The graph is given, not learnt (the paper trains k^2 short runs for it).
+skills whose losses count; () is all. As in the released code, with targets the mean over the looks stands in the
+place of the sum, and until the first look the losses in the formula are 1. A source's token losses are weighted by
+w_i. Where a source of the mix is streamed, parts are not known and count as equal.
+Differences: Skill-It draws the next chunk of the data anew with shares p_i = prior_i * e_i / sum; here the order of
+rows is fixed by the seed, and the weight of a row's loss stands for it, with the mix's own shares as prior: the
+expected loss is the same, and a source of weight near 0 still costs its forward. The graph is given, not learnt (the
+paper trains k^2 short runs for it).
 `graph` lists [source, skill it helps, how much]; the paper's released graphs have 0.5 beside a diagonal of 1.
 Of every source a part `cut`, chosen by content, never trains: those are the rows that are scored. With general text
 as a source its weight rises by itself when the model gets worse at it.
@@ -26,7 +29,7 @@ from holdfast.data.mix import Mix
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Past, State, Steer
-from holdfast.methods.steer._sources import looked_at, with_text
+from holdfast.methods.steer._sources import looked_at, weighing_one, with_text
 from holdfast.services import Context
 
 Edge = tuple[str, str, float]
@@ -102,7 +105,8 @@ class SkillIt(Method):
             now = torch.tensor([past.held_out[n] for n in names], dtype=torch.float64)[:, None]
             losses = torch.cat([losses, now], 1)[:, -self.window :]
         seen = losses if losses.shape[1] else torch.ones((len(names), 1), dtype=torch.float64)
-        weights = len(names) * (self.eta * self.matrix(names) @ seen.sum(1)).softmax(0)
+        losses_of = seen.mean(1) if self.targets else seen.sum(1)
+        weights = weighing_one((self.eta * self.matrix(names) @ losses_of).softmax(0), names, past.parts)
         return {"losses": losses} | {f"weight/{n}": w for n, w in zip(names, weights, strict=True)}
 
     def matrix(self, names: Sequence[str]) -> torch.Tensor:

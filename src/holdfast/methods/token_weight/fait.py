@@ -55,7 +55,7 @@ class FAIT(Method):
 
     paper: ClassVar = Paper("FAIT: Fault-Aware Fine-Tuning for Better Code Generation", "2503.16913",
                             "the formula of its weight was not readable: w is a reconstruction")  # fmt: skip
-    does: ClassVar = "weights the tokens by which a right answer differs from a wrong one much like it"
+    does: ClassVar = "weights the tokens by which a right answer differs from a wrong one much like it (experimental)"
     writes: ClassVar = frozenset({TOKEN, LINE})
     whole_rows: ClassVar = True
 

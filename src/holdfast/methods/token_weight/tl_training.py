@@ -3,21 +3,25 @@
     loss = sum_t w_t * (-log p(y_t)) / sum_t w_t,   sums over the whole step
     w_t = min(|rest| / |key|, max_weight) for the key tokens of a row if |key| < |rest|, else 1
 
-key: the first token of the answer, and every token behind the longest prefix that it shares with some other answer.
-rest: its other tokens, the end too. Once the key is right the rest of a name follows by itself, and plain
-cross-entropy spends most of its weight there. max_weight 1 is plain fine-tuning.
+key: the first token of the answer, and every token behind the longest prefix that it shares with some other answer; of
+an answer that calls a tool the prefix counts up to the end of the tool's name (the first one's, of several calls), so
+no argument is key. rest: its other tokens, the end too. Once the key is right the rest of a name follows by itself,
+and plain cross-entropy spends most of its weight there. max_weight 1 is plain fine-tuning.
 Differences: this is one of three parts of TL-Training, the prioritising of key tokens. There names are the tools of a
-prompt; here they are the answers in the task's rows, compared as tokens. Dropping turns with faulty calls is
-a matter of the data, and its reward stage (PPO) is left out. Rows that other methods mix in have weight 1.
+prompt; here they are the answers in the task's rows, compared as tokens. Calls are known by the ways in which public
+models write them (`measure.calls`). The released code leaves the ends of arguments out of |rest|. Dropping turns with
+faulty calls is a matter of the data, and its reward stage (PPO) is left out. Rows that other methods mix in have
+weight 1.
 Where every answer is free text most tokens are rest and few are key, all at the beginning: not what it is for.
 Weighting unlikely tokens moves the model more. Cost: none.
 Combine with: KLToBase or ICLAnchor; every adapt method.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +29,7 @@ import torch
 from holdfast.data.mix import Mix
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
+from holdfast.measure.calls import name_ends
 from holdfast.method import Method, Paper
 from holdfast.services import Context, View
 
@@ -51,7 +56,7 @@ class TLTraining(Method):
             raise PlanError(f"TLTraining.max_weight is {self.max_weight}.", "Use 1 or more.")
 
     def data(self, mix: Mix, ctx: Context) -> Mix:
-        parting = forks(answer(r) for r in mix.task)
+        parting = forks(named(r, ctx.tokenizer) for r in mix.task)
         if not any(self.weighted(r, parting).numbers[NUMBER].max() > 1 for r in mix.task):
             raise PlanError(
                 "TLTraining weights the tokens that tell answers apart, but no answer of the task has more others.",
@@ -76,6 +81,18 @@ class TLTraining(Method):
 def answer(row: TokenRow) -> Prefix:
     """The targets of a row."""
     return tuple(row.predicted[row.scored].tolist())
+
+
+def named(row: TokenRow, tokenizer: Any) -> Prefix:
+    """The targets of a row; of a call of a tool those up to the end of the tool's name."""
+    said, special = answer(row), {*tokenizer.all_special_ids}
+    body = said[: max((n + 1 for n, token in enumerate(said) if token not in special), default=0)]
+
+    def text(n: int) -> str:
+        return tokenizer.decode(list(body[:n]), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    end = name_ends(text(len(body)))
+    return said if end is None else said[: bisect_left(range(len(body)), end, key=lambda n: len(text(n)))]
 
 
 def forks(answers: Iterable[Prefix]) -> set[Prefix]:
