@@ -6,9 +6,9 @@
 
 The tunings are those of `leaderboard.py`: 60 steps of 8 rows, all weights (2e-5) or LoRA (3e-4; on RTE and AG News
 1e-3, the best rate of plain LoRA on SST-2), no plan. A repair gets the test rows of the task, which the tuning has
-not seen, and the bound in-context 0.95 (`heal`: 0.97); it chooses on one half of them and of the in-context items and
-reports on the other. The searches `own` get no rows: their task is closeness to the tuned model's answers to prompts
-that it draws. Afterwards all test rows of the task, which such a repair has not seen, are scored too (`beyond`).
+not seen, and the bound in-context 0.95 (`heal` 0.97, `own` 0.9); it chooses on one half of them and of the in-context
+items and reports on the other. The searches `own` get no rows: their task is closeness to the tuned model's answers to
+prompts that it draws. Afterwards all test rows of the task, which they have not seen, are scored too (`beyond`).
 `soup` gets the tunings of three seeds.
 """
 
@@ -41,7 +41,7 @@ SEARCHES = {
     "own": ("heal",),
     "soup": ("WiSEFT",),
 }
-KEPT = {"heal": 0.97}  # what is asked of it; of the others KEEP
+KEPT = {"heal": 0.97, "own": 0.9}  # what is asked of them; of the others KEEP
 ORDER = [("sst2", 0), ("tickets", 0), ("sst2", 1), ("tickets", 1), ("rte", 0), ("agnews", 0)]
 
 

@@ -15,7 +15,7 @@ from holdfast.measure.stats import Estimate
 from holdfast.measure.tuned_task import task_estimates
 from holdfast.recipe import KEEP_FRAC
 from holdfast.runs.contestants import Cell
-from holdfast.runs.repair_search import Point
+from holdfast.runs.repair_search import Point, sure
 from holdfast.versions import versions
 
 Measured = Mapping[str, Any]
@@ -56,7 +56,7 @@ class Ends:
 def point_of(ends: Ends, cell: Cell, found: Measured) -> Point:
     """A run on the choosing half: its task score, and how far it stands above what must be kept."""
     task, abilities = ends.task(found)["after"], ends.abilities([found])
-    margins = [a["retention"]["value"] - ends.floors[a["name"]] for a in _bound(ends, abilities)]
+    margins = [sure(a["retention"]) - ends.floors[a["name"]] for a in _bound(ends, abilities)]
     shown = {"task": task, "kept": _shares(abilities), "learning_rate": found["learning_rate"]}
     shown["early"] = found.get("early")  # a run of an older version has none
     return Point(cell, ends.value(task), min(margins, default=0.0), ("choose",), shown)

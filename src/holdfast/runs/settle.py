@@ -7,8 +7,7 @@ change meets the bounds, or what does gives back more than a tenth of what the t
 `measuring` then reports on the other half, so no number in the report was chosen on. Where the whole change meets
 every bound, that is one measurement and nothing is changed.
 
-A bound is met where the estimate lies a standard error above it, or SPARE where that is less: what is chosen because
-its estimate is high is partly chosen for luck, and the other half of the items does not share it.
+A bound is met as in a repair, with a standard error to spare (`repair_search.sure`).
 """
 
 from __future__ import annotations
@@ -30,11 +29,10 @@ from holdfast.recipe import KEEP_FRAC
 from holdfast.runs import settle_heal
 from holdfast.runs.halves import CHOOSE, Halves, Measured
 from holdfast.runs.job import Job
-from holdfast.runs.repair_search import Point, choose, falls_short
+from holdfast.runs.repair_search import Point, choose, falls_short, sure
 from holdfast.session import LORA_B, Session
 
 SURELY = "by a standard error on the items for choosing"
-SPARE = 0.03  # ours: a suite of few items would hold the bound with its change alone taken back
 HALVINGS, HALVINGS_HEALED = 3, 2  # ours: looks between all of the change, or of the healing, and none of it
 BASE = "before.choose.json"  # the base's answers on the choosing half, in the run folder
 LORA = (".lora_A.", ".lora_B.", ".lora_embedding_")
@@ -190,14 +188,9 @@ def _point(job: Job, end: End, base: Measured, found: Measured) -> Point:
     pairs = zip(base["abilities"], found["abilities"], strict=True)
     parts = [ability(b, a, floors.get(b["suite"], KEEP_FRAC)) for b, a in pairs]
     kept = {p["name"]: p["retention"] for p in parts if p["retention"]}
-    margins = [_sure(kept[name]) - floor for name, floor in floors.items() if name in kept]
+    margins = [sure(kept[name]) - floor for name, floor in floors.items() if name in kept]
     shown = {"task": _task(job, found), "kept": kept}
     return Point(end, _value(job, found), min(margins, default=0.0), (CHOOSE,), shown)
-
-
-def _sure(kept: Mapping[str, float]) -> float:
-    """An estimate less its standard error, of which a 95 % interval has about four, and less SPARE at most."""
-    return kept["value"] - min(SPARE, (kept["high"] - kept["low"]) / 4)
 
 
 def _task(job: Job, found: Measured) -> dict[str, Any]:
