@@ -7,6 +7,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from holdfast import cli, models
 from holdfast.errors import HoldfastError, ModelError
@@ -78,6 +80,33 @@ def test_another_tokenizer_is_refused(world, tiny_model, tokenizer, tmp_path):
     models.save_model(model, other, tmp_path / "other", card=None)
     with pytest.raises(ModelError, match="different tokenizers"):
         checking.check(str(world.base), str(tmp_path / "other"), **FEW)
+
+
+def test_both_are_asked_the_same_text(world, tiny_model, tokenizer, tmp_path):
+    """A tuned model that was saved with a chat template, or with another one, is asked as its base is."""
+    other = type(tokenizer).from_pretrained(world.base)
+    other.chat_template = (other.chat_template or "") + "{{ '' }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    models.save_model(tiny_model(tied=True), other, tmp_path / "other", card=None)
+    found = checking.check(str(world.base), str(tmp_path / "other"), **{**FEW, "suites": ("in-context", "format")})
+    assert "the tuned model's own differs" in found["verdict"]["sentence"]
+    asked = {p["task"]: p["text"] for p in found["prompts"]}
+    same = checking.check(str(world.base), str(world.base), **{**FEW, "suites": ("in-context", "format")})
+    assert asked == {p["task"]: p["text"] for p in same["prompts"]}
+    assert "differs" not in same["verdict"]["sentence"]
+
+
+def test_an_adapter_on_another_model_is_refused(world, tiny_model, tokenizer, tmp_path):
+    own = tiny_model(tied=True)
+    with torch.no_grad():
+        for p in own.parameters():
+            p.add_(0.1)
+    models.save_model(own, tokenizer, tmp_path / "own", card=None)
+    for name, below in (("right", str(world.base)), ("wrong", str(tmp_path / "own"))):
+        model = AutoModelForCausalLM.from_pretrained(below)
+        get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / name)
+    checking.check(str(world.base), str(tmp_path / "right"), **FEW)
+    with pytest.raises(ModelError, match=r"wrong is an adapter on .*own.*, and not on"):
+        checking.check(str(world.base), str(tmp_path / "wrong"), **FEW)
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,13 @@ def test_an_ability_the_base_does_not_have_is_not_judged():
     assert verdict([part], None)["status"] == "not checked"
 
 
+def test_other_texts_under_the_same_names_cannot_be_paired():
+    base = measured(drawn(2, 20))
+    with pytest.raises(HoldfastError, match="were not asked the same texts in the suite 'in-context'"):
+        ability({**base, "asked": "a"}, {**base, "asked": "b"}, KEEP)
+    assert ability({**base, "asked": "a"}, base, KEEP)  # an older measurement does not say what it asked
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -148,6 +155,33 @@ def test_a_tuned_model_alone_stands_in_the_column_after():
     assert part["before"] is None and part["difference"] is None and part["status"] is None
     assert 0.5 < part["after"]["value"] < 0.9
     assert all(t["before"] is None and t["after"]["n"] == 48 for t in part["tasks"])
+
+
+@pytest.mark.parametrize(("right", "items"), [(4, 6), (7, 10), (15, 20)])
+def test_few_items_of_which_one_is_gained_prove_nothing(right, items):
+    base = measured({"q": [1] * right + [0] * (items - right)})
+    after = measured({"q": [1] * (right + 1) + [0] * (items - right - 1)})
+    assert ability(base, after, KEEP)["status"] == "unclear"
+    assert ability(base, after, KEEP, required=False)["status"] == "no loss shown"
+
+
+def test_the_margin_is_one_of_plain_scores():
+    """0.9 right where a coin has 0.5: 5 % of what lies above it are 0.02. No change proves that from 149 items on."""
+
+    def unchanged(items: int):
+        base = measured({"q": [int(n % 10 > 0) for n in range(items)]}, chance=0.5)
+        return ability(base, copy.deepcopy(base), KEEP)["status"]
+
+    assert [unchanged(n) for n in (80, 100, 140, 160)] == ["unclear"] * 3 + ["kept"]
+
+
+def test_what_somebody_asked_to_keep_and_nobody_can_see_is_not_kept():
+    seen = {"name": "a", "status": "kept", "retention": {"value": 1.0, "low": 1.0, "high": 1.0}, "margin": 0.05}
+    blind = {"name": "safety", "status": "not measurable", "retention": None, "margin": 0.05}
+    found = verdict([seen, blind], None, {"safety": 0.97})
+    assert found["status"] == "unclear" and found["sentence"].startswith("Not shown to be kept: safety. Kept: a")
+    assert verdict([seen, blind], None)["status"] == "kept"
+    assert verdict([{**seen, "status": "lost"}, blind], None, ["safety"])["status"] == "lost"
 
 
 def test_one_loss_decides_the_verdict():

@@ -244,8 +244,11 @@ def test_fingerprint_is_content(base, tmp_path):
     source = models.resolve(str(folder))
     assert source.sha == models.fingerprint(source) == models.fingerprint(str(tmp_path / "copy"))
     assert source.sha != models.fingerprint(str(tmp_path / "other"))
-    (tmp_path / "copy" / "chat_template.jinja").write_text("changed")
-    assert source.sha != models.fingerprint(str(tmp_path / "copy"))
+    seen = {source.sha}
+    for name in ("chat_template.jinja", "modeling_own.py", "spiece.model", "vocab.txt"):
+        (tmp_path / "copy" / name).write_text("changed")
+        seen.add(models.fingerprint(str(tmp_path / "copy")))
+    assert len(seen) == 5
     assert models.fingerprint(model) == models.state_fingerprint(model)
 
 

@@ -9,8 +9,11 @@ import torch
 from holdfast.engine.lines import choose, cut, heights, lay
 from holdfast.engine.threads import may_share, side_by_side
 from holdfast.engine.tree import TILE, grow, parts, slices, tiles
-from holdfast.errors import HoldfastError
-from holdfast.measure.scorer import Scorer, supports_lines, supports_tree
+from holdfast.errors import HoldfastError, ModelError
+from holdfast.measure.asking import _choice
+from holdfast.measure.generate import generate
+from holdfast.measure.probe import Probe
+from holdfast.measure.scorer import Score, Scorer, supports_lines, supports_tree
 
 
 def plain(model, encoded, prompt=None):
@@ -88,6 +91,30 @@ def test_batch_size_does_not_matter(tiny_model, tokenizer, encoded, batch_tokens
     model = tiny_model(tied=False)
     scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, _lines=lines)
     assert_same(scorer.score_tokens(encoded), plain(model, encoded))
+
+
+def test_a_model_without_numbers_scores_nothing(tiny_model, tokenizer, encoded):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="no numbers"):
+        Scorer(model, tokenizer).score_tokens(encoded)
+
+
+def test_a_tie_is_no_right_answer():
+    probe = Probe("t", "t/0", "choice", "q", ("a", "b"), right=0)
+    same, better = [Score(-1.0, False, 1)] * 2, [Score(-0.5, True, 1), Score(-1.0, False, 1)]
+    assert [_choice(probe, scores)["correct"] for scores in (same, better)] == [0, 1]
+
+
+def test_a_models_own_penalties_are_none_of_ours(tiny_model, tokenizer):
+    """Greedy text of a suite is that of the weights, whatever the generation config asks for."""
+    probes = [Probe("t", "t/0", "generate", "Where is 1042", (), max_tokens=8)]
+    plain, own = tiny_model(), tiny_model()
+    own.generation_config.min_new_tokens, own.generation_config.no_repeat_ngram_size = 8, 1
+    own.generation_config.suppress_tokens = list(range(10, 200))
+    assert generate(own, tokenizer, probes) == generate(plain, tokenizer, probes)
+    assert own.generation_config.min_new_tokens == 8
 
 
 @pytest.mark.parametrize("lines", [False, True])

@@ -20,7 +20,7 @@ import torch
 from holdfast.data.encoder import Encoder, stops_of
 from holdfast.engine import processes
 from holdfast.files import cache_dir, content_key, read_json, write_json
-from holdfast.measure.generate import BATCH, GREEDY, new_tokens
+from holdfast.measure.generate import BATCH, GREEDY, bare, new_tokens
 from holdfast.models.identity import tensors_fingerprint
 from holdfast.versions import versions
 
@@ -85,7 +85,10 @@ def respond(
     stops = Encoder(tokenizer, stops_of(model.generation_config)).stops
     ends = {"eos_token_id": sorted(stops)} if stops else {}
     rolls = (lambda at: Dice([seeds[n] for n in at], sampling)) if sampling.temperature > 0 else None
-    found = new_tokens(model, tokenizer, prompts, stop=sampling.stop, progress=progress, dice=rolls, **ends, **GREEDY)
+    with bare(model):
+        found = new_tokens(
+            model, tokenizer, prompts, stop=sampling.stop, progress=progress, dice=rolls, **ends, **GREEDY
+        )
     return [_ended(ids, stops, sampling.stop, tokenizer) for ids in found]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from holdfast.data.encoder import Encoder, Split
 from holdfast.engine import BATCH_TOKENS
 from holdfast.errors import HoldfastError
+from holdfast.files import content_key
 from holdfast.measure import shard
 from holdfast.measure.generate import batch_for, generate
 from holdfast.measure.probe import Probe, Suite, counts_end
@@ -63,6 +64,7 @@ def score_suite(
         **suite.settings,
         **({"note": suite.note} if suite.note else {}),
         **({"invariant": True} if invariant else {}),
+        "asked": content_key([[p.id, p.kind, p.context, p.answers] for p in suite.probes]),
         "num_unique_tokens": scorer.num_unique_tokens,
         "tasks": [
             {
@@ -126,7 +128,7 @@ def _choice(p: Probe, scores: Sequence[Score]) -> dict[str, Any]:
     prob = [w / sum(weights) for w in weights]
     best = per_unit.index(top)
     return {
-        "correct": int(best == p.right),
+        "correct": int(best == p.right and per_unit.count(top) == 1),  # a model that tells none apart is not right
         "logprob": scores[p.right].logprob,
         "picked": best,
         "prob": prob[p.right],

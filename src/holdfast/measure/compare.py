@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from holdfast.errors import HoldfastError
@@ -27,6 +27,10 @@ def _check_pair(before: Part, after: Part) -> None:
         if before.get(key) != after.get(key):
             what = f"One measurement has {key} {before.get(key)!r}, the other {after.get(key)!r}."
             raise HoldfastError(what, cure)
+    texts = [m.get("asked") for m in (before, after)]
+    if all(texts) and texts[0] != texts[1]:
+        what = f"The two models were not asked the same texts in the suite {before['suite']!r}."
+        raise HoldfastError(what, "Ask both with one tokenizer and one chat template.")
     sides = [{t["name"]: [i["id"] for i in t["items"]] for t in m["tasks"]} for m in (before, after)]
     name = next((n for n in {**sides[0], **sides[1]} if sides[0].get(n) != sides[1].get(n)), None)
     if name:
@@ -94,13 +98,14 @@ def ability(before: Part, after: Part | None, keep: float, required: bool = True
     (base, _), base_draws, change, n = stats.macro_draws(pooled, chance)
     good = base_draws > 0
     verdict = stats.noninferiority_draws(change[good] / base_draws[good], 1 - keep, ratio.value - 1, n)
-    whole = _all_items(pooled, (1 - keep) * base)
+    margin = (1 - keep) * base * _plain(pooled, chance)
+    whole = _all_items(pooled, margin)
     status, p_loss = verdict.status, max(verdict.p_loss, whole.p_loss)
-    if status == "kept" and not whole.estimate.value and whole.p_loss == 1:
-        status = whole.status  # no change at all is no proof either where there are few items
+    if status == "kept" and whole.p_loss == 1:
+        status = whole.status  # that no item was lost is no proof either where there are few items
     if status == "lost" and p_loss >= ALPHA:
         status = "unclear"
-    if status == "unclear" and not required and not _provable(pooled, (1 - keep) * base):
+    if status == "unclear" and not required and not _provable(pooled, margin):
         status = "no loss shown"
     return {**part, "status": status, "p_loss": p_loss}
 
@@ -170,6 +175,12 @@ def _macro(pooled: Mapping[str, Any]) -> Part:
     }
 
 
+def _plain(pooled: Mapping[str, Any], chance: Mapping[str, float]) -> float:
+    """What a difference of chance-corrected scores is worth in plain ones, over all items."""
+    sizes = {name: len(base) for name, (base, _, _) in pooled.items()}
+    return sum(size * (1 - chance[name]) for name, size in sizes.items()) / sum(sizes.values())
+
+
 def _provable(pooled: Mapping[str, Any], margin: float) -> bool:
     """Whether a tuned model that answers as the base does would be called kept."""
     return _all_items({n: (b, b, c) for n, (b, _, c) in pooled.items()}, margin).status == "kept"
@@ -186,15 +197,19 @@ def _all_items(pooled: Mapping[str, Any], margin: float) -> stats.Verdict:
     return stats.noninferiority(base, tuned, margin, groups)
 
 
-def verdict(abilities: Sequence[Part], task: Part | None) -> Part:
-    """The sentence on top of the report."""
+def verdict(abilities: Sequence[Part], task: Part | None, floors: Collection[str] = ()) -> Part:
+    """The sentence on top of the report. floors: what somebody asked to keep: unseen it is not kept."""
     known = [a for a in abilities if a["status"] in ("kept", "lost", "unclear")]
+    blind = ", ".join(str(a["name"]) for a in abilities if a["status"] == "not measurable" and a["name"] in floors)
     few = ", ".join(str(a["name"]) for a in abilities if a["status"] == "no loss shown")
     rest = f" No loss shown, but too few items to prove more: {few}." if few else ""
+    rest += f" Not measurable with this model, so nothing is said of it: {blind}." if blind else ""
     if not known:
         sentence = f"No ability could be checked with this model and these suites.{rest}"
         return {"status": "not checked", "sentence": sentence}
     status = next(s for s in WORDS if any(a["status"] == s for a in known))
     names = ", ".join(ability_words(a) for a in known if a["status"] == status)
-    gain = task_words(task or {})
-    return {"status": status, "sentence": f"{WORDS[status]}: {names}.{rest} {gain}".rstrip()}
+    gain, said = task_words(task or {}), f"{WORDS[status]}: {names}.{rest}"
+    if blind and status == "kept":
+        status, said = "unclear", f"{WORDS['unclear']}: {blind}. {said}"
+    return {"status": status, "sentence": f"{said} {gain}".rstrip()}

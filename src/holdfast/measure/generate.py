@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,14 +14,8 @@ from holdfast.engine.attention import no_plans
 from holdfast.measure.probe import Probe
 
 BATCH = 32
-GREEDY = {  # whatever the model's generation config says
-    "do_sample": False,
-    "num_beams": 1,
-    "temperature": None,
-    "top_p": None,
-    "top_k": None,
-    "repetition_penalty": 1.0,
-}
+RUNS = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "cache_implementation", "cache_config")
+GREEDY = {"do_sample": False, "num_beams": 1}
 
 
 def batch_for(batch_tokens: int, invariant: bool = False) -> int:
@@ -49,9 +44,23 @@ def generate(
     seen = encoder.prompts([p.context for p in probes])
     prompts = [(ids or encoder.first, p.max_tokens) for ids, p in zip(seen, probes, strict=True)]
     ends = {"eos_token_id": sorted(encoder.stops)} if encoder.stops else {}
-    new = new_tokens(model, tokenizer, prompts, batch_size=batch_size, progress=progress, **ends, **GREEDY)
+    with bare(model):
+        new = new_tokens(model, tokenizer, prompts, batch_size=batch_size, progress=progress, **ends, **GREEDY)
     over = encoder.stops | {_pad(tokenizer)}
     return [_text(tokenizer, ids, over, p.with_special).strip() for ids, p in zip(new, probes, strict=True)]
+
+
+@contextmanager
+def bare(model: Any) -> Iterator[None]:
+    """Inside, the model's generation config says how it runs and nothing of what it writes: no penalties, no bans, no
+    least length. `generate` would take from it whatever is not passed."""
+    own = model.generation_config
+    kept = {k: v for k in RUNS if (v := getattr(own, k, None)) is not None}
+    model.generation_config = type(own)(**kept)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _text(tokenizer: Any, ids: list[int], over: frozenset[int], special: bool) -> str:

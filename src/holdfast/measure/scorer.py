@@ -37,7 +37,7 @@ from holdfast.engine.prefix import cache_name, is_prefix, layers_of
 from holdfast.engine.threads import may_share, side_by_side
 from holdfast.engine.tree import TREE_ATTENTION, Tree, grow, parts, slices, tiles
 from holdfast.engine.ways import inner, inputs_behind
-from holdfast.errors import DataError, HoldfastError
+from holdfast.errors import DataError, HoldfastError, ModelError
 
 Request = tuple[str, str]
 Found = tuple[np.ndarray, np.ndarray, np.ndarray]  # of some scored tokens: request, log-probability, is it the argmax
@@ -170,6 +170,9 @@ class Scorer:
                     np.logical_and.at(greedy, request, hit)
         finally:
             self.model.train(was_training)
+        if np.isnan(total).any():
+            what = "The model gives probabilities that are no numbers (NaN), so nothing it scores means anything."
+            raise ModelError(what, "Look for weights or states that are not finite; name an earlier checkpoint.")
         return [Score(float(total[n]), bool(greedy[n]), len(ids) - start) for n, (ids, start) in enumerate(encoded)]
 
     def _walk(self, encoded: Sequence[tuple[list[int], int]]) -> Iterator[Found]:

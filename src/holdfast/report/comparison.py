@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -22,17 +22,20 @@ def comparison(
     *,
     shown: Sequence[Any],
     diagnosis: Sequence[Any] | None = None,
+    floors: Collection[str] = (),
+    note: str = "",
 ) -> dict[str, Any]:
-    """A report (`report.schema`) whose verdict says kept or lost.
+    """A report (`report.schema`) whose verdict says kept or lost; note: a further sentence of it.
 
-    judged: abilities as `compare.abilities` gives them; after: the tuned model's measurements; shown: its examples.
+    judged: abilities as `compare.abilities` gives them; after: the tuned model's measurements; shown: its examples;
+    floors: the abilities that somebody asked to keep.
     """
-    used = versions()
+    used, said = versions(), verdict(judged, None, floors)
     return {
         "holdfast_version": used["holdfast"],
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kind": "check",
-        "verdict": verdict(judged, None),
+        "verdict": {**said, "sentence": f"{said['sentence']} {note}".rstrip()},
         "model": model,
         "tuned": tuned,
         "task": None,

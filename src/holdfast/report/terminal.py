@@ -103,9 +103,10 @@ def show_measured(suites: Sequence[Any], console: Console) -> None:
         suites: measurements (`measure.asking.score_suite`).
     """
     from holdfast.measure.compare import ability
+    from holdfast.recipe import KEEP_FRAC
 
     for measured in suites:
-        part = schema.clean(ability(measured, None, 1.0))
+        part = schema.clean(ability(measured, None, KEEP_FRAC))
         table = Table("task", "score", "chance", title=Text(part["name"]), box=box.SIMPLE_HEAD, title_justify="left")
         for task in part["tasks"]:
             note = " (not measurable)" if task["status"] else ""

@@ -14,6 +14,7 @@ from holdfast.measure.tuned_task import written
 from holdfast.runs.halves import SUITES_SHARE, Halves
 from holdfast.runs.job import Job
 from holdfast.runs.task_rows import score_rows
+from holdfast.versions import versions
 
 SHOWN, SHOWN_TOKENS = 4, 96  # answers that are written for the report alone, and the tokens of each
 
@@ -42,13 +43,15 @@ def measure_suites(
 
 
 def measured(job: Job, when: str, model: Any, soft_prompt: Any = None) -> dict[str, Any]:
-    """{"abilities", "task"} of one model, from the run folder if they are there.
+    """{"abilities", "task"} of one model, from the run folder if they are there and were made as they would be now.
+
+    What another version, device or precision measured rounds otherwise: it is measured anew, not mixed with ours.
 
     when: "before" (the base, whose half is kept by content for later runs too) or "after".
     """
     run, name = job.run, f"{when}.json"
-    found = run.folder.read(name)
-    if found:
+    found, made = run.folder.read(name), _made(model)
+    if found and found.get("made", made) == made:
         return found
     key = base_key(job, model) if when == "before" else None
 
@@ -57,10 +60,16 @@ def measured(job: Job, when: str, model: Any, soft_prompt: Any = None) -> dict[s
 
     tell(0.0, "")
     with run.timed(f"measure {when}"):
-        out = {"abilities": _abilities(job, model, key, tell), "task": _task(job, model, soft_prompt, key, tell)}
+        parts = {"abilities": _abilities(job, model, key, tell), "task": _task(job, model, soft_prompt, key, tell)}
+    out = {**parts, "made": made}
     tell(1.0, "")
     run.folder.write(name, out)
     return out
+
+
+def _made(model: Any) -> list[str]:
+    """What decides how a measurement of this model rounds, beside the recipe."""
+    return [*(f"{k} {v}" for k, v in versions().items()), model.device.type, str(model.dtype)]
 
 
 def reported_rows(job: Job) -> Sequence[Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
@@ -114,6 +114,12 @@ def _note(job: Job) -> str:
     return "; ".join(filter(None, [job.note, *told, *_ends(training), *more]))
 
 
+def _asked_to_keep(job: Job) -> Collection[str]:
+    """The abilities with a floor that the recipe itself wrote."""
+    m = job.recipe.measure
+    return m.keep if "keep" in m.model_fields_set else ()
+
+
 def _ends(training: Mapping[str, Any]) -> list[str]:
     """Which weights came out, where these are not simply the last."""
     step, why = training.get("best_step"), training.get("ended")
@@ -134,7 +140,7 @@ def _report(job: Job, tuned: Any, judged: list[Any], task: Any, shown: list[Any]
         "holdfast_version": used["holdfast"],
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kind": "tune",
-        "verdict": verdict(judged, task),
+        "verdict": verdict(judged, task, _asked_to_keep(job)),
         "model": {
             "name": source.name,
             "revision": source.revision,

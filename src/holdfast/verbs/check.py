@@ -62,6 +62,8 @@ def check(
     second = Subject(tuned, tuned_revision, trust_remote_code)
     third = Subject(ancestor, None, trust_remote_code) if ancestor else None
     _check_pair(base, first, tuned, second)
+    _check_below(base, first, tuned, second)
+    note = _one_template(first, second)
     if ancestor and third:
         _check_pair(ancestor, third, base, first)
     before = first.measure(names, phase="measure before", tell=tell, **settings)
@@ -76,6 +78,8 @@ def check(
         second.tokenizer,
         shown=examples(lambda: second.model, second.tokenizer, before, after),
         diagnosis=_diagnosis(first, second, third, before, after, wanted, tell) if wanted else None,
+        floors=keep,
+        note=note,
     )
 
 
@@ -96,6 +100,39 @@ def _check_pair(base: str, first: Subject, tuned: str, second: Subject) -> None:
             f"{base} and {tuned} have different tokenizers, so the same text is not the same task for them.",
             f"{cure}, with its tokenizer unchanged.",
         )
+
+
+def _check_below(base: str, first: Subject, tuned: str, second: Subject) -> None:
+    """Raise ModelError for an adapter that lies on another model than `base`: both would be compared, not the tuning.
+
+    A base that is packed on either side cannot be compared; it is taken at its word.
+    """
+    from holdfast import models
+    from holdfast.models import loadable
+    from holdfast.sites.merge_files import Pair
+
+    below = second.source
+    while below.base is not None:
+        below = below.base
+    if second.source.kind != "adapter" or first.source.kind == "adapter" or models.fingerprint(below) == first.sha:
+        return
+    if loadable.quantisation(below) is not None or loadable.quantisation(first.source) is not None:
+        return
+    try:
+        Pair(first.source, second.source)
+    except ModelError as e:
+        what = f"{tuned} is an adapter on {below.label}, and not on {base}: {e.what}"
+        raise ModelError(what, "Name the base that the adapter was trained on.") from e
+
+
+def _one_template(first: Subject, second: Subject) -> str:
+    """Let both be asked in the base's chat template, and say so where the tuned model has another one."""
+    one, other = (getattr(s.tokenizer, "chat_template", None) for s in (first, second))
+    if one == other:
+        return ""
+    second.tokenizer = first.tokenizer  # the vocabularies are equal
+    whose = "the base's chat template" if one else "plain text, as the base has no chat template"
+    return f"Both were asked in {whose}; the tuned model's own differs."
 
 
 def _wanted(why: bool, causes: Sequence[str], ancestor: str | None) -> list[str]:

@@ -5,9 +5,11 @@ One file a suite, each with `build_suite(ask) -> Suite`; the data lies in `data/
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from holdfast.measure.asking import score_suite
 from holdfast.measure.names import DEFAULT, SUITES, about, names_of
 from holdfast.measure.probe import Ask, Probe, Suite
 from holdfast.versions import versions
+
+OURS = ("measure", "engine", "data")  # folders of the package that decide what a measurement finds
 
 __all__ = (
     "DEFAULT",
@@ -89,10 +93,18 @@ def asked_of(suite: Suite) -> list[list[Any]]:
     return [[p.id, p.kind, p.context, p.answers, p.right, p.max_tokens, p.open_ended] for p in suite.probes]
 
 
+@cache
+def _ours() -> str:
+    """The code and data that measure, by content: what an older state of them found is not taken for ours."""
+    here = Path(__file__).parents[2]
+    files = [f for part in OURS for f in sorted((here / part).rglob("*")) if f.suffix in (".py", ".json", ".jsonl")]
+    return content_key([[str(f.relative_to(here)), hashlib.sha256(f.read_bytes()).hexdigest()] for f in files])
+
+
 def remembered(key: str | bool | None, make: Callable[[], Any]) -> Any:
     """What `make` gives (plain data), kept in the cache folder under `key`; no key, nothing is kept.
 
-    What another version of a library or another number of threads measured is not used: they round otherwise.
+    What another version of a library, of our own code or another number of threads measured is not used.
     """
     if not key:
         return make()
@@ -100,7 +112,7 @@ def remembered(key: str | bool | None, make: Callable[[], Any]) -> Any:
 
     from holdfast.engine import processes
 
-    name = content_key(key, versions(), torch.get_num_threads())
+    name = content_key(key, versions(), torch.get_num_threads(), _ours())
     path = cache_dir() / "measurements" / f"{name}.json"
     found = processes.told(
         lambda: _read(path)
