@@ -183,6 +183,8 @@ def law(a: Method, b: Method) -> str:
         "replace" in x.sites() and ("merge" in y.sites() or "base_weights" in y.needs) for x, y in ((a, b), (b, a))
     ):
         return "what is compared with the base's weights must be there"
+    if any(m.may_end and "stages" in o.sites() for m, o in ((a, b), (b, a))):
+        return "an end of the run would leave stages out"
     if sites & {"stages", "decode"}:
         return f"one owner of {', '.join(sorted(sites & {'stages', 'decode'}))}"
     if any(alone(x) and idle(y) for x, y in ((a, b), (b, a))):

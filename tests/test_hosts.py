@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -784,6 +785,21 @@ def test_weights_of_packed_rows_arrive(make, task):
     for row in rows:
         if row.key in found:
             assert np.array_equal(found[row.key].numbers.get(WEIGHT), row.numbers.get(WEIGHT))
+
+
+def test_a_collator_that_labels_rows_anew_is_refused_beside_weights(make, task, tokenizer):
+    """It takes the end of a row for padding, which is the same token, so the row is another one in the batch."""
+    own = copy.deepcopy(tokenizer)
+    own.pad_token = own.eos_token
+    rows = [[*r.ids.tolist(), own.eos_token_id] for r in task[:6]]
+    data = Dataset.from_dict({"input_ids": rows, "weights": [[1.0, *[2.0] * (len(r) - 1)] for r in rows]})
+    collator = DataCollatorForLanguageModeling(own, mlm=False)
+    given = {"train_dataset": data, "data_collator": collator, "processing_class": own}
+    refused(lambda: make(Trainer, [], given=given), "DataCollatorForLanguageModeling labels row 0 anew", "weights")
+    own.pad_token = next(
+        t for t in own.get_vocab() if own.convert_tokens_to_ids(t) not in {i for r in rows for i in r}
+    )
+    make(Trainer, [], given=given)
 
 
 def test_weights_that_cannot_be_honoured_are_refused(make, task):

@@ -152,3 +152,23 @@ def test_elsewhere_everything_lies_on_the_device_of_the_weights(tiny_model, monk
     (lists,) = made  # all weights in one chunk
     assert {t.device.type for some in lists for t in some} == {"meta"} and optimizer._buffer.device.type == "meta"
     assert {t.dtype for some in lists for t in some} == {torch.float32}
+
+
+@pytest.mark.parametrize("methods", [[M.LoRA(r=2)], []], ids=["adapter", "all weights"])
+def test_what_is_kept_in_fp32_stays_there(tiny_model, tokenizer, rows, methods):
+    """As transformers keeps routers in a model of bf16: rounding them would change every choice they make."""
+    model = tiny_model().to(BF16)
+    exact = model.model.layers[0].mlp.down_proj
+    exact.weight = torch.nn.Parameter(exact.weight.float() + 1e-4)
+    before = exact.weight.detach().clone()
+    session = Session(Plan(methods), model, Context(model, tokenizer, 0, rows), compute_dtype=BF16)
+    session.prepare([])
+    session.enter(session.stage)
+    assert torch.equal(_weight(session.model), before)
+    done = session.finished_model(BF16)[0]
+    assert torch.equal(_weight(done), before) and _weight(done).dtype == torch.float32
+    assert next(p for n, p in done.named_parameters() if "q_proj" in n and "lora" not in n).dtype == BF16
+
+
+def _weight(model):
+    return next(p for n, p in model.named_parameters() if "layers.0.mlp.down_proj" in n and "lora" not in n).detach()

@@ -231,7 +231,12 @@ def test_sampling_values_do_not_stop_a_save(base, tmp_path):
     model, _ = base
     model.generation_config.temperature = 0.7  # with do_sample off transformers refuses to write this
     models.save_model(model, tiny_tokenizer(), tmp_path / "sampled", card=None)
-    assert json.loads((tmp_path / "sampled" / "generation_config.json").read_text())["temperature"] == 0.7
+    saved = json.loads((tmp_path / "sampled" / "generation_config.json").read_text())
+    assert not saved.get("do_sample") and "temperature" not in saved  # it had no effect, and has none now
+    model.generation_config.do_sample, model.generation_config.temperature = True, 0.7
+    models.save_model(model, tiny_tokenizer(), tmp_path / "samples", card=None)
+    assert json.loads((tmp_path / "samples" / "generation_config.json").read_text())["temperature"] == 0.7
+    model.generation_config.do_sample, model.generation_config.temperature = False, None
 
 
 # --- identity -------------------------------------------------------------------------------------

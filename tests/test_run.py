@@ -484,6 +484,36 @@ def count_forwards(recipe) -> dict[str, int]:
     return count
 
 
+def test_what_another_machine_measured_is_not_mixed_with_ours(world, tmp_path):
+    """A run that was begun elsewhere measures its base anew: other versions and precisions round otherwise."""
+    job = planned(recipe(world, tmp_path / "run"), world.folder)
+    job.run.path.mkdir(parents=True)
+    first = measuring.measured(job, "before", job.model)
+    file = tmp_path / "run" / "before.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps({**told, "task": [], "made": [*told["made"][:-1], "torch.float16"]}))
+    assert measuring.measured(job, "before", job.model) == first
+    file.write_text(json.dumps({**told, "task": []}))
+    assert measuring.measured(job, "before", job.model)["task"] == []  # ours, as it lies there
+
+
+def test_a_file_that_a_method_reads_is_an_input(world, tmp_path):
+    """A killed run goes on only with the rows that it began with."""
+    rows = [{"prompt": f"Say {n}.", "completion": f" {n}"} for n in range(12)]
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    plan = [{"LoRA": {"r": 2}}, {"Replay": {"share": 0.3, "sources": [str(file)]}}]
+    begun = planned(recipe(world, tmp_path / "run", plan=plan), world.folder).inputs()
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows[1:]))
+    changed = planned(recipe(world, tmp_path / "run", plan=plan), world.folder).inputs()
+    assert [k for k in begun if begun[k] != changed[k]] == [f"file {file} of Replay"]
+
+
+def test_half_precision_without_scaled_losses_is_refused(world, tmp_path):
+    with pytest.raises(RecipeError, match=r"model\.dtype is float16, and training in it needs its losses scaled"):
+        planned(recipe(world, tmp_path / "run", model={"dtype": "float16"}), world.folder)
+
+
 def test_the_base_is_measured_once(world, tmp_path, monkeypatch):
     monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
     first = count_forwards(recipe(world, tmp_path / "one"))

@@ -9,7 +9,8 @@ import pytest
 from holdfast import cli
 from holdfast.errors import RecipeError
 from holdfast.recipe import recipe_from
-from holdfast.runs import settle
+from holdfast.runs import seeds, settle
+from holdfast.runs.run import silent
 from holdfast.verbs import tune as verb
 from tiny_run import recipe_data, write_recipe
 
@@ -95,6 +96,15 @@ def test_one_seed_over_the_budget_is_told(world, tmp_path, monkeypatch, capsys):
 def test_what_cannot_have_seeds(world, tmp_path, seeds, changes, words):
     with pytest.raises(RecipeError, match=words):
         verb.tune_seeds(asked(world, tmp_path / "out", **changes), seeds)
+
+
+def test_a_seed_of_the_order_moves_with_the_others(world):
+    """Else all runs of a plan without an adapter would be one."""
+    one = asked(world, world.folder / "order")
+    fixed = one.model_copy(update={"training": one.training.model_copy(update={"data_seed": 5})})
+    found = [run.recipe.training for run in seeds.runs_of(fixed, world.folder, 3, silent)]
+    first = one.training.seed
+    assert [(t.seed, t.data_seed) for t in found] == [(first + n, 5 + n) for n in range(3)]
 
 
 def test_the_command(whole, world, monkeypatch, capsys):

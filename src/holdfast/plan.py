@@ -124,6 +124,11 @@ class Plan:
                     f"{owners[0].name} and {owners[1].name} both want to {what}.",
                     "Keep one of them, or run them one after the other.",
                 )
+        ends = next((m for m in self.active if m.may_end), None)
+        stages = next((m for m in self.active if "stages" in m.sites()), None)
+        if ends and stages:
+            what = f"{ends.name} may end the run, and {stages.name} splits it into stages: the rest would never come."
+            raise PlanError(what, "Keep one of them.")
         wrapper = next((m for m in self.active if m.wraps), None)
         dense = next((m for m in self.active if "dense" in m.needs or m.restarts), None)
         compare = [m for m in self.active if "base_weights" in m.needs or "merge" in m.sites()]

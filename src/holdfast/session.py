@@ -66,6 +66,7 @@ class Session:
         self.methods = plan.active
         self.compute_dtype, self.knows_rows, self.packing = compute_dtype, knows_rows, packing
         self.sharded = sharded
+        self._exact = _kept_exact(model)
         self.state: dict[str, State] = {}
         self.asides: dict[str, Sequence[TokenRow]] = {}
         self.effects: Counter[str] = Counter()
@@ -247,7 +248,7 @@ class Session:
             return
         for p in self.model.parameters():
             if is_plain(p):
-                wanted = torch.float32 if p.requires_grad else self.compute_dtype
+                wanted = torch.float32 if p.requires_grad or id(p) in self._exact else self.compute_dtype
                 if p.dtype != wanted:
                     p.data = p.data.to(wanted)
 
@@ -487,7 +488,7 @@ class Session:
             delattr(inner(self.model), SOFT_PROMPT)
         if not has_adapter(self.model):  # PEFT keeps what it trains in fp32
             for p in self.model.parameters():  # not model.to(dtype): that would round buffers such as inv_freq
-                p.data = p.data.to(dtype)
+                p.data = p.data.to(torch.float32 if id(p) in self._exact else dtype)
         self.model.requires_grad_(False)
         return self.model.eval(), soft
 
@@ -526,6 +527,13 @@ class Session:
         if not reached:
             raise NoEffect("No gradient reaches any trainable weight.", "Check what the plan freezes and wraps.")
         return found
+
+
+def _kept_exact(model: Any) -> set[int]:
+    """ids of the parameters that transformers keeps in fp32 in a model of another type, such as routers."""
+    if getattr(model, "dtype", torch.float32) == torch.float32:
+        return set()
+    return {id(p) for p in model.parameters() if p.dtype == torch.float32}
 
 
 def is_plain(p: torch.Tensor) -> bool:

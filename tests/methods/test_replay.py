@@ -106,3 +106,32 @@ def test_shares_that_leave_nothing_for_the_task(ctx):
     full = Replay(share=0.6, sources=("ask.jsonl",)).data(Mix(TASK), ctx)
     with pytest.raises(PlanError, match="leave nothing for the task"):
         Replay(share=0.5, sources=("prose.jsonl",)).data(full, ctx)
+
+
+def test_a_seed_of_its_own_draws_another_order(tokenizer, tmp_path, tiny_model):
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(30)))
+    ctx = Context(tiny_model(), tokenizer, base_dir=tmp_path)
+    found = [
+        [r.ids.tolist() for r in Replay(seed=seed, sources=(str(path),)).data(Mix(TASK), ctx).sources[-1].rows]
+        for seed in (0, 0, 5)
+    ]
+    assert found[0] == found[1] != found[2] and sorted(found[0]) == sorted(found[2])
+
+
+def test_what_is_cut_of_answers_is_said(tokenizer, tmp_path, tiny_model):
+    """Text is cut as it must be; an answer that loses its end, or begins too late, is told."""
+    ask, long = "word " * 40, "said " * 40
+    pairs = ((ask, " x"), ("q", f" {long}"), ("q", " y"))
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    path, text = tmp_path / "own.jsonl", tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    text.write_text(json.dumps({"text": long}) + "\n")
+    ctx = Context(tiny_model(), tokenizer, base_dir=tmp_path)
+    mix = Replay(sources=(str(path), str(text)), max_tokens=20).data(Mix(TASK), ctx)
+    assert [len(s.rows) for s in mix.sources] == [2, 1]
+    (note,) = ctx.notes
+    assert note == (
+        "Replay, own.jsonl: of 3 rows 1 left out, as their answers begin behind 20 tokens "
+        "and 1 cut to 20 tokens, within the answer"
+    )

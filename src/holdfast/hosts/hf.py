@@ -85,7 +85,7 @@ from holdfast.hosts.hf_setup import (
     stage_folder,
     steps_of,
 )
-from holdfast.hosts.hf_weights import refuse_lost, take_weights
+from holdfast.hosts.hf_weights import refuse_lost, refuse_relabelled, take_weights
 from holdfast.hosts.losses import Losses, numbers
 from holdfast.hosts.plain import split_steps
 from holdfast.hosts.processes import dealt
@@ -187,6 +187,7 @@ class PlannedTrainer(_Base):
         self.session.steering.late = self.accelerator.num_processes > 1
         kind = self._kind.__name__
         refuse_lost(self._weighed, self.train_dataset, kind)
+        refuse_relabelled(self._weighed, self.train_dataset, self.data_collator)
         self._mixed = mixed(self.session, self.train_dataset, self.args, self.data_collator, kind, self._weighed)
         self._draw_from(self.session.stage)
 

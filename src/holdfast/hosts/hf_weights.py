@@ -16,9 +16,10 @@ import numpy as np
 from holdfast.data.targets import weighed
 from holdfast.engine.pack import WEIGHT, TokenRow
 from holdfast.errors import DataError, PlanError
-from holdfast.hosts.hf_batches import as_array, dataset_rows, row_of
+from holdfast.hosts.hf_batches import TENSORS, as_array, dataset_rows, row_of, rows_of
 
 COLUMN = "weights"
+LOOKED = 512  # rows that a collator is tried on
 Weighed = Mapping[bytes, TokenRow]
 
 
@@ -70,6 +71,16 @@ def refuse_lost(weighed: Weighed, prepared: Any, name: str) -> None:
     if lost is not None:
         what = f"{name} cuts or labels a row of {len(lost.ids)} tokens anew, and the row has {COLUMN}."
         raise PlanError(what, "Raise max_length, set packing=False, and give labels instead of masks.")
+
+
+def refuse_relabelled(weighed: Weighed, prepared: Any, collator: Any) -> None:
+    """Raise PlanError where the collator labels a row anew, as one does that takes padding for what it looks like."""
+    for n in range(0, len(prepared), max(1, len(prepared) // LOOKED)) if weighed else ():
+        item = {k: v for k, v in prepared[n].items() if k in TENSORS}
+        lost = {r.key for r in dataset_rows([item])} & weighed.keys() - {r.key for r in rows_of(collator([item]))}
+        if lost:
+            what = f"{type(collator).__name__} labels row {n} anew, and the row has {COLUMN}, which it would lose."
+            raise PlanError(what, "Use a collator that keeps labels, such as DataCollatorForSeq2Seq(tokenizer).")
 
 
 def _weights(row: TokenRow) -> np.ndarray:

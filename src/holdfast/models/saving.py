@@ -18,6 +18,7 @@ from holdfast.versions import __version__
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 SAVED_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".md")
 
 
@@ -107,8 +108,8 @@ def prompting(tokenizer: Any) -> Any:
 
 
 def _mend_generation(model: Any, tokenizer: Any) -> None:
-    """Generation must stop where answers were trained to end. Some hub models carry sampling values with sampling off
-    too; transformers then refuses to save them."""
+    """Generation must stop where answers were trained to end. Some hub models carry sampling values with sampling off,
+    which transformers refuses to save: what has no effect goes, so that greedy models stay greedy."""
     from holdfast.data.encoder import Encoder, stops_of
 
     generation = getattr(model, "generation_config", None)
@@ -120,7 +121,8 @@ def _mend_generation(model: Any, tokenizer: Any) -> None:
     try:
         generation.validate(strict=True)
     except ValueError:
-        generation.do_sample = True
+        for name in SAMPLING:
+            setattr(generation, name, None)
 
 
 def _save_adapter(model: Any, folder: Path) -> None:

@@ -40,6 +40,9 @@ def check_settings(run: Run) -> None:
             "export.merge is true, but model.load_in_4bit would round the merged weights to 4 bits again.",
             "Remove export.merge; merge the adapter into the unquantised base afterwards.",
         )
+    if recipe.model.dtype == "float16" and not t.bf16:
+        what = "model.dtype is float16, and training in it needs its losses scaled, which is not done here."
+        raise RecipeError(what, "Write model.dtype: float32 (or auto), or training.bf16: true.")
     if t.bf16 is False and recipe.model.dtype == "bfloat16":
         raise RecipeError("training.bf16 is false, but model.dtype is bfloat16.", "Remove one of the two.")
     if recipe.export.folder and not (run.path / "training.json").is_file():

@@ -203,6 +203,7 @@ class Comparison:
         """Train a run where it is not trained yet, measure one half and write it down."""
         run.folder.claim()
         job = checked(run)
+        run.folder.keep_inputs(job.inputs())
         if not run.folder.read("training.json"):
             run.folder.check_room(export.room(job), f"checkpoints and export of {run.path.name}")
         if self.recipe.measure.budget:
@@ -232,8 +233,10 @@ class Comparison:
         rate = "auto" if recipe.training.learning_rate == "search" else recipe.training.learning_rate  # the grid does
         if cell.factor != 1:
             rate = self.rates[cell.plan] * cell.factor
+        order = recipe.training.data_seed
         changed = {
             "seed": cell.seed,
+            "data_seed": order if order is None else order + cell.seed - recipe.training.seed,
             "learning_rate": rate,
             "output_dir": str(self.folder.path / "runs" / cell.folder),
         }

@@ -5,7 +5,9 @@ Nothing is written but the rows in the cache, and nothing is measured or trained
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,8 @@ from holdfast.data.own_metric import identity
 from holdfast.data.sets import sets_of
 from holdfast.data.task import TaskData, read_task
 from holdfast.data.weights import weighted
-from holdfast.errors import PlanError
+from holdfast.errors import PlanError, RecipeError
+from holdfast.files import content_key
 from holdfast.hosts.compiled import check_compiled
 from holdfast.hosts.course import check_course
 from holdfast.hosts.eight_bits import check_eight_bits
@@ -25,6 +28,7 @@ from holdfast.hosts.plain import Training
 from holdfast.measure.probe import Ask
 from holdfast.measure.soft_prompt import check_export
 from holdfast.measure.suites import check_suite
+from holdfast.models.identity import file_sha
 from holdfast.plan import Host, Plan
 from holdfast.recipe import Recipe
 from holdfast.runs.abilities import certain, measured_suites
@@ -96,7 +100,19 @@ class Job:
         for m in self.session.merging.methods:
             others = sources_of(m, self.run.base_dir)
             found |= {f"{m.name} model {role}": source.sha for role, source in others.items()}
+        found |= {f"file {path} of {name}": sha for name, path, sha in self._files()}
+        if self.recipe.data.test and self.task.validation:
+            found["validation rows"] = content_key([[r.prompt, r.completion] for r in self.task.validation])
         return found
+
+    def _files(self) -> Iterator[tuple[str, str, str]]:
+        """(method, path as it is written, identity) of every file that a setting of a method names."""
+        for m in self.session.methods:
+            for value in (getattr(m, f.name) for f in dataclasses.fields(m)):
+                for path in value if isinstance(value, tuple) else (value,):
+                    file = self.run.base_dir / path if isinstance(path, str) and "\0" not in path else None
+                    if file and len(file.name) < 256 and file.is_file():
+                        yield m.name, path, file_sha(file)
 
 
 def default_plan() -> list[Any]:
@@ -240,7 +256,10 @@ def _rate(recipe: Recipe, session: Session, steps: int, rows: int) -> Rate:
 
 def _training(run: Run, model: Any, steps: int, epoch: int, rate: Rate) -> Training:
     t = run.recipe.training
-    half = model.dtype if model.dtype in (torch.bfloat16, torch.float16) else None
+    if model.dtype == torch.float16 and not t.bf16:  # packed weights may bring it
+        what = "The model computes in float16, and training in it needs its losses scaled, which is not done here."
+        raise RecipeError(what, "Set training.bf16: true, or name a copy in bfloat16 or float32.")
+    half = model.dtype if model.dtype == torch.bfloat16 else None
     return Training(
         num_steps=steps,
         batch_size=t.per_device_train_batch_size,

@@ -48,7 +48,9 @@ def runs_of(recipe: Recipe, base_dir: Path, seeds: int, tell: Tell) -> Iterator[
     for n in range(seeds):
         seed = recipe.training.seed + n
         place = str(Path(recipe.training.output_dir) / f"seed-{seed}")
-        training = recipe.training.model_copy(update={"seed": seed, "output_dir": place})
+        order = recipe.training.data_seed
+        changed = {"seed": seed, "output_dir": place, "data_seed": order if order is None else order + n}
+        training = recipe.training.model_copy(update=changed)
         data = recipe.data.model_copy(update={"seed": recipe.seed_of_rows})
         mine = recipe.model_copy(update={"training": training, "data": data})
         yield Run(mine, base_dir, _named(tell, f"seed {seed} ({n + 1} of {seeds})"), bases=bases)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from holdfast import models
+from holdfast.data.encoder import Encoder, stops_of
 from holdfast.errors import ModelError, PlanError
-from holdfast.files import fresh_folder
+from holdfast.files import fresh_folder, read_json, write_json
 from holdfast.method import Method
 from holdfast.methods import LiNeS, WiSEFT
 from holdfast.models import loadable, shards
@@ -180,7 +181,9 @@ class Pair:
             found = Path(self._layout.path) / name
             if found.is_file():
                 shutil.copyfile(found, part / name)
-        models.prompting(load_tokenizer(self.tuned, False)).save_pretrained(part)
+        tokenizer = models.prompting(load_tokenizer(self.tuned, False))
+        tokenizer.save_pretrained(part)
+        _let_end(part / "generation_config.json", tokenizer)
         if card is not None:
             (part / "README.md").write_text(card, encoding="utf-8")
 
@@ -190,6 +193,14 @@ class Pair:
                 if key in self._at and entry["dtype"] not in shards.DTYPES:
                     what = f"{self._layout.label} stores {key} as {entry['dtype']}, which cannot be merged."
                     raise ModelError(what, f"Name a copy in one of {', '.join(shards.DTYPES)}.")
+
+
+def _let_end(file: Path, tokenizer: Any) -> None:
+    """What is written must stop where answers were trained to end, with the tokenizer's end, whatever the base did."""
+    found, end = read_json(file), Encoder(tokenizer).end
+    stops = stops_of(found)
+    if end is not None and end not in stops:
+        write_json(file, {**found, "eos_token_id": [*stops, end] if stops else end})
 
 
 class _Maker:

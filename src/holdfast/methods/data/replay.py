@@ -58,11 +58,26 @@ class Replay(Method):
     def data(self, mix: Mix, ctx: Context) -> Mix:
         weights = self.weights or (1.0,) * len(self.sources)
         for path, weight in zip(self.sources, weights, strict=True):
-            rows = read_sources((path,), ctx, owner="task", source=f"Replay:{Path(path).stem}")
-            cut = [r.cut(self.max_tokens) for r in rows]
-            usable = [r for r in cut if r.scored.any()]
+            rows = read_sources((path,), ctx, owner="task", source=f"Replay:{Path(path).stem}", seed=self.seed)
+            usable = cut_rows(rows, self.max_tokens, f"Replay, {Path(path).name}", ctx)
             mix = mix.add(Source(f"Replay:{path}", usable, self.share * weight / sum(weights), self.unit))
         return mix
+
+
+def cut_rows(rows: Sequence[TokenRow], most: int, of: str, ctx: Context) -> list[TokenRow]:
+    """Rows of at most so many tokens, without those of which no target is left; what that costs is noted.
+
+    Text loses its rest as it must; that an answer loses its end, or is left out, is no matter of course.
+    """
+    cut = [r.cut(most) for r in rows]
+    gone = sum(not r.scored.any() for r in cut)
+    sides = zip(rows, cut, strict=True)
+    ends = sum(len(c.ids) < len(r.ids) and c.scored.any() and not r.scored[1:].all() for r, c in sides)
+    said = [f"{gone} left out, as their answers begin behind {most} tokens"] * bool(gone)
+    said += [f"{ends} cut to {most} tokens, within the answer"] * bool(ends)
+    if said:
+        ctx.notes.append(f"{of}: of {len(rows)} rows {' and '.join(said)}")
+    return [r for r in cut if r.scored.any()]
 
 
 def read_sources(
@@ -73,8 +88,9 @@ def read_sources(
     source: str | None = None,
     all_tokens: bool = False,
     most: int | None = None,
+    seed: int = 0,
 ) -> list[TokenRow]:
-    """Tokenised rows of general data files, in one shuffled order that depends on the run's seed alone.
+    """Tokenised rows of general data files, in one shuffled order that depends on the run's seed and `seed` alone.
 
     most: the first so many of that order alone are tokenised; None is all.
     """
@@ -83,7 +99,7 @@ def read_sources(
     from holdfast.data.tokens import tokenize_all
 
     rows = [r for s in sources for r in read_rows(s, base_dir=ctx.base_dir or Path.cwd(), tokenizer=ctx.tokenizer)]
-    random.Random(f"replay/{ctx.seed}").shuffle(rows)
+    random.Random(f"replay/{ctx.seed}{f'/{seed}' if seed else ''}").shuffle(rows)
     stops = stops_of(getattr(ctx.model, "generation_config", None))
     kind = {"owner": owner, "source": source or owner, "all_tokens": all_tokens, "stops": stops}
     return tokenize_all(rows[:most], ctx.tokenizer, None, **kind)

@@ -27,7 +27,7 @@ import torch
 from holdfast.data.mix import Mix, Source
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Stage, State
-from holdfast.methods.data.replay import GENERAL, read_sources
+from holdfast.methods.data.replay import GENERAL, cut_rows, read_sources
 from holdfast.services import Context
 
 REPAIRS, CHOSEN = "repairs", "chosen/"
@@ -65,7 +65,7 @@ class FPF(Method):
     def data(self, mix: Mix, ctx: Context) -> Mix:
         for path in self.sources:
             rows = read_sources((path,), ctx, owner="task", source=f"FPF:{Path(path).stem}")
-            usable = [r for r in (r.cut(self.max_tokens) for r in rows) if r.scored.any()]
+            usable = cut_rows(rows, self.max_tokens, f"FPF, {Path(path).name}", ctx)
             mix = mix.add(Source(self._source(path), usable, self.repair_share / len(self.sources)))
         return mix
 

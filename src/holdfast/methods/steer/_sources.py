@@ -8,7 +8,7 @@ from holdfast.data.mix import Mix, Source
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 from holdfast.methods.data._few import few
-from holdfast.methods.data.replay import read_sources
+from holdfast.methods.data.replay import cut_rows, read_sources
 from holdfast.services import Context
 
 
@@ -16,8 +16,8 @@ def with_text(mix: Mix, ctx: Context, name: str, sources: Sequence[str], share: 
     """The mix with `share` of general text as the source `name`; rows without a target are left out."""
     if not share:
         return mix
-    cut = (r.cut(ctx.max_length) for r in read_sources(sources, ctx, owner="task", source=name))
-    return mix.add(Source(name, [r for r in cut if r.scored.any()], share))
+    rows = read_sources(sources, ctx, owner="task", source=name)
+    return mix.add(Source(name, cut_rows(rows, ctx.max_length, name, ctx), share))
 
 
 def looked_at(mix: Mix, ctx: Context, name: str, most: int, does: str) -> dict[str, Sequence[TokenRow]]:

@@ -38,6 +38,7 @@ class ClassSeparability(Method):
     paper: ClassVar = Paper("Estimating class separability of text embeddings with persistent homology", "2305.15016",
                             "the score of the edges is ours")  # fmt: skip
     does: ClassVar = "ends the run when the classes stop drawing apart"
+    may_end: ClassVar = True
 
     def off(self) -> bool:
         return self.patience == 0
