@@ -104,7 +104,7 @@ def read_task(
 
 def _write(folder: Path, found: Prepared) -> None:
     np.save(folder / "train.npy", np.asarray(found.train, dtype=np.int64))
-    said = {name: [_plain(row) for row in getattr(found, name)] for name in ("validation", "test")}
+    said: dict[str, Any] = {n: [_plain(row) for row in getattr(found, n)] for n in ("validation", "test")}
     said |= {name: getattr(found, name) for name in ("labels", "names", "key", "metric")}
     said["note"] = "; ".join(dict.fromkeys(found.notes))
     (folder / DONE).write_text(json.dumps(said), encoding="utf-8")
