@@ -241,6 +241,14 @@ def test_a_command_judges_each_answer(tmp_path, name):
     assert "d.jsonl:2" in told.value.what and said in told.value.what
 
 
+def test_a_command_is_told_by_the_files_it_names(tmp_path):
+    name = "command: python judge.py"
+    (tmp_path / "judge.py").write_text("print(1)")
+    first = own_metric.identity(name, tmp_path)
+    (tmp_path / "judge.py").write_text("print(0)")
+    assert first != own_metric.identity(name, tmp_path) != own_metric.identity("command: python other.py", tmp_path)
+
+
 def test_a_command_must_be_there(tmp_path):
     for name, said in (("command: no-such-program-1", "is no program"), ("command:", "without a program"),
                        ("command: 'open", "no command")):  # fmt: skip

@@ -249,11 +249,21 @@ def test_fingerprint_is_content(base, tmp_path):
     source = models.resolve(str(folder))
     assert source.sha == models.fingerprint(source) == models.fingerprint(str(tmp_path / "copy"))
     assert source.sha != models.fingerprint(str(tmp_path / "other"))
-    seen = {source.sha}
-    for name in ("chat_template.jinja", "modeling_own.py", "spiece.model", "vocab.txt"):
-        (tmp_path / "copy" / name).write_text("changed")
-        seen.add(models.fingerprint(str(tmp_path / "copy")))
-    assert len(seen) == 5
+    copy, seen = tmp_path / "copy", [source.sha]
+    (copy / "train.py").write_text("none of the model's")
+    (copy / "vocab.txt").write_text("not read beside tokenizer.json")
+    assert models.fingerprint(str(copy)) == source.sha
+    config = json.loads((copy / "config.json").read_text())
+    for change in (
+        lambda: (copy / "chat_template.jinja").write_text("changed"),
+        lambda: (copy / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "own.Own"}})),
+        lambda: (copy / "own.py").write_text("code that is run"),
+        lambda: (copy / "tokenizer.json").unlink(),
+        lambda: (copy / "vocab.txt").write_text("changed"),
+    ):
+        change()
+        seen.append(models.fingerprint(str(copy)))
+    assert len(set(seen)) == 6
     assert models.fingerprint(model) == models.state_fingerprint(model)
 
 

@@ -493,6 +493,8 @@ def test_what_another_machine_measured_is_not_mixed_with_ours(world, tmp_path):
     told = json.loads(file.read_text())
     file.write_text(json.dumps({**told, "task": [], "made": [*told["made"][:-1], "torch.float16"]}))
     assert measuring.measured(job, "before", job.model) == first
+    file.write_text(json.dumps({k: v for k, v in told.items() if k != "made"} | {"task": []}))  # of an older version
+    assert measuring.measured(job, "before", job.model) == first
     file.write_text(json.dumps({**told, "task": []}))
     assert measuring.measured(job, "before", job.model)["task"] == []  # ours, as it lies there
 

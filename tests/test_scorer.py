@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from holdfast.engine.lines import choose, cut, heights, lay
 from holdfast.engine.threads import may_share, side_by_side
@@ -115,6 +116,9 @@ def test_a_models_own_penalties_are_none_of_ours(tiny_model, tokenizer):
     own.generation_config.suppress_tokens = list(range(10, 200))
     assert generate(own, tokenizer, probes) == generate(plain, tokenizer, probes)
     assert own.generation_config.min_new_tokens == 8
+    adapted = get_peft_model(own, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert generate(adapted, tokenizer, probes) == generate(plain, tokenizer, probes)
+    assert adapted.generation_config.min_new_tokens == own.generation_config.min_new_tokens == 8
 
 
 @pytest.mark.parametrize("lines", [False, True])

@@ -190,17 +190,33 @@ def test_an_adapter_below_is_part_of_the_base(world, tmp_path):
         torch.testing.assert_close(p.float(), base[name], atol=1e-6, rtol=1e-5)
 
 
-def test_a_healing_that_fails_loses_nothing(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [ModelError("its parts do not fit", "no cure"), RuntimeError("its parts do not fit")]
+)
+def test_a_healing_that_fails_loses_nothing(world, tmp_path, monkeypatch, error):
     monkeypatch.setattr(settle, "HALVINGS", 1)
 
     def fails(*_):
-        raise ModelError("its parts do not fit", "no cure")
+        raise error
 
     monkeypatch.setattr(settle_heal, "heal", fails)
     report = report_of(tune(asked(world, tmp_path / "run", keep={"language": 0.999})))
     found = report["training"]["budget"]
     assert len(found["points"]) == 2 and not found["healed"] and found["met"] is False
     assert "could not be healed, since its parts do not fit" in report["task"]["note"]
+
+
+def test_an_adapter_needs_no_tensors_of_its_base(world, tmp_path, monkeypatch):
+    """Its base may be packed, or have other names on the disk."""
+
+    def refuses(*_):
+        raise ModelError("its files have other names", "")
+
+    monkeypatch.setattr(settle, "Stacked", refuses)
+    with pytest.raises(ModelError):
+        tune(asked(world, tmp_path / "dense"))
+    assert not (tmp_path / "dense" / "training.json").exists()  # told before the training
+    assert report_of(tune(asked(world, tmp_path / "run", "adapter", keep={"language": 0.05})))
 
 
 def test_a_killed_search_ends_the_same(settled, world, tmp_path, monkeypatch):

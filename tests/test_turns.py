@@ -199,6 +199,20 @@ def test_an_end_that_is_marked_apart_is_of_the_answer_before_it(read):
     assert [turn.weight for turn in row.turns] == [0.5, 0.5, 1.0, 1.0] and "weights of their own" in notes[0]
 
 
+def test_an_answer_whose_words_stand_before_it_keeps_its_mark(read):
+    """The labels are named in the question; each mark is still that of its answer."""
+    tokenizer = tokenizer_of("bytes", MARKED)
+    talk = [user("Say billing or a b."), said("billing", train=False), user("And a b?"), said("a b")]
+    (row,), _ = read(tokenizer, talk)
+    (packed,) = tokenize_all([row], tokenizer, None, stops=[tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    assert targets(tokenizer, packed) == ["a b<|im_end|>"]
+    apart = "{% endgeneration %}{% generation %}<|im_end|>{% endgeneration %}"
+    tokenizer = tokenizer_of("bytes", MARKED.replace("<|im_end|>{% endgeneration %}", apart))
+    (row,), _ = read(tokenizer, talk)
+    (packed,) = tokenize_all([row], tokenizer, None, stops=[tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    assert targets(tokenizer, packed) == ["a b<|im_end|>"]
+
+
 def test_marks_that_cannot_be_told_apart_are_refused(read):
     """The template writes other words than the conversation has, and marks each answer twice."""
     twice = MARKED.replace("{% endgeneration %}", "{% endgeneration %}{% generation %}!{% endgeneration %}")

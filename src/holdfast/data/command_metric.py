@@ -5,6 +5,7 @@ It gets one JSON object {"prompt", "answer", "row"} on its standard input, and p
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from holdfast.errors import DataError
+from holdfast.files import content_key
 from holdfast.recipe import COMMAND
 
 SECONDS = 60.0  # ours: of one answer
@@ -46,6 +48,13 @@ def function_of(name: str, base_dir: Path) -> Callable[[str, str, Mapping[str, A
             raise ValueError(f"it printed {_shown(done.stdout)!r} and no number") from None
 
     return says
+
+
+def identity(name: str, base_dir: Path) -> str:
+    """The command, with the content of the files beside the recipe that it names."""
+    words = _words(name)
+    files = [base_dir / word for word in words if (base_dir / word).is_file()]
+    return content_key(words, [hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
 
 
 def _words(name: str) -> list[str]:

@@ -58,6 +58,8 @@ def module_file(name: str, base_dir: Path) -> Path | None:
 
 def identity(name: str, base_dir: Path) -> str | None:
     """What the module says, by content: a run goes on only with the function that it began with."""
+    if name.startswith(COMMAND):
+        return command_metric.identity(name, base_dir)
     path = module_file(name, base_dir)
     return content_key(path.read_text(encoding="utf-8", errors="replace")) if path else None
 
@@ -77,7 +79,7 @@ def judge(name: str, base_dir: Path, sets: Sequence[Set], rows: Sequence[Row]) -
             score = float(function(row.prompt, answer, told))
         except Exception as error:  # whatever the user's function raises
             what = f"{row.where}: data.metric {name} failed on this row ({type(error).__name__}: {error})."
-            raise DataError(what, "Mend the function; the same command then goes on.") from error
+            raise DataError(what, "Mend what judges; the same command then goes on.") from error
         if not (math.isfinite(score) and 0 <= score <= 1):
             what = f"{row.where}: data.metric {name} gave {score:g} for this row."
             raise DataError(what, "Give a number from 0 (wrong) to 1 (right).")

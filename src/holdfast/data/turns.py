@@ -139,13 +139,16 @@ def _owners(talk: Talk, answers: Sequence[int], whole: str, found: Sequence[Turn
     A template may mark what ends an answer apart. None where the texts do not stand there as they are, and the
     stretches are not as many as the answers.
     """
+    if len(found) == len(answers):
+        return list(answers)
     starts, at = [], 0
-    for i in answers:
-        text = talk.messages[i].get("content")
+    for i, message in enumerate(talk.messages):  # all of them: an answer's words may stand in a question too
+        text = message.get("content")
         text = text.strip() if isinstance(text, str) else ""
-        at = whole.find(text, at) if text else -1
-        if at < 0:
-            return list(answers) if len(found) == len(answers) else None
-        starts.append(at)
-        at += len(text)
+        place = whole.find(text, at) if text else -1
+        if place < 0 and i in answers:
+            return None
+        if i in answers:
+            starts.append(place)
+        at = max(at, place + len(text))
     return [answers[max(0, bisect_left(starts, turn.end) - 1)] for turn in found]

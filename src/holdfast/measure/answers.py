@@ -24,7 +24,7 @@ from holdfast.measure.generate import BATCH, GREEDY, bare, new_tokens
 from holdfast.models.identity import tensors_fingerprint
 from holdfast.versions import versions
 
-FORMAT = 1  # of what is kept; raise it when an answer comes about in another way
+FORMAT = 2  # of what is kept; raise it when an answer comes about in another way
 PIECE = 2 * BATCH  # answers in a file: what a killed run loses at most
 ADAPTER = (".lora_", ".modules_to_save.")  # in the names of weights that an adapter brings
 Tokens = list[int]

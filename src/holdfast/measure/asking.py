@@ -9,7 +9,6 @@ from typing import Any
 from holdfast.data.encoder import Encoder, Split
 from holdfast.engine import BATCH_TOKENS
 from holdfast.errors import HoldfastError
-from holdfast.files import content_key
 from holdfast.measure import shard
 from holdfast.measure.generate import batch_for, generate
 from holdfast.measure.probe import Probe, Suite, counts_end
@@ -64,7 +63,6 @@ def score_suite(
         **suite.settings,
         **({"note": suite.note} if suite.note else {}),
         **({"invariant": True} if invariant else {}),
-        "asked": content_key([[p.id, p.kind, p.context, p.answers] for p in suite.probes]),
         "num_unique_tokens": scorer.num_unique_tokens,
         "tasks": [
             {

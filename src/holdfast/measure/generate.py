@@ -11,6 +11,7 @@ import torch
 from holdfast.data.encoder import Encoder, stops_of
 from holdfast.engine import BATCH_TOKENS, processes, trial
 from holdfast.engine.attention import no_plans
+from holdfast.engine.ways import inner
 from holdfast.measure.probe import Probe
 
 BATCH = 32
@@ -54,13 +55,15 @@ def generate(
 def bare(model: Any) -> Iterator[None]:
     """Inside, the model's generation config says how it runs and nothing of what it writes: no penalties, no bans, no
     least length. `generate` would take from it whatever is not passed."""
-    own = model.generation_config
-    kept = {k: v for k in RUNS if (v := getattr(own, k, None)) is not None}
-    model.generation_config = type(own)(**kept)
+    both = dict.fromkeys((model, inner(model)))  # PEFT's wrapper hands its own down
+    held = [(m, m.generation_config) for m in both]
+    for m, own in held:
+        m.generation_config = type(own)(**{k: v for k in RUNS if (v := getattr(own, k, None)) is not None})
     try:
         yield
     finally:
-        model.generation_config = own
+        for m, own in held:
+            m.generation_config = own
 
 
 def _text(tokenizer: Any, ids: list[int], over: frozenset[int], special: bool) -> str:

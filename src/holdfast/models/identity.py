@@ -16,11 +16,11 @@ from holdfast.files import cache_dir, read_json
 if TYPE_CHECKING:
     import torch
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
-                   "added_tokens.json")  # fmt: skip
-OTHERS = ("*.py", "*.model", "*.tiktoken", "vocab.txt")  # code that comes with a model, and other tokenizers' files
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja")
+OTHERS = ("*.model", "*.tiktoken", "vocab.txt", "added_tokens.json")  # of a tokenizer without a tokenizer.json
+CODE = "*.py"  # that comes with a model whose configuration names it
 TOKENIZER_KEYS = ("chat_template", "bos_token", "eos_token", "pad_token", "unk_token", "add_bos_token",
-                  "add_eos_token", "add_prefix_space", "split_special_tokens")  # fmt: skip
+                  "add_eos_token", "add_prefix_space")  # fmt: skip
 VOLATILE_KEYS = ("transformers_version", "_name_or_path", "base_model_name_or_path", "peft_version")
 MERGING = 2  # how adapters are folded in; raise it when that changes, and what was measured is measured anew
 WEIGHTS = "*.safetensors"
@@ -69,7 +69,9 @@ def folder_sha(folder: Path, base_sha: str = "") -> str:
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
             parts[name] = file_sha(folder / name)
-    for file in sorted(f for pattern in OTHERS for f in folder.glob(pattern)):
+    other = [] if (folder / "tokenizer.json").is_file() else [f for pattern in OTHERS for f in folder.glob(pattern)]
+    other += folder.glob(CODE) if "auto_map" in parts["config.json"] else []
+    for file in sorted(other):
         parts[file.name] = file_sha(file)
     settings = read_json(folder / "tokenizer_config.json")
     parts["tokenizer"] = {k: settings[k] for k in TOKENIZER_KEYS if k in settings}

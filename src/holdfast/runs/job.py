@@ -110,9 +110,12 @@ class Job:
         for m in self.session.methods:
             for value in (getattr(m, f.name) for f in dataclasses.fields(m)):
                 for path in value if isinstance(value, tuple) else (value,):
-                    file = self.run.base_dir / path if isinstance(path, str) and "\0" not in path else None
-                    if file and len(file.name) < 256 and file.is_file():
-                        yield m.name, path, file_sha(file)
+                    try:
+                        there = isinstance(path, str) and (self.run.base_dir / path).is_file()
+                    except (OSError, ValueError):  # a text that is longer than a name may be
+                        there = False
+                    if there:
+                        yield m.name, path, file_sha(self.run.base_dir / path)
 
 
 def default_plan() -> list[Any]:

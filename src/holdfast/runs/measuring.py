@@ -9,7 +9,7 @@ from holdfast.data.metric import metric_of
 from holdfast.data.rows import Row
 from holdfast.files import content_key
 from holdfast.measure.parts import REPORT
-from holdfast.measure.suites import measure_suite, remembered
+from holdfast.measure.suites import code_of_ours, measure_suite, remembered
 from holdfast.measure.tuned_task import written
 from holdfast.runs.halves import SUITES_SHARE, Halves
 from holdfast.runs.job import Job
@@ -50,8 +50,8 @@ def measured(job: Job, when: str, model: Any, soft_prompt: Any = None) -> dict[s
     when: "before" (the base, whose half is kept by content for later runs too) or "after".
     """
     run, name = job.run, f"{when}.json"
-    found, made = run.folder.read(name), _made(model)
-    if found and found.get("made", made) == made:
+    found, made = run.folder.read(name), made_by(model)
+    if found and found.get("made") == made:
         return found
     key = base_key(job, model) if when == "before" else None
 
@@ -67,9 +67,9 @@ def measured(job: Job, when: str, model: Any, soft_prompt: Any = None) -> dict[s
     return out
 
 
-def _made(model: Any) -> list[str]:
-    """What decides how a measurement of this model rounds, beside the recipe."""
-    return [*(f"{k} {v}" for k, v in versions().items()), model.device.type, str(model.dtype)]
+def made_by(model: Any) -> list[str]:
+    """What decides a measurement of this model beside the recipe: versions, our code, device and precision."""
+    return [*(f"{k} {v}" for k, v in versions().items()), code_of_ours(), model.device.type, str(model.dtype)]
 
 
 def reported_rows(job: Job) -> Sequence[Row]:

@@ -17,7 +17,7 @@ from holdfast.measure.compare import abilities, only_after, verdict
 from holdfast.measure.tuned_task import only, task_estimates
 from holdfast.models.card import model_card
 from holdfast.models.exported import Export
-from holdfast.recipe import KEEP_FRAC
+from holdfast.recipe import KEEP_FRAC, Recipe
 from holdfast.report import markdown, page
 from holdfast.report.examples import answers, examples
 from holdfast.report.seen import seen_rows
@@ -114,10 +114,9 @@ def _note(job: Job) -> str:
     return "; ".join(filter(None, [job.note, *told, *_ends(training), *more]))
 
 
-def _asked_to_keep(job: Job) -> Collection[str]:
+def asked_to_keep(recipe: Recipe) -> Collection[str]:
     """The abilities with a floor that the recipe itself wrote."""
-    m = job.recipe.measure
-    return m.keep if "keep" in m.model_fields_set else ()
+    return recipe.measure.keep if "keep" in recipe.measure.model_fields_set else ()
 
 
 def _ends(training: Mapping[str, Any]) -> list[str]:
@@ -140,7 +139,7 @@ def _report(job: Job, tuned: Any, judged: list[Any], task: Any, shown: list[Any]
         "holdfast_version": used["holdfast"],
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kind": "tune",
-        "verdict": verdict(judged, task, _asked_to_keep(job)),
+        "verdict": verdict(judged, task, asked_to_keep(job.recipe)),
         "model": {
             "name": source.name,
             "revision": source.revision,

@@ -21,6 +21,7 @@ from holdfast.recipe import KEEP_FRAC, Recipe
 from holdfast.report import markdown, page
 from holdfast.runs.bases import Bases
 from holdfast.runs.folder import LAST
+from holdfast.runs.report import asked_to_keep
 from holdfast.runs.run import Run, Tell
 
 SUMMARY = "seeds.json"
@@ -76,7 +77,7 @@ def summarised(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
     report = {
         **reports[0],
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "verdict": verdict(abilities, task),
+        "verdict": verdict(abilities, task, asked_to_keep(runs[0].recipe)),
         "abilities": abilities,
         "task": task,
         "seeds": each,

@@ -29,6 +29,7 @@ from holdfast.recipe import KEEP_FRAC
 from holdfast.runs import settle_heal
 from holdfast.runs.halves import CHOOSE, Halves, Measured
 from holdfast.runs.job import Job
+from holdfast.runs.measuring import made_by
 from holdfast.runs.repair_search import Point, choose, falls_short, sure
 from holdfast.session import LORA_B, Session
 
@@ -94,7 +95,8 @@ def base_tensors(source: ModelSource, session: Session) -> Stacked | None:
     Raises:
         ModelError: its files do not give them by name.
     """
-    return Stacked(source, session.model) if is_straight(session) and not has_adapter(session) else None
+    wrapped = has_adapter(session) or any(m.wraps for m in session.methods)  # before a stage begins none is there yet
+    return Stacked(source, session.model) if is_straight(session) and not wrapped else None
 
 
 def remember(job: Job, key: str | None) -> None:
@@ -104,9 +106,10 @@ def remember(job: Job, key: str | None) -> None:
         ModelError: the base's files do not give its tensors by name, and after the training they would be needed.
     """
     base_tensors(job.source, job.session)
-    if job.run.folder.read(BASE) is None:
+    made, known = made_by(job.model), job.run.folder.read(BASE)
+    if known is None or known.get("made") != made:
         found = Halves(job).measured(CHOOSE, job.model, key=key, tell=_told(job, "measure before"))
-        job.run.folder.write(BASE, found)
+        job.run.folder.write(BASE, {**found, "made": made})
 
 
 def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[str, Any]]:
@@ -146,8 +149,8 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
                 try:
                     healing = settle_heal.heal(job, model, _told(job, "heal"))
                     _least(looks, look_healed, HALVINGS_HEALED)
-                except HoldfastError as error:  # what was trained is worth more than this step
-                    said["unhealed"] = error.what.rstrip(".")
+                except (HoldfastError, RuntimeError) as error:  # no memory, say: what was trained is worth more
+                    said["unhealed"] = str(getattr(error, "what", error)).split("\n")[0].rstrip(".")
                     looks = []
         best = choose([*points, *looks])
         if broken and not (best.meets and best.candidate.healed):

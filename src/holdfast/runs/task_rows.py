@@ -10,6 +10,8 @@ from holdfast.data.encoder import encoder_of
 from holdfast.data.metric import judge_of, metric_of
 from holdfast.data.rows import Row
 from holdfast.data.sets import sets_of
+from holdfast.engine import processes
+from holdfast.errors import DataError
 from holdfast.files import content_key
 from holdfast.measure.suites import remembered
 from holdfast.measure.tuned_task import judged, plainly, score_task, written
@@ -36,10 +38,26 @@ def score_rows(
     settings = {**m.forwards, "progress": progress}
     if metric.asked == "text":
         texts = remembered(name, lambda: written(model, job.tokenizer, rows, m.max_new_tokens, **settings))
-        return judged(plainly(rows, encoder_of(model, job.tokenizer)), texts, _judge(job, rows), metric.top or 1.0)
+        said = plainly(rows, encoder_of(model, job.tokenizer))
+        return _by_first(lambda: judged(said, texts, _judge(job, rows), metric.top or 1.0))
     return remembered(
         name, lambda: score_task(model, job.tokenizer, rows, labels, soft_prompt=soft_prompt, **settings)
     )
+
+
+def _by_first(judge: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What the first of several processes judges: a user's function need not say the same twice."""
+
+    def told() -> list[Any]:
+        try:
+            return [judge(), None]
+        except DataError as error:
+            return [None, [error.what, error.cure]]
+
+    found, error = processes.told(told)
+    if error:
+        raise DataError(*error)
+    return found
 
 
 def _judge(job: Job, rows: Sequence[Row]) -> Callable[[str, Row], float]:

@@ -29,6 +29,7 @@ __all__ = (
     "about",
     "build",
     "check_suite",
+    "code_of_ours",
     "measure_suite",
     "names_of",
     "probes_of",
@@ -94,7 +95,7 @@ def asked_of(suite: Suite) -> list[list[Any]]:
 
 
 @cache
-def _ours() -> str:
+def code_of_ours() -> str:
     """The code and data that measure, by content: what an older state of them found is not taken for ours."""
     here = Path(__file__).parents[2]
     files = [f for part in OURS for f in sorted((here / part).rglob("*")) if f.suffix in (".py", ".json", ".jsonl")]
@@ -112,7 +113,7 @@ def remembered(key: str | bool | None, make: Callable[[], Any]) -> Any:
 
     from holdfast.engine import processes
 
-    name = content_key(key, versions(), torch.get_num_threads(), _ours())
+    name = content_key(key, versions(), torch.get_num_threads(), code_of_ours())
     path = cache_dir() / "measurements" / f"{name}.json"
     found = processes.told(
         lambda: _read(path)
