@@ -1,4 +1,4 @@
-"""The tables of docs/repair.md: made of the files of results, and the area by hand."""
+"""The tables of docs/repair.md and docs/budget.md: made of the files of results, and the area by hand."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def bench():
-    with scripts(*LEADERBOARD, "repair_table", "repair", "inference", "edits") as found:
+    with scripts(*LEADERBOARD, "repair_table", "repair", "inference", "edits", "budget") as found:
         yield found
 
 
@@ -29,6 +29,23 @@ def test_the_page_has_the_tables_of_the_edits(bench):
     for name, part in results.items():
         lines = bench.edits.table(part)
         assert len(lines) > 4 and "\n".join(lines) in page, f"{name}: run python benchmarks/edits.py table"
+
+
+def test_the_page_has_the_table_of_the_budgets(bench):
+    page = (ROOT / "docs" / "budget.md").read_text(encoding="utf-8")
+    assert "\n".join(bench.budget.table()) in page, "run python benchmarks/budget.py table"
+
+
+def test_the_best_plain_rate_by_hand(bench):
+    """The best mean among the rates with the most seeds."""
+
+    def run(factor, seed, value, task="sst2"):
+        return bench.budget.Cell(task, "plain", 60, factor, seed), {"task": {"after": {"value": value}}}
+
+    found = [run(1.0, 0, 0.8), run(1.0, 1, 0.6), run(2.0, 0, 0.7), run(2.0, 1, 0.8), run(4.0, 0, 0.9)]
+    assert bench.budget._best_plain(found) == {("sst2", 60): (2.0, {0: 0.7, 1: 0.8})}
+    cell = bench.budget.Cell("rte", "kept", 250, 1 / 3, 2)
+    assert cell.path.name == "rte.kept.250.x0.33.2.json"
 
 
 def test_areas_by_hand(bench):
