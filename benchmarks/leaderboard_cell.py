@@ -204,7 +204,7 @@ def shared_training(path: Path, session: Any, train: Callable[[], Any]) -> tuple
     facts = train()
     spent = {
         "train_seconds": round(time.perf_counter() - begun, 1),
-        "train_cpu_seconds": round(time.process_time() - used, 1),
+        "train_cpu_seconds": round(time.process_time() - used, 3),
         "peak_bytes": _common.peak_bytes(),
     }
     weights = {n: p.detach().clone() for n, p in session.params.items()}
@@ -300,7 +300,7 @@ def run(cell: Cell, lab: Lab, words: str) -> Data:
         begun, used = time.perf_counter(), time.process_time()
         trained = train_cell(cell, lab, model, tokenizer, rows)
         cost["train_seconds"] = round(time.perf_counter() - begun, 1)
-        cost["train_cpu_seconds"] = round(time.process_time() - used, 1)
+        cost["train_cpu_seconds"] = round(time.process_time() - used, 3)
         cost["peak_bytes"] = max(_common.peak_bytes(), trained.spent.get("peak_bytes", 0))
         cost |= {k: round(cost[k] + v, 1) for k, v in trained.spent.items() if k != "peak_bytes"}
     found = measure(cell, lab, trained.model, tokenizer, rows, trained.soft)

@@ -140,9 +140,9 @@ class Bench:
             rows = self.rows_of(setting.rows)
             trained = train_methods(setting.methods(), cell, self.lab, fresh, self.tokenizer, rows)
             model, extra = trained.model, trained.facts
-            cost["train_cpu_seconds"] = round(time.process_time() - before, 1)
+            cost["train_cpu_seconds"] = round(time.process_time() - before, 3)
         found = self.measure(model, cell)
-        cost["cpu_seconds"] = round(time.process_time() - before, 1)
+        cost["cpu_seconds"] = round(time.process_time() - before, 3)
         cost["seconds"] = round(time.perf_counter() - start, 1)
         return {**facts, "figures": found.pop("figures"), "cost": cost, "made": made(), **extra, **found}
 
