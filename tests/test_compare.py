@@ -119,11 +119,13 @@ def test_an_ability_the_base_does_not_have_is_not_judged():
         (lambda m: m["tasks"][0]["items"].pop(), "'t0' do not hold the same items"),
         (lambda m: m["tasks"].pop(), "'t1' do not hold the same items"),  # a missing task must not count as kept
         (lambda m: m["tasks"].append({**m["tasks"][0], "name": "new"}), "'new' do not hold the same items"),
+        (lambda m: m["tasks"][1].update(metric="bleu"), "'t1' has metric 'exact', the other 'bleu'"),
+        (lambda m: m["tasks"][0].update(version=2), "'t0' has version 1, the other 2"),
         (lambda m: m.update(num_fewshot=4), "num_fewshot 8, the other 4"),
         (lambda m: m.update(seed=1), "seed 0, the other 1"),
         (lambda m: m.update(suite="anchors"), "suite 'in-context', the other 'anchors'"),
     ],
-    ids=["item", "task", "more", "shots", "seed", "suite"],
+    ids=["item", "task", "more", "metric", "version", "shots", "seed", "suite"],
 )
 def test_other_questions_cannot_be_paired(change, words):
     base = measured(drawn(2, 20))

@@ -32,6 +32,11 @@ def _check_pair(before: Part, after: Part) -> None:
     if name:
         what = f"The two measurements of {name!r} do not hold the same items, so they cannot be paired."
         raise HoldfastError(what, cure)
+    for b, a in zip(before["tasks"], after["tasks"], strict=True):
+        for key in ("metric", "version"):
+            if b.get(key) != a.get(key):
+                what = f"One measurement of {b['name']!r} has {key} {b.get(key)!r}, the other {a.get(key)!r}."
+                raise HoldfastError(what, cure)
 
 
 def estimates(
