@@ -32,7 +32,8 @@ def _check_pair(before: Part, after: Part) -> None:
     if name:
         what = f"The two measurements of {name!r} do not hold the same items, so they cannot be paired."
         raise HoldfastError(what, cure)
-    for b, a in zip(before["tasks"], after["tasks"], strict=True):
+    later = {t["name"]: t for t in after["tasks"]}
+    for b, a in ((t, later[t["name"]]) for t in before["tasks"]):
         for key in ("metric", "version"):
             if b.get(key) != a.get(key):
                 what = f"One measurement of {b['name']!r} has {key} {b.get(key)!r}, the other {a.get(key)!r}."
