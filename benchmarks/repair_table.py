@@ -10,6 +10,7 @@ All points of a search are those of its coarse look: the same items, which also 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -52,8 +53,9 @@ def _point(p: Mapping[str, Any]) -> list[Any]:
     def short(e: Mapping[str, Any] | None) -> list[Any]:
         return [None, None] if not e else [round(e["value"], 4), [round(e["low"], 4), round(e["high"], 4)]]
 
+    label = re.sub(r"(?<!\S)/\S*/(\S+)", r"\1", p["label"])  # of a soup: models by their names, not by places
     method = BENT if p["method"] == PLAIN and "parts" in p["settings"] else p["method"]
-    return [p["label"], method, "+".join(p["parts"]), *short(p["task"]), *short(p["kept"].get(ABILITY))]
+    return [label, method, "+".join(p["parts"]), *short(p["task"]), *short(p["kept"].get(ABILITY))]
 
 
 # ---- tables
