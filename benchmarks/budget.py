@@ -146,7 +146,7 @@ def table() -> list[str]:
         if cell.plan != "kept":
             continue
         plain = best.get((cell.task, cell.steps), (0.0, {}))[1].get(cell.seed)
-        if plain is not None:
+        if plain is not None and cell.factor == 1:
             apart.append(100 * (f["task"]["after"]["value"] - plain))
         holds.append(all(f["kept"][name]["value"] >= floor for name, floor in KEEP.items()))
         end, clock = f["budget"], f["timing"]
