@@ -376,3 +376,11 @@ def stops_of(config: Any) -> tuple[int, ...]:
     """The tokens that end a generation, of a model's generation config (or any object or dict with eos_token_id)."""
     ends = config.get("eos_token_id") if isinstance(config, dict) else getattr(config, "eos_token_id", None)
     return tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
+
+
+def ends_to_set(config: Any, tokenizer: Any) -> int | list[int] | None:
+    """The eos_token_id with which a generation config (or a dict) stops where answers end; None where it does so."""
+    end, stops = Encoder(tokenizer).end, stops_of(config)
+    if end is None or end in stops:
+        return None
+    return [*stops, end] if stops else end

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import encoder_of
 from holdfast.decode.contrast import Contrast
 from holdfast.diagnose import NOTHING, Case, Finding
 from holdfast.diagnose._pair import evaluating
@@ -39,7 +39,7 @@ SHOWN = 8
 
 def diagnose(case: Case) -> Finding:
     """Texts that tuning made likelier, the clearest first."""
-    encoder = Encoder(case.tokenizer, stops_of(getattr(case.tuned, "generation_config", None)))
+    encoder = encoder_of(case.tuned, case.tokenizer)
     if not encoder.first:
         raise ModelError("The tokenizer has neither a first nor a last token to write from.", "Leave it out.")
     with evaluating(case.base, case.tuned):
@@ -84,7 +84,7 @@ def iterated(case: Case, rounds: int = 3, learning_rate: float = LEARNING_RATE) 
 
     Both models are left as they were. Costs a training and TOKENS steps of generation a round.
     """
-    encoder = Encoder(case.tokenizer, stops_of(getattr(case.tuned, "generation_config", None)))
+    encoder = encoder_of(case.tuned, case.tokenizer)
     start, found = encoder.first, []
     for n in range(rounds):
         rows = [token_row(t, len(start)) for texts in found for t in texts if len(t) > len(start)]

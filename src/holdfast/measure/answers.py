@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import encoder_of
 from holdfast.engine import processes
 from holdfast.files import cache_dir, content_key, read_json, write_json
 from holdfast.measure.generate import BATCH, GREEDY, bare, new_tokens
@@ -82,7 +82,7 @@ def respond(
 
     Several processes share the work; all must ask alike, and all get the whole.
     """
-    stops = Encoder(tokenizer, stops_of(model.generation_config)).stops
+    stops = encoder_of(model, tokenizer).stops
     ends = {"eos_token_id": sorted(stops)} if stops else {}
     rolls = (lambda at: Dice([seeds[n] for n in at], sampling)) if sampling.temperature > 0 else None
     with bare(model):
@@ -134,7 +134,7 @@ def kept(
 
     identity: `identity_of` the model. What other versions of the libraries answered is not used.
     """
-    stops = sorted(Encoder(tokenizer, stops_of(model.generation_config)).stops)
+    stops = sorted(encoder_of(model, tokenizer).stops)
     name = content_key(FORMAT, identity, stops, asdict(sampling), seed, versions(), torch.get_num_threads())
     folder = cache_dir() / "answers" / name
     asked = {_key(p, draw): (list(p), draw) for p in prompts for draw in range(num)}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import Encoder, encoder_of
 from holdfast.data.metric import Metric
 from holdfast.engine.base import batches
 from holdfast.engine.forward import forward
@@ -72,7 +72,7 @@ def drawn_prompts(model: Any, tokenizer: Any, seed: int = 0) -> list[Tokens]:
     Raises:
         ModelError: too few of them differ.
     """
-    encoder = Encoder(tokenizer, stops_of(model.generation_config))
+    encoder = encoder_of(model, tokenizer)
     first = encoder.first
     seeds = [seed_of(seed, first, n) for n in range(DRAWN)]
     asked = [(first, PROMPT_TOKENS)] * DRAWN

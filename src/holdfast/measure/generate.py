@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import encoder_of
 from holdfast.engine import BATCH_TOKENS, processes, trial
 from holdfast.engine.attention import no_plans
 from holdfast.engine.ways import inner
@@ -41,7 +41,7 @@ def generate(
     Greedy text depends on the last bits of the logits, so two batch sizes may give other words in bf16; the batches
     depend on the probes and the kind of model alone, so base and tuned get the same.
     """
-    encoder = Encoder(tokenizer, stops_of(model.generation_config))
+    encoder = encoder_of(model, tokenizer)
     seen = encoder.prompts([p.context for p in probes])
     prompts = [(ids or encoder.first, p.max_tokens) for ids, p in zip(seen, probes, strict=True)]
     ends = {"eos_token_id": sorted(encoder.stops)} if encoder.stops else {}

@@ -110,14 +110,13 @@ def prompting(tokenizer: Any) -> Any:
 def _mend_generation(model: Any, tokenizer: Any) -> None:
     """Generation must stop where answers were trained to end. Some hub models carry sampling values with sampling off,
     which transformers refuses to save: what has no effect goes, so that greedy models stay greedy."""
-    from holdfast.data.encoder import Encoder, stops_of
+    from holdfast.data.encoder import ends_to_set
 
     generation = getattr(model, "generation_config", None)
     if generation is None:
         return
-    end, stops = Encoder(tokenizer).end, stops_of(generation)
-    if end is not None and end not in stops:
-        generation.eos_token_id = [*stops, end] if stops else end
+    if (ends := ends_to_set(generation, tokenizer)) is not None:
+        generation.eos_token_id = ends
     try:
         generation.validate(strict=True)
     except ValueError:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from holdfast import models
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import ends_to_set
 from holdfast.errors import ModelError, PlanError
 from holdfast.files import fresh_folder, read_json, write_json
 from holdfast.method import Method
@@ -197,10 +197,9 @@ class Pair:
 
 def _let_end(file: Path, tokenizer: Any) -> None:
     """What is written must stop where answers were trained to end, with the tokenizer's end, whatever the base did."""
-    found, end = read_json(file), Encoder(tokenizer).end
-    stops = stops_of(found)
-    if end is not None and end not in stops:
-        write_json(file, {**found, "eos_token_id": [*stops, end] if stops else end})
+    found = read_json(file)
+    if (ends := ends_to_set(found, tokenizer)) is not None:
+        write_json(file, {**found, "eos_token_id": ends})
 
 
 class _Maker:

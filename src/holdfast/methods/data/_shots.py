@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from holdfast.data.asked import Reader
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import Encoder, encoder_of
 from holdfast.data.fewshot import Prompt, can_chat
 from holdfast.data.mix import Mix
 from holdfast.data.rendered import Rendered
@@ -66,7 +66,7 @@ def task_shots(rows: Sequence[Row], ctx: Context, source: str) -> TokenRow:
 
 def _encoder(ctx: Context) -> Encoder:
     """As the task's rows are tokenised."""
-    return Encoder(ctx.tokenizer, stops_of(getattr(ctx.model, "generation_config", None)))
+    return encoder_of(ctx.model, ctx.tokenizer)
 
 
 @dataclass(frozen=True)

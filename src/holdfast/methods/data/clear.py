@@ -28,7 +28,7 @@ from typing import ClassVar
 import numpy as np
 
 from holdfast.data.asked import Asked, Reader, fits_chats
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import encoder_of
 from holdfast.data.mix import Mix
 from holdfast.engine.base import token_logp
 from holdfast.engine.pack import TokenRow, token_row
@@ -107,7 +107,7 @@ class CLEAR(Method):
 
     def confidence(self, rows: Sequence[TokenRow], ctx: Context) -> dict[bytes, float]:
         """c of every row that can be read as a prompt and an answer, by its key."""
-        reader = Reader(Encoder(ctx.tokenizer, stops_of(getattr(ctx.model, "generation_config", None))))
+        reader = Reader(encoder_of(ctx.model, ctx.tokenizer))
         room = room_of(ctx.model) - self.max_new_tokens
         read = {r.key: reader.read(r) for r in rows}
         asked = {key: a for key, a in read.items() if a and len(a.ids) <= room}

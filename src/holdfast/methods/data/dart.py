@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from holdfast.data.asked import Asked, Reader
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import encoder_of
 from holdfast.data.mix import Mix, Source
 from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import NoEffect, PlanError
@@ -91,7 +91,7 @@ class Sampler:
 
     def __init__(self, method: DART, mix: Mix, ctx: Context):
         self.method, self.ctx = method, ctx
-        self.reader = Reader(Encoder(ctx.tokenizer, stops_of(getattr(ctx.model, "generation_config", None))))
+        self.reader = Reader(encoder_of(ctx.model, ctx.tokenizer))
         some = asked_about(mix.trained, method.rows, method.name, ctx, "it adds none to the others")
         rows = {r.key: r for r in map(mix.mapped, some)}
         room = room_of(ctx.model) - method.max_new_tokens

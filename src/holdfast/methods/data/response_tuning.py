@@ -18,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 
 from holdfast.data.asked import Reader, empty_turn
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import encoder_of
 from holdfast.data.mix import Mix
 from holdfast.data.rendered import Rendered
 from holdfast.engine.pack import TokenRow, token_row
@@ -37,7 +37,7 @@ class ResponseTuning(Method):
     writes: ClassVar = frozenset({"ids"})
 
     def data(self, mix: Mix, ctx: Context) -> Mix:
-        reader = Reader(Encoder(ctx.tokenizer, stops_of(getattr(ctx.model, "generation_config", None))))
+        reader = Reader(encoder_of(ctx.model, ctx.tokenizer))
         whole = sum(reader.read(r) is None for r in mix.task)
         if whole == len(mix.task):
             what = "ResponseTuning takes the prompts of the task away, but none of its rows is a prompt and an answer."

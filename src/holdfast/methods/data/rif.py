@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from holdfast.data.asked import Reader
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import encoder_of
 from holdfast.data.mix import Mix
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
@@ -52,7 +52,7 @@ class RIF(Method):
             raise PlanError(what, "Mend them.")
 
     def data(self, mix: Mix, ctx: Context) -> Mix:
-        reader = Reader(Encoder(ctx.tokenizer, stops_of(getattr(ctx.model, "generation_config", None))))
+        reader = Reader(encoder_of(ctx.model, ctx.tokenizer))
         read, room = {r.key: reader.read(r) for r in mix.task}, room_of(ctx.model) - self.max_new_tokens
         said = judged(
             {key: a for key, a in read.items() if a and len(a.ids) <= room}, reader, ctx, self.verifier,

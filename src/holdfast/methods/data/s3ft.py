@@ -23,7 +23,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from holdfast.data.asked import Asked, Reader, fits_chats
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import encoder_of
 from holdfast.data.mix import Mix
 from holdfast.data.rendered import Rendered
 from holdfast.data.rows import Row
@@ -99,7 +99,7 @@ class Exchange:
     def choose(self, rows: Sequence[TokenRow]) -> tuple[dict[bytes, TokenRow], Counter[str]]:
         """The target of every row by its key, and how many of the rows have which kind."""
         m, ctx = self.method, self.ctx
-        reader = Reader(Encoder(ctx.tokenizer, stops_of(getattr(ctx.model, "generation_config", None))))
+        reader = Reader(encoder_of(ctx.model, ctx.tokenizer))
         judge = verifier(m.verifier, ctx.base_dir)
         distinct = {r.key: r for r in rows}
         asked = {key: a for key, r in distinct.items() if (a := reader.read(r))}

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 
 from holdfast.data.asked import Reader, fits_chats
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import encoder_of
 from holdfast.data.rendered import Rendered
 from holdfast.data.tokens import tokenize_all
 from holdfast.engine.pack import TokenRow, token_row
@@ -75,7 +75,7 @@ class MORepair(Method):
         if self.sources:
             cut = (r.cut(ctx.max_length) for r in read_sources(self.sources, ctx, owner=self.name))
             return [r for r in cut if r.scored.any()]
-        reader = Reader(Encoder(ctx.tokenizer, stops_of(getattr(ctx.model, "generation_config", None))))
+        reader = Reader(encoder_of(ctx.model, ctx.tokenizer))
         some = few(ctx.rows, self.rows, self.name, ctx)
         asked = [a for r in tokenize_all(some, ctx.tokenizer, None) if (a := reader.read(r))]
         if any(isinstance(a.prompt, Rendered) for a in asked) and not (

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from holdfast.data.asked import Reader
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import encoder_of
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
 from holdfast.method import Method, Paper, Rollouts, State, Term
@@ -57,7 +57,7 @@ class OnPolicyKL(Method):
     def rollouts(self, rows: Sequence[TokenRow], step: int, ctx: Context, state: State) -> Rollouts | None:
         if step % self.every:
             return None
-        reader = Reader(Encoder(ctx.tokenizer, stops_of(getattr(ctx.model, "generation_config", None))))
+        reader = Reader(encoder_of(ctx.model, ctx.tokenizer))
         asked = [a for r in rows if r.of_task and (a := reader.read(r))][: self.prompts]
         if not asked:
             return None

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from holdfast.data.asked import Asked, Reader, fits_chats
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import encoder_of
 from holdfast.data.rendered import Rendered
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
@@ -95,7 +95,7 @@ class SDFT(Method):
             )
 
     def rollouts(self, rows: Sequence[TokenRow], step: int, ctx: Context, state: State) -> Rollouts | None:
-        reader = Reader(Encoder(ctx.tokenizer, stops_of(getattr(ctx.model, "generation_config", None))))
+        reader = Reader(encoder_of(ctx.model, ctx.tokenizer))
         read = [reader.read(r) for r in rows if r.num_scored]
         asked = [a for a in read if a is not None]
         if len(asked) < len(read):

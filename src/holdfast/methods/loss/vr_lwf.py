@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from holdfast.data.asked import empty_turn
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import Encoder, encoder_of
 from holdfast.data.fewshot import can_chat
 from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import PlanError
@@ -77,7 +77,7 @@ class VRLwF(Method):
         """The tokens that every row begins with, at least one."""
         if self.start == "chat" and self.words == "texts":
             return Encoder(ctx.tokenizer).prompts([empty_turn(ctx.tokenizer)])[0]
-        first = Encoder(ctx.tokenizer, stops_of(getattr(ctx.model, "generation_config", None))).first
+        first = encoder_of(ctx.model, ctx.tokenizer).first
         return list(first) or self._vocabulary(ctx)[:1]
 
     def _written(self, first: Sequence[int], ctx: Context) -> list[list[int]]:

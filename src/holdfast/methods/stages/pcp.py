@@ -25,7 +25,7 @@ from typing import ClassVar
 import numpy as np
 
 from holdfast.data.asked import Reader
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import encoder_of
 from holdfast.data.mix import Mix, Source
 from holdfast.engine.base import token_logp
 from holdfast.engine.pack import TokenRow, token_row
@@ -72,7 +72,7 @@ class PCP(Method):
         if not 2 <= len(answers) <= self.labels:
             what = f"PCP labels texts with the answers of the task, but it has {len(answers)} different ones."
             raise PlanError(what, f"Use it for tasks of 2 to {self.labels} labels (PCP.labels), or leave it out.")
-        reader = Reader(Encoder(ctx.tokenizer, stops_of(getattr(ctx.model, "generation_config", None))))
+        reader = Reader(encoder_of(ctx.model, ctx.tokenizer))
         rows = few(mix.trained, self.texts, self.name, ctx)
         if self.sources:
             rows = read_sources(self.sources, ctx, owner="task", most=self.texts)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from holdfast.data.asked import Reader
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import encoder_of
 from holdfast.data.phrasing import reworded
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
@@ -89,7 +89,7 @@ class PhrasingPrompt(Method):
         return trained(model)
 
     def batch(self, rows: Sequence[TokenRow], step: int, look: Look) -> Sequence[TokenRow]:
-        reader = Reader(Encoder(look.ctx.tokenizer, stops_of(getattr(look.ctx.model, "generation_config", None))))
+        reader = Reader(encoder_of(look.ctx.model, look.ctx.tokenizer))
         said = [self.otherwise(r, step, reader, look.ctx) for r in rows]
         for name in [n for n in look.state if n.startswith(SAID)]:
             del look.state[name]

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from holdfast.data.asked import Asked, Reader
-from holdfast.data.encoder import Encoder, stops_of
+from holdfast.data.encoder import encoder_of
 from holdfast.data.mix import Mix
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import NoEffect, PlanError
@@ -95,7 +95,7 @@ class Marks:
     @cached_property
     def table(self) -> dict[bytes, dict[str, np.ndarray]]:
         """The marks of each row that has a wrong answer, by its key."""
-        reader = Reader(Encoder(self.ctx.tokenizer, stops_of(getattr(self.ctx.model, "generation_config", None))))
+        reader = Reader(encoder_of(self.ctx.model, self.ctx.tokenizer))
         some = asked_about(self.mix.kept, self.method.rows, self.method.name, self.ctx, "the others have weight 1")
         rows = {r.key: r for r in map(self.mix.mapped, some)}
         room = room_of(self.ctx.model) - self.method.max_new_tokens
