@@ -80,7 +80,9 @@ def tune(
     ] = None,
     keep: Annotated[
         list[str] | None,
-        typer.Option("--keep", help="Share to keep, such as in-context=0.97, or default: of all default suites."),
+        typer.Option(
+            "--keep", help="Share to keep, such as in-context=0.97, default: of all default suites, or none."
+        ),
     ] = None,
     set: Set = None,
     debug: Debug = False,

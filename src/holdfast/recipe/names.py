@@ -8,6 +8,7 @@ from string import Formatter
 from holdfast.errors import DataError
 
 KEEP_FRAC = 0.95
+KEEP_IN_CONTEXT = 0.97  # of `tune`
 AUTO = "auto"  # of the suites: what the training makes cheap
 SHIPPED = "holdfast:"  # prefix of the data sets and recipes that come with the package
 RECIPE_DIR = Path(__file__).parents[1] / "recipes"  # demo.yaml is holdfast:demo

@@ -17,6 +17,7 @@ from holdfast.recipe.names import (
     AUTO,
     COMMAND,
     KEEP_FRAC,
+    KEEP_IN_CONTEXT,
     METRIC_NAMES,
     OLD_WARMUP,
     OWN_METRIC,
@@ -325,11 +326,12 @@ class Measure(Section):
         default=None, ge=1, description="Longest answer to the task; null: 1.5 of the longest reference, 16 to 512."
     )
     keep: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
-        default={"in-context": KEEP_FRAC},
-        description=f"Share of the base score to keep; default {KEEP_FRAC} each.",
+        default={"in-context": KEEP_IN_CONTEXT},
+        description=f"Share of the base score to keep; default {KEEP_IN_CONTEXT} of in-context, else {KEEP_FRAC}.",
     )
-    budget: bool = Field(
-        default=False, description="Take back as much of the change as keep asks for; reported on other items."
+    budget: bool | None = Field(
+        default=None,
+        description="Take back as much of the change as keep asks for, reported on other items; null: where one can.",
     )
     skip_before: bool = Field(default=False, description="Do not measure the base model first.")
 
@@ -349,7 +351,7 @@ class Measure(Section):
         """A recipe that names suites and no floors must prove in-context; the others prove what their items can."""
         suites = value.get("suites") if isinstance(value, Mapping) else None
         if isinstance(suites, list) and "keep" not in value:
-            return {**value, "keep": {"in-context": KEEP_FRAC} if {"in-context", AUTO} & set(suites) else {}}
+            return {**value, "keep": {"in-context": KEEP_IN_CONTEXT} if {"in-context", AUTO} & set(suites) else {}}
         return value
 
     @check_all(mode="after")

@@ -89,8 +89,12 @@ def round_to(job: Job, tuned: Any) -> None:
 
 
 def _written(job: Job, tuned: Any) -> list[torch.nn.Parameter]:
-    """The parameters that an export holds: of an adapter what was trained."""
-    return list(job.session.params.values() if hasattr(tuned, "peft_config") else tuned.parameters())
+    """The parameters that an export holds: of an adapter what was trained, or what it was joined to."""
+    if not hasattr(tuned, "peft_config"):
+        return list(tuned.parameters())
+    own = {id(p) for p in job.session.params.values()}
+    trained = [p for p in tuned.parameters() if id(p) in own]
+    return trained or [p for name, p in tuned.named_parameters() if ".lora_" in name]
 
 
 @contextmanager

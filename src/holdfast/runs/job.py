@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from holdfast.models.identity import file_sha
 from holdfast.plan import Host, Plan
 from holdfast.recipe import Recipe
 from holdfast.runs.abilities import certain, measured_suites
+from holdfast.runs.budget import has_budget
 from holdfast.runs.checks import (
     check_budget,
     check_looks,
@@ -67,6 +69,11 @@ class Job:
     mix: Any
     suites: tuple[str, ...]
 
+    @cached_property
+    def budget(self) -> bool:
+        """Whether what breaks a bound is taken back (`runs.budget`)."""
+        return has_budget(self)
+
     @property
     def recipe(self) -> Recipe:
         return self.run.recipe
@@ -74,7 +81,7 @@ class Job:
     @property
     def halved(self) -> bool:
         """Whether what chooses anything sees one half of items and rows alone (`runs.halves`)."""
-        return self.run.halved or self.recipe.measure.budget
+        return self.run.halved or self.budget
 
     @property
     def wraps(self) -> bool:

@@ -74,7 +74,7 @@ def made_by(model: Any) -> list[str]:
 
 def reported_rows(job: Job) -> Sequence[Row]:
     """The rows of the task that the report is about: those that chose nothing."""
-    return Halves(job).rows[REPORT] if job.recipe.measure.budget else job.task.test
+    return Halves(job).rows[REPORT] if job.budget else job.task.test
 
 
 def base_key(job: Job, model: Any) -> str | None:
@@ -91,7 +91,7 @@ def _abilities(job: Job, model: Any, key: str | None, tell: Callable[[float, str
     def told(share: float, suite: str) -> None:
         tell(SUITES_SHARE * share, suite)
 
-    if m.budget:  # the others chose how much of the change stays
+    if job.budget:  # the others chose how much of the change stays
         return Halves(job).abilities(REPORT, model, key=key, tell=told)
     return measure_suites(
         job.suites,

@@ -111,17 +111,19 @@ def healing(
     *,
     steps: int,
     tell: Callable[[float, str], None],
+    seed: int = SEED,
 ) -> Session:
     """Train; returns the session, whose model is the tuned one with the change as an adapter.
 
     Args:
+        seed: of the few-shot prompts.
         base, tuned: give the models, plain; the second is wrapped for good. Both may be the same one in memory.
         rows: gives rows of the task, of the tuned model.
 
     Raises:
         PlanError: the tuned model has no linear map that LoRA can stand beside.
     """
-    anchor = {"every": 1, "short": 0, "pool": steps, "seed": SEED}  # the tuned model is far from the base at once
+    anchor = {"every": 1, "short": 0, "pool": steps, "seed": seed}  # the tuned model is far from the base at once
     teacher = _learnt(base(), tokenizer, ICLAnchor(**anchor), lambda x: tell(0.1 * x, "answers of the base"))
     model = tuned()
     plan = Plan([LoRA(), KLToBase(), _Anchor(teacher=teacher, **anchor)])

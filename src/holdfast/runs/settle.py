@@ -1,11 +1,10 @@
-"""The last step under a budget (`measure.budget`): how much of the change may stay, so that every bound holds.
+"""The last step under a budget (`measure.budget`): what of the change may stay, so that every bound holds.
 
-The weights walk back from the tuned model towards the base in a straight line (WiSE-FT, arXiv 2109.01903; on a LoRA
-adapter its scale, which is the same), until the share of each ability lies above its floor. Where no part of the
-change meets the bounds, or what does gives back more than a tenth of what the task gained, the model is healed
-(`settle_heal`), by as little of that change as will do. One half of the items and the validation rows decide;
-`measuring` then reports on the other half, so no number in the report was chosen on. Where the whole change meets
-every bound, that is one measurement and nothing is changed.
+Where the whole change meets every bound, that is one measurement and nothing is changed. Else the model is healed
+(`settle_heal`): a short training with the task's rows and the base as teachers. Where that does not meet the bounds,
+or gives back more than a tenth of what the task gained, the weights walk back from the tuned model towards the base in
+a straight line (WiSE-FT, arXiv 2109.01903; on a LoRA adapter its scale, which is the same). One half of the items and
+the validation rows decide; `measuring` then reports on the other half, so no number in the report was chosen on.
 
 A bound is met as in a repair, with a standard error to spare (`repair_search.sure`).
 """
@@ -14,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,15 +26,17 @@ from holdfast.method import canonical
 from holdfast.models.source import ModelSource
 from holdfast.models.tensors import Stacked
 from holdfast.recipe import KEEP_FRAC
-from holdfast.runs import settle_heal
+from holdfast.runs import budget, settle_heal
 from holdfast.runs.halves import CHOOSE, Halves, Measured
 from holdfast.runs.job import Job
+from holdfast.runs.joined import joined
 from holdfast.runs.measuring import made_by
-from holdfast.runs.repair_search import Point, choose, falls_short, sure
+from holdfast.runs.repair_search import Point, choose, falls_short
 from holdfast.session import LORA_B, Session
 
 SURELY = "by a standard error on the items for choosing"
-HALVINGS, HALVINGS_HEALED = 3, 2  # ours: looks between all of the change, or of the healing, and none of it
+HALVINGS = 3  # ours: looks between all of the change and none of it
+NOISE = 0.02  # ours: of a share kept, on the default number of items
 BASE = "before.choose.json"  # the base's answers on the choosing half, in the run folder
 LORA = (".lora_A.", ".lora_B.", ".lora_embedding_")
 
@@ -130,8 +132,7 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
 
     def look_healed(share: float) -> Point:
         healing.scale(share)
-        told = _told(job, "search")
-        told(len(looks) / (1 + HALVINGS_HEALED), f"{share:.0%} of the healing")
+        _told(job, "search")(len(looks) / 2, f"{share:.0%} of the healing")
         return _point(job, End(share, healed=True), base, halves.measured(CHOOSE, healing.model))
 
     points: list[Point] = []
@@ -139,61 +140,56 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
     said: dict[str, Any] = {} if change.straight else {"why": "what was trained is more than a scale of its change"}
     with job.run.timed("search"):
         points.append(look(1.0))
-        broken = not points[0].meets and change.straight
-        if broken:
-            _halve(points, look, 1)
-        if points[0].shown["kept"] and falls_short(choose(points), points[0].value, _value(job, base)):
+        whole = points[0]
+        short = partial(falls_short, tuned=whole.value, base=_value(job, base))
+        if whole.shown["kept"] and not whole.meets:
             said["unhealed"] = settle_heal.why_not(job, soft)
-            change.scale(model, 1.0)
             if not said["unhealed"]:
                 try:
                     healing = settle_heal.heal(job, model, _told(job, "heal"))
-                    _least(looks, look_healed, HALVINGS_HEALED)
+                    looks.append(look_healed(1.0))
+                    if looks[0].meets and short(looks[0]):  # it pulled harder than it had to
+                        looks.append(look_healed(0.5))
                 except (HoldfastError, RuntimeError) as error:  # no memory, say: what was trained is worth more
                     said["unhealed"] = str(getattr(error, "what", error)).split("\n")[0].rstrip(".")
                     looks = []
-        best = choose([*points, *looks])
-        if broken and not (best.meets and best.candidate.healed):
-            _halve(points, look, HALVINGS - 1)
+            if change.straight and short(choose([*points, *looks])):
+                _halve(points, look)
         best = choose([*points, *looks])
         if best.candidate.healed:
+            change.scale(model, 1.0)
             healing.scale(best.candidate.share)
-            model = healing.plain()
+            model = joined(model, healing.model) or healing.plain()
         else:
             change.scale(model, best.candidate.share)
         points += looks
-    unseen = [name for name in job.recipe.measure.keep if name not in best.shown["kept"]]
+    unseen = [name for name in budget.named(job) if name not in best.shown["kept"]]
     met = best.meets if best.shown["kept"] else None
+    held = budget.floors_of(job)
     which = {k: v for k, v in _shown(best).items() if k in ("share", "healed")}
-    return model, {**which, "met": met, "points": [_shown(p) for p in points], "unseen": unseen, **said}
+    return model, {**which, "met": met, "points": [_shown(p) for p in points], "unseen": unseen, **held, **said}
 
 
-def _halve(points: list[Point], look: Callable[[float], Point], times: int) -> None:
-    """Look between the largest share that meets the bounds and the smallest that does not; 0 meets them."""
-    for _ in range(times):
+def _halve(points: list[Point], look: Callable[[float], Point]) -> None:
+    """Look between the largest share that meets the bounds and the smallest that does not; 0 meets them.
+
+    What lies within the noise of the bound is not told apart by a finer look.
+    """
+    for _ in range(HALVINGS):
         low = max((p.candidate.share for p in points if p.meets), default=0.0)
-        high = min(p.candidate.share for p in points if not p.meets)
-        points.append(look((low + high) / 2))
-
-
-def _least(points: list[Point], look: Callable[[float], Point], halvings: int) -> None:
-    """Look at the whole, and if it meets the bounds for the least share that does."""
-    points.append(look(1.0))
-    low, high = 0.0, 1.0
-    for _ in range(halvings if points[0].meets else 0):
-        share = (low + high) / 2
-        points.append(look(share))
-        low, high = (low, share) if points[-1].meets else (share, high)
+        high = min((p for p in points if not p.meets), key=lambda p: p.candidate.share)
+        if low and high.margin > -NOISE:
+            return
+        points.append(look((low + high.candidate.share) / 2))
 
 
 def _point(job: Job, end: End, base: Measured, found: Measured) -> Point:
-    floors = job.recipe.measure.keep
+    floors = budget.named(job)
     pairs = zip(base["abilities"], found["abilities"], strict=True)
     parts = [ability(b, a, floors.get(b["suite"], KEEP_FRAC)) for b, a in pairs]
     kept = {p["name"]: p["retention"] for p in parts if p["retention"]}
-    margins = [sure(kept[name]) - floor for name, floor in floors.items() if name in kept]
     shown = {"task": _task(job, found), "kept": kept}
-    return Point(end, _value(job, found), min(margins, default=0.0), (CHOOSE,), shown)
+    return Point(end, _value(job, found), budget.margin(job, kept), (CHOOSE,), shown)
 
 
 def _task(job: Job, found: Measured) -> dict[str, Any]:
@@ -211,12 +207,13 @@ def _shown(p: Point) -> dict[str, Any]:
     return {**asdict(p.candidate), "meets": p.meets, "margin": p.margin, **p.shown}
 
 
-def words(found: Mapping[str, Any], floors: Mapping[str, float]) -> str:
+def words(found: Mapping[str, Any]) -> str:
     """What the search did, as a clause of the report."""
-    unseen, seen = ", ".join(found["unseen"]), {k: v for k, v in floors.items() if k not in found["unseen"]}
-    bound = ", ".join(f"{name} {floor:g}" for name, floor in seen.items())
+    unseen, seen = ", ".join(found["unseen"]), {k: v for k, v in found["floors"].items() if k not in found["unseen"]}
+    more = [f"no shown loss below {KEEP_FRAC:g} of {', '.join(found['others'])}"] if found["others"] else []
+    bound = ", ".join([*(f"{name} {floor:g}" for name, floor in seen.items()), *more])
     blind = f"nothing is held of {unseen}, which the base is not shown to have" if unseen else ""
-    return "; ".join(filter(None, [_outcome(found, bound) if seen else "", blind]))
+    return "; ".join(filter(None, [_outcome(found, bound) if bound else "", blind]))
 
 
 def _outcome(found: Mapping[str, Any], bound: str) -> str:

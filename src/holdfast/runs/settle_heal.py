@@ -1,8 +1,8 @@
-"""Where no part of the change meets a budget: the short training of `repair --method heal`, at the end of a run.
+"""Where the change does not meet a budget: the short training of `repair --method heal`, at the end of a run.
 
 It pulls the tuned model back towards the base on few-shot prompts of other tasks, and holds it where it is on rows of
-the task. Unlike a line to the base it can keep the task and bring an ability back. What comes out is a whole model,
-since the adapter of the run, if it has one, lies below that of this training.
+the task. Unlike a line to the base it can keep the task and bring an ability back. Where the run trained an adapter of
+plain LoRA, `joined` makes one of both; else what comes out is a whole model.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from holdfast.engine.pack import TokenRow
 from holdfast.engine.processes import world
 from holdfast.method import canonical
 from holdfast.runs.job import Job, base_of
-from holdfast.runs.repair_heal import FEWEST, PROMPTS, SEED, STEPS, healing
+from holdfast.runs.repair_heal import FEWEST, PROMPTS, SEED, healing
 from holdfast.session import LORA_B
+
+STEPS = 24  # ours: a run under anchors needs less than a repair does (docs/decisions.md)
+FRESH = 1  # seed of the prompts: the plan may have trained on those of 0
 
 
 def why_not(job: Job, soft: Any) -> str:
@@ -66,9 +69,8 @@ def heal(job: Job, tuned: Any, tell: Callable[[float, str], None]) -> Healed:
         own = copy.deepcopy(tuned)
         return models.merged(own, label) if hasattr(own, "peft_config") else own
 
-    session = healing(
-        partial(base_of, job.run, job.source), plain, job.tokenizer, lambda _: _rows(job), steps=STEPS, tell=tell
-    )
+    base, rows = partial(base_of, job.run, job.source), lambda _: _rows(job)
+    session = healing(base, plain, job.tokenizer, rows, steps=STEPS, tell=tell, seed=FRESH)
     return Healed(session.finished_model(dtype)[0], label)
 
 

@@ -130,7 +130,7 @@ def _finished(job: Job, base_dtype: Any) -> tuple[Any, Any, dict[str, Any] | Non
     if bad:
         what = f"The weight {bad} of the tuned model is not finite; it is not exported."
         raise TrainingError(what, "Start again with a lower training.learning_rate and another output_dir.")
-    change = settle.Change(job) if job.recipe.measure.budget else None
+    change = settle.Change(job) if job.budget else None
     tuned, soft = session.finished_model(base_dtype)
     settled = None
     if change:
@@ -182,7 +182,7 @@ def _part(
         "notes": [
             *job.session.ctx.notes,
             *_advice(job),
-            *([settle.words(settled, job.recipe.measure.keep)] if settled else []),
+            *([settle.words(settled)] if settled else []),
         ],
         "budget": settled,
         "export": export_said,

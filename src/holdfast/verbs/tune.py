@@ -16,7 +16,7 @@ from rich.console import Console
 
 from holdfast.errors import HoldfastError
 from holdfast.measure.names import DEFAULT, names_of
-from holdfast.recipe import AUTO, Recipe, _resolved, load_recipe, recipe_from
+from holdfast.recipe import AUTO, KEEP_FRAC, KEEP_IN_CONTEXT, Recipe, _resolved, load_recipe, recipe_from
 from holdfast.report import terminal
 from holdfast.report.progress import progress_on
 from holdfast.runs.run import Run, Tell, silent
@@ -24,7 +24,7 @@ from holdfast.runs.several import join
 from holdfast.verbs.check import floors_of
 
 DEFAULT_BUDGET = "default"  # `--keep default`: these shares of all default suites; ours
-IN_CONTEXT, OTHERS = 0.97, 0.95
+NO_BUDGET = "none"  # `--keep none`: nothing is taken back
 
 
 def tune(recipe: str | Path | Recipe, overrides: list[str] | None = None, *, tell: Tell | None = None) -> Path:
@@ -68,7 +68,7 @@ def _work(run: Run) -> None:
     folder.keep_inputs(work.inputs())
     folder.write("plan.json", work.session.plan.explain())
     before = None if run.recipe.measure.skip_before else measuring.measured(work, "before", work.model)
-    if run.recipe.measure.budget:
+    if work.budget:
         settle.remember(work, measuring.base_key(work, work.model))
     if folder.read("training.json"):
         tuned, soft_prompt = export.loaded(run)
@@ -142,12 +142,16 @@ def _exit(*budgets: Mapping[str, Any] | None) -> int:
 
 def _wished(recipe: Path, overrides: Sequence[str], keep: Sequence[str]) -> Recipe:
     loaded = load_recipe(recipe, overrides)
+    if list(keep) == [NO_BUDGET]:
+        return loaded.model_copy(update={"measure": loaded.measure.model_copy(update={"budget": False})})
+    if NO_BUDGET in keep:
+        raise HoldfastError(f"--keep {NO_BUDGET} takes nothing back, and another --keep names a share.", "Give one.")
     return budgeted(loaded, floors_to_keep(keep)) if keep else loaded
 
 
 def floors_to_keep(items: Sequence[str]) -> dict[str, float]:
     """The floors of a budget, each "ability=share"; "default" is those of all default suites. What is named counts."""
-    usual = {**dict.fromkeys(DEFAULT, OTHERS), "in-context": IN_CONTEXT} if DEFAULT_BUDGET in items else {}
+    usual = {**dict.fromkeys(DEFAULT, KEEP_FRAC), "in-context": KEEP_IN_CONTEXT} if DEFAULT_BUDGET in items else {}
     return {**usual, **floors_of([i for i in items if i != DEFAULT_BUDGET])}
 
 
