@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -318,6 +319,13 @@ def test_the_table(whole):
     assert report["advice"]
     for name in ("compare.md", "compare.html"):
         assert "LoRA" in (folder / "out" / name).read_text()
+    picture = ElementTree.parse(folder / "out" / "compare.language.svg").getroot()
+    shown = {t.text for t in picture.iter("{http://www.w3.org/2000/svg}title")}
+    for row in report["rows"]:
+        task, kept = row["task"]["value"], row["abilities"][0]["retention"]["value"]
+        (line,) = (t for t in shown if t.startswith(f"{row['name']}: task {task:.2f}"))
+        assert f"kept {round(100 * kept)} % (" in line
+    assert (folder / "out" / "compare.language.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_trials_show_their_early_signs(whole):

@@ -365,6 +365,8 @@ def test_tradeoff_svg_is_xml_and_escaped():
     texts = [t.text for t in root.iter("{http://www.w3.org/2000/svg}text")]
     assert all(p["name"] in texts for p in points())
     assert any(t and t.startswith("<script>") for t in texts)
+    said = [t.text for t in root.iter("{http://www.w3.org/2000/svg}title")]
+    assert any("task 0.60 (" in t and "kept 50 % (" in t for t in said) and len(said) == len(given)
     assert len(list(root.iter("{http://www.w3.org/2000/svg}circle"))) == len(given)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from markupsafe import escape as html
@@ -10,6 +12,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from holdfast.files import safe_name, write_text
 
 from . import schema
 from .markdown import escape
@@ -22,6 +26,10 @@ EARLY = ("first norm", "first loss")
 SIGNS = (
     "First norm and loss: means over the first 100 steps, of the gradient before clipping and the task's loss; they "
     "chose nothing. Of runs with one plan those of lower norm and higher loss came out better in arXiv 2412.13337."
+)
+DOTS = (
+    "A dot is a plan at its chosen settings, on items that chose nothing; the table's first is bold. Point at one to "
+    "see its numbers."
 )
 FAILED = "These runs failed; the same command tries them again:"
 
@@ -51,17 +59,36 @@ def markdown(report: Part) -> str:
     return "\n".join(lines) + "\n"
 
 
+def pictures(report: Part) -> dict[str, str]:
+    """ability with a floor -> the frontier as an SVG file."""
+    r = schema.clean(dict(report))
+    return {name: tradeoff_svg(_dots(r, name), r["task"]["metric"], f"{name} kept") for name in r["keep"]}
+
+
+def write(report: Part, out: Path) -> None:
+    """compare.md, compare.html, and the frontiers as compare.<ability>.svg, and .png where matplotlib is there."""
+    from .plots import save_png
+
+    write_text(out / "compare.md", markdown(report))
+    write_text(out / "compare.html", page(report))
+    r = schema.clean(dict(report))
+    for name, svg in pictures(report).items():
+        path = out / f"compare.{safe_name(name)}.svg"
+        write_text(path, svg)
+        if find_spec("matplotlib"):
+            save_png(_dots(r, name), path.with_suffix(".png"), r["task"]["metric"], f"{name} kept")
+
+
 def page(report: Part) -> str:
     """The same as one HTML file without scripts, with a picture of the frontier for each ability with a floor."""
     r = schema.clean(dict(report))
-    metric = r["task"]["metric"]
-    pictures = [f"<h2>{html(name)}</h2>" + tradeoff_svg(_dots(r, name), metric, f"{name} kept") for name in r["keep"]]
+    drawn = [f"<h2>{html(name)}</h2>{svg}" for name, svg in pictures(report).items()]
     failed = "".join(f"<li>{html(k)}: {html(v)}</li>" for k, v in r["failed"].items())
     body = [
         f"<h1>{html(r['task']['name'])}</h1><p>{html(r['advice'])}</p>",
         html_table(_head(r), [(cells, False) for cells in _cells(r)]),
-        *pictures,
-        "<p>A dot is a plan at its chosen settings, on items that chose nothing; the table's first is bold.</p>",
+        *drawn,
+        f"<p>{DOTS}</p>",
         f"<h2>What chose {'rates and strengths' if _strengths(r) else 'the learning rates'}</h2>",
         html_table(
             ["plan", "learning rate", *(["strength"] if _strengths(r) else []), *EARLY, "task", *r["keep"]],

@@ -16,7 +16,7 @@ from markupsafe import Markup, escape
 
 from holdfast.errors import HoldfastError, pip_install
 
-from .schema import clean, estimate, has, has_interval, number, one_line
+from .schema import clean, estimate, has, has_interval, number, one_line, percent, percent_interval
 
 STRIP_HEIGHT = 30  # pixels of one row of the dot plot
 CHART_HEIGHT = 190  # pixels of a line chart, without the labels below it
@@ -212,6 +212,7 @@ class Mark:
     down: tuple[float, float] | None
     highlight: bool
     box: Box
+    said: str = ""  # both numbers with their intervals, shown to who points at it
 
 
 def _overlap(a: Box, b: Box) -> float:
@@ -305,10 +306,15 @@ def _scene(points: Sequence[dict[str, Any]]) -> tuple[list[Mark], Axis, Axis]:
     names = [one_line(p.get("name") or "") for p in points]
     boxes = place_labels(dots, names, lines)
     marks = [
-        Mark(name, x, y, span, fall, bool(p.get("highlight")), box)
+        Mark(name, x, y, span, fall, bool(p.get("highlight")), box, _said(name, p))
         for p, name, (x, y), span, fall, box in zip(points, names, dots, spans, falls, boxes, strict=True)
     ]
     return sorted(marks, key=lambda m: m.highlight), across, down  # the highlighted ones are drawn on top
+
+
+def _said(name: str, point: dict[str, Any]) -> str:
+    kept, span = percent(point["kept"]["value"]), percent_interval(point["kept"])
+    return f"{name}: task {estimate(point['task'])}, kept {kept}" + (f" ({span})" if span else "")
 
 
 _STYLE = (
@@ -317,6 +323,7 @@ _STYLE = (
     ".i{stroke:#8c959f;stroke-width:1.5}.d{fill:#59636e}.i.h{stroke:#0a6c86}.d.h{fill:#0a6c86}"
     "@media(prefers-color-scheme:dark){text{fill:#9aa4af}.n{fill:#e6e9ec}.h,.d.h{fill:#5cc3dd}.g{stroke:#30363d}"
     ".w,.i{stroke:#6e7681}.d{fill:#9aa4af}.i.h{stroke:#5cc3dd}}"
+    ".m:hover .i{stroke-width:3}.m:hover circle{r:8px}svg:has(.m:hover) .m:not(:hover){opacity:.2}"
 )
 
 
@@ -348,7 +355,7 @@ def _mark_svg(m: Mark) -> str:
     out.append(
         f'<text class="n{tone}" x="{x:.1f}" y="{m.box[3] - 4:.1f}" text-anchor="{side}">{escape(m.name)}</text>'
     )
-    return "".join(out)
+    return f'<g class="m"><title>{escape(m.said)}</title>{"".join(out)}</g>'
 
 
 def _axes_svg(across: Axis, down: Axis, x_name: str, y_name: str) -> str:
@@ -377,7 +384,7 @@ def tradeoff_svg(
             Points without a value are left out.
 
     Returns:
-        A whole SVG file for light and dark pages.
+        A whole SVG file for light and dark pages. Who points at a dot sees its numbers and the others faded.
     """
     marks, across, down = _scene(points)
     body = _axes_svg(across, down, x_name, y_name) + "".join(map(_mark_svg, marks))

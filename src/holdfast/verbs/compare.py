@@ -14,7 +14,6 @@ from typing import Any
 from rich.console import Console
 
 from holdfast.errors import HoldfastError, PlanError
-from holdfast.files import write_text
 from holdfast.recipe import Recipe, _resolved, load_recipe
 from holdfast.report.progress import progress_on
 from holdfast.runs.run import Tell, silent
@@ -57,8 +56,7 @@ def compare(
     rates, strong = _grid(factors, strengths, search)
     wish = Wish(loaded.model_dump(mode="json"), tuple(methods), rates, seeds, strong, search or 0)
     report = run(wish, here, Path(out), tell, ray)
-    for name, text in (("compare.md", shown.markdown), ("compare.html", shown.page)):
-        write_text(Path(out) / name, text(report))
+    shown.write(report, Path(out))
     return report
 
 
