@@ -270,7 +270,7 @@ DORA = {"LoRA": {"r": 8, "use_dora": True}}
 def test_where_no_part_meets_the_bound_the_model_is_healed(world, tmp_path, monkeypatch, plan):
     """The line is cut short here, so that nothing on it meets the bound."""
     monkeypatch.setattr(settle, "HALVINGS", 1)
-    monkeypatch.setattr(settle_heal, "STEPS", 72)
+    monkeypatch.setattr(settle_heal, "STEPS", (72, 72))
     monkeypatch.setattr(repair_heal, "RATE", 0.02)  # a tiny model moves little
     kind = "adapter" if plan else "dense"
     recipe = asked(world, tmp_path / "run", kind, keep={"language": 0.99}).model_copy(

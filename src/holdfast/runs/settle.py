@@ -146,7 +146,7 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
             said["unhealed"] = settle_heal.why_not(job, soft)
             if not said["unhealed"]:
                 try:
-                    healing = settle_heal.heal(job, model, _told(job, "heal"))
+                    healing = settle_heal.heal(job, model, -whole.margin, _told(job, "heal"))
                     looks.append(look_healed(1.0))
                     if looks[0].meets and short(looks[0]):  # it pulled harder than it had to
                         looks.append(look_healed(0.5))

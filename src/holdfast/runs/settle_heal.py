@@ -23,7 +23,8 @@ from holdfast.runs.job import Job, base_of
 from holdfast.runs.repair_heal import FEWEST, PROMPTS, SEED, healing
 from holdfast.session import LORA_B
 
-STEPS = 24  # ours: a run under anchors needs less than a repair does (docs/decisions.md)
+FAR = 0.1  # ours: of a share kept below its bound
+STEPS = (24, 48)  # ours: of the training near to the bound and far from it (docs/decisions.md)
 FRESH = 1  # seed of the prompts: the plan may have trained on those of 0
 
 
@@ -61,16 +62,16 @@ class Healed:
         return models.merged(self.model, self._label)
 
 
-def heal(job: Job, tuned: Any, tell: Callable[[float, str], None]) -> Healed:
-    """Train; `tuned` stays as it is."""
+def heal(job: Job, tuned: Any, below: float, tell: Callable[[float, str], None]) -> Healed:
+    """Train; `tuned` stays as it is. below: how far the ability that is nearest to its own bound lies below it."""
     dtype, label = job.model.dtype, f"The healed model of {job.source.label}"
 
     def plain() -> Any:
         own = copy.deepcopy(tuned)
         return models.merged(own, label) if hasattr(own, "peft_config") else own
 
-    base, rows = partial(base_of, job.run, job.source), lambda _: _rows(job)
-    session = healing(base, plain, job.tokenizer, rows, steps=STEPS, tell=tell, seed=FRESH)
+    base, rows, steps = partial(base_of, job.run, job.source), lambda _: _rows(job), STEPS[below > FAR]
+    session = healing(base, plain, job.tokenizer, rows, steps=steps, tell=tell, seed=FRESH)
     return Healed(session.finished_model(dtype)[0], label)
 
 
