@@ -13,7 +13,7 @@ from holdfast.data.readers import source_file
 from holdfast.data.streams import rows_wanted
 from holdfast.files import content_key
 from holdfast.recipe import ROLES, Recipe, Source
-from holdfast.versions import versions
+from holdfast.versions import code_of, versions
 
 
 def content_of(recipe: Recipe, tokenizer: Any, base_dir: Path, more: Sequence[Any]) -> str | None:
@@ -26,7 +26,7 @@ def content_of(recipe: Recipe, tokenizer: Any, base_dir: Path, more: Sequence[An
     told = spec.model_dump(exclude={"name", *ROLES})
     several = [isinstance(getattr(spec, role), list) for role in ROLES]
     decided = [sources, wanted, several, told, recipe.seed_of_rows, list(more)]
-    return content_key(*decided, _tokenizer(tokenizer), versions(), _ours())
+    return content_key(*decided, _tokenizer(tokenizer), versions(), code_of("data", "recipe"))
 
 
 def _source(source: Source, base_dir: Path) -> list[str] | None:
@@ -56,9 +56,3 @@ def _tokenizer(tokenizer: Any) -> list[Any]:
     names = sorted((key, str(value)) for key, value in tokenizer.special_tokens_map.items())
     kind = [type(tokenizer).__module__, type(tokenizer).__qualname__, metadata.version("tokenizers")]
     return [inside, settings, names, str(tokenizer.chat_template), *kind]
-
-
-def _ours() -> list[str]:
-    """The code that reads and tokenises, by content: what an older version wrote is not taken for ours."""
-    here = Path(__file__).parent
-    return [_digest(path) for path in [*sorted(here.glob("*.py")), *sorted((here.parent / "recipe").glob("*.py"))]]

@@ -80,15 +80,14 @@ class Change:
                 params[name].copy_(torch.lerp(self._base.read(name, tuned), tuned, share))
 
 
-def has_adapter(session: Session) -> bool:
-    """Whether what is trained lies in the factors of an adapter."""
+def _has_factors(session: Session) -> bool:
     return any(LORA_B.search(canonical(n)) for n, _ in session.model.named_parameters())
 
 
 def is_straight(session: Session) -> bool:
     """Whether scaling what is trained leads to the base."""
     lora = all(any(part in n for part in LORA) for n in session.params)
-    return not any(m.trains_prompt for m in session.plan.active) and (lora or not has_adapter(session))
+    return not any(m.trains_prompt for m in session.plan.active) and (lora or not _has_factors(session))
 
 
 def base_tensors(source: ModelSource, session: Session) -> Stacked | None:
@@ -97,7 +96,7 @@ def base_tensors(source: ModelSource, session: Session) -> Stacked | None:
     Raises:
         ModelError: its files do not give them by name.
     """
-    wrapped = has_adapter(session) or any(m.wraps for m in session.methods)  # before a stage begins none is there yet
+    wrapped = _has_factors(session) or any(m.wraps for m in session.methods)  # before a stage begins none is there yet
     return Stacked(source, session.model) if is_straight(session) and not wrapped else None
 
 

@@ -5,7 +5,6 @@ One file a suite, each with `build_suite(ask) -> Suite`; the data lies in `data/
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from holdfast.files import cache_dir, content_key, write_json
 from holdfast.measure.asking import score_suite
 from holdfast.measure.names import DEFAULT, SUITES, about, names_of
 from holdfast.measure.probe import Ask, Probe, Suite
-from holdfast.versions import versions
+from holdfast.versions import code_of, versions
 
 OURS = ("measure", "engine", "data")  # folders of the package that decide what a measurement finds
 
@@ -94,12 +93,9 @@ def asked_of(suite: Suite) -> list[list[Any]]:
     return [[p.id, p.kind, p.context, p.answers, p.right, p.max_tokens, p.open_ended] for p in suite.probes]
 
 
-@cache
 def code_of_ours() -> str:
-    """The code and data that measure, by content: what an older state of them found is not taken for ours."""
-    here = Path(__file__).parents[2]
-    files = [f for part in OURS for f in sorted((here / part).rglob("*")) if f.suffix in (".py", ".json", ".jsonl")]
-    return content_key([[str(f.relative_to(here)), hashlib.sha256(f.read_bytes()).hexdigest()] for f in files])
+    """The code and data that measure."""
+    return code_of(*OURS)
 
 
 def remembered(key: str | bool | None, make: Callable[[], Any]) -> Any:
