@@ -111,7 +111,17 @@ def _note(job: Job) -> str:
     more = [f"the reported rows also chose {what}, which flatters them" for what in chose]
     training = job.run.folder.read("training.json")
     told = training.get("notes", ())
-    return "; ".join(filter(None, [job.note, *told, *_ends(training), *more]))
+    return "; ".join(filter(None, [job.note, *told, _chose(job), *_ends(training), *more]))
+
+
+def _chose(job: Job) -> str:
+    """That rows of the set that is reported on chose under the budget instead, where no others were there to."""
+    if not job.budget or (job.recipe.data.test and job.task.validation):
+        return ""
+    kind, given = ("test", job.task.test) if job.recipe.data.test else ("validation", job.task.validation)
+    left = len(given) - len(reported_rows(job))
+    cure = "data.validation, or measure.budget: false," if kind == "test" else "data.test, or measure.budget: false,"
+    return f"{left} of {len(given)} {kind} rows chose under the budget, the others are reported ({cure} gives all)"
 
 
 def asked_to_keep(recipe: Recipe) -> Collection[str]:
