@@ -102,13 +102,13 @@ def test_a_run_that_ruins_the_task_gives_the_base_back(world, tmp_path):
 
 def test_a_lost_ability_is_out_of_the_question(world, tmp_path, monkeypatch):
     job = planned(recipe(world, tmp_path / "run", eval_steps=4), world.folder)
-    kept = {"a": 0.98}
+    kept = {"a": 0.96}
     part = {"name": "in-context"}
     monkeypatch.setattr(looking, "ability", lambda *_: {**part, "retention": {"value": kept["a"]}})
     base = looking._probe(job, job.model)
     rank, finding = looking._look(job, job.model, base)
-    assert rank == finding["task"] and finding["kept/in-context"] == 0.98
-    kept["a"] = 0.96
+    assert rank == finding["task"] and finding["kept/in-context"] == 0.96
+    kept["a"] = 0.94
     assert looking._look(job, job.model, base)[0] is None
     assert chosen([(0, 0.2, {}), (2, None, {}), (4, 0.3, {}), (6, 0.3, {})]) == 4
     assert chosen([(0, -2.0, {}), (2, None, {}), (4, -1.0, {})]) == 4  # of a loss, ranks are negative

@@ -404,6 +404,7 @@ def test_a_run_that_can_hold_nothing_has_no_budget(world, tmp_path, plan, measur
     recipe = without_a_word(world, tmp_path / "run", **measure).model_copy(update={"plan": plan})
     job = checked(Run(recipe, world.folder, halved=halved))
     assert not job.budget and job.halved == halved
+    assert budget.words(job) == f"Nothing is held: {job.unheld}" and job.unheld
 
 
 def test_a_base_with_other_names_on_the_disk_has_no_budget_for_its_weights(world, tmp_path, monkeypatch):

@@ -190,7 +190,10 @@ def _plan(report: Mapping[str, Any]) -> str:
     for step in _get(report, "plan", default=[]):
         settings = ", ".join(f"{key}={value}" for key, value in (step.get("settings") or {}).items())
         rows.append([_text(step.get("method")), _text(settings) or "defaults", _paper(step.get("paper"))])
-    return f"## Plan\n\n{_table(('method', 'settings', 'paper'), rows)}" if rows else ""
+    table = _table(("method", "settings", "paper"), rows) if rows else ""
+    said = _get(report, "training", "budget", "said", default="")  # what was done to it after the plan
+    after = f"After the training: {_text(said)}." if said else ""
+    return "\n\n".join(["## Plan", *filter(None, [table, after])]) if table or after else ""
 
 
 def _paper(paper: Mapping[str, Any] | None) -> str:

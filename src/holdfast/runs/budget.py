@@ -8,44 +8,52 @@ one run in three by chance.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from holdfast.engine.processes import world
 from holdfast.errors import HoldfastError
-from holdfast.recipe import KEEP_FRAC
+from holdfast.recipe import KEEP_FRAC, Recipe
 from holdfast.runs.repair_search import sure
 
 if TYPE_CHECKING:
     from holdfast.runs.job import Job
 
 
-def has_budget(job: Job) -> bool:
-    """Whether this run has one; what the recipe says counts."""
+def why_none(job: Job) -> str:
+    """Why this run has no budget, "" where it has one; what the recipe says counts."""
     m = job.recipe.measure
     if m.budget is not None:
-        return m.budget
-    if job.run.halved or m.skip_before or not job.suites or not _can_take_back(job):
-        return False
-    return _can_be_cut(job)
+        return "" if m.budget else "measure.budget is false"
+    if job.run.halved:
+        return "a comparison shows each plan as it is"
+    if m.skip_before:
+        return "the base is not measured"
+    if not job.suites:
+        return "no ability is measured"
+    if job.replaces:
+        return "new modules in the model's place cannot be taken back"
+    if any(p.trains_prompt for p in job.session.plan.active):
+        return "a soft prompt cannot be taken back"
+    return _uncut(job)
 
 
-def _can_take_back(job: Job) -> bool:
-    """Not new modules or a soft prompt, nor weights of which each process has its part."""
-    whole = world()[1] == 1 or job.session.plan.trains_new
-    return whole and not job.replaces and not any(m.trains_prompt for m in job.session.plan.active)
-
-
-def _can_be_cut(job: Job) -> bool:
+def _uncut(job: Job) -> str:
+    """Why nothing could be chosen with, or walked back to."""
     from holdfast.runs import settle
     from holdfast.runs.halves import Halves
 
     halves = Halves(job)
     try:
         settle.base_tensors(job.source, job.session)
-        return all(halves.rows.values()) and bool(halves.suites)
-    except HoldfastError:  # too few rows or items, a suite of lm-eval, or tensors of the base under other names
-        return False
+        whole = all(halves.rows.values()) and bool(halves.suites)
+    except HoldfastError as error:
+        return str(error.what).rstrip(".")
+    return "" if whole else "there are too few rows to choose with and to report on"
+
+
+def asked_to_keep(recipe: Recipe) -> Collection[str]:
+    """The abilities with a floor that the recipe itself wrote."""
+    return recipe.measure.keep if "keep" in recipe.measure.model_fields_set else ()
 
 
 def named(job: Job) -> Mapping[str, float]:
@@ -63,6 +71,19 @@ def margin(job: Job, kept: Mapping[str, Mapping[str, float]]) -> float:
     above = [sure(kept[name]) - floor for name, floor in named(job).items() if name in kept]
     lost = [kept[name]["high"] - KEEP_FRAC for name in others(job) if name in kept]
     return min([*above, *(x for x in lost if x < 0)], default=0.0)
+
+
+def words(job: Job) -> str:
+    """What must stay, before anything is trained."""
+    if job.unheld:
+        return f"Nothing is held: {job.unheld}"
+    return f"Must stay: {bounds(named(job), others(job))}"
+
+
+def bounds(floors: Mapping[str, float], beside: Sequence[str]) -> str:
+    """Floors in words, and the suites that no one named."""
+    more = [f"no shown loss below {KEEP_FRAC:g} of {', '.join(beside)}"] if beside else []
+    return ", ".join([*(f"{name} {floor:g}" for name, floor in floors.items()), *more])
 
 
 def floors_of(job: Job) -> dict[str, Any]:

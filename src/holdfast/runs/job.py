@@ -9,7 +9,6 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,7 +32,7 @@ from holdfast.models.identity import file_sha
 from holdfast.plan import Host, Plan
 from holdfast.recipe import Recipe
 from holdfast.runs.abilities import certain, measured_suites
-from holdfast.runs.budget import has_budget
+from holdfast.runs.budget import why_none
 from holdfast.runs.checks import (
     check_budget,
     check_looks,
@@ -56,7 +55,7 @@ from holdfast.sites.merging import sources_of
 @dataclass(frozen=True)
 class Job:
     """A recipe that can be worked on. `mix` draws its rows, `training` is its schedule, `session` its plan,
-    `rate` its learning rate with the reason, `suites` what is measured."""
+    `rate` its learning rate with the reason, `suites` what is measured, `unheld` why it has no budget ("": it has)."""
 
     run: Run
     source: models.ModelSource
@@ -68,11 +67,12 @@ class Job:
     rate: Rate
     mix: Any
     suites: tuple[str, ...]
+    unheld: str = "it is not decided yet"
 
-    @cached_property
+    @property
     def budget(self) -> bool:
-        """Whether what breaks a bound is taken back (`runs.budget`)."""
-        return has_budget(self)
+        """Whether what breaks a bound is healed or taken back (`runs.budget`)."""
+        return not self.unheld
 
     @property
     def recipe(self) -> Recipe:
@@ -166,7 +166,8 @@ def checked(run: Run) -> Job:
     training = _training(run, model, steps, epoch, rate)
     check_course(training)
     suites = measured_suites(run.recipe, task.token_rows, steps, ask, longest)
-    return Job(run, source, model, tokenizer, task, session, training, rate, mix, suites)
+    job = Job(run, source, model, tokenizer, task, session, training, rate, mix, suites)
+    return dataclasses.replace(job, unheld=why_none(job))
 
 
 def base_of(run: Run, source: models.ModelSource) -> Any:
@@ -260,7 +261,7 @@ def _rate(recipe: Recipe, session: Session, steps: int, rows: int) -> Rate:
     if given == "auto":
         return found
     cost = f"3 or 4 trials of {min(STEPS, steps)} steps before the {steps} of the run"
-    why = f"search: around this, by {cost}, each judged by {min(ROWS, rows)} validation rows"
+    why = f"search: around this, by {cost}, each judged by up to {min(ROWS, rows)} validation rows"
     return Rate(found.value, why)
 
 

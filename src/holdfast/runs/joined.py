@@ -47,8 +47,10 @@ def joined(model: Any, healing: Any) -> Any | None:
 
 def factors(model: Any) -> Factors | None:
     """A and s B of each map of a model with one adapter; None for no adapter, or one that is more than that."""
-    config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
-    if getattr(config, "peft_type", None) != "LORA" or config.modules_to_save or config.bias != "none":
+    if not hasattr(model, "peft_config"):
+        return None
+    config = model.peft_config[model.active_adapter]
+    if config.peft_type != "LORA" or config.modules_to_save or config.bias != "none":
         return None
     found = {}
     for name, m in _layers(model).items():

@@ -10,6 +10,8 @@ from holdfast.data.metric import metric_of
 from holdfast.hosts.watching import Watch
 from holdfast.measure.compare import ability
 from holdfast.measure.tuned_task import task_estimates
+from holdfast.recipe import KEEP_FRAC
+from holdfast.runs.budget import asked_to_keep
 from holdfast.runs.halves import Halves, choosing_rows
 from holdfast.runs.job import Job
 from holdfast.runs.measuring import measure_suites
@@ -46,7 +48,7 @@ def watch_of(job: Job, tell: Callable[[int, dict[str, float], float], None]) -> 
 
 def _look(job: Job, model: Any, base: list[Any]) -> tuple[float | None, dict[str, float]]:
     """(the task's score, higher is better, or None below a floor; finding)."""
-    metric, floors = metric_of(job.task.metric), job.recipe.measure.keep
+    metric, floors = metric_of(job.task.metric), _floors(job)
     items = score_rows(job, model, choosing_rows(job)[:ROWS], job.session.soft_prompt())
     value = task_estimates(metric, None, items)["after"]["value"]
     parts = [ability(b, a, floors[b["suite"]]) for b, a in zip(base, _probe(job, model), strict=True)]
@@ -54,6 +56,14 @@ def _look(job: Job, model: Any, base: list[Any]) -> tuple[float | None, dict[str
     good = all(share >= floors[name] for name, share in kept.items())
     rank = (-value if metric.lower else value) if good else None
     return rank, {"task": value, **{f"kept/{name}": share for name, share in kept.items()}}
+
+
+def _floors(job: Job) -> dict[str, float]:
+    """What a look rules out: of few items no more than KEEP_FRAC, unless the recipe asks for more itself."""
+    keep = job.recipe.measure.keep
+    return {
+        name: floor if name in asked_to_keep(job.recipe) else min(floor, KEEP_FRAC) for name, floor in keep.items()
+    }
 
 
 def _probe(job: Job, model: Any) -> list[Any]:

@@ -112,11 +112,13 @@ def healing(
     steps: int,
     tell: Callable[[float, str], None],
     seed: int = SEED,
+    at_once: int = BATCH,
 ) -> Session:
     """Train; returns the session, whose model is the tuned one with the change as an adapter.
 
     Args:
         seed: of the few-shot prompts.
+        at_once: the most rows of the task in one forward; a step has BATCH of them in any case.
         base, tuned: give the models, plain; the second is wrapped for good. Both may be the same one in memory.
         rows: gives rows of the task, of the tuned model.
 
@@ -127,7 +129,7 @@ def healing(
     teacher = _learnt(base(), tokenizer, ICLAnchor(**anchor), lambda x: tell(0.1 * x, "answers of the base"))
     model = tuned()
     plan = Plan([LoRA(), KLToBase(), _Anchor(teacher=teacher, **anchor)])
-    return _trained(plan, model, tokenizer, rows(model), steps, lambda x, words: tell(0.2 + 0.8 * x, words))
+    return _trained(plan, model, tokenizer, rows(model), steps, at_once, lambda x, words: tell(0.2 + 0.8 * x, words))
 
 
 def _learnt(model: Any, tokenizer: Any, anchor: ICLAnchor, progress: Callable[[float], None]) -> Teacher:
@@ -140,7 +142,13 @@ def _learnt(model: Any, tokenizer: Any, anchor: ICLAnchor, progress: Callable[[f
 
 
 def _trained(
-    plan: Plan, model: Any, tokenizer: Any, rows: Sequence[TokenRow], steps: int, tell: Callable[[float, str], None]
+    plan: Plan,
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[TokenRow],
+    steps: int,
+    at_once: int,
+    tell: Callable[[float, str], None],
 ) -> Session:
     dtype = model.dtype
     model.name_or_path = ""  # an adapter merged in memory: nobody will look for a folder below this one
@@ -152,7 +160,8 @@ def _trained(
     session.prepare([next(order) for _ in range(steps * BATCH)])
     half = None if dtype == torch.float32 else dtype
     rate = RATE * min(1.0, WIDTH / width_of(model))  # as `auto` falls
-    settings = Training(steps, BATCH, learning_rate=rate, seed=SEED, autocast=half, save_steps=0)
+    batch = max(n for n in range(1, BATCH + 1) if BATCH % n == 0 and n <= max(1, at_once))
+    settings = Training(steps, batch, BATCH // batch, learning_rate=rate, seed=SEED, autocast=half, save_steps=0)
 
     def on_step(step: int, of: int, parts: Mapping[str, float]) -> None:
         tell(step / of, "  ".join(f"{name} {value:.3f}" for name, value in parts.items()))

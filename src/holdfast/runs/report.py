@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
@@ -17,12 +17,13 @@ from holdfast.measure.compare import abilities, only_after, verdict
 from holdfast.measure.tuned_task import only, task_estimates
 from holdfast.models.card import model_card
 from holdfast.models.exported import Export
-from holdfast.recipe import KEEP_FRAC, Recipe
+from holdfast.recipe import KEEP_FRAC
 from holdfast.report import markdown, page
 from holdfast.report.examples import answers, examples
 from holdfast.report.seen import seen_rows
 from holdfast.runs import export
 from holdfast.runs.abilities import words
+from holdfast.runs.budget import asked_to_keep
 from holdfast.runs.folder import LAST, RECIPE
 from holdfast.runs.job import Job
 from holdfast.runs.measuring import reported_rows
@@ -30,6 +31,7 @@ from holdfast.runs.run import Run
 from holdfast.runs.several import by_first
 from holdfast.versions import versions
 
+HALF = "half of each suite; the other half chose what came out"
 ROWS = 3  # of the training data that the report shows token by token
 Measured = dict[str, Any]
 
@@ -42,6 +44,9 @@ def write(job: Job, tuned: Any, before: Measured | None, after: Measured) -> Non
     report = _report(job, tuned, _judged(job, before, after), _task(job, before, after), shown)
     described = export.described(job, tuned)
     by_first(lambda: _write(run, report, described))
+
+
+HALF = "half of each suite; the other half chose what came out"
 
 
 def _judged(job: Job, before: Measured | None, after: Measured) -> list[Any]:
@@ -124,11 +129,6 @@ def _chose(job: Job) -> str:
     return f"{left} of {len(given)} {kind} rows chose under the budget, the others are reported ({cure} gives all)"
 
 
-def asked_to_keep(recipe: Recipe) -> Collection[str]:
-    """The abilities with a floor that the recipe itself wrote."""
-    return recipe.measure.keep if "keep" in recipe.measure.model_fields_set else ()
-
-
 def _ends(training: Mapping[str, Any]) -> list[str]:
     """Which weights came out, where these are not simply the last."""
     step, why = training.get("best_step"), training.get("ended")
@@ -171,6 +171,7 @@ def _report(job: Job, tuned: Any, judged: list[Any], task: Any, shown: list[Any]
             "limit": recipe.measure.limit,
             "seed": recipe.training.seed,
             **({"suites": said} if (said := words(recipe, job.suites)) else {}),
+            "items": f"all, as this run has no budget: {job.unheld}" if job.unheld else HALF,
         },
     }
 

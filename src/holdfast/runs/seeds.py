@@ -20,8 +20,8 @@ from holdfast.measure.stats import Estimate
 from holdfast.recipe import KEEP_FRAC, Recipe
 from holdfast.report import markdown, page
 from holdfast.runs.bases import Bases
+from holdfast.runs.budget import asked_to_keep
 from holdfast.runs.folder import LAST
-from holdfast.runs.report import asked_to_keep
 from holdfast.runs.run import Run, Tell
 
 SUMMARY = "seeds.json"

@@ -11,7 +11,7 @@ A bound is met as in a repair, with a standard error to spare (`repair_search.su
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -114,12 +114,13 @@ def remember(job: Job, key: str | None) -> None:
 
 
 def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[str, Any]]:
-    """Scale the change so that every bound holds on the choosing half, the task as good as it can be; else heal.
+    """Heal what breaks a bound on the choosing half, else scale the change; the task as good as it can be.
 
     Returns (the model: `model`, or another one that was healed; {"share": of the change, or of the healing where
     "healed", "met": None where no bound could be measured, "points": what each end scored, "unseen": the abilities
     with a bound that the base does not have, "why": why all of the change stays whatever it meets, "unhealed": why
-    healing was not tried where it was called for}).
+    healing was not tried where it was called for, "floors" and "others": see `budget.floors_of`, "said": all this in
+    words}).
     """
     base, halves = job.run.folder.read(BASE), Halves(job)
 
@@ -166,7 +167,8 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
     met = best.meets if best.shown["kept"] else None
     held = budget.floors_of(job)
     which = {k: v for k, v in _shown(best).items() if k in ("share", "healed")}
-    return model, {**which, "met": met, "points": [_shown(p) for p in points], "unseen": unseen, **held, **said}
+    out = {**which, "met": met, "points": [_shown(p) for p in points], "unseen": unseen, **held, **said}
+    return model, out | {"said": words(out)}
 
 
 def _halve(points: list[Point], look: Callable[[float], Point]) -> None:
@@ -209,18 +211,15 @@ def _shown(p: Point) -> dict[str, Any]:
 def words(found: Mapping[str, Any]) -> str:
     """What the search did, as a clause of the report."""
     unseen, seen = ", ".join(found["unseen"]), {k: v for k, v in found["floors"].items() if k not in found["unseen"]}
-    more = [f"no shown loss below {KEEP_FRAC:g} of {', '.join(found['others'])}"] if found["others"] else []
-    bound = ", ".join([*(f"{name} {floor:g}" for name, floor in seen.items()), *more])
+    bound = budget.bounds(seen, found["others"])
     blind = f"nothing is held of {unseen}, which the base is not shown to have" if unseen else ""
     return "; ".join(filter(None, [_outcome(found, bound) if bound else "", blind]))
 
 
 def _outcome(found: Mapping[str, Any], bound: str) -> str:
     if found["healed"]:
-        line = [p for p in found["points"] if not p["healed"]]
-        failed = _costly(line, bound) if any(p["meets"] for p in line) else _none(found, bound)
         does = "meets it and was used" if found["met"] else "does not either, but is the nearest to it"
-        return f"{failed}; {found['share']:.0%} of a short training towards the base (heal) {does}"
+        return f"{_failed(found, bound)}; {found['share']:.0%} of a short training towards the base (heal) {does}"
     if found["share"] == 1 and found["met"]:
         return f"the whole change meets the budget ({bound}) {SURELY}"
     unhealed = found.get("unhealed")
@@ -230,12 +229,7 @@ def _outcome(found: Mapping[str, Any], bound: str) -> str:
     kept = f"{found['share']:.0%} of the change was kept"
     if found["met"]:
         return f"{kept}, the best seen that meets the budget ({bound}) {SURELY}{tried or _lost(found)}"
-    return f"{_none(found, bound)}; {kept}, the nearest to it{tried}"
-
-
-def _costly(line: Sequence[Mapping[str, Any]], bound: str) -> str:
-    most = max(p["share"] for p in line if p["meets"])
-    return f"{most:.0%} of the change meets the budget ({bound}) {SURELY}, but gives back much of what the task gained"
+    return f"{_failed(found, bound)}; {kept}, the nearest to it{tried}"
 
 
 def _lost(found: Mapping[str, Any]) -> str:
@@ -244,12 +238,15 @@ def _lost(found: Mapping[str, Any]) -> str:
     return "; a short training towards the base (heal) was tried and is no better" if tried else ""
 
 
-def _none(found: Mapping[str, Any], bound: str) -> str:
-    what = (
-        f"the change, of which no part can be taken back ({found['why']}), does not meet"
-        if "why" in found
-        else "no part of the change that was looked at meets"
-    )
+def _failed(found: Mapping[str, Any], bound: str) -> str:
+    """What the change alone came to, where it is not what was used."""
+    line = [p for p in found["points"] if not p["healed"]]
+    if "why" in found:
+        what = f"the change, of which no part can be taken back ({found['why']}), does not meet"
+    elif most := max((p["share"] for p in line if p["meets"]), default=0.0):
+        return f"{most:.0%} of the change meets the budget ({bound}) {SURELY}, but this keeps more of the task"
+    else:
+        what = "no part of the change that was looked at meets" if line[1:] else "the whole change does not meet"
     return f"{what} the budget ({bound}) {SURELY}"
 
 

@@ -17,7 +17,6 @@ import torch
 
 from holdfast import models
 from holdfast.engine.pack import TokenRow
-from holdfast.engine.processes import world
 from holdfast.method import canonical
 from holdfast.runs.job import Job, base_of
 from holdfast.runs.repair_heal import FEWEST, PROMPTS, SEED, healing
@@ -32,8 +31,6 @@ def why_not(job: Job, soft: Any) -> str:
     """Why a run cannot be healed, "" if it can."""
     if soft is not None:
         return "its soft prompt stands outside of the weights"
-    if world()[1] > 1:
-        return "several processes share it"
     if models.is_packed(job.model):
         return "its base has packed weights"
     return "" if len(job.task.token_rows) >= FEWEST else f"it has fewer than {FEWEST} rows"
@@ -71,7 +68,8 @@ def heal(job: Job, tuned: Any, below: float, tell: Callable[[float, str], None])
         return models.merged(own, label) if hasattr(own, "peft_config") else own
 
     base, rows, steps = partial(base_of, job.run, job.source), lambda _: _rows(job), STEPS[below > FAR]
-    session = healing(base, plain, job.tokenizer, rows, steps=steps, tell=tell, seed=FRESH)
+    room = job.training.batch_size  # what the training had room for
+    session = healing(base, plain, job.tokenizer, rows, steps=steps, tell=tell, seed=FRESH, at_once=room)
     return Healed(session.finished_model(dtype)[0], label)
 
 

@@ -182,7 +182,7 @@ def _part(
         "notes": [
             *job.session.ctx.notes,
             *_advice(job),
-            *([settle.words(settled)] if settled else []),
+            *([settled["said"]] if settled else []),
         ],
         "budget": settled,
         "export": export_said,

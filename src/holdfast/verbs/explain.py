@@ -33,6 +33,7 @@ def command(recipe: Path, overrides: Sequence[str], rows: int) -> None:
     console.print(_table(job))
     if isinstance(job.recipe.data.train, list):
         console.print(_sets(job))
+    from holdfast.runs import budget
     from holdfast.runs.abilities import words
 
     asking = [m.name for m in job.session.methods if "base_logits" in m.needs]
@@ -41,6 +42,7 @@ def command(recipe: Path, overrides: Sequence[str], rows: int) -> None:
     console.print(f"Learning rate: {job.rate.value:g} ({job.rate.why}).", markup=False, highlight=False)
     if said := words(job.recipe, job.suites):
         console.print(f"Abilities: {said}.", markup=False, highlight=False)
+    console.print(f"{budget.words(job)}.", markup=False, highlight=False)
     if job.note:
         console.print(f"Note: {job.note}.", markup=False, highlight=False)
     if rows:
