@@ -22,6 +22,7 @@ from holdfast.runs.repair_search import Point, falls_short
 from holdfast.runs.run import Run
 from holdfast.verbs.tune import _wished, budgeted, floors_to_keep, tune
 from test_repair import reader
+from test_shard import two
 from tiny import ticket_rows
 from tiny_run import make_world, recipe_data, write_recipe
 
@@ -360,6 +361,7 @@ def test_a_share_of_what_is_no_single_suite_would_hold_nothing(world, tmp_path, 
 def without_a_word(world, out, plan="adapter", **measure):
     """A recipe that says nothing about a budget; nor about shares, unless `measure` does."""
     found = asked(world, out, plan).model_dump(exclude_unset=True)
+    found["data"]["validation_size"] = 16
     found["measure"] = {k: v for k, v in found["measure"].items() if k not in ("budget", "keep")} | measure
     return recipe_from(found)
 
@@ -474,3 +476,25 @@ def test_test_rows_are_halved_where_nothing_validates(world, tmp_path):
     job = checked(Run(recipe.model_copy(update={"data": data}), tmp_path))
     rows = [{r.where for r in half} for half in Halves(job).rows.values()]
     assert rows[0] and rows[1] and not rows[0] & rows[1]
+
+
+@pytest.mark.parametrize("kind", ["adapter", pytest.param("dense", marks=LATER)])
+def test_two_processes_heal_as_one(world, tmp_path, kind):
+    """Each holds the whole model, so a run means the same wherever it is started, healed or taken back."""
+    recipes = {}
+    for name in ("one", "two"):  # a floor that the whole change misses and an end meets: else the command exits with 1
+        recipe = without_a_word(world, tmp_path / name, kind, keep={"language": 0.8})
+        recipes[name] = write_recipe(tmp_path / f"{name}.yaml", recipe.model_dump(mode="json"))
+    two("-m", "holdfast.cli", "tune", str(recipes["two"]))
+    tune(recipes["one"])
+    one, other = (report_of(tmp_path / name) for name in recipes)
+    ends = [r["training"]["budget"] for r in (one, other)]
+    assert any(p["healed"] for p in ends[0]["points"]), "the bound must break"
+    shown = [[(p["share"], p["healed"], p["meets"]) for p in end["points"]] for end in ends]
+    assert shown[0] == shown[1] and ends[0]["share"] == ends[1]["share"]
+    sides = [models.load(str(tmp_path / n / "model"), merge_adapter=True)[0] for n in recipes]
+    for (name, a), (_, b) in zip(*(m.named_parameters() for m in sides), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=0, msg=name)  # Adam divides by what is small
+    assert one["abilities"][0]["retention"]["value"] == pytest.approx(
+        other["abilities"][0]["retention"]["value"], abs=0.01
+    )

@@ -175,6 +175,7 @@ class Method:
     # "base_weights", "base_logits", "base_hidden", "live_logits", "gradients" (at `steer`), "dense"
     needs: ClassVar[frozenset[str]] = frozenset()
     may_end: ClassVar[bool] = False  # `steer` may end the run
+    confined: ClassVar[bool] = False  # promises which weights or directions stay as they are, so nothing heals it
     wraps: ClassVar[bool] = False  # replaces modules: at most one per plan
     copies: ClassVar[bool] = False  # `replace` brings copies of the base's weights, which are tuned like these
     refuses: ClassVar[Mapping[str, str]] = {}  # method name -> why the two mean different things

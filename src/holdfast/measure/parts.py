@@ -7,6 +7,7 @@ independent, stay together; else every part gets its share of each cluster.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -70,6 +71,17 @@ def _only(suite: Suite, part: str, at: dict[str, str]) -> Suite:
     tasks = {p.task for p in probes}
     groups = tuple(g for g in suite.groups if g.name in tasks)
     return replace(suite, groups=groups, probes=probes, settings={**suite.settings, "part": part})
+
+
+def first_of_each(suite: Suite, most: int) -> Suite:
+    """The suite with at most so many probes of each task."""
+    left = Counter(dict.fromkeys((g.name for g in suite.groups), most))
+    probes = []
+    for p in suite.probes:
+        left[p.task] -= 1
+        if left[p.task] >= 0:
+            probes.append(p)
+    return replace(suite, probes=tuple(probes), settings={**suite.settings, "most": most})
 
 
 def join(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from holdfast.errors import HoldfastError
 from holdfast.files import safe_name, write_text
 
 from . import schema
 from .markdown import escape
-from .plots import tradeoff_svg
+from .plots import save_png, tradeoff_svg
 from .repair import STYLE, html_table, md_table, share
 from .terminal import TONES
 
@@ -62,21 +63,23 @@ def markdown(report: Part) -> str:
 def pictures(report: Part) -> dict[str, str]:
     """ability with a floor -> the frontier as an SVG file."""
     r = schema.clean(dict(report))
-    return {name: tradeoff_svg(_dots(r, name), r["task"]["metric"], f"{name} kept") for name in r["keep"]}
+    return {name: tradeoff_svg(_dots(r, name), _axis(r), f"{name} kept") for name in r["keep"]}
+
+
+def _axis(r: Part) -> str:
+    return f"{r['task']['metric']} (lower is better)" if r["task"].get("lower") else r["task"]["metric"]
 
 
 def write(report: Part, out: Path) -> None:
-    """compare.md, compare.html, and the frontiers as compare.<ability>.svg, and .png where matplotlib is there."""
-    from .plots import save_png
-
+    """compare.md, compare.html, and the frontiers as compare.<ability>.svg, and .png where matplotlib works."""
     write_text(out / "compare.md", markdown(report))
     write_text(out / "compare.html", page(report))
-    r = schema.clean(dict(report))
     for name, svg in pictures(report).items():
-        path = out / f"compare.{safe_name(name)}.svg"
-        write_text(path, svg)
-        if find_spec("matplotlib"):
-            save_png(_dots(r, name), path.with_suffix(".png"), r["task"]["metric"], f"{name} kept")
+        write_text(out / f"compare.{safe_name(name)}.svg", svg)
+    r = schema.clean(dict(report))
+    with suppress(HoldfastError):  # it is not there, or cannot be imported
+        for name in r["keep"]:
+            save_png(_dots(r, name), out / f"compare.{safe_name(name)}.png", _axis(r), f"{name} kept")
 
 
 def page(report: Part) -> str:

@@ -40,15 +40,15 @@ def why_none(job: Job) -> str:
 def _uncut(job: Job) -> str:
     """Why nothing could be chosen with, or walked back to."""
     from holdfast.runs import settle
-    from holdfast.runs.halves import Halves
+    from holdfast.runs.halves import FEWEST_ROWS
 
-    halves = Halves(job)
     try:
         settle.base_tensors(job.source, job.session)
-        whole = all(halves.rows.values()) and bool(halves.suites)
+        few = min(map(len, job.halves.rows.values())) < FEWEST_ROWS
+        there = bool(job.halves.suites)
     except HoldfastError as error:
         return str(error.what).rstrip(".")
-    return "" if whole else "there are too few rows to choose with and to report on"
+    return "there are too few rows to choose with some and report on others" if few or not there else ""
 
 
 def asked_to_keep(recipe: Recipe) -> Collection[str]:

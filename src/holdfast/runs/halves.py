@@ -14,7 +14,7 @@ from holdfast.data.rows import Row, split
 from holdfast.errors import HoldfastError
 from holdfast.files import content_key
 from holdfast.measure.asking import score_suite
-from holdfast.measure.parts import COARSE, FINE, REPORT, join, whole_parts
+from holdfast.measure.parts import COARSE, FINE, REPORT, first_of_each, join, whole_parts
 from holdfast.measure.probe import Ask, Suite
 from holdfast.measure.suites import asked_of, build, remembered
 from holdfast.runs.job import Job
@@ -49,9 +49,9 @@ class Halves:
     def rows(self) -> dict[str, list[Row]]:
         """half -> rows of the task; equal rows stand in one half."""
         task = self.job.task
-        if self.job.recipe.data.test and task.validation:
+        if self.job.recipe.data.test and len(task.validation) >= FEWEST_ROWS:
             return {CHOOSE: list(task.validation), REPORT: list(task.test)}
-        given = list(task.validation or task.test)
+        given = list(task.test if self.job.recipe.data.test else task.validation)
         if len(given) < FEWEST_ROWS:
             what = (
                 f"{task.name} has {len(given)} rows to measure on, too few to choose with some and report on others."
@@ -84,10 +84,11 @@ class Halves:
             out.append(join([self._suite(model, own[part], key) for part in PARTS[half]]))
         return out
 
-    def looked_at(self, names: Sequence[str], model: Any) -> list[dict[str, Any]]:
-        """A few items of these suites, of those that choose."""
+    def looked_at(self, names: Sequence[str], model: Any, most: int) -> list[dict[str, Any]]:
+        """At most `most` items of each task of these suites, of those that choose."""
         how = self.job.recipe.measure.forwards
-        return [score_suite(model, self.job.tokenizer, self.suites[name][COARSE], **how) for name in names]
+        few = [first_of_each(self.suites[name][COARSE], most) for name in names]
+        return [score_suite(model, self.job.tokenizer, suite, **how) for suite in few]
 
     def _suite(self, model: Any, suite: Suite, key: str | None) -> Measured:
         m = self.job.recipe.measure
@@ -97,7 +98,7 @@ class Halves:
 
 def choosing_rows(job: Job) -> Sequence[Row]:
     """The rows that may choose weights or settings: validation rows, in a halved run of the half that chooses."""
-    return Halves(job).rows[CHOOSE] if job.halved else job.task.validation
+    return job.halves.rows[CHOOSE] if job.halved else job.task.validation
 
 
 def _cut(name: str, ask: Ask) -> dict[str, Suite]:

@@ -9,7 +9,8 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -51,6 +52,9 @@ from holdfast.session import Session
 from holdfast.sites import replace
 from holdfast.sites.merging import sources_of
 
+if TYPE_CHECKING:
+    from holdfast.runs.halves import Halves
+
 
 @dataclass(frozen=True)
 class Job:
@@ -68,6 +72,13 @@ class Job:
     mix: Any
     suites: tuple[str, ...]
     unheld: str = "it is not decided yet"
+
+    @cached_property
+    def halves(self) -> Halves:
+        """Its items and rows in two halves; suites are built when they are first asked for."""
+        from holdfast.runs.halves import Halves
+
+        return Halves(self)
 
     @property
     def budget(self) -> bool:

@@ -54,14 +54,23 @@ def factors(model: Any) -> Factors | None:
         return None
     found = {}
     for name, m in _layers(model).items():
+        if not _is_plain(m):
+            return None
         (adapter,) = m.active_adapters
-        if adapter not in m.lora_A or m.use_dora.get(adapter) or m.lora_bias.get(adapter):
-            return None
         a, b = m.lora_A[adapter].weight, m.lora_B[adapter].weight
-        if a.ndim != 2 or adapter in m.lora_embedding_A:
-            return None
         found[name] = (a.detach().float(), m.scaling[adapter] * b.detach().float())
     return found or None
+
+
+def _is_plain(m: Any) -> bool:
+    """Whether a layer is s B A beside one linear map: no DoRA, no bias, no embedding, no experts in one tensor."""
+    from peft.tuners.lora import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    if type(m) is not Linear or not isinstance(m.get_base_layer(), (torch.nn.Linear, Conv1D)):
+        return False
+    (adapter,) = m.active_adapters
+    return adapter in m.lora_A and not m.use_dora.get(adapter) and not m.lora_bias.get(adapter)
 
 
 def _layers(model: Any) -> dict[str, Any]:

@@ -113,12 +113,14 @@ def healing(
     tell: Callable[[float, str], None],
     seed: int = SEED,
     at_once: int = BATCH,
+    targets: str | tuple[str, ...] = "all-linear",
 ) -> Session:
     """Train; returns the session, whose model is the tuned one with the change as an adapter.
 
     Args:
         seed: of the few-shot prompts.
         at_once: the most rows of the task in one forward; a step has BATCH of them in any case.
+        targets: the maps that are changed (`LoRA.target_modules`).
         base, tuned: give the models, plain; the second is wrapped for good. Both may be the same one in memory.
         rows: gives rows of the task, of the tuned model.
 
@@ -128,7 +130,7 @@ def healing(
     anchor = {"every": 1, "short": 0, "pool": steps, "seed": seed}  # the tuned model is far from the base at once
     teacher = _learnt(base(), tokenizer, ICLAnchor(**anchor), lambda x: tell(0.1 * x, "answers of the base"))
     model = tuned()
-    plan = Plan([LoRA(), KLToBase(), _Anchor(teacher=teacher, **anchor)])
+    plan = Plan([LoRA(target_modules=targets), KLToBase(), _Anchor(teacher=teacher, **anchor)])
     return _trained(plan, model, tokenizer, rows(model), steps, at_once, lambda x, words: tell(0.2 + 0.8 * x, words))
 
 
@@ -158,7 +160,7 @@ def _trained(
     mix = session.mix(rows)
     order = mix.draw(SEED)
     session.prepare([next(order) for _ in range(steps * BATCH)])
-    half = None if dtype == torch.float32 else dtype
+    half = None if dtype == torch.float32 else torch.bfloat16  # float16 would need its losses scaled
     rate = RATE * min(1.0, WIDTH / width_of(model))  # as `auto` falls
     batch = max(n for n in range(1, BATCH + 1) if BATCH % n == 0 and n <= max(1, at_once))
     settings = Training(steps, batch, BATCH // batch, learning_rate=rate, seed=SEED, autocast=half, save_steps=0)

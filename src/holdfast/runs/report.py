@@ -121,11 +121,11 @@ def _note(job: Job) -> str:
 
 def _chose(job: Job) -> str:
     """That rows of the set that is reported on chose under the budget instead, where no others were there to."""
-    if not job.budget or (job.recipe.data.test and job.task.validation):
+    given, reported = job.task.test or job.task.validation, reported_rows(job)
+    left = len(given) - len(reported)
+    if not job.budget or not left:
         return ""
-    kind, given = ("test", job.task.test) if job.recipe.data.test else ("validation", job.task.validation)
-    left = len(given) - len(reported_rows(job))
-    cure = "data.validation, or measure.budget: false," if kind == "test" else "data.test, or measure.budget: false,"
+    kind, cure = ("test", "data.validation") if job.recipe.data.test else ("validation", "data.test")
     return f"{left} of {len(given)} {kind} rows chose under the budget, the others are reported ({cure} gives all)"
 
 

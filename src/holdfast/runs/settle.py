@@ -11,6 +11,7 @@ A bound is met as in a repair, with a standard error to spare (`repair_search.su
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from holdfast.data.metric import metric_of
-from holdfast.errors import HoldfastError
+from holdfast.engine.processes import world
 from holdfast.measure.compare import ability
 from holdfast.measure.tuned_task import task_estimates
 from holdfast.method import canonical
@@ -27,7 +28,7 @@ from holdfast.models.source import ModelSource
 from holdfast.models.tensors import Stacked
 from holdfast.recipe import KEEP_FRAC
 from holdfast.runs import budget, settle_heal
-from holdfast.runs.halves import CHOOSE, Halves, Measured
+from holdfast.runs.halves import CHOOSE, Measured
 from holdfast.runs.job import Job
 from holdfast.runs.joined import joined
 from holdfast.runs.measuring import made_by
@@ -109,7 +110,7 @@ def remember(job: Job, key: str | None) -> None:
     base_tensors(job.source, job.session)
     made, known = made_by(job.model), job.run.folder.read(BASE)
     if known is None or known.get("made") != made:
-        found = Halves(job).measured(CHOOSE, job.model, key=key, tell=_told(job, "measure before"))
+        found = job.halves.measured(CHOOSE, job.model, key=key, tell=_told(job, "measure before"))
         job.run.folder.write(BASE, {**found, "made": made})
 
 
@@ -122,7 +123,7 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
     healing was not tried where it was called for, "floors" and "others": see `budget.floors_of`, "said": all this in
     words}).
     """
-    base, halves = job.run.folder.read(BASE), Halves(job)
+    base, halves = job.run.folder.read(BASE), job.halves
 
     def look(share: float) -> Point:
         change.scale(model, share)
@@ -137,6 +138,7 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
 
     points: list[Point] = []
     looks: list[Point] = []
+    healing: Any = None
     said: dict[str, Any] = {} if change.straight else {"why": "what was trained is more than a scale of its change"}
     with job.run.timed("search"):
         points.append(look(1.0))
@@ -150,9 +152,12 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
                     looks.append(look_healed(1.0))
                     if looks[0].meets and short(looks[0]):  # it pulled harder than it had to
                         looks.append(look_healed(0.5))
-                except (HoldfastError, RuntimeError) as error:  # no memory, say: what was trained is worth more
+                except Exception as error:  # no memory, say: what was trained is worth more
+                    if world()[1] > 1:  # the others wait for this one
+                        raise
                     said["unhealed"] = str(getattr(error, "what", error)).split("\n")[0].rstrip(".")
-                    looks = []
+                    looks, healing = [], None
+                    _let_go()
             if change.straight and short(choose([*points, *looks])):
                 _halve(points, look)
         best = choose([*points, *looks])
@@ -169,6 +174,13 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
     which = {k: v for k, v in _shown(best).items() if k in ("share", "healed")}
     out = {**which, "met": met, "points": [_shown(p) for p in points], "unseen": unseen, **held, **said}
     return model, out | {"said": words(out)}
+
+
+def _let_go() -> None:
+    """Give back what a failed healing held: a session and what it counts know each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _halve(points: list[Point], look: Callable[[float], Point]) -> None:

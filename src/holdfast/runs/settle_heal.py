@@ -18,6 +18,7 @@ import torch
 from holdfast import models
 from holdfast.engine.pack import TokenRow
 from holdfast.method import canonical
+from holdfast.methods.adapt._adapter import Adapter
 from holdfast.runs.job import Job, base_of
 from holdfast.runs.repair_heal import FEWEST, PROMPTS, SEED, healing
 from holdfast.session import LORA_B
@@ -31,6 +32,9 @@ def why_not(job: Job, soft: Any) -> str:
     """Why a run cannot be healed, "" if it can."""
     if soft is not None:
         return "its soft prompt stands outside of the weights"
+    confined = next((m.name for m in job.session.methods if m.confined), None)
+    if confined:
+        return f"{confined} promises which weights or directions stay as they are"
     if models.is_packed(job.model):
         return "its base has packed weights"
     return "" if len(job.task.token_rows) >= FEWEST else f"it has fewer than {FEWEST} rows"
@@ -68,9 +72,23 @@ def heal(job: Job, tuned: Any, below: float, tell: Callable[[float, str], None])
         return models.merged(own, label) if hasattr(own, "peft_config") else own
 
     base, rows, steps = partial(base_of, job.run, job.source), lambda _: _rows(job), STEPS[below > FAR]
-    room = job.training.batch_size  # what the training had room for
-    session = healing(base, plain, job.tokenizer, rows, steps=steps, tell=tell, seed=FRESH, at_once=room)
+    session = healing(
+        base,
+        plain,
+        job.tokenizer,
+        rows,
+        steps=steps,
+        tell=tell,
+        seed=FRESH,
+        at_once=job.training.batch_size,  # what the training had room for
+        targets=_targets(job),
+    )
     return Healed(session.finished_model(dtype)[0], label)
+
+
+def _targets(job: Job) -> Any:
+    """The maps beside which the plan's own adapter stands, or all."""
+    return next((m.target_modules for m in job.session.methods if isinstance(m, Adapter)), "all-linear")
 
 
 def _rows(job: Job) -> list[TokenRow]:

@@ -32,6 +32,7 @@ class Freeze(Method):
     patterns: tuple[str, ...] = ()  # regular expressions searched in parameter names
     layer_decay: float = 0.9  # near the paper's range, which was not verified
 
+    confined: ClassVar = True
     paper: ClassVar = Paper(
         "Fine-tuning large neural language models for biomedical natural language processing",
         "2112.07869",

@@ -53,6 +53,7 @@ class GSLoRA(Method):
     rows_per_step: int = 1  # ours
     max_tokens: int = 256  # ours; rows to unlearn are cut here
 
+    confined: ClassVar = True
     paper: ClassVar = Paper(
         "Continual Forgetting for Pre-trained Vision Models", "2403.11530", note="ids and defaults are from memory"
     )

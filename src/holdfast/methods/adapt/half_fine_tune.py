@@ -43,6 +43,7 @@ class HalfFineTune(Method):
     train_embeddings: bool = True  # paper: embeddings and head always train
     rounds: int = 1  # paper: one for each task; each draws its own half
 
+    confined: ClassVar = True
     paper: ClassVar = Paper("HFT: Half Fine-Tuning for Large Language Models", "2404.18466")
     does: ClassVar = "freezes a random half of each layer's matrices"
     needs: ClassVar = frozenset({"dense"})

@@ -33,6 +33,7 @@ class LIFT(Method):
     filter_rank: int = 128  # README: R
     interval: int = 0  # steps between drawings; 0 draws once. The paper's scripts: 10 to 2000
 
+    confined: ClassVar = True
     paper: ClassVar = Paper("LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for "
                             "Reasoning-Focused Supervised Fine-Tuning", "2506.00772")  # fmt: skip
     does: ClassVar = "trains only the largest entries of each weight's low-rank part"

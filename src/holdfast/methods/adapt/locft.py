@@ -38,6 +38,7 @@ class LocFT(Method):
     matrix: str = "down_proj"  # the paper; up_proj is its other choice
     threshold: float = 1e-2  # the paper, of a step and of an epoch
 
+    confined: ClassVar = True
     paper: ClassVar = Paper("Fine-tuning Done Right in Model Editing", "2509.22072",
                             "its tables were not verified")  # fmt: skip
     does: ClassVar = "trains one matrix of a late layer and stops where the loss is almost 0"

@@ -52,6 +52,7 @@ class OrthogonalLoRA(Adapter):
     weight: float = 0.5  # the authors' script for Llama
     hard: bool = False  # the paper is soft
 
+    confined: ClassVar = True
     paper: ClassVar = Paper("Orthogonal Subspace Learning for Language Model Continual Learning", "2310.14152",
                             "its results on unseen tasks were not verified")  # fmt: skip
     does: ClassVar = "trains an adapter orthogonal to those of earlier tasks"

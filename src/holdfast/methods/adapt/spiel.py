@@ -38,6 +38,7 @@ class SpIEL(Method):
     rate: float = 0.2  # official code: part that changes at a choice, falling to 0
     seed: int = 0
 
+    confined: ClassVar = True
     paper: ClassVar = Paper("Scaling Sparse Fine-Tuning to Large Language Models", "2401.16405",
                             "its tables and what it says of forgetting were not verified")  # fmt: skip
     does: ClassVar = "trains a few entries of each matrix and moves them to where the gradients are"

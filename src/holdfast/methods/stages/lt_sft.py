@@ -32,6 +32,7 @@ class LTSFT(Method):
     density: float = 0.05  # the paper's k is about 4 to 8 % of its models
     full_share: float = 0.5  # ours: part of the steps that shows what moves
 
+    confined: ClassVar = True
     paper: ClassVar = Paper("Composable Sparse Fine-Tuning for Cross-Lingual Transfer", "2110.07560",
                             "no results for language models of this kind")  # fmt: skip
     does: ClassVar = "tunes once to see which entries move most, then again from the base with these alone"

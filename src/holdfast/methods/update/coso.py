@@ -55,6 +55,7 @@ class CoSO(Method):
     max_tokens: int = 128  # ours
     patterns: tuple[str, ...] = ()  # of the matrices that train; the paper: attention's output maps
 
+    confined: ClassVar = True
     paper: ClassVar = Paper("Continuous Subspace Optimization for Continual Learning", "2505.11816",
                             "no results for language models; what becomes of its moments when P changes was not "
                             "verified")  # fmt: skip

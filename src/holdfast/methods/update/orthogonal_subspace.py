@@ -30,6 +30,7 @@ class OrthogonalSubspace(Method):
     rank_frac: float = 0.5  # PEFT: half of the directions are preserved
     mode: str = "block"  # the paper
 
+    confined: ClassVar = True
     paper: ClassVar = Paper("Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual Learning",
                             "2504.07097")  # fmt: skip
     does: ClassVar = "keeps every step outside the dominant singular directions of each weight"
