@@ -1,6 +1,6 @@
 """The command line: what can be typed. What a command does is told in `verbs`, one file each, and loaded on use.
 
-Exit codes: 0 done (check, repair: kept), 1 check: lost, repair and tune --keep: bound not met, compare: a run failed,
+Exit codes: 0 done (check, repair: kept), 1 check: lost, repair and tune: bound not met, compare: a run failed,
 2 a mistake to mend, 3 not enough evidence, 70 a fault of ours; `ending` says how errors get theirs.
 """
 
@@ -81,13 +81,13 @@ def tune(
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            "--keep", help="Share to keep, such as in-context=0.97, default: of all default suites, or none."
+            "--keep", help="Share that must stay, such as in-context=0.99; default: of all default suites; none: of nothing."
         ),
     ] = None,
     set: Set = None,
     debug: Debug = False,
 ) -> int:
-    """Measure, tune under a plan, measure again, report and export. Exit 1: a budget (--keep) could not be met."""
+    """Measure, tune under a plan, measure again, report and export. Exit 1: what must stay could not be kept."""
     _start(debug)
     from holdfast.verbs import tune as verb
 
