@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from holdfast import cli, models
 from holdfast.errors import HoldfastError, ModelError, PlanError, RecipeError
@@ -198,7 +198,11 @@ def test_an_adapter_below_is_part_of_the_base(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [ModelError("its parts do not fit", "no cure"), RuntimeError("its parts do not fit")]
+    "error",
+    [
+        ModelError("its parts do not fit", "no cure"),
+        *(kind("its parts do not fit") for kind in (RuntimeError, TypeError)),
+    ],
 )
 def test_a_healing_that_fails_loses_nothing(world, tmp_path, monkeypatch, error):
     monkeypatch.setattr(settle, "HALVINGS", 1)
@@ -337,6 +341,37 @@ def test_an_adapter_that_is_more_than_two_factors_is_not_joined(world, more):
     assert joined(plain, other) is None
     targets = ["q_proj"] if "use_dora" in more else ["q_proj", "embed_tokens"]
     assert joined(adapter_on(plain, 2, targets, **more), other) is None
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern")
+def test_adapters_of_experts_are_not_joined():
+    """PEFT puts them beside the experts' one tensor, and such an adapter cannot be made by the names of maps."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=64, num_local_experts=2, num_key_value_heads=2, **sizes)
+    experts = [get_peft_model(MixtralForCausalLM(config), LoraConfig(r=2, target_modules="all-linear")) for _ in "ab"]
+    assert factors(experts[0]) is None and joined(*experts) is None
+    assert hasattr(experts[0], "peft_config")  # it is still there
+
+
+@pytest.mark.parametrize("plan", [[{"HalfFineTune": {}}], [{"OrthogonalSubspace": {}}]])
+def test_a_promise_about_weights_is_kept(world, tmp_path, plan):
+    """What promises not to move some weights or directions goes back along its line, and no training heals it."""
+    recipe = without_a_word(world, tmp_path / "run", "dense", keep={"language": 0.999}).model_copy(
+        update={"plan": plan}
+    )
+    job = checked(Run(recipe, world.folder))
+    assert "promises which weights" in settle_heal.why_not(job, None)
+    found = report_of(tune(recipe))["training"]["budget"]
+    assert not any(p["healed"] for p in found["points"]) and found["points"][1:] and "promises" in found["unhealed"]
+
+
+def test_a_healing_stands_beside_the_maps_of_the_plan(world, tmp_path):
+    recipe = without_a_word(world, tmp_path / "run").model_copy(
+        update={"plan": [{"LoRA": {"r": 2, "target_modules": ["q_proj"]}}]}
+    )
+    job = checked(Run(recipe, world.folder))
+    healing = settle_heal.heal(job, copy.deepcopy(job.model), 0.0, lambda *_: None)
+    assert {n.split(".")[-1] for n in factors(healing.model)} == {"q_proj"}
 
 
 def test_an_ability_that_the_base_does_not_have_is_no_bound_met(world, tmp_path):

@@ -81,7 +81,8 @@ def tune(
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            "--keep", help="Share that must stay, such as in-context=0.99; default: of all default suites; none: of nothing."
+            "--keep",
+            help="Share that must stay, such as in-context=0.99; default: of all default suites; none: of nothing.",
         ),
     ] = None,
     set: Set = None,
