@@ -343,7 +343,7 @@ def test_an_adapter_that_is_more_than_two_factors_is_not_joined(world, more):
     assert joined(adapter_on(plain, 2, targets, **more), other) is None
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern")
+@pytest.mark.filterwarnings("ignore:The following")
 def test_adapters_of_experts_are_not_joined():
     """PEFT puts them beside the experts' one tensor, and such an adapter cannot be made by the names of maps."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
