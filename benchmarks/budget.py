@@ -1,4 +1,4 @@
-"""How often `tune --keep` keeps its promise, and what it costs. Resumable: one JSON of a few kilobytes a run.
+"""How often a run keeps its bound, and what that costs. Resumable: one JSON of a few kilobytes a run.
 
     python benchmarks/budget.py run --shared ../shared/data               # trains what is missing
     python benchmarks/budget.py run --steps 250 --factors 1 3 --tasks sst2 --seeds 0
@@ -75,7 +75,8 @@ class Cell:
             },
             "measure": {
                 "suites": ["in-context"] if kept else [],
-                **({"keep": KEEP, "budget": True} if kept else {}),
+                "budget": kept,
+                **({"keep": KEEP} if kept else {}),
             },
             "export": {"merge": False},
         }

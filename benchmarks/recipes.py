@@ -161,7 +161,8 @@ def _estimate(e: Mapping[str, float], digits: int) -> str:
 def _end(end: Mapping[str, Any] | None) -> str:
     if not end:
         return "no budget"
-    return f"{end['share']:.0%} of {'a healing' if end['healed'] else 'the change'}"
+    missed = ", not met" if end["met"] is False else ""
+    return f"{end['share']:.0%} of {'a healing' if end['healed'] else 'the change'}{missed}"
 
 
 def page() -> str:
