@@ -513,6 +513,68 @@ def test_test_rows_are_halved_where_nothing_validates(world, tmp_path):
     assert rows[0] and rows[1] and not rows[0] & rows[1]
 
 
+@pytest.fixture(scope="module")
+def healed(world, tmp_path_factory):
+    """A run without a word about a budget that breaks its bound, and is healed."""
+    folder = tmp_path_factory.mktemp("healed")
+    with pytest.MonkeyPatch.context() as patch:
+        strong(patch)
+        report = report_of(tune(without_a_word(world, folder / "run")))
+    assert report["training"]["budget"]["healed"]
+    return folder / "run", report
+
+
+def strong(patch):
+    """A tiny model moves little: healing that does what it should there."""
+    patch.setattr(repair_heal, "RATE", 0.02)
+    patch.setattr(settle_heal, "STEPS", (72, 72))
+    patch.setattr(settle, "HALVINGS", 0)
+
+
+def test_a_killed_healing_ends_the_same(healed, world, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        """Stands for a lost process."""
+
+    def dies(*_):
+        raise Killed
+
+    strong(monkeypatch)
+    plain = settle_heal.Healed.scale
+    monkeypatch.setattr(settle_heal.Healed, "scale", dies)
+    with pytest.raises(Killed):
+        tune(without_a_word(world, tmp_path / "run"))
+    assert not (tmp_path / "run" / "training.json").exists()
+    monkeypatch.setattr(settle_heal.Healed, "scale", plain)
+    again = report_of(tune(without_a_word(world, tmp_path / "run")))
+    assert (
+        again["training"]["budget"] == healed[1]["training"]["budget"] and again["abilities"] == healed[1]["abilities"]
+    )
+
+
+def test_the_card_and_the_report_say_what_was_done(healed):
+    folder, report = healed
+    said = report["training"]["budget"]["said"]
+    assert "of a short training towards the base (heal)" in said and said in report["task"]["note"]
+    assert "After the training: the whole change does not meet" in (folder / "model" / "README.md").read_text()
+    assert report["settings"]["items"].startswith("half of each suite")
+    assert "8 of 16 validation rows chose under the budget" in report["task"]["note"]
+
+
+@pytest.mark.parametrize("export", [{"merge": True}, {"dtype": "bfloat16"}])
+def test_a_healed_adapter_is_exported_as_asked(healed, world, tmp_path, monkeypatch, export):
+    """Merged into the base, or in fewer bits: what is measured is what the file computes."""
+    strong(monkeypatch)
+    recipe = without_a_word(world, tmp_path / "run")
+    recipe = recipe.model_copy(update={"export": recipe.export.model_copy(update=export)})
+    report = report_of(tune(recipe))
+    assert report["training"]["budget"]["healed"] and report["tuned"]["export"]
+    merged, adapter = tmp_path / "run" / "model", healed[0] / "model"
+    assert (merged / "adapter_config.json").exists() == ("merge" not in export)
+    sides = [models.load(str(p), merge_adapter=True, dtype="float32")[0] for p in (merged, adapter)]
+    for (name, a), (_, b) in zip(*(m.named_parameters() for m in sides), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-2 if "dtype" in export else 1e-5, rtol=0, msg=name)
+
+
 @pytest.mark.parametrize("kind", ["adapter", pytest.param("dense", marks=LATER)])
 def test_two_processes_heal_as_one(world, tmp_path, kind):
     """Each holds the whole model, so a run means the same wherever it is started, healed or taken back."""
