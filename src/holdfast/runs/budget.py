@@ -9,14 +9,14 @@ one run in three by chance.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from holdfast.errors import HoldfastError
 from holdfast.recipe import KEEP_FRAC, Recipe
+from holdfast.runs.change import base_tensors
+from holdfast.runs.halves import FEWEST_ROWS, halves_of
 from holdfast.runs.repair_search import sure
-
-if TYPE_CHECKING:
-    from holdfast.runs.job import Job
+from holdfast.runs.work import Job
 
 
 def why_none(job: Job) -> str:
@@ -39,13 +39,10 @@ def why_none(job: Job) -> str:
 
 def _uncut(job: Job) -> str:
     """Why nothing could be chosen with, or walked back to."""
-    from holdfast.runs import settle
-    from holdfast.runs.halves import FEWEST_ROWS
-
     try:
-        settle.base_tensors(job.source, job.session)
-        few = min(map(len, job.halves.rows.values())) < FEWEST_ROWS
-        there = bool(job.halves.suites)
+        base_tensors(job.source, job.session)
+        few = min(map(len, halves_of(job).rows.values())) < FEWEST_ROWS
+        there = bool(halves_of(job).suites)
     except HoldfastError as error:
         return str(error.what).rstrip(".")
     return "there are too few rows to choose with some and report on others" if few or not there else ""

@@ -30,7 +30,7 @@ from holdfast.runs.compare_report import Ends, compared, point_of
 from holdfast.runs.contestants import Cell, built, plans_of
 from holdfast.runs.folder import JsonOrder, RunFolder
 from holdfast.runs.grid import Grid
-from holdfast.runs.halves import CHOOSE, Measured
+from holdfast.runs.halves import CHOOSE, Measured, halves_of
 from holdfast.runs.job import Job, checked
 from holdfast.runs.measuring import base_key
 from holdfast.runs.repair_search import choose
@@ -105,7 +105,7 @@ class Comparison:
                 self._measure_base(job)
 
     def _measure_base(self, job: Job) -> None:
-        halves, key = job.halves, base_key(job, job.model)
+        halves, key = halves_of(job), base_key(job, job.model)
         for half in HALVES:
             if self.folder.read(f"base.{half}.json") is None:
                 found = halves.measured(half, job.model, key=key, tell=self._told("measure before"))
@@ -210,7 +210,7 @@ class Comparison:
             settle.remember(job, base_key(job, job.model))
         there = run.folder.read("training.json") and run.export.exists()  # that of a worse trial is taken away
         tuned, soft = export.loaded(run) if there else training.trained(job)
-        found = job.halves.measured(half, tuned, soft, tell=lambda x, words: run.tell("measure after", x, words))
+        found = halves_of(job).measured(half, tuned, soft, tell=lambda x, words: run.tell("measure after", x, words))
         base, done = self.folder.read(f"base.{half}.json"), run.folder.read("training.json")
         packed = {
             "learning_rate": job.training.learning_rate,

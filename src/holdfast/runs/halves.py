@@ -17,8 +17,8 @@ from holdfast.measure.asking import score_suite
 from holdfast.measure.parts import COARSE, FINE, REPORT, first_of_each, join, whole_parts
 from holdfast.measure.probe import Ask, Suite
 from holdfast.measure.suites import asked_of, build, remembered
-from holdfast.runs.job import Job
 from holdfast.runs.task_rows import score_rows
+from holdfast.runs.work import Job
 
 SUITES_SHARE = 0.7  # of the time a measurement takes, as its bar shows it; the task takes the rest
 CHOOSE = "choose"
@@ -96,9 +96,14 @@ class Halves:
         return remembered(name, lambda: score_suite(model, self.job.tokenizer, suite, **m.forwards))
 
 
+def halves_of(job: Job) -> Halves:
+    """The halves of a job, once for all that ask."""
+    return vars(job).setdefault("halves", Halves(job))
+
+
 def choosing_rows(job: Job) -> Sequence[Row]:
     """The rows that may choose weights or settings: validation rows, in a halved run of the half that chooses."""
-    return job.halves.rows[CHOOSE] if job.halved else job.task.validation
+    return halves_of(job).rows[CHOOSE] if job.halved else job.task.validation
 
 
 def _cut(name: str, ask: Ask) -> dict[str, Suite]:

@@ -7,21 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from holdfast import models
 from holdfast.data.mix import Order
-from holdfast.data.own_metric import identity
 from holdfast.data.sets import sets_of
 from holdfast.data.task import TaskData, read_task
 from holdfast.data.weights import weighted
 from holdfast.errors import PlanError, RecipeError
-from holdfast.files import content_key
 from holdfast.hosts.compiled import check_compiled
 from holdfast.hosts.course import check_course
 from holdfast.hosts.eight_bits import check_eight_bits
@@ -29,7 +24,6 @@ from holdfast.hosts.plain import Training
 from holdfast.measure.probe import Ask
 from holdfast.measure.soft_prompt import check_export
 from holdfast.measure.suites import check_suite
-from holdfast.models.identity import file_sha
 from holdfast.plan import Host, Plan
 from holdfast.recipe import Recipe
 from holdfast.runs.abilities import certain, measured_suites
@@ -47,93 +41,10 @@ from holdfast.runs.checks import (
 from holdfast.runs.handover import check_fits
 from holdfast.runs.rate import ROWS, STEPS, Rate, auto
 from holdfast.runs.run import Run
+from holdfast.runs.work import Job
 from holdfast.services import Context
 from holdfast.session import Session
 from holdfast.sites import replace
-from holdfast.sites.merging import sources_of
-
-if TYPE_CHECKING:
-    from holdfast.runs.halves import Halves
-
-
-@dataclass(frozen=True)
-class Job:
-    """A recipe that can be worked on. `mix` draws its rows, `training` is its schedule, `session` its plan,
-    `rate` its learning rate with the reason, `suites` what is measured, `unheld` why it has no budget ("": it has)."""
-
-    run: Run
-    source: models.ModelSource
-    model: Any
-    tokenizer: Any
-    task: TaskData
-    session: Session
-    training: Training
-    rate: Rate
-    mix: Any
-    suites: tuple[str, ...]
-    unheld: str = "it is not decided yet"
-
-    @cached_property
-    def halves(self) -> Halves:
-        """Its items and rows in two halves; suites are built when they are first asked for."""
-        from holdfast.runs.halves import Halves
-
-        return Halves(self)
-
-    @property
-    def budget(self) -> bool:
-        """Whether what breaks a bound is healed or taken back (`runs.budget`)."""
-        return not self.unheld
-
-    @property
-    def recipe(self) -> Recipe:
-        return self.run.recipe
-
-    @property
-    def halved(self) -> bool:
-        """Whether what chooses anything sees one half of items and rows alone (`runs.halves`)."""
-        return self.run.halved or self.budget
-
-    @property
-    def wraps(self) -> bool:
-        """Whether an adapter is trained, and not the weights themselves."""
-        return any(m.wraps for m in self.session.methods)
-
-    @property
-    def note(self) -> str:
-        """What is no error and must be said of the data, "" if nothing."""
-        left = [f"{name} leaves out {share:.0%} of the task's rows" for name, share in self.session.left_out.items()]
-        return "; ".join([*([self.task.note] if self.task.note else []), *left])
-
-    @property
-    def replaces(self) -> bool:
-        """Whether modules of the model are replaced."""
-        return any("replace" in m.sites() for m in self.session.methods)
-
-    def inputs(self) -> dict[str, Any]:
-        """Identity of the model, of the rows and of the models to merge with, by content."""
-        found = {"model": self.source.sha, "data": self.task.key}
-        own = identity(self.task.metric, self.run.base_dir) if ":" in self.task.metric else None
-        found |= {"metric": own} if own else {}
-        for m in self.session.merging.methods:
-            others = sources_of(m, self.run.base_dir)
-            found |= {f"{m.name} model {role}": source.sha for role, source in others.items()}
-        found |= {f"file {path} of {name}": sha for name, path, sha in self._files()}
-        if self.recipe.data.test and self.task.validation:
-            found["validation rows"] = content_key([[r.prompt, r.completion] for r in self.task.validation])
-        return found
-
-    def _files(self) -> Iterator[tuple[str, str, str]]:
-        """(method, path as it is written, identity) of every file that a setting of a method names."""
-        for m in self.session.methods:
-            for value in (getattr(m, f.name) for f in dataclasses.fields(m)):
-                for path in value if isinstance(value, tuple) else (value,):
-                    try:
-                        there = isinstance(path, str) and (self.run.base_dir / path).is_file()
-                    except (OSError, ValueError):  # a text that is longer than a name may be
-                        there = False
-                    if there:
-                        yield m.name, path, file_sha(self.run.base_dir / path)
 
 
 def default_plan() -> list[Any]:

@@ -12,10 +12,10 @@ from holdfast.measure.compare import ability
 from holdfast.measure.tuned_task import task_estimates
 from holdfast.recipe import KEEP_FRAC
 from holdfast.runs.budget import asked_to_keep
-from holdfast.runs.halves import choosing_rows
-from holdfast.runs.job import Job
+from holdfast.runs.halves import choosing_rows, halves_of
 from holdfast.runs.measuring import measure_suites
 from holdfast.runs.task_rows import score_rows
+from holdfast.runs.work import Job
 
 ROWS = 100  # validation rows of a look
 ITEMS = 8  # of each task of a suite: a look, not a verdict
@@ -71,7 +71,7 @@ def _probe(job: Job, model: Any) -> list[Any]:
     m = job.recipe.measure
     names = [name for name in job.suites if name in m.keep]
     if job.halved:
-        return job.halves.looked_at(names, model, ITEMS)
+        return halves_of(job).looked_at(names, model, ITEMS)
     settings: dict[str, Any] = {"num_fewshot": m.num_fewshot, "limit": min(m.limit or ITEMS, ITEMS), **m.forwards}
     settings["labels"] = job.task.names
     return measure_suites(names, lambda: model, job.tokenizer, lambda *_: None, **settings)

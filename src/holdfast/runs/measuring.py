@@ -11,9 +11,9 @@ from holdfast.files import content_key
 from holdfast.measure.parts import REPORT
 from holdfast.measure.suites import code_of_ours, measure_suite, remembered
 from holdfast.measure.tuned_task import written
-from holdfast.runs.halves import SUITES_SHARE
-from holdfast.runs.job import Job
+from holdfast.runs.halves import SUITES_SHARE, halves_of
 from holdfast.runs.task_rows import score_rows
+from holdfast.runs.work import Job
 from holdfast.versions import versions
 
 SHOWN, SHOWN_TOKENS = 4, 96  # answers that are written for the report alone, and the tokens of each
@@ -74,7 +74,7 @@ def made_by(model: Any) -> list[str]:
 
 def reported_rows(job: Job) -> Sequence[Row]:
     """The rows of the task that the report is about: those that chose nothing."""
-    return job.halves.rows[REPORT] if job.budget else job.task.test
+    return halves_of(job).rows[REPORT] if job.budget else job.task.test
 
 
 def base_key(job: Job, model: Any) -> str | None:
@@ -92,7 +92,7 @@ def _abilities(job: Job, model: Any, key: str | None, tell: Callable[[float, str
         tell(SUITES_SHARE * share, suite)
 
     if job.budget:  # the others chose how much of the change stays
-        return job.halves.abilities(REPORT, model, key=key, tell=told)
+        return halves_of(job).abilities(REPORT, model, key=key, tell=told)
     return measure_suites(
         job.suites,
         lambda: model,

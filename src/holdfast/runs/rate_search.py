@@ -31,8 +31,8 @@ from holdfast.hosts import plain
 from holdfast.hosts.rewind import rewound
 from holdfast.measure.tuned_task import score_task
 from holdfast.runs.halves import choosing_rows
-from holdfast.runs.job import Job
 from holdfast.runs.rate import ROWS, STEPS, Rate, rounded
+from holdfast.runs.work import Job
 
 FACTOR, MOST = 3.0, 2  # between neighbours; k of the outermost
 FOUND = "rates.json"  # in the run folder

@@ -25,10 +25,10 @@ from holdfast.runs import export
 from holdfast.runs.abilities import words
 from holdfast.runs.budget import asked_to_keep
 from holdfast.runs.folder import LAST, RECIPE
-from holdfast.runs.job import Job
 from holdfast.runs.measuring import reported_rows
 from holdfast.runs.run import Run
 from holdfast.runs.several import by_first
+from holdfast.runs.work import Job
 from holdfast.versions import versions
 
 HALF = "half of each suite; the other half chose what came out"

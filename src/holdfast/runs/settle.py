@@ -23,23 +23,19 @@ from holdfast.data.metric import metric_of
 from holdfast.engine.processes import world
 from holdfast.measure.compare import ability
 from holdfast.measure.tuned_task import task_estimates
-from holdfast.method import canonical
-from holdfast.models.source import ModelSource
-from holdfast.models.tensors import Stacked
 from holdfast.recipe import KEEP_FRAC
 from holdfast.runs import budget, settle_heal
-from holdfast.runs.halves import CHOOSE, Measured
-from holdfast.runs.job import Job
+from holdfast.runs.change import Change, base_tensors
+from holdfast.runs.halves import CHOOSE, Measured, halves_of
 from holdfast.runs.joined import joined
 from holdfast.runs.measuring import made_by
 from holdfast.runs.repair_search import Point, choose, falls_short
-from holdfast.session import LORA_B, Session
+from holdfast.runs.work import Job
 
 SURELY = "by a standard error on the items for choosing"
 HALVINGS = 3  # ours: looks between all of the change and none of it
 NOISE = 0.02  # ours: of a share kept, on the default number of items
 BASE = "before.choose.json"  # the base's answers on the choosing half, in the run folder
-LORA = (".lora_A.", ".lora_B.", ".lora_embedding_")
 
 
 @dataclass(frozen=True)
@@ -48,57 +44,6 @@ class End:
 
     share: float
     healed: bool = False
-
-
-class Change:
-    """What a job has trained, kept in fp32 as a change of the base that can be scaled.
-
-    straight: whether scaling it leads to the base; the lengths of DoRA, say, and a soft prompt are more than a scale.
-    """
-
-    @torch.no_grad()
-    def __init__(self, job: Job):
-        params = {canonical(n): p for n, p in job.session.model.named_parameters()}
-        self.straight, self._base = is_straight(job.session), base_tensors(job.source, job.session)
-        own = params.items() if self.straight else ()
-        self._tuned = {n: p.detach().float().clone() for n, p in own if self._moved(n, p)}
-
-    def _moved(self, name: str, p: torch.Tensor) -> bool:
-        if self._base is None:
-            return bool(LORA_B.search(name))
-        return not torch.equal(self._base.read(name, p), p.float())
-
-    @torch.no_grad()
-    def scale(self, model: Any, share: float) -> None:
-        """Set the finished model to base + share * change, in place; 1 is what was trained, exactly."""
-        params = {canonical(n): p for n, p in model.named_parameters()}
-        for name, tuned in self._tuned.items():
-            if share == 1:
-                params[name].copy_(tuned)
-            elif self._base is None:
-                params[name].copy_(share * tuned)
-            else:
-                params[name].copy_(torch.lerp(self._base.read(name, tuned), tuned, share))
-
-
-def _has_factors(session: Session) -> bool:
-    return any(LORA_B.search(canonical(n)) for n, _ in session.model.named_parameters())
-
-
-def is_straight(session: Session) -> bool:
-    """Whether scaling what is trained leads to the base."""
-    lora = all(any(part in n for part in LORA) for n in session.params)
-    return not any(m.trains_prompt for m in session.plan.active) and (lora or not _has_factors(session))
-
-
-def base_tensors(source: ModelSource, session: Session) -> Stacked | None:
-    """The base's own tensors, which a dense change walks back to; None where none are needed.
-
-    Raises:
-        ModelError: its files do not give them by name.
-    """
-    wrapped = _has_factors(session) or any(m.wraps for m in session.methods)  # before a stage begins none is there yet
-    return Stacked(source, session.model) if is_straight(session) and not wrapped else None
 
 
 def remember(job: Job, key: str | None) -> None:
@@ -110,7 +55,7 @@ def remember(job: Job, key: str | None) -> None:
     base_tensors(job.source, job.session)
     made, known = made_by(job.model), job.run.folder.read(BASE)
     if known is None or known.get("made") != made:
-        found = job.halves.measured(CHOOSE, job.model, key=key, tell=_told(job, "measure before"))
+        found = halves_of(job).measured(CHOOSE, job.model, key=key, tell=_told(job, "measure before"))
         job.run.folder.write(BASE, {**found, "made": made})
 
 
@@ -123,7 +68,7 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
     healing was not tried where it was called for, "floors" and "others": see `budget.floors_of`, "said": all this in
     words}).
     """
-    base, halves = job.run.folder.read(BASE), job.halves
+    base, halves = job.run.folder.read(BASE), halves_of(job)
 
     def look(share: float) -> Point:
         change.scale(model, share)

@@ -19,8 +19,9 @@ from holdfast import models
 from holdfast.engine.pack import TokenRow
 from holdfast.method import canonical
 from holdfast.methods.adapt._adapter import Adapter
-from holdfast.runs.job import Job, base_of
+from holdfast.runs.job import base_of
 from holdfast.runs.repair_heal import FEWEST, PROMPTS, SEED, healing
+from holdfast.runs.work import Job
 from holdfast.session import LORA_B
 
 FAR = 0.1  # ours: of a share kept below its bound

@@ -15,7 +15,7 @@ from holdfast.errors import DataError
 from holdfast.files import content_key
 from holdfast.measure.suites import remembered
 from holdfast.measure.tuned_task import judged, plainly, score_task, written
-from holdfast.runs.job import Job
+from holdfast.runs.work import Job
 
 
 def score_rows(

@@ -20,11 +20,11 @@ from holdfast.measure.tuned_task import score_task
 from holdfast.runs import export, settle
 from holdfast.runs.checks import not_finite
 from holdfast.runs.halves import choosing_rows
-from holdfast.runs.job import Job
 from holdfast.runs.looking import watch_of
 from holdfast.runs.rate import Rate
 from holdfast.runs.rate_search import searched
 from holdfast.runs.tracking import Trackers
+from holdfast.runs.work import Job
 from holdfast.sites import replace
 
 MOST_DRAWN = 1 << 20  # rows that are looked through beforehand

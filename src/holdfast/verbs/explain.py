@@ -16,7 +16,7 @@ from holdfast.report.seen import seen_rows, show_rows
 from holdfast.runs.run import Run
 
 if TYPE_CHECKING:
-    from holdfast.runs.job import Job
+    from holdfast.runs.work import Job
 
 
 def planned(recipe: Recipe, base_dir: Path) -> Job:
