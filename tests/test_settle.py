@@ -217,6 +217,25 @@ def test_a_healing_that_fails_loses_nothing(world, tmp_path, monkeypatch, error)
     assert "could not be healed, since its parts do not fit" in report["task"]["note"]
 
 
+def test_a_healed_model_that_cannot_be_merged_loses_nothing(healed, world, tmp_path, monkeypatch):
+    strong(monkeypatch)
+    monkeypatch.setattr(settle, "joined", lambda *_: None)
+
+    def fails(self):
+        raise MemoryError
+
+    monkeypatch.setattr(settle_heal.Healed, "plain", fails)
+    found = report_of(tune(without_a_word(world, tmp_path / "run")))["training"]["budget"]
+    assert healed[1]["training"]["budget"]["healed"] and not found["healed"] and found["met"] is False
+    assert "could not be healed, since MemoryError" in found["said"] and (tmp_path / "run" / "model").exists()
+
+
+def test_what_nobody_named_and_the_base_does_not_have_is_no_bound():
+    found = {"share": 1.0, "healed": False, "met": None, "points": [], "floors": {}, "others": ["language"]}
+    said = settle.words({**found, "unseen": ["language"]})
+    assert said == "nothing is held of language, which the base is not shown to have"
+
+
 def test_an_adapter_needs_no_tensors_of_its_base(world, tmp_path, monkeypatch):
     """Its base may be packed, or have other names on the disk."""
 

@@ -100,25 +100,40 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
                 except Exception as error:  # no memory, say: what was trained is worth more
                     if world()[1] > 1:  # the others wait for this one
                         raise
-                    said["unhealed"] = str(getattr(error, "what", error)).split("\n")[0].rstrip(".")
+                    said["unhealed"] = _why(error)
                     looks, healing = [], None
-                    _let_go()
+                _let_go()  # behind the error, which holds all that it passed
             if change.straight and short(choose([*points, *looks])):
                 _halve(points, look)
         best = choose([*points, *looks])
-        if best.candidate.healed:
-            change.scale(model, 1.0)
-            healing.scale(best.candidate.share)
-            model = joined(model, healing.model) or healing.plain()
-        else:
+        try:
+            model = _taken(model, change, healing, best.candidate)
+        except Exception as error:  # what was healed cannot be merged
+            if world()[1] > 1 or not best.candidate.healed:
+                raise
+            said["unhealed"], best = _why(error), choose(points)
             change.scale(model, best.candidate.share)
         points += looks
-    unseen = [name for name in budget.named(job) if name not in best.shown["kept"]]
-    met = best.meets if best.shown["kept"] else None
     held = budget.floors_of(job)
+    unseen = [name for name in (*held["floors"], *held["others"]) if name not in best.shown["kept"]]
+    met = best.meets if best.shown["kept"] else None
     which = {k: v for k, v in _shown(best).items() if k in ("share", "healed")}
     out = {**which, "met": met, "points": [_shown(p) for p in points], "unseen": unseen, **held, **said}
     return model, out | {"said": words(out)}
+
+
+def _taken(model: Any, change: Change, healing: Any, end: End) -> Any:
+    """The model of an end, in place or a healed one."""
+    change.scale(model, 1.0 if end.healed else end.share)
+    if not end.healed:
+        return model
+    healing.scale(end.share)
+    return joined(model, healing.model) or healing.plain()
+
+
+def _why(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return str(getattr(error, "what", error)).split("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _let_go() -> None:
@@ -168,7 +183,7 @@ def _shown(p: Point) -> dict[str, Any]:
 def words(found: Mapping[str, Any]) -> str:
     """What the search did, as a clause of the report."""
     unseen, seen = ", ".join(found["unseen"]), {k: v for k, v in found["floors"].items() if k not in found["unseen"]}
-    bound = budget.bounds(seen, found["others"])
+    bound = budget.bounds(seen, [name for name in found["others"] if name not in found["unseen"]])
     blind = f"nothing is held of {unseen}, which the base is not shown to have" if unseen else ""
     return "; ".join(filter(None, [_outcome(found, bound) if bound else "", blind]))
 

@@ -30,6 +30,7 @@ class Breadcrumbs(Method):
     outliers: float = 0.01  # the share of the largest that goes; mergekit's gamma
     scale: float = 1.0  # alpha; about 0.3 for many models (from memory)
 
+    confined: ClassVar = True
     paper: ClassVar = Paper("Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks", "2312.06795",
                             "defaults from memory; mergekit's code was read, not the authors'")  # fmt: skip
     does: ClassVar = "drops the largest and the smallest changes afterwards"

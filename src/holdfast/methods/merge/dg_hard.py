@@ -33,6 +33,7 @@ class DGHard(Method):
     vectors: bool = True  # ours: whether tensors of one dimension keep their change
     control: bool = False  # ours
 
+    confined: ClassVar = True
     paper: ClassVar = Paper("Spectral Unforgetting", "2605.20296", "read in a summary only; the rule is from memory")
     does: ClassVar = "drops directions of the change that look like noise afterwards"
     needs: ClassVar = frozenset({"base_weights", "dense"})

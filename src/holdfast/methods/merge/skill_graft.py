@@ -32,6 +32,7 @@ class SkillGraft(Method):
     share: float = 1e-4  # 0.01 %, the paper's region after its mask was trained
     embeddings: bool = False  # whether embeddings and head are grafted too; the paper leaves them
 
+    confined: ClassVar = True
     paper: ClassVar = Paper("Task-Specific Skill Localization in Fine-tuned Language Models", "2302.06600",
                             "the mask is not trained; read in its code")  # fmt: skip
     does: ClassVar = "keeps only the few largest changes of all afterwards"

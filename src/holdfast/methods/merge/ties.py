@@ -34,6 +34,7 @@ class TIES(Method):
     scale: float = 1.0  # lambda; the paper searches 0.1 to 1.5
     trim: str = "model"  # or "tensor"
 
+    confined: ClassVar = True
     paper: ClassVar = Paper("TIES-Merging: Resolving Interference When Merging Models", "2306.01708",
                             "that exact ties are positive is PEFT's rule")  # fmt: skip
     does: ClassVar = "keeps the largest changes afterwards, and merges them with those of other models"

@@ -43,7 +43,6 @@ class FPF(Method):
     sources: tuple[str, ...] = GENERAL  # files of rows for repair
     max_tokens: int = 256  # ours; longer rows are cut
 
-    confined: ClassVar = True
     paper: ClassVar = Paper("Does Continual Learning Equally Forget All Parameters?", "2304.04158",
                             "read in abstract and summaries only; the score is ours")  # fmt: skip
     does: ClassVar = "tunes, then repairs the few modules that moved most on other rows"
