@@ -82,29 +82,33 @@ class Cell:
         }
 
 
-def run(cell: Cell, shared: Path, work: Path) -> None:
-    """One `tune`, its report in short."""
+def tuned(recipe: Any, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(where and how long a `tune` ran and what was kept, its report)."""
     import _common as C
     from holdfast import tune
+
+    start, cpu = time.perf_counter(), time.process_time()
+    tune(recipe)
+    spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    kept = {a["name"]: {"status": a["status"], **(a["retention"] or {})} for a in report["abilities"]}
+    return {"facts": C.facts(), "load": os.getloadavg()[1], **spent, "kept": kept}, report
+
+
+def run(cell: Cell, shared: Path, work: Path) -> None:
+    """One `tune`, its report in short."""
     from holdfast.files import write_json
     from holdfast.recipe import recipe_from
 
     out = work / cell.path.stem
-    start, cpu = time.perf_counter(), time.process_time()
-    tune(recipe_from(cell.recipe(shared, out)))
-    spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    found = {
-        "facts": C.facts(),
-        "load": os.getloadavg()[1],
-        **spent,
+    found, report = tuned(recipe_from(cell.recipe(shared, out)), out)
+    found |= {
         "timing": report["timing"],
         "rate": report["training"]["rate"]["value"],
         "task": {side: report["task"][side] for side in ("before", "after")},
-        "kept": {a["name"]: {"status": a["status"], **a["retention"]} for a in report["abilities"]},
     }
     if cell.plan == "kept":
-        budget = json.loads((out / "training.json").read_text(encoding="utf-8"))["budget"]
+        budget = report["training"]["budget"]
         points = [{k: p[k] for k in ("share", "healed", "meets", "margin")} for p in budget["points"]]
         found["budget"] = {k: budget[k] for k in ("share", "healed", "met")} | {"points": points}
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -131,8 +135,13 @@ def _best_plain(found: Sequence[tuple[Cell, Any]]) -> dict[tuple[str, int], tupl
     return {k: max(rates.items(), key=lambda r: (len(r[1]), fmean(r[1].values()))) for k, rates in runs.items()}
 
 
-def _interval(e: Mapping[str, float], digits: int) -> str:
+def interval(e: Mapping[str, float], digits: int) -> str:
     return f"{e['value']:.{digits}f} ({e['low']:.{digits}f} to {e['high']:.{digits}f})"
+
+
+def end_of(end: Mapping[str, Any]) -> str:
+    """What of a change came out."""
+    return f"{end['share']:.0%} of {'a healing' if end['healed'] else 'the change'}"
 
 
 def table() -> list[str]:
@@ -153,11 +162,10 @@ def table() -> list[str]:
         end, clock = f["budget"], f["timing"]
         usual = trained.get((cell.task, cell.steps, cell.factor), clock["tune"]) + 4 * clock["measure after"]
         cached = max(0.0, 2 * clock["measure after"] - clock.get("measure before", 0.0))
-        words = f"{end['share']:.0%} of {'a healing' if end['healed'] else 'the change'}"
-        cells = [cell.task, cell.steps, f"x {cell.factor:.2g}", cell.seed, _interval(f["task"]["after"], 3),
+        cells = [cell.task, cell.steps, f"x {cell.factor:.2g}", cell.seed, interval(f["task"]["after"], 3),
                  "" if plain is None else f"{plain:.3f}",
-                 *(f"{_interval(k, 2)}, {k['status']}" for k in f["kept"].values()),
-                 "yes" if holds[-1] else "no", words, f"{(f['seconds'] + cached) / usual:.2f}"]  # fmt: skip
+                 *(f"{interval(k, 2)}, {k['status']}" for k in f["kept"].values()),
+                 "yes" if holds[-1] else "no", end_of(end), f"{(f['seconds'] + cached) / usual:.2f}"]  # fmt: skip
         rows.append(f"| {' | '.join(map(str, cells))} |")
     said = [f"The bound holds on the reporting half in {sum(holds)} of {len(holds)} runs."]
     if apart:

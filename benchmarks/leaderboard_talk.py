@@ -30,24 +30,29 @@ def conversation(text: str, queue: str) -> list[dict[str, str]]:
     return [{"role": "assistant" if n % 2 else "user", "content": words} for n, words in enumerate(said)]
 
 
-def write(tickets: Sequence[dict[str, str]], path: Path, test: bool) -> Path:
+def write(told: Sequence[dict[str, str]], path: Path, test: bool) -> Path:
     """Tickets as a file of conversations; of test rows every other one ends with the first answer."""
-    talks = [conversation(t["text"], t["queue"]) for t in tickets]
+    talks = [conversation(t["text"], t["queue"]) for t in told]
     cut = [talk[:2] if test and n % 2 else talk for n, talk in enumerate(talks)]
     path.write_text("\n".join(json.dumps({"messages": talk}) for talk in cut) + "\n", encoding="utf-8")
     return path
 
 
-def rows(split: str, tokenizer: Any, folder: Path) -> list[Any]:
-    """The rows of one split of the shipped tickets as conversations; `folder` is for a file in between."""
+def tickets(split: str) -> list[dict[str, str]]:
+    """One split of the shipped tickets."""
     from holdfast.data.readers import DATA_DIR
-    from holdfast.data.rows import read_rows
 
     source = DATA_DIR / "tickets" / f"{split}.jsonl"
-    tickets = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
+
+
+def rows(split: str, tokenizer: Any, folder: Path) -> list[Any]:
+    """The rows of one split of the shipped tickets as conversations; `folder` is for a file in between."""
+    from holdfast.data.rows import read_rows
+
     test = split != "train"
     return read_rows(
-        str(write(tickets, folder / f"{split}.jsonl", test)),
+        str(write(tickets(split), folder / f"{split}.jsonl", test)),
         base_dir=folder,
         tokenizer=tokenizer,
         train_on="last" if test else "assistant",

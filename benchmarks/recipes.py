@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 
 import data_shapes
 import leaderboard_talk
+from budget import end_of, interval, tuned
 from leaderboard_plans import HERE, OUT
 
 FOLDER, PAGE, RECIPES = OUT / "recipes", HERE.parent / "docs" / "recipes.md", HERE.parent / "recipes"
@@ -39,22 +38,16 @@ class Shape:
     also: Sequence[str] = ()
 
 
-def _tickets(split: str) -> list[dict[str, str]]:
-    from holdfast.data.readers import DATA_DIR
-
-    return [json.loads(s) for s in (DATA_DIR / "tickets" / f"{split}.jsonl").read_text("utf-8").splitlines()]
-
-
 def talks(folder: Path, shared: Path) -> list[str]:
-    train = leaderboard_talk.write(_tickets("train"), folder / "conversations.jsonl", test=False)
-    test = leaderboard_talk.write(_tickets("test")[:120], folder / "test.jsonl", test=True)
+    train = leaderboard_talk.write(leaderboard_talk.tickets("train"), folder / "conversations.jsonl", test=False)
+    test = leaderboard_talk.write(leaderboard_talk.tickets("test")[:120], folder / "test.jsonl", test=True)
     return [f"data.train={train}", f"data.test={test}", "data.metric=exact_match"]
 
 
 def answers(folder: Path, shared: Path) -> list[str]:
     """The last answer of each conversation, in one prompt."""
     rows = []
-    for ticket in _tickets("train"):
+    for ticket in leaderboard_talk.tickets("train"):
         asked, first, reply, last = (m["content"] for m in leaderboard_talk.conversation(**ticket))
         rows.append({"prompt": f"{asked}\n{first}\n{reply}", "completion": last})
     (folder / "answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
@@ -109,8 +102,6 @@ SHAPES = {
 
 def run(name: str, shared: Path, work: Path) -> None:
     """One run of `tune`, its report in short."""
-    import _common as C
-    from holdfast import tune
     from holdfast.files import write_json
     from holdfast.recipe import load_recipe
 
@@ -118,20 +109,13 @@ def run(name: str, shared: Path, work: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         told = [*shape.data(Path(folder), shared), *shape.also, f"training.output_dir={out}"]
-        start, cpu = time.perf_counter(), time.process_time()
-        tune(load_recipe(RECIPES / f"{name}.yaml", told))
-        spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
-    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        found, report = tuned(load_recipe(RECIPES / f"{name}.yaml", told), out)
     task, training = report["task"], report["training"]
-    found = {
-        "facts": C.facts(),
-        "load": os.getloadavg()[1],
-        **spent,
+    found |= {
         "tune_seconds": report["timing"]["tune"],
         "steps": training["steps"],
         "rows": report["data"]["rows"],
         "task": {k: task[k] for k in ("metric", "before", "after", "lower") if k in task},
-        "kept": {a["name"]: {"status": a["status"], **(a["retention"] or {})} for a in report["abilities"]},
         "end": {k: training["budget"][k] for k in ("share", "healed", "met")} if training["budget"] else None,
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -154,15 +138,10 @@ of a busy machine of two cores. Task and abilities are measured on rows and item
 """
 
 
-def _estimate(e: Mapping[str, float], digits: int) -> str:
-    return f"{e['value']:.{digits}f} ({e['low']:.{digits}f} to {e['high']:.{digits}f})"
-
-
 def _end(end: Mapping[str, Any] | None) -> str:
     if not end:
         return "no budget"
-    missed = ", not met" if end["met"] is False else ""
-    return f"{end['share']:.0%} of {'a healing' if end['healed'] else 'the change'}{missed}"
+    return end_of(end) + (", not met" if end["met"] is False else "")
 
 
 def page() -> str:
@@ -182,9 +161,9 @@ def page() -> str:
         head = [f["task"]["metric"], "before", "after", *(f"{n} kept" for n in names), "end", "steps", "seconds"]
         cells = [
             "",
-            _estimate(f["task"]["before"], digits),
-            _estimate(f["task"]["after"], digits),
-            *(f"{_estimate(f['kept'][n], 2)}, {f['kept'][n]['status']}" for n in names),
+            interval(f["task"]["before"], digits),
+            interval(f["task"]["after"], digits),
+            *(f"{interval(f['kept'][n], 2)}, {f['kept'][n]['status']}" for n in names),
             _end(f["end"]),
             f["steps"],
             f"{f['tune_seconds']:.0f} of {f['seconds']:.0f}",

@@ -75,11 +75,10 @@ def _only(suite: Suite, part: str, at: dict[str, str]) -> Suite:
 
 def first_of_each(suite: Suite, most: int) -> Suite:
     """The suite with at most so many probes of each task."""
-    left = Counter(dict.fromkeys((g.name for g in suite.groups), most))
-    probes = []
+    seen, probes = Counter[str](), []
     for p in suite.probes:
-        left[p.task] -= 1
-        if left[p.task] >= 0:
+        seen[p.task] += 1
+        if seen[p.task] <= most:
             probes.append(p)
     return replace(suite, probes=tuple(probes), settings={**suite.settings, "most": most})
 

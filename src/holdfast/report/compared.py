@@ -60,9 +60,8 @@ def markdown(report: Part) -> str:
     return "\n".join(lines) + "\n"
 
 
-def pictures(report: Part) -> dict[str, str]:
+def _pictures(r: Part) -> dict[str, str]:
     """ability with a floor -> the frontier as an SVG file."""
-    r = schema.clean(dict(report))
     return {name: tradeoff_svg(_dots(r, name), _axis(r), f"{name} kept") for name in r["keep"]}
 
 
@@ -72,11 +71,12 @@ def _axis(r: Part) -> str:
 
 def write(report: Part, out: Path) -> None:
     """compare.md, compare.html, and the frontiers as compare.<ability>.svg, and .png where matplotlib works."""
-    write_text(out / "compare.md", markdown(report))
-    write_text(out / "compare.html", page(report))
-    for name, svg in pictures(report).items():
-        write_text(out / f"compare.{safe_name(name)}.svg", svg)
     r = schema.clean(dict(report))
+    drawn = _pictures(r)
+    write_text(out / "compare.md", markdown(report))
+    write_text(out / "compare.html", _page(r, drawn))
+    for name, svg in drawn.items():
+        write_text(out / f"compare.{safe_name(name)}.svg", svg)
     with suppress(HoldfastError):  # it is not there, or cannot be imported
         for name in r["keep"]:
             save_png(_dots(r, name), out / f"compare.{safe_name(name)}.png", _axis(r), f"{name} kept")
@@ -85,12 +85,15 @@ def write(report: Part, out: Path) -> None:
 def page(report: Part) -> str:
     """The same as one HTML file without scripts, with a picture of the frontier for each ability with a floor."""
     r = schema.clean(dict(report))
-    drawn = [f"<h2>{html(name)}</h2>{svg}" for name, svg in pictures(report).items()]
+    return _page(r, _pictures(r))
+
+
+def _page(r: Part, drawn: Mapping[str, str]) -> str:
     failed = "".join(f"<li>{html(k)}: {html(v)}</li>" for k, v in r["failed"].items())
     body = [
         f"<h1>{html(r['task']['name'])}</h1><p>{html(r['advice'])}</p>",
         html_table(_head(r), [(cells, False) for cells in _cells(r)]),
-        *drawn,
+        *(f"<h2>{html(name)}</h2>{svg}" for name, svg in drawn.items()),
         f"<p>{DOTS}</p>",
         f"<h2>What chose {'rates and strengths' if _strengths(r) else 'the learning rates'}</h2>",
         html_table(

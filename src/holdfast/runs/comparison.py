@@ -31,11 +31,12 @@ from holdfast.runs.contestants import Cell, built, plans_of
 from holdfast.runs.folder import JsonOrder, RunFolder
 from holdfast.runs.grid import Grid
 from holdfast.runs.halves import CHOOSE, Measured, halves_of
-from holdfast.runs.job import Job, checked
+from holdfast.runs.job import checked
 from holdfast.runs.measuring import base_key
 from holdfast.runs.repair_search import choose
 from holdfast.runs.run import Run, Tell, silent
 from holdfast.runs.search import Search
+from holdfast.runs.work import Job
 
 LAST, CHOSEN = "compare.json", "chosen.json"
 WORK = {"runs", CHOSEN, LAST}

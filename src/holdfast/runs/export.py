@@ -16,9 +16,10 @@ from holdfast.hosts.checkpoint import Checkpoint, writing
 from holdfast.measure.soft_prompt import save as save_prompt
 from holdfast.models import exported
 from holdfast.runs.checks import not_finite
-from holdfast.runs.job import Job, load
+from holdfast.runs.job import load
 from holdfast.runs.run import Run
 from holdfast.runs.several import by_first
+from holdfast.runs.work import Job
 from holdfast.sites import replace
 
 STATE_BYTES = 12  # a checkpoint keeps of each number that trains: the weight and two moments, in fp32

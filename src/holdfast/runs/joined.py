@@ -37,7 +37,7 @@ def joined(model: Any, healing: Any) -> Any | None:
         targets = [n for n, _ in base.named_modules() if canonical(n) in both]
         out = get_peft_model(base, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type=task))
     with torch.no_grad():
-        for name, m in _layers(out).items():
+        for name, m in lora_layers(out).items():
             a, b = both[name]
             own_a, own_b = m.lora_A["default"].weight, m.lora_B["default"].weight
             own_a.zero_()[: len(a)].copy_(a)
@@ -53,7 +53,7 @@ def factors(model: Any) -> Factors | None:
     if config.peft_type != "LORA" or config.modules_to_save or config.bias != "none":
         return None
     found = {}
-    for name, m in _layers(model).items():
+    for name, m in lora_layers(model).items():
         if not _is_plain(m):
             return None
         (adapter,) = m.active_adapters
@@ -73,7 +73,8 @@ def _is_plain(m: Any) -> bool:
     return adapter in m.lora_A and not m.use_dora.get(adapter) and not m.lora_bias.get(adapter)
 
 
-def _layers(model: Any) -> dict[str, Any]:
+def lora_layers(model: Any) -> dict[str, Any]:
+    """Every LoRA layer of a wrapped model, whatever it stands beside, by the name that this had in the plain one."""
     from peft.tuners.lora import LoraLayer
 
     return {canonical(n): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}

@@ -26,9 +26,10 @@ from holdfast.engine.pack import TokenRow, token_row
 from holdfast.errors import DataError
 from holdfast.hosts.plain import Training, train
 from holdfast.measure.closeness import Tokens, greedy_answers
-from holdfast.method import Method, Paper, State, Term, canonical
+from holdfast.method import Method, Paper, State, Term
 from holdfast.methods import ICLAnchor, KLToBase, LoRA
 from holdfast.plan import Host, Plan
+from holdfast.runs.joined import lora_layers
 from holdfast.runs.rate import WIDTH, width_of
 from holdfast.services import Context, Teacher, View
 from holdfast.session import Session
@@ -118,11 +119,11 @@ def healing(
     """Train; returns the session, whose model is the tuned one with the change as an adapter.
 
     Args:
+        base, tuned: give the models, plain; the second is wrapped for good. Both may be the same one in memory.
+        rows: gives rows of the task, of the tuned model.
         seed: of the few-shot prompts.
         at_once: the most rows of the task in one forward; a step has BATCH of them in any case.
         targets: the maps that are changed (`LoRA.target_modules`).
-        base, tuned: give the models, plain; the second is wrapped for good. Both may be the same one in memory.
-        rows: gives rows of the task, of the tuned model.
 
     Raises:
         PlanError: the tuned model has no linear map that LoRA can stand beside.
@@ -177,12 +178,10 @@ def write_change(model: Any, target: Path) -> None:
 
     Where the weight is stored turned, (in, out) as in GPT-2, they are A^T and s B^T, so that B A has its shape.
     """
-    from peft.tuners.lora import LoraLayer
     from safetensors.torch import save_file
 
-    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)]
     found = {}
-    for name, m in layers:
+    for name, m in lora_layers(model).items():
         (adapter,) = m.active_adapters
         if adapter in m.lora_embedding_A:  # W^T + s B A
             a, b = m.lora_embedding_B[adapter].detach().float().T, m.lora_embedding_A[adapter].detach().float().T
@@ -190,8 +189,7 @@ def write_change(model: Any, target: Path) -> None:
             a, b = m.lora_A[adapter].weight.detach().float(), m.lora_B[adapter].weight.detach().float()
         b = b * m.scaling[adapter]
         a, b = (b.T, a.T) if getattr(m, "fan_in_fan_out", False) else (a, b)
-        place = canonical(f"{name}.weight")
-        found[f"{place}.A"], found[f"{place}.B"] = a.cpu().contiguous(), b.cpu().contiguous()
+        found[f"{name}.weight.A"], found[f"{name}.weight.B"] = a.cpu().contiguous(), b.cpu().contiguous()
     assert found
     part = target.with_name(f".{target.name}.part")
     save_file(found, part)

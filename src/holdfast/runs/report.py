@@ -46,9 +46,6 @@ def write(job: Job, tuned: Any, before: Measured | None, after: Measured) -> Non
     by_first(lambda: _write(run, report, described))
 
 
-HALF = "half of each suite; the other half chose what came out"
-
-
 def _judged(job: Job, before: Measured | None, after: Measured) -> list[Any]:
     """Each ability before and after, and whether it was kept."""
     floors = job.recipe.measure.keep

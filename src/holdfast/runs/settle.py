@@ -112,7 +112,7 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
             if world()[1] > 1 or not best.candidate.healed:
                 raise
             said["unhealed"], best = _why(error), choose(points)
-            change.scale(model, best.candidate.share)
+            model = _taken(model, change, None, best.candidate)
         points += looks
     held = budget.floors_of(job)
     unseen = [name for name in (*held["floors"], *held["others"]) if name not in best.shown["kept"]]
@@ -137,7 +137,7 @@ def _why(error: Exception) -> str:
 
 
 def _let_go() -> None:
-    """Give back what a failed healing held: a session and what it counts know each other."""
+    """Give back what a healing held beside its model: a session and what it counts know each other."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

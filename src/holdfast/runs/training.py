@@ -18,6 +18,7 @@ from holdfast.hosts.checkpoint import Checkpoint
 from holdfast.hosts.watching import chosen
 from holdfast.measure.tuned_task import score_task
 from holdfast.runs import export, settle
+from holdfast.runs.change import Change
 from holdfast.runs.checks import not_finite
 from holdfast.runs.halves import choosing_rows
 from holdfast.runs.looking import watch_of
@@ -130,7 +131,7 @@ def _finished(job: Job, base_dtype: Any) -> tuple[Any, Any, dict[str, Any] | Non
     if bad:
         what = f"The weight {bad} of the tuned model is not finite; it is not exported."
         raise TrainingError(what, "Start again with a lower training.learning_rate and another output_dir.")
-    change = settle.Change(job) if job.budget else None
+    change = Change(job) if job.budget else None
     tuned, soft = session.finished_model(base_dtype)
     settled = None
     if change:

@@ -51,7 +51,7 @@ def task_shots(rows: Sequence[Row], ctx: Context, source: str) -> TokenRow:
     apart. Rows that a chat template wrote become the turns of one conversation: each answer is closed as the template
     closes it, which is a target, and what stands before the first user's words is not said again.
     """
-    encoder = _encoder(ctx)
+    encoder = encoder_of(ctx.model, ctx.tokenizer)
     join = _join(ctx.tokenizer, encoder, rows[0].prompt)
     text, spans = "", []
     for n, row in enumerate(rows):
@@ -62,11 +62,6 @@ def task_shots(rows: Sequence[Row], ctx: Context, source: str) -> TokenRow:
     context = type(rows[0].prompt)(text[: spans[-1][0]])  # what a chat template wrote keeps its mark
     prompt = Prompt(context, rows[-1].completion, "", tuple(spans[:-1]))
     return _encoded(prompt, encoder, "task", source, end=True)
-
-
-def _encoder(ctx: Context) -> Encoder:
-    """As the task's rows are tokenised."""
-    return encoder_of(ctx.model, ctx.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -145,7 +140,7 @@ def task_examples(mix: Mix, ctx: Context, name: str) -> list[Row]:
     Raises:
         PlanError: fewer than two.
     """
-    reader = Reader(_encoder(ctx))
+    reader = Reader(encoder_of(ctx.model, ctx.tokenizer))
     asked = [a for r in mix.trained if (a := reader.read(r))]
     known = {a.prompt: Row(a.prompt, a.lead + a.answer + a.tail) for a in asked}
     if len(known) < 2:
