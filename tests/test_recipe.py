@@ -48,7 +48,7 @@ def test_a_full_recipe_is_read(tmp_path):
     assert recipe.training.learning_rate == 3e-4 and recipe.training.adam_epsilon == 1e-8
     assert recipe.data.prompt == "{text}\nQueue:" and recipe.data.validation_size == 200
     assert recipe.plan == [{"LoRA": {"r": 16, "dropout": 0.01}}, "ICLAnchor", {"KL": {}}]
-    assert recipe.measure.keep == {"in-context": 0.97}  # the others prove what their items can
+    assert recipe.measure.floors == {"in-context": 0.97}  # the others prove what their items can
     assert recipe.export.merge is False
 
 
@@ -56,7 +56,7 @@ def test_defaults(tmp_path):
     recipe = load_recipe(write(tmp_path, SMALL))
     assert (recipe.plan, recipe.data.validation, recipe.data.max_length) == (None, None, 1024)
     assert (recipe.training.per_device_train_batch_size, recipe.training.max_steps) == (16, -1)
-    assert recipe.measure.keep == {"in-context": 0.97} and recipe.data.name == "set"
+    assert recipe.measure.keep is None and recipe.measure.floors == {"in-context": 0.97} and recipe.data.name == "set"
 
 
 BAD = {  # name: (text, fragments of the message)

@@ -28,7 +28,7 @@ from tiny_run import make_world, recipe_data, write_recipe
 
 FLOOR = 0.9
 PLANS = {"dense": [], "adapter": [{"LoRA": {"r": 8}}]}
-RATES = {"dense": 0.005, "adapter": 0.01}
+RATES = {"dense": 0.005, "adapter": 0.005}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def settled(request, world, tmp_path_factory):
 
 
 def walks_the_line(patch):
-    patch.setattr(settle_heal, "why_not", lambda *_: "a test walks the line")
+    patch.setattr(budget, "why_unhealed", lambda *_: "a test walks the line")
 
 
 def both(kind, world, folder):
@@ -96,7 +96,7 @@ def test_it_is_the_largest_share_seen_that_meets_the_bound_and_learns_most(settl
     assert len(line) <= 1 + settle.HALVINGS
 
 
-@pytest.mark.parametrize("given_back", [0.0, 1.0])
+@pytest.mark.parametrize("given_back", [-1.0, 1.0])
 def test_the_line_is_walked_where_healing_gives_back_much(world, tmp_path, monkeypatch, given_back):
     """Healed before the line is looked at, which follows where that gives back more of the gain than it may."""
     monkeypatch.setattr(repair_search, "GIVEN_BACK", given_back)
@@ -105,8 +105,8 @@ def test_the_line_is_walked_where_healing_gives_back_much(world, tmp_path, monke
     line, healed = ([p for p in found["points"] if p["healed"] == which] for which in (False, True))
     best = min((p for p in [*line, *healed] if p["meets"]), key=lambda p: p["task"]["value"])
     assert (found["share"], found["healed"]) == (best["share"], best["healed"]) and found["met"]
-    assert healed[0]["share"] == 1 and (not healed[0]["meets"] or len(healed) == (1 if given_back else 2))
-    assert (len(line) > 1) == (not given_back or not healed[0]["meets"])
+    assert healed[0]["share"] == 1 and (not healed[0]["meets"] or len(healed) == (1 if given_back == 1 else 2))
+    assert (len(line) > 1) == (given_back < 1 or not healed[0]["meets"])
 
 
 def test_what_chose_is_not_reported(settled):
@@ -380,7 +380,7 @@ def test_a_promise_about_weights_is_kept(world, tmp_path, plan):
         update={"plan": plan}
     )
     job = checked(Run(recipe, world.folder))
-    assert "promises which weights" in settle_heal.why_not(job, None)
+    assert "promises which weights" in budget.why_unhealed(job, None)
     found = report_of(tune(recipe))["training"]["budget"]
     assert not any(p["healed"] for p in found["points"]) and found["points"][1:] and "promises" in found["unhealed"]
 
@@ -431,6 +431,50 @@ def test_a_loss_that_is_shown_is_taken_back_without_a_word(world, tmp_path):
     assert (found["share"], found["healed"]) != (1.0, False)
     assert kept_of(report) > whole["value"]
     assert "no shown loss below 0.95 of language" in report["task"]["note"]
+
+
+def test_a_floor_that_nobody_wrote_is_told_from_one_that_is_asked_for(world, tmp_path):
+    """Also by a run that goes on from the recipe in its own folder, which has every key."""
+    silent = without_a_word(world, tmp_path / "a", suites=["in-context"])
+    again = recipe_from(silent.model_dump(mode="json"))
+    for recipe in (silent, again):
+        assert recipe.measure.floors == {"in-context": 0.97} and budget.asked_to_keep(recipe) == ()
+    said = without_a_word(world, tmp_path / "b", suites=["in-context"], keep={"in-context": 0.97})
+    assert list(budget.asked_to_keep(said)) == ["in-context"]
+    for suites, floors in ((["default"], {"in-context": 0.97}), (["language"], {}), ([], {})):
+        assert without_a_word(world, tmp_path / "c", suites=suites).measure.floors == floors
+
+
+@pytest.mark.parametrize(
+    ("method", "healed"),
+    [
+        ({"Freeze": {}}, True),
+        ({"Freeze": {"layers": 1}}, False),
+        ({"GSLoRA": {}}, True),
+        ({"GSLoRA": {"proximal": True}}, False),
+    ],
+)
+def test_what_promises_nothing_about_weights_is_healed(world, tmp_path, method, healed):
+    recipe = without_a_word(world, tmp_path / "run", "dense").model_copy(update={"plan": [method]})
+    assert (budget.why_unhealed(checked(Run(recipe, world.folder)), None) == "") == healed
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_can_be_neither_healed_nor_scaled_has_no_budget(world, tmp_path, monkeypatch, dora):
+    """DoRA beside packed weights, say."""
+    walks_the_line(monkeypatch)
+    plan = [{"LoRA": {"r": 2, "use_dora": dora}}]
+    job = checked(Run(without_a_word(world, tmp_path / "run").model_copy(update={"plan": plan}), world.folder))
+    assert job.budget != dora and ("a test walks the line" in job.unheld) == dora
+
+
+def test_the_change_of_adalora_can_be_scaled(world, tmp_path, monkeypatch):
+    walks_the_line(monkeypatch)
+    recipe = without_a_word(world, tmp_path / "run", keep={"language": 0.999}).model_copy(
+        update={"plan": [{"AdaLoRA": {}}]}
+    )
+    found = report_of(tune(recipe))["training"]["budget"]
+    assert "why" not in found and len(found["points"]) > 1
 
 
 def test_which_bounds_hold_a_run_without_a_word(world, tmp_path):

@@ -10,6 +10,7 @@ from holdfast.errors import DataError
 KEEP_FRAC = 0.95
 KEEP_IN_CONTEXT = 0.97  # of `tune`
 AUTO = "auto"  # of the suites: what the training makes cheap
+GROUPS = frozenset({AUTO, "default", "all"})  # of suites, each with in-context among them
 SHIPPED = "holdfast:"  # prefix of the data sets and recipes that come with the package
 RECIPE_DIR = Path(__file__).parents[1] / "recipes"  # demo.yaml is holdfast:demo
 TEXT_KINDS = (".txt", ".md")  # one document each

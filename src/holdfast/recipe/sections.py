@@ -16,6 +16,7 @@ from holdfast.recipe.dialect import Dumper
 from holdfast.recipe.names import (
     AUTO,
     COMMAND,
+    GROUPS,
     KEEP_FRAC,
     KEEP_IN_CONTEXT,
     METRIC_NAMES,
@@ -325,15 +326,22 @@ class Measure(Section):
     max_new_tokens: int | None = Field(
         default=None, ge=1, description="Longest answer to the task; null: 1.5 of the longest reference, 16 to 512."
     )
-    keep: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(
-        default={"in-context": KEEP_IN_CONTEXT},
-        description=f"Share of the base score to keep; default {KEEP_IN_CONTEXT} of in-context, else {KEEP_FRAC}.",
+    keep: dict[str, Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        default=None,
+        description=f"Shares of the base score to keep; null: {KEEP_IN_CONTEXT} of in-context. Others: {KEEP_FRAC}.",
     )
     budget: bool | None = Field(
         default=None,
         description="Take back as much of the change as keep asks for, reported on other items; null: where one can.",
     )
     skip_before: bool = Field(default=False, description="Do not measure the base model first.")
+
+    @property
+    def floors(self) -> Mapping[str, float]:
+        """Shares to keep: those of `keep`; without a word that of in-context, where it is measured."""
+        if self.keep is not None:
+            return self.keep
+        return {"in-context": KEEP_IN_CONTEXT} if {"in-context", *GROUPS} & set(self.suites) else {}
 
     @property
     def forwards(self) -> dict[str, Any]:
@@ -345,25 +353,16 @@ class Measure(Section):
         """What scores are kept by: other forwards round otherwise."""
         return "invariant" if self.invariant else self.batch_tokens
 
-    @check_all(mode="before")
-    @classmethod
-    def _keep_all(cls, value: Any) -> Any:
-        """A recipe that names suites and no floors must prove in-context; the others prove what their items can."""
-        suites = value.get("suites") if isinstance(value, Mapping) else None
-        if isinstance(suites, list) and "keep" not in value:
-            return {**value, "keep": {"in-context": KEEP_IN_CONTEXT} if {"in-context", AUTO} & set(suites) else {}}
-        return value
-
     @check_all(mode="after")
     def _budget_of_something(self) -> "Measure":
-        if self.budget and (self.skip_before or not self.keep):
+        if self.budget and (self.skip_before or not self.floors):
             raise ValueError("keep and no skip_before beside budget: it is a share of what the base can do")
         return self
 
     @check_all(mode="after")
     def _known_floors(self) -> "Measure":
-        for suite in self.keep:
-            if suite not in self.suites and not {"default", "all", AUTO} & set(self.suites):  # else runs.checks
+        for suite in self.keep or ():
+            if suite not in self.suites and not GROUPS & set(self.suites):  # else runs.checks
                 raise ValueError(f"keep to name measured suites only, and {suite} is not in suites")
         return self
 

@@ -28,7 +28,7 @@ def certain(recipe: Recipe) -> tuple[str, ...]:
     m = recipe.measure
     if AUTO not in m.suites:
         return names_of(m.suites)
-    return names_of(["in-context", *(s for s in m.suites if s != AUTO), *m.keep])
+    return names_of(["in-context", *(s for s in m.suites if s != AUTO), *m.floors])
 
 
 def measured_suites(recipe: Recipe, rows: Sequence[Any], steps: int, ask: Ask, longest: int) -> tuple[str, ...]:

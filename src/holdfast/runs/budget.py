@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from holdfast import models
 from holdfast.errors import HoldfastError
 from holdfast.recipe import KEEP_FRAC, Recipe
 from holdfast.runs.change import base_tensors
 from holdfast.runs.halves import FEWEST_ROWS, halves_of
+from holdfast.runs.repair_heal import FEWEST
 from holdfast.runs.repair_search import sure
 from holdfast.runs.work import Job
 
@@ -34,7 +36,21 @@ def why_none(job: Job) -> str:
         return "new modules in the model's place cannot be taken back"
     if any(p.trains_prompt for p in job.session.plan.active):
         return "a soft prompt cannot be taken back"
+    if any(getattr(m, "use_dora", False) for m in job.session.methods) and (why := why_unhealed(job, None)):
+        return f"DoRA is more than a scale of its change, and the run cannot be healed: {why}"
     return _uncut(job)
+
+
+def why_unhealed(job: Job, soft: Any) -> str:
+    """Why a run cannot be healed, "" if it can."""
+    if soft is not None:
+        return "its soft prompt stands outside of the weights"
+    confined = next((m.name for m in job.session.methods if m.confined), None)
+    if confined:
+        return f"{confined} promises which weights or directions stay as they are"
+    if models.is_packed(job.model):
+        return "its base has packed weights"
+    return "" if len(job.task.token_rows) >= FEWEST else f"it has fewer than {FEWEST} rows"
 
 
 def _uncut(job: Job) -> str:
@@ -50,12 +66,12 @@ def _uncut(job: Job) -> str:
 
 def asked_to_keep(recipe: Recipe) -> Collection[str]:
     """The abilities with a floor that the recipe itself wrote."""
-    return recipe.measure.keep if "keep" in recipe.measure.model_fields_set else ()
+    return recipe.measure.keep or ()
 
 
 def named(job: Job) -> Mapping[str, float]:
     """The floors of the recipe."""
-    return job.recipe.measure.keep
+    return job.recipe.measure.floors
 
 
 def others(job: Job) -> list[str]:

@@ -12,7 +12,7 @@ from holdfast.models.tensors import Stacked
 from holdfast.runs.work import Job
 from holdfast.session import LORA_B, Session
 
-LORA = (".lora_A.", ".lora_B.", ".lora_embedding_")
+LORA = (".lora_A.", ".lora_B.", ".lora_E.", ".lora_embedding_")  # E: between both, of AdaLoRA
 
 
 class Change:

@@ -52,7 +52,7 @@ def check_settings(run: Run) -> None:
 def _check_floors(recipe: Recipe) -> None:
     """Raise HoldfastError for an unknown suite, and for a share to keep of what is none: it would hold nothing."""
     names = certain(recipe)
-    unknown = next((k for k in recipe.measure.keep if k not in names), None)
+    unknown = next((k for k in recipe.measure.floors if k not in names), None)
     if unknown is not None:
         what = f"measure.keep (--keep) names {unknown!r}, but only {', '.join(names)} is measured."
         raise RecipeError(what, "Name single suites, and those that are measured.")

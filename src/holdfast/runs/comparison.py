@@ -226,7 +226,7 @@ class Comparison:
 
     def _ends(self, half: str) -> Ends:
         """The base's side of one half, and what must be kept."""
-        return Ends(self.folder.read("task.json"), self.folder.read(f"base.{half}.json"), self.recipe.measure.keep)
+        return Ends(self.folder.read("task.json"), self.folder.read(f"base.{half}.json"), self.recipe.measure.floors)
 
     def _variant(self, cell: Cell) -> Recipe:
         """The recipe of a run."""

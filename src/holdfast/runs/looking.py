@@ -60,7 +60,7 @@ def _look(job: Job, model: Any, base: list[Any]) -> tuple[float | None, dict[str
 
 def _floors(job: Job) -> dict[str, float]:
     """What a look rules out: of few items no more than KEEP_FRAC, unless the recipe asks for more itself."""
-    keep = job.recipe.measure.keep
+    keep = job.recipe.measure.floors
     return {
         name: floor if name in asked_to_keep(job.recipe) else min(floor, KEEP_FRAC) for name, floor in keep.items()
     }
@@ -69,7 +69,7 @@ def _floors(job: Job) -> dict[str, float]:
 def _probe(job: Job, model: Any) -> list[Any]:
     """A few items of each suite that has a floor."""
     m = job.recipe.measure
-    names = [name for name in job.suites if name in m.keep]
+    names = [name for name in job.suites if name in m.floors]
     if job.halved:
         return halves_of(job).looked_at(names, model, ITEMS)
     settings: dict[str, Any] = {"num_fewshot": m.num_fewshot, "limit": min(m.limit or ITEMS, ITEMS), **m.forwards}

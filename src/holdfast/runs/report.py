@@ -48,7 +48,7 @@ def write(job: Job, tuned: Any, before: Measured | None, after: Measured) -> Non
 
 def _judged(job: Job, before: Measured | None, after: Measured) -> list[Any]:
     """Each ability before and after, and whether it was kept."""
-    floors = job.recipe.measure.keep
+    floors = job.recipe.measure.floors
     if before:
         return abilities(before["abilities"], after["abilities"], floors, KEEP_FRAC)
     return [only_after(a, floors.get(a["suite"], KEEP_FRAC)) for a in after["abilities"]]

@@ -91,7 +91,7 @@ def summarised(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
 def _abilities(runs: Sequence[Run]) -> list[dict[str, Any]]:
     before = runs[0].folder.read("before.json")
     afters = [run.folder.read("after.json")["abilities"] for run in runs]
-    return recipes.abilities(before["abilities"], afters, runs[0].recipe.measure.keep, KEEP_FRAC)
+    return recipes.abilities(before["abilities"], afters, runs[0].recipe.measure.floors, KEEP_FRAC)
 
 
 def _task(tasks: Sequence[dict[str, Any]]) -> dict[str, Any]:

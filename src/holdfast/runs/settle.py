@@ -90,7 +90,7 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
         whole = points[0]
         short = partial(falls_short, tuned=whole.value, base=_value(job, base))
         if whole.shown["kept"] and not whole.meets:
-            said["unhealed"] = settle_heal.why_not(job, soft)
+            said["unhealed"] = budget.why_unhealed(job, soft)
             if not said["unhealed"]:
                 try:
                     healing = settle_heal.heal(job, model, -whole.margin, _told(job, "heal"))

@@ -20,25 +20,13 @@ from holdfast.engine.pack import TokenRow
 from holdfast.method import canonical
 from holdfast.methods.adapt._adapter import Adapter
 from holdfast.runs.job import base_of
-from holdfast.runs.repair_heal import FEWEST, PROMPTS, SEED, healing
+from holdfast.runs.repair_heal import PROMPTS, SEED, healing
 from holdfast.runs.work import Job
 from holdfast.session import LORA_B
 
 FAR = 0.1  # ours: of a share kept below its bound
 STEPS = (24, 48)  # ours: of the training near to the bound and far from it (docs/decisions.md)
 FRESH = 1  # seed of the prompts: the plan may have trained on those of 0
-
-
-def why_not(job: Job, soft: Any) -> str:
-    """Why a run cannot be healed, "" if it can."""
-    if soft is not None:
-        return "its soft prompt stands outside of the weights"
-    confined = next((m.name for m in job.session.methods if m.confined), None)
-    if confined:
-        return f"{confined} promises which weights or directions stay as they are"
-    if models.is_packed(job.model):
-        return "its base has packed weights"
-    return "" if len(job.task.token_rows) >= FEWEST else f"it has fewer than {FEWEST} rows"
 
 
 class Healed:

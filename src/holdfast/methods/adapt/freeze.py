@@ -32,13 +32,17 @@ class Freeze(Method):
     patterns: tuple[str, ...] = ()  # regular expressions searched in parameter names
     layer_decay: float = 0.9  # near the paper's range, which was not verified
 
-    confined: ClassVar = True
     paper: ClassVar = Paper(
         "Fine-tuning large neural language models for biomedical natural language processing",
         "2112.07869",
         "the paper's exact decay values were not verified",
     )
     does: ClassVar = "freezes chosen layers or names and slows the learning of lower layers"
+
+    @property
+    def confined(self) -> bool:
+        """Slower layers are not frozen ones."""
+        return bool(self.layers or self.embeddings or self.patterns)
 
     def off(self) -> bool:
         return not self.layers and not self.embeddings and not self.patterns and self.layer_decay == 1

@@ -53,7 +53,6 @@ class GSLoRA(Method):
     rows_per_step: int = 1  # ours
     max_tokens: int = 256  # ours; rows to unlearn are cut here
 
-    confined: ClassVar = True
     paper: ClassVar = Paper(
         "Continual Forgetting for Pre-trained Vision Models", "2403.11530", note="ids and defaults are from memory"
     )
@@ -73,6 +72,11 @@ class GSLoRA(Method):
         if not self._targets(ctx.model):
             what = f"GSLoRA finds no maps of feed-forward nets in {type(inner(ctx.model)).__name__}."
             raise PlanError(what, "Use LoRA.")
+
+    @property
+    def confined(self) -> bool:
+        """Exact zeros stay zeros, and the base still knows what was unlearnt."""
+        return self.proximal or bool(self.forget)
 
     def sites(self) -> tuple[str, ...]:
         """Without `proximal` no step is looked at or changed."""
