@@ -1,6 +1,7 @@
 """Looks during training: they change nothing, the best one's weights are kept, and a killed run ends the same."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ from holdfast.errors import PlanError, RecipeError
 from holdfast.hosts.watching import chosen
 from holdfast.recipe import load_recipe, recipe_from
 from holdfast.runs import looking
+from holdfast.runs.job import checked
 from holdfast.runs.run import Run
 from holdfast.verbs.explain import planned
 from holdfast.verbs.tune import tune
 from test_run import stop_at
-from tiny_run import recipe_data, write_recipe
+from tiny_run import recipe_data, write_recipe, write_rows
 
 PLAN = [{"LoRA": {"r": 2, "lora_dropout": 0.1}}]
 
@@ -87,9 +89,14 @@ def test_the_last_step_is_looked_at_too(world, tmp_path, ranked):
     assert training["best_step"] == training["steps"]
 
 
-def test_a_run_that_ruins_the_task_gives_the_base_back(world, tmp_path):
-    ruin = {"learning_rate": 50.0, "lr_scheduler_type": "constant", "max_grad_norm": 0}
-    tune(recipe(world, tmp_path / "run", data={"metric": "loss"}, eval_steps=4, load_best_model_at_end=True, **ruin))
+def test_a_run_that_ruins_the_task_gives_the_base_back(world, tmp_path, rows):
+    """It learns to say one thing, and what is asked of it is another."""
+    sets = {
+        name: str(write_rows(tmp_path / f"{name}.jsonl", [replace(r, completion=said) for r in rows]))
+        for name, said in (("train", " yes"), ("validation", " Zebra 99"))
+    }
+    ruin = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "eval_steps": 4, "load_best_model_at_end": True}
+    tune(recipe(world, tmp_path / "run", data={"metric": "loss", **sets}, **ruin))
     training = training_of(tmp_path / "run")
     losses = [v for _, v in training["looks"]["task"]]
     assert losses[0] == min(losses) < losses[-1] and training["best_step"] == 0
@@ -160,6 +167,18 @@ def test_looks_that_see_nothing_are_refused(world, tmp_path):
         best = {"eval_steps": 2, "load_best_model_at_end": True}
         with pytest.raises(PlanError, match=f"best look, but {method} ends with an average along training"):
             planned(recipe(world, tmp_path / "run", [{method: {}}], **best), world.folder)
+
+
+def test_a_probe_of_another_version_is_asked_again(world, tmp_path):
+    """Else the base as one version answered it would be held against looks of another."""
+    folder = tune(recipe(world, tmp_path / "run", eval_steps=2))
+    known = json.loads((folder / looking.PROBE).read_text())
+    job = checked(Run(recipe(world, tmp_path / "run", eval_steps=2), world.folder))
+    assert looking._base(job) == known["abilities"]
+    old = {"made": ["torch 1.0"], "abilities": []}
+    (folder / looking.PROBE).write_text(json.dumps(old))
+    assert looking._base(job) == known["abilities"]
+    assert json.loads((folder / looking.PROBE).read_text()) == known
 
 
 def test_the_probe_is_work_of_its_recipe(world, tmp_path):

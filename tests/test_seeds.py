@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import pytest
 
 from holdfast import cli
-from holdfast.errors import RecipeError
+from holdfast.errors import HoldfastError, RecipeError
 from holdfast.recipe import recipe_from
 from holdfast.runs import seeds, settle
 from holdfast.runs.run import silent
@@ -60,6 +61,15 @@ def test_it_goes_on_where_it_was(whole, world, monkeypatch):
     monkeypatch.setattr("holdfast.runs.job.checked", None)
     again = verb.tune_seeds(asked(world, folder / "out"), SEEDS)
     assert {**again, "created": 0} == {**json.loads(json.dumps(report)), "created": 0}
+
+
+def test_seeds_of_two_machines_are_not_compared(whole, world, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(whole[0] / "out", folder)
+    after = json.loads((folder / "seed-1" / "after.json").read_text())
+    (folder / "seed-1" / "after.json").write_text(json.dumps({**after, "made": ["torch 1.0"]}))
+    with pytest.raises(HoldfastError, match=r"seed-1 was measured by other versions.* than .*seed-0"):
+        seeds.summarised(list(seeds.runs_of(asked(world, folder), folder, SEEDS, silent)), folder)
 
 
 def test_no_repository_is_uploaded_over_by_the_next_seed(world, tmp_path):

@@ -20,7 +20,7 @@ from holdfast.runs.job import checked
 from holdfast.runs.joined import factors, joined
 from holdfast.runs.repair_search import Point, falls_short
 from holdfast.runs.run import Run
-from holdfast.verbs.tune import _wished, budgeted, floors_to_keep, tune
+from holdfast.verbs.tune import _exit, _wished, budgeted, floors_to_keep, tune
 from test_repair import reader
 from test_shard import two
 from tiny import ticket_rows
@@ -441,6 +441,7 @@ def test_a_floor_that_nobody_wrote_is_told_from_one_that_is_asked_for(world, tmp
         assert recipe.measure.floors == {"in-context": 0.97} and budget.asked_to_keep(recipe) == ()
     said = without_a_word(world, tmp_path / "b", suites=["in-context"], keep={"in-context": 0.97})
     assert list(budget.asked_to_keep(said)) == ["in-context"]
+    assert said.measure.floors == silent.measure.floors
     for suites, floors in ((["default"], {"in-context": 0.97}), (["language"], {}), ([], {})):
         assert without_a_word(world, tmp_path / "c", suites=suites).measure.floors == floors
 
@@ -486,8 +487,8 @@ def test_which_bounds_hold_a_run_without_a_word(world, tmp_path):
     assert budget.margin(job, {"in-context": good, "language": low}) == pytest.approx(-0.05)
     assert budget.margin(job, {"in-context": wide}) == pytest.approx(0.9 - 0.03 - 0.97)
     assert budget.margin(job, {}) == 0.0
-    said = checked(Run(asked(world, tmp_path / "b", suites=["in-context", "language"]), world.folder))
-    assert budget.others(said) == []
+    said = checked(Run(asked(world, tmp_path / "b", suites=["in-context", "language", "format"]), world.folder))
+    assert budget.named(said) == {"in-context": 0.97, "language": FLOOR} and budget.others(said) == ["format"]
 
 
 @pytest.mark.parametrize(
@@ -529,6 +530,27 @@ def test_keep_on_the_command_line_is_a_budget(world, tmp_path):
     found = budgeted(plain, {"in-context": 0.97, "language": 0.99}).measure
     assert found.budget and found.keep == {"in-context": 0.97, "language": 0.99}
     assert found.suites == ["language", "in-context"]
+    more = budgeted(plain, {"format": 0.9}).measure  # what the recipe names stays named
+    assert more.keep == {"language": FLOOR, "format": 0.9} and more.suites == ["language", "format"]
+
+
+def test_a_loss_on_the_reported_items_is_told_to_the_shell():
+    """The half that chose met the bound, and the reported one shows a loss all the same."""
+    met, missed, lost, unclear = (
+        {"met": True},
+        {"met": False},
+        *({"verdict": {"status": s}} for s in ("lost", "unclear")),
+    )
+    assert [_exit(lost, met), _exit(unclear, met), _exit(unclear, met, missed)] == [1, 0, 1]
+    assert _exit(lost, None) == _exit(lost) == 0  # no budget: a verdict alone
+
+
+def test_that_nothing_is_held_is_told_unless_it_was_asked_for(world, tmp_path):
+    """On the report's first lines, and not only beside its settings."""
+    silent, plan = without_a_word(world, tmp_path / "a", limit=2), [{"LoRA": {"r": 2}}]
+    note = report_of(tune(silent.model_copy(update={"plan": plan})))["task"]["note"]
+    assert ("Nothing is held: " in note and "enough" in note) or "too few" in note
+    assert budget.unasked(checked(Run(asked(world, tmp_path / "b", budget=False), world.folder))) == ""
 
 
 def test_the_default_budget_names_every_default_suite():
@@ -565,7 +587,7 @@ def test_what_looks_during_training_sees_is_not_reported(world, tmp_path, monkey
     before = json.loads((folder / "before.json").read_text())
     assert asked_for and not asked_for & {i["id"] for i in before["task"]}
     seen = json.loads((folder / looking.PROBE).read_text())
-    ids = [{i["id"] for t in s["tasks"] for i in t["items"]} for s in (seen[0], before["abilities"][0])]
+    ids = [{i["id"] for t in s["tasks"] for i in t["items"]} for s in (seen["abilities"][0], before["abilities"][0])]
     assert ids[0] and not ids[0] & ids[1]
 
 

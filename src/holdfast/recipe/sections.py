@@ -338,10 +338,9 @@ class Measure(Section):
 
     @property
     def floors(self) -> Mapping[str, float]:
-        """Shares to keep: those of `keep`; without a word that of in-context, where it is measured."""
-        if self.keep is not None:
-            return self.keep
-        return {"in-context": KEEP_IN_CONTEXT} if {"in-context", *GROUPS} & set(self.suites) else {}
+        """Shares to keep: those of `keep`, and that of in-context where it is measured and nobody says another."""
+        usual = {"in-context": KEEP_IN_CONTEXT} if {"in-context", *GROUPS} & set(self.suites) else {}
+        return {**usual, **(self.keep or {})}
 
     @property
     def forwards(self) -> dict[str, Any]:

@@ -70,13 +70,13 @@ def asked_to_keep(recipe: Recipe) -> Collection[str]:
 
 
 def named(job: Job) -> Mapping[str, float]:
-    """The floors of the recipe."""
+    """The floors that are held with a standard error to spare."""
     return job.recipe.measure.floors
 
 
 def others(job: Job) -> list[str]:
     """The suites that are held at KEEP_FRAC though no one named them."""
-    return [] if job.recipe.measure.budget else [name for name in job.suites if name not in named(job)]
+    return [name for name in job.suites if name not in named(job)]
 
 
 def margin(job: Job, kept: Mapping[str, Mapping[str, float]]) -> float:
@@ -89,8 +89,20 @@ def margin(job: Job, kept: Mapping[str, Mapping[str, float]]) -> float:
 def words(job: Job) -> str:
     """What must stay, before anything is trained."""
     if job.unheld:
-        return f"Nothing is held: {job.unheld}"
+        return unheld(job)
     return f"Must stay: {bounds(named(job), others(job))}"
+
+
+def unheld(job: Job) -> str:
+    """That nothing is held, and why."""
+    return f"Nothing is held: {job.unheld}"
+
+
+def unasked(job: Job) -> str:
+    """That nothing is held, where nobody said so; else ""."""
+    m = job.recipe.measure
+    said = m.budget is False or m.skip_before or not m.suites or job.run.halved
+    return "" if said or not job.unheld else unheld(job)
 
 
 def bounds(floors: Mapping[str, float], beside: Sequence[str]) -> str:

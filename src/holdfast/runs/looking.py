@@ -13,7 +13,7 @@ from holdfast.measure.tuned_task import task_estimates
 from holdfast.recipe import KEEP_FRAC
 from holdfast.runs.budget import asked_to_keep
 from holdfast.runs.halves import choosing_rows, halves_of
-from holdfast.runs.measuring import measure_suites
+from holdfast.runs.measuring import made_by, measure_suites
 from holdfast.runs.task_rows import score_rows
 from holdfast.runs.work import Job
 
@@ -30,11 +30,7 @@ def watch_of(job: Job, tell: Callable[[int, dict[str, float], float], None]) -> 
     t = job.recipe.training
     if t.eval_steps is None:
         return None
-    base = job.run.folder.read(PROBE)
-    if base is None:
-        with job.run.timed("look"):
-            base = _probe(job, job.model)
-        job.run.folder.write(PROBE, base)
+    base = _base(job)
 
     def look(model: Any, step: int) -> tuple[float | None, dict[str, float]]:
         start = time.perf_counter()
@@ -44,6 +40,17 @@ def watch_of(job: Job, tell: Callable[[int, dict[str, float], float], None]) -> 
         return rank, finding
 
     return Watch(t.eval_steps, look, t.load_best_model_at_end, t.early_stopping_patience)
+
+
+def _base(job: Job) -> list[Any]:
+    """What the untouched base answers, from the run folder if it was asked as it would be now."""
+    known, made = job.run.folder.read(PROBE), made_by(job.model)
+    if known and known["made"] == made:
+        return known["abilities"]
+    with job.run.timed("look"):
+        found = _probe(job, job.model)
+    job.run.folder.write(PROBE, {"made": made, "abilities": found})
+    return found
 
 
 def _look(job: Job, model: Any, base: list[Any]) -> tuple[float | None, dict[str, float]]:

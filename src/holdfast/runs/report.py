@@ -21,9 +21,8 @@ from holdfast.recipe import KEEP_FRAC
 from holdfast.report import markdown, page
 from holdfast.report.examples import answers, examples
 from holdfast.report.seen import seen_rows
-from holdfast.runs import export
+from holdfast.runs import budget, export
 from holdfast.runs.abilities import words
-from holdfast.runs.budget import asked_to_keep
 from holdfast.runs.folder import LAST, RECIPE
 from holdfast.runs.measuring import reported_rows
 from holdfast.runs.run import Run
@@ -113,7 +112,7 @@ def _note(job: Job) -> str:
     more = [f"the reported rows also chose {what}, which flatters them" for what in chose]
     training = job.run.folder.read("training.json")
     told = training.get("notes", ())
-    return "; ".join(filter(None, [job.note, *told, _chose(job), *_ends(training), *more]))
+    return "; ".join(filter(None, [job.note, *told, budget.unasked(job), _chose(job), *_ends(training), *more]))
 
 
 def _chose(job: Job) -> str:
@@ -146,7 +145,7 @@ def _report(job: Job, tuned: Any, judged: list[Any], task: Any, shown: list[Any]
         "holdfast_version": used["holdfast"],
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kind": "tune",
-        "verdict": verdict(judged, task, asked_to_keep(job.recipe)),
+        "verdict": verdict(judged, task, budget.asked_to_keep(job.recipe)),
         "model": {
             "name": source.name,
             "revision": source.revision,

@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from holdfast.errors import RecipeError
+from holdfast.errors import HoldfastError, RecipeError
 from holdfast.files import write_json, write_text
 from holdfast.measure import recipes, stats
 from holdfast.measure.compare import verdict
@@ -66,6 +66,7 @@ def summarised(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
 
     The report is that of the first run, with the abilities, the task and the verdict of all.
     """
+    _check_alike(runs)
     reports = [json.loads((run.path / LAST).read_text(encoding="utf-8")) for run in runs]
     abilities, task = _abilities(runs), _task([r["task"] for r in reports])
     seeds = ", ".join(str(run.recipe.training.seed) for run in runs)
@@ -86,6 +87,16 @@ def summarised(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
     write_text(folder / "seeds.md", markdown.summary(report))
     write_json(folder / SUMMARY, report)
     return report
+
+
+def _check_alike(runs: Sequence[Run]) -> None:
+    """Raise HoldfastError where two runs were measured by different versions or machines: their base's answers differ
+    for reasons that are none of the recipe's."""
+    made = [run.folder.read("after.json").get("made") for run in runs]
+    other = next((n for n, own in enumerate(made) if own != made[0]), None)
+    if other is not None:
+        what = f"{runs[other].path} was measured by other versions or on another machine than {runs[0].path}."
+        raise HoldfastError(what, "Remove one of the two folders and start again: it is trained and measured anew.")
 
 
 def _abilities(runs: Sequence[Run]) -> list[dict[str, Any]]:

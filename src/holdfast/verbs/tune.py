@@ -106,17 +106,16 @@ def tune_seeds(
 
 
 def budgeted(recipe: Recipe, floors: Mapping[str, float]) -> Recipe:
-    """The recipe with a budget: these shares are to be kept, and what breaks one is taken back."""
+    """The recipe with a budget: these shares are to be kept beside its own, and what breaks one is taken back."""
     measure = recipe.measure.model_dump()
+    kept = {**(recipe.measure.keep or {}), **floors}
     named = measure["suites"]  # what has a floor is measured beside auto
     suites = named if AUTO in named else [*named, *(n for n in floors if n not in names_of(named))]
-    return recipe_from(
-        {**recipe.model_dump(), "measure": {**measure, "suites": suites, "keep": floors, "budget": True}}
-    )
+    return recipe_from({**recipe.model_dump(), "measure": {**measure, "suites": suites, "keep": kept, "budget": True}})
 
 
 def command(recipe: Path, overrides: Sequence[str], seeds: int | None = None, keep: Sequence[str] = ()) -> int:
-    """`holdfast tune`: with a bar, and the verdict at the end; 1 where a budget could not be met, else 0."""
+    """`holdfast tune`: with a bar, and the verdict at the end; its exit status."""
     if seeds is not None:
         return _command_seeds(recipe, overrides, seeds, keep)
     loaded = _wished(recipe, overrides, keep)
@@ -133,11 +132,14 @@ def command(recipe: Path, overrides: Sequence[str], seeds: int | None = None, ke
         print(f"This run was finished before; nothing was done. Its folder: {run.path}")
     terminal.show(report, console, run.path / "report.html")
     print(f"Tuned model: {report['tuned']['path']}")
-    return _exit(report["training"].get("budget"))
+    return _exit(report, report["training"].get("budget"))
 
 
-def _exit(*budgets: Mapping[str, Any] | None) -> int:
-    return 1 if any(budget and budget["met"] is False for budget in budgets) else 0
+def _exit(report: Mapping[str, Any], *budgets: Mapping[str, Any] | None) -> int:
+    """1 where a budget was not met, or was on the items that chose and the reported ones show a loss; else 0."""
+    held = [budget for budget in budgets if budget]
+    lost = bool(held) and report["verdict"]["status"] == "lost"
+    return int(lost or any(budget["met"] is False for budget in held))
 
 
 def _wished(recipe: Path, overrides: Sequence[str], keep: Sequence[str]) -> Recipe:
@@ -167,4 +169,4 @@ def _command_seeds(recipe: Path, overrides: Sequence[str], seeds: int, keep: Seq
     terminal.show(report, console, Path(report["seeds"][0]["path"]).parents[1] / "seeds.html")
     for one in report["seeds"]:
         print(f"Seed {one['seed']}: {one['status']}. Tuned model: {one['path']}")
-    return _exit(*(one["budget"] for one in report["seeds"]))
+    return _exit(report, *(one["budget"] for one in report["seeds"]))
