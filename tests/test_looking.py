@@ -183,3 +183,12 @@ def test_a_probe_of_another_version_is_asked_again(world, tmp_path):
 
 def test_the_probe_is_work_of_its_recipe(world, tmp_path):
     assert "probe.json" in Run(recipe(world, tmp_path / "run"), world.folder).folder.work
+
+
+@pytest.mark.parametrize("plan", [[], [{"S2FT": {}}], [{"LocFT": {}}], [{"BottleneckAdapter": {}}]])
+@pytest.mark.parametrize("training", [{"eval_steps": 3}, {"learning_rate": "search"}])
+def test_looks_and_rate_trials_in_bfloat16(world, tmp_path, plan, training):
+    """What trains is fp32 then, and the rest is not: they are asked as steps compute."""
+    one = recipe(world, tmp_path / "run", plan, **training)
+    tune(one.model_copy(update={"model": one.model.model_copy(update={"dtype": "bfloat16"})}))
+    assert (tmp_path / "run" / "report.json").is_file()

@@ -34,7 +34,7 @@ def watch_of(job: Job, tell: Callable[[int, dict[str, float], float], None]) -> 
 
     def look(model: Any, step: int) -> tuple[float | None, dict[str, float]]:
         start = time.perf_counter()
-        with job.run.timed("look"):
+        with job.run.timed("look"), job.session.between_steps():
             rank, finding = _look(job, model, base)
         tell(step, finding, time.perf_counter() - start)
         return rank, finding
@@ -47,7 +47,7 @@ def _base(job: Job) -> list[Any]:
     known, made = job.run.folder.read(PROBE), made_by(job.model)
     if known and known["made"] == made:
         return known["abilities"]
-    with job.run.timed("look"):
+    with job.run.timed("look"), job.session.between_steps():
         found = _probe(job, job.model)
     job.run.folder.write(PROBE, {"made": made, "abilities": found})
     return found

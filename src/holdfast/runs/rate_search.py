@@ -139,7 +139,8 @@ def _trial(job: Job, rate: float) -> Losses | None:
             plain.train(job.session, job.mix, short)
         except TrainingError:  # the loss is not finite
             return None
-        scored = score_task(job.session.model, job.tokenizer, choosing_rows(job)[:ROWS], None)
+        with job.session.between_steps():
+            scored = score_task(job.session.model, job.tokenizer, choosing_rows(job)[:ROWS], None)
     losses = [-i["logprob"] / i["tokens"] for i in scored]
     return losses if all(map(math.isfinite, losses)) else None
 

@@ -111,7 +111,8 @@ def _evaluate(job: Job) -> Callable[[Any], float]:
 
     def evaluate(model: Any) -> float:
         rows = choosing_rows(job)[:EVALUATED] or task.train[:EVALUATED]
-        scored = score_task(model, job.tokenizer, rows, closed, soft_prompt=job.session.soft_prompt())
+        with job.session.between_steps():
+            scored = score_task(model, job.tokenizer, rows, closed, soft_prompt=job.session.soft_prompt())
         if metric_of(task.metric).asked != "labels" and task.metric != "exact_match":
             return sum(i["logprob"] for i in scored) / sum(i["tokens"] for i in scored)
         return sum(i["correct"] for i in scored) + 1e-3 * sum(i["logprob"] for i in scored) / len(scored)
