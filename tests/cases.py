@@ -332,8 +332,8 @@ def chosen_hold(seen: Seen) -> None:
     assert all(not torch.equal(w, seen.base[n]) for n, w in seen.result.weights.items())
     assert chosen == {n for n, w in seen.result.weights.items() if not torch.equal(w, seen.middle[0][n])}
     sizes = [w.numel() for w in seen.base.values()]
-    above = sizes[min(names.index(n) for n in chosen) + 1 :]
-    forward = sum(sizes[1:])  # the embeddings, which are the head too, stand below
+    above = [*sizes[min(names.index(n) for n in chosen) + 1 :], sizes[0]]  # the head is the table of the embeddings
+    forward = sum(sizes[1:]) + sizes[0]
     whole, spent = sum(sizes) + forward, sum(seen.base[n].numel() for n in chosen) + sum(above)
     assert 0 < spent <= (seen.method.rho * (whole + forward) - forward) + 0.01 * whole
 

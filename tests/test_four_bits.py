@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import holdfast.methods as hf
@@ -164,3 +165,30 @@ def test_a_run_in_4_bits_from_recipe_to_report(world, tmp_path, monkeypatch):
     assert report["task"]["after"]["n"] == 6
     tuned, _ = models.load(str(folder / "model"), load_in_4bit=True, dtype="bfloat16")
     assert models.precision(tuned) == "nf4, bfloat16" and hasattr(tuned, "peft_config")
+
+
+# ---- what methods ask of packed weights
+
+
+def packed_maps(model):
+    """The maps of the blocks with weights as 4 bits hold them: a column of bytes, whose shape says nothing."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "layers" in name:
+            shape = (module.weight.numel() // 2, 1)
+            module.weight = torch.nn.Parameter(torch.zeros(shape, dtype=torch.uint8), requires_grad=False)
+    return model
+
+
+def test_methods_read_the_width_of_packed_maps(tiny_model, tokenizer, tmp_path):
+    ctx = Context(packed_maps(tiny_model()), tokenizer)
+    hf.EVA(r=4).check(ctx)
+    with pytest.raises(PlanError, match=r"principal decomposes plain weights, but .* has few bits"):
+        hf.OrthogonalLoRA(principal=2).check(ctx)
+    a = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)}
+    save_file(a, tmp_path / "adapter_model.safetensors")
+    hf.OrthogonalLoRA(earlier=(str(tmp_path),)).check(ctx)
+
+
+@pytest.mark.parametrize("method", [hf.PromptTuning(), hf.PrefixTuning(), hf.PhrasingPrompt()])
+def test_a_soft_prompt_trains_no_packed_weight(tiny_model, tokenizer, method):
+    Plan([method]).check(FOUR, Context(tiny_model(), tokenizer))

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from holdfast import Plan
-from holdfast.methods import ICLAnchor, LoRA
+from holdfast.methods import PEQA, ICLAnchor, LoRA
 from holdfast.methods.adapt.control_llm import ControlLLM
 from holdfast.methods.adapt.half_fine_tune import HalfFineTune
 from holdfast.runs.job import default_plan
@@ -43,6 +43,7 @@ def test_the_kind_of_tuning_comes_from_what_trains():
         ([LoRA()], 1.5e-3),
         ([ICLAnchor()], 2e-5),
         ([HalfFineTune()], 2e-5),
+        ([PEQA()], 2e-5),  # scales of the base's weights, which move by the rate itself
         ([ControlLLM()], 2e-5),  # copies of the base's layers, which the paper tunes like these
     ):
         assert auto(Plan(methods), model).value == value, methods

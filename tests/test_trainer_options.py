@@ -566,6 +566,7 @@ REFUSED: dict[str, Refused] = {
     ),
     "another tokenizer": Refused({"chat_template_path": "{folder}"}, words=("chat_template_path", "jinja")),
     "fp16": Refused({"fp16": True}, plan=[FirstLayerOnly()], words=("FirstLayerOnly", "fp16")),
+    "fp16 where steps are left out": Refused({"fp16": True}, plan=[hf.LocFT()], words=("LocFT drops", "fp16")),
     "fp16 where gradients are looked at": Refused({"fp16": True}, plan=[hf.SpIEL()], words=("SpIEL looks at", "fp16")),
     "frozen embeddings": Refused(
         {"gradient_checkpointing_kwargs": {"use_reentrant": True}},

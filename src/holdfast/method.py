@@ -175,9 +175,10 @@ class Method:
     # "base_weights", "base_logits", "base_hidden", "live_logits", "gradients" (at `steer`), "dense"
     needs: ClassVar[frozenset[str]] = frozenset()
     may_end: ClassVar[bool] = False  # `steer` may end the run
+    skips_steps: ClassVar[bool] = False  # `steer` may hold all weights still at a step
     confined: ClassVar[bool] = False  # promises which weights or directions stay as they are, so nothing heals it
     wraps: ClassVar[bool] = False  # replaces modules: at most one per plan
-    copies: ClassVar[bool] = False  # `replace` brings copies of the base's weights, which are tuned like these
+    copies: ClassVar[bool] = False  # `replace` trains copies or scales of the base's weights, at the rates of these
     refuses: ClassVar[Mapping[str, str]] = {}  # method name -> why the two mean different things
     phase: ClassVar[str] = "rescale"  # of `grad`: mask, rescale, project
     writes: ClassVar[frozenset[str]] = frozenset()  # what of rows: "ids", "targets", "order", names of numbers

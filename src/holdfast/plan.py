@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def trains_new(self) -> bool:
-        """Whether weights train that begin anew beside the base's, and none of the base's or copies of them."""
+        """Whether weights train that begin anew beside the base's, and none of its own, copies or scales of them."""
         return any(m.wraps and not m.copies for m in self.active)
 
     def check(self, host: Host, ctx: Context) -> None:
@@ -224,7 +224,7 @@ class Plan:
                     f"{m.name} needs plain weights, but the base model is loaded in 4 or 8 bits.",
                     f"Load it unquantised, or use LoRA instead of {m.name}.",
                 )
-        if host.quantised and not any(m.wraps for m in self.active):
+        if host.quantised and not any(m.wraps or m.only_prompts for m in self.active):
             trains = next((m.name for m in self.active if "base_weights" in m.needs), "A plan without an adapter")
             raise PlanError(
                 f"{trains} trains the model's own weights, but the base model is loaded in 4 or 8 bits.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,9 @@ from holdfast.engine.ways import LAST, inner
 from holdfast.measure import answers
 
 State = dict[str, torch.Tensor]  # of one method, from `prepare` on
+
+
+AT_ONCE = 16  # rows in one forward that is only looked at
 
 
 @dataclass
@@ -95,20 +98,22 @@ class Look:
     state: State
     _forward: Callable[[Sequence[TokenRow]], tuple[Packed, torch.Tensor]]
 
-    def logits(self, rows: Sequence[TokenRow]) -> list[torch.Tensor]:
+    def logits(self, rows: Sequence[TokenRow]) -> Iterator[torch.Tensor]:
         """For each row (n, V) logits of the model so far at its n scored positions: no gradient, no dropout.
 
         A method that calls this has `live_logits` in its `needs`. A row's logits depend on the row alone up to
-        rounding, and every process computes those of the rows it asks about.
+        rounding, and every process computes those of the rows it asks about. They come row by row, since those of a
+        whole step with accumulation would not fit: keep what is made of them.
         """
-        packed, logits = self._forward(rows)
-        return packed.by_row(logits)
+        for n in range(0, len(rows), AT_ONCE):
+            packed, logits = self._forward(rows[n : n + AT_ONCE])
+            yield from packed.by_row(logits)
 
     def token_logp(self, rows: Sequence[TokenRow]) -> list[torch.Tensor]:
         """For each row (n,) log-probabilities of its targets."""
-        packed, logits = self._forward(rows)
-        chosen = logits.float().log_softmax(-1).gather(1, packed.target[:, None])[:, 0]
-        return packed.by_row(chosen)
+        targets = (torch.as_tensor(r.predicted[r.scored]) for r in rows)
+        pairs = zip(self.logits(rows), targets, strict=True)
+        return [z.float().log_softmax(-1).gather(1, y.to(z.device)[:, None])[:, 0] for z, y in pairs]
 
 
 @dataclass

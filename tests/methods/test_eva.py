@@ -80,6 +80,26 @@ def test_ranks_are_shared_out(tiny_model, start, rows):
     assert set(ranks(start([EVA(**SMALL, rho=1.0)], tiny_model(), rows=rows).model).values()) == {4}
 
 
+def test_ranks_follow_the_largest_shares_of_variance(tiny_model, tokenizer, rows):
+    """Two maps, three ranks each on average: six go to the largest of all shares S_i^2 / sum S^2 of a plain SVD."""
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
+    model, seen = tiny_model(), {n: [] for n in names}
+    ctx = Context(model, tokenizer, 0, rows, max_length=512)
+    found = EVA(r=3, rho=2.0, target_modules=names, use_label_mask=False).prepare(ctx)
+    for name in names:
+        hook = lambda _m, args, name=name: seen[name].append(args[0].flatten(0, -2))  # noqa: E731
+        model.get_submodule(name).register_forward_pre_hook(hook)
+    with torch.no_grad():
+        for row in task_rows(ctx, "EVA", 256, 256):
+            model(torch.tensor(row.ids)[None])
+    inputs = {n: torch.cat(x) for n, x in seen.items()}
+    s = {n: torch.linalg.svdvals(x - x.mean(0)).square() for n, x in inputs.items()}
+    shares = sorted(((float(v), n) for n, own in s.items() for v in (own / own.sum())[:6]), reverse=True)
+    assert shares[5][0] > 1.02 * shares[6][0]  # else rounding decides
+    wanted = Counter(n for _, n in shares[:6])
+    assert {n: len(found[f"A/{n}"]) for n in names} == {n: wanted[n] for n in names} and len(set(wanted.values())) == 2
+
+
 def test_a_map_of_rank_0_gets_no_adapter(tiny_model, start, rows, token_rows):
     session = start([EVA(r=1, rho=12.0, use_label_mask=False)], tiny_model(), rows=rows)
     none = [k for k, a in session.state["EVA"].items() if not len(a)]

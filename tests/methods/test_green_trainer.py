@@ -11,7 +11,7 @@ from cases import run, weights_of
 from holdfast.errors import PlanError
 from holdfast.method import Past
 from holdfast.methods import GreenTrainer
-from holdfast.methods.steer.green_trainer import best
+from holdfast.methods.steer.green_trainer import _costs, _tensors, best
 from holdfast.services import Context
 
 
@@ -110,3 +110,15 @@ def test_a_step_without_learning_rate_is_not_measured(tiny_model, tokenizer, row
 def test_values_that_make_no_sense(wrong, words, tiny_model, tokenizer):
     with pytest.raises(PlanError, match=words):
         GreenTrainer(**wrong).check(Context(tiny_model(), tokenizer))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_backward_always_passes_through_the_head(tiny_model, tied):
+    """(2 V D of table and head, or V D of both in one): to train the last norm alone costs the head's entries too."""
+    model = tiny_model(tied=tied)
+    head, count = model.get_output_embeddings().weight.numel(), sum(p.numel() for p in model.parameters())
+    sizes, through = _costs(model)
+    assert sizes.sum() == count and through[-1] == head and through.sum() == count - (0 if tied else head)
+    assert through[0] == 0 and sizes[0] == head  # of the embeddings nothing passes on
+    above = through.sum() - through.cumsum()
+    assert above[[n for n, _ in _tensors(model)].index("model.norm.weight")] == head

@@ -118,3 +118,8 @@ def test_values_without_meaning_are_refused(settings, tiny_model, tokenizer):
         IFT(**settings).check(Context(tiny_model(), tokenizer))
     with pytest.raises(PlanError, match="IFT"):
         Plan([IFT(), SDFT()]).check_together()
+
+
+def test_a_row_without_a_target_has_no_weights():
+    """A trainer's idle rows are the task's and have none."""
+    assert discounted(torch.zeros(0), 0.95).shape == (0,)

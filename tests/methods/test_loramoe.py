@@ -188,3 +188,11 @@ def test_a_trainer_whose_plan_mixes_nothing_refuses_it_too(tiny_model, start):
         mixed(start([hf.LoRAMoE(knowledge=("task",))], tiny_model(), enter=False), data, None, None, "Trainer", {})
         == {}
     )
+
+
+def test_rows_of_one_kind_are_told(tiny_model, tokenizer, rows):
+    """The term that shares experts out by kind knows one kind then."""
+    mixed = [hf.LoRAMoE(), hf.Replay(share=0.5, sources=(GENERAL,), max_tokens=32)]
+    for plan, told in (([hf.LoRAMoE()], True), ([hf.LoRAMoE(weight=0.0)], False), (mixed, False)):
+        notes = run(plan, tiny_model(), tokenizer, rows, 4).session.ctx.notes
+        assert any("LoRAMoE shares experts out" in n for n in notes) == told

@@ -47,6 +47,11 @@ def _first(plan: Plan, *sites: str) -> Method | None:
     return next((m for m in plan.active if set(sites) & set(m.sites())), None)
 
 
+def _uses_gradients(method: Method) -> bool:
+    """Whether it looks at gradients, or leaves a step without any."""
+    return "gradients" in method.needs or method.skips_steps
+
+
 def _wrong_together(plan: Plan, given: Mapping[str, Any], ours: bool) -> Iterator[tuple[str, Any, str, str]]:
     """(name of a method, whether it is wrong here, what is wrong with {} for the trainer, cure)."""
     options = given["args"]
@@ -58,8 +63,8 @@ def _wrong_together(plan: Plan, given: Mapping[str, Any], ours: bool) -> Iterato
         yield method.name, not ours, what, "Use SFTTrainer."
         what = "replaces modules, but {} under DeepSpeed saves and cuts weights in a way of its own"
         yield method.name, getattr(options, "deepspeed_plugin", None), what, "Use DDP."
-    if method := _first(plan, "grad") or next((m for m in plan.active if "gradients" in m.needs), None):
-        does = "changes" if "grad" in method.sites() else "looks at"
+    if method := _first(plan, "grad") or next((m for m in plan.active if _uses_gradients(m)), None):
+        does = "changes" if "grad" in method.sites() else "drops" if method.skips_steps else "looks at"
         yield method.name, options.fp16, does + " gradients, but {} scales them under fp16", "Set bf16=True instead."
     if method := next((m for m in plan.active if mixes(m)), None):
         yield (

@@ -16,11 +16,10 @@ from holdfast.data.mix import Mix
 from holdfast.engine.pack import TokenRow
 from holdfast.engine.processes import gather, shares, world
 from holdfast.method import Method
-from holdfast.services import Context
+from holdfast.services import AT_ONCE, Context
 
 Pool = Mapping[str, Sequence[TokenRow]]
 Score = Callable[[Sequence[TokenRow]], Sequence[torch.Tensor]]  # rows -> for each (n,) log-probabilities
-AT_ONCE = 16  # rows in one forward
 
 
 class HeldOut:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from holdfast.method import canonical, layer_of
 
@@ -18,3 +19,13 @@ def only_matrices(model: Any) -> Any:
         if not is_matrix(canonical(name), p):
             p.requires_grad_(False)
     return model
+
+
+def of_few_bits(module: Any) -> bool:
+    """Whether the weights of a linear map are packed into 4 or 8 bits."""
+    return not module.weight.is_floating_point() or getattr(module.weight, "quant_state", None) is not None
+
+
+def inputs_of(module: Any) -> int:
+    """How wide the inputs of a linear map are; of packed weights no shape says it."""
+    return int(module.weight.shape[0] if isinstance(module, Conv1D) else module.in_features)

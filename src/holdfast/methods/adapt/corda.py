@@ -25,6 +25,7 @@ from holdfast.errors import PlanError
 from holdfast.method import Paper, State, canonical
 from holdfast.methods.adapt._adapter import Adapter, layers
 from holdfast.methods.adapt._inputs import covariances, general_rows, task_rows
+from holdfast.methods.adapt._matrices import of_few_bits
 from holdfast.methods.data.replay import GENERAL
 from holdfast.services import Context
 
@@ -58,7 +59,7 @@ class CorDA(Adapter):
         if self.corda_method == "kpm" and not self.sources:
             raise PlanError("CorDA.sources is empty, so nothing says what is to be kept.", "Name files, or use 'ipm'.")
         for name, m in self.maps(ctx.model).items():
-            if not m.weight.is_floating_point() or getattr(m.weight, "quant_state", None) is not None:
+            if of_few_bits(m):
                 raise PlanError(f"CorDA decomposes plain weights, but {name} has few bits.", "Load it unquantised.")
             if self.r > min(m.weight.shape):
                 what = f"CorDA.r is {self.r}, but {name} has {min(m.weight.shape)} directions."

@@ -25,6 +25,7 @@ from holdfast.errors import PlanError
 from holdfast.method import Paper, State
 from holdfast.methods.adapt._adapter import Adapter, layers
 from holdfast.methods.adapt._inputs import task_rows
+from holdfast.methods.adapt._matrices import inputs_of
 from holdfast.services import Context
 
 WRAPPED = "base_model.model."  # before the names of maps in PEFT's model
@@ -58,7 +59,7 @@ class EVA(Adapter):
             what = "EVA needs rho of at least 1, tau above 0 and at most 1, samples, most_batches and max_tokens."
             raise PlanError(what, "Mend them.")
         for name, m in self.maps(ctx.model).items():
-            width = m.weight.shape[-1] if isinstance(m, torch.nn.Linear) else m.weight.shape[0]
+            width = inputs_of(m)
             if self.components > width:
                 what = f"EVA looks for rho * r = {self.components} directions, but {name} has {width} inputs."
                 raise PlanError(what, "Lower r or rho.")

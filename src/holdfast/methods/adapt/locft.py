@@ -7,7 +7,8 @@ Made for editing facts: all edits are seen once before any is seen twice ("bread
 that holds the rest. All other tensors are the base's to the last bit, and so are the states below the layer. A step
 that is not taken leaves weights and moments as they are.
 The paper: Adam at 5e-4 without weight decay, batches of 100, up to 25 epochs: settings of the training, not of this
-method. Differences from it: the loss is the mean over the tokens of a step, not over its rows; no tokens are added.
+method (`learning_rate: auto` gives 2e-5 at most, as to all that trains the base's own weights: write 5e-4).
+Differences from it: the loss is the mean over the tokens of a step, not over its rows; no tokens are added.
 Its search for the matrix (try some on few rows, keep the best) is `holdfast compare` with several plans.
 In a trainer that does not know how many rows an epoch has, the run does not end early.
 Cost: gradients end at that layer, moments are of one matrix. Combine with: every loss and data method, WiSEFT.
@@ -43,6 +44,7 @@ class LocFT(Method):
                             "its tables were not verified")  # fmt: skip
     does: ClassVar = "trains one matrix of a late layer and stops where the loss is almost 0"
     needs: ClassVar = frozenset({"dense"})
+    skips_steps: ClassVar = True
     refuses: ClassVar = {
         "HalfFineTune": "one matrix has no half to draw.",
         "Freeze": "all but one matrix is frozen already.",

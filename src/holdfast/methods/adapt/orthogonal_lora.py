@@ -29,6 +29,7 @@ from holdfast.engine.shards import whole
 from holdfast.errors import PlanError
 from holdfast.method import Paper, State, Term
 from holdfast.methods.adapt._adapter import Adapter, layers
+from holdfast.methods.adapt._matrices import inputs_of, of_few_bits
 from holdfast.recipe import locate
 from holdfast.services import Context, View
 
@@ -65,11 +66,15 @@ class OrthogonalLoRA(Adapter):
         if not self.earlier and not self.principal:
             what = "OrthogonalLoRA has nothing to be orthogonal to: without earlier adapters it is LoRA."
             raise PlanError(what, "Name folders of adapters in earlier, set principal, or take LoRA.")
-        maps = {n: whole_weight(m) for n, m in self.maps(ctx.model).items()}
+        maps = self.maps(ctx.model)
+        packed = next((n for n, m in maps.items() if self.principal and of_few_bits(m)), None)
+        if packed:
+            what = f"OrthogonalLoRA.principal decomposes plain weights, but {packed} has few bits."
+            raise PlanError(what, "Load it unquantised, or name adapters in earlier alone.")
         for name, rows in self._earlier(ctx, maps):
-            if rows.shape[1] != maps[name].shape[1]:
+            if rows.shape[1] != inputs_of(maps[name]):
                 what = f"OrthogonalLoRA.earlier: an A of {name} has {rows.shape[1]} inputs, the map has "
-                raise PlanError(f"{what}{maps[name].shape[1]}.", "Name adapters of this model.")
+                raise PlanError(f"{what}{inputs_of(maps[name])}.", "Name adapters of this model.")
 
     def _earlier(self, ctx: Context, maps: Any) -> Iterator[tuple[str, torch.Tensor]]:
         """(map, A) of all earlier adapters."""
@@ -95,9 +100,9 @@ class OrthogonalLoRA(Adapter):
             rows[name].append(a.float())
         state: State = {}
         for name, m in maps.items():
-            w = whole_weight(m).float()
+            w = whole_weight(m)
             if self.principal:
-                rows[name].append(torch.linalg.svd(w, full_matrices=False).Vh[: self.principal].clone())
+                rows[name].append(torch.linalg.svd(w.float(), full_matrices=False).Vh[: self.principal].clone())
             if rows[name]:
                 state[f"A/{name}"] = torch.cat([a.to(w.device) for a in rows[name]]).contiguous()
                 state[f"Q/{name}"] = q = basis(state[f"A/{name}"])
@@ -119,7 +124,8 @@ class OrthogonalLoRA(Adapter):
         if self.hard or not self.weight:
             return None
         pairs = [(view.state.get(f"A/{n.split(A)[0]}"), p) for n, p in view.params.items() if A in n]
-        terms = [(a @ whole(p).T).abs().sum() for a, p in pairs if a is not None]
+        with torch.autocast(view.logits.device.type, enabled=False):  # in bf16 what is left of an overlap is noise
+            terms = [(a @ whole(p).float().T).abs().sum() for a, p in pairs if a is not None]
         return Term(self.weight * torch.stack(terms).sum()) if terms else None
 
     def touches(self, name: str, param: torch.Tensor) -> bool:

@@ -53,6 +53,7 @@ class PEQA(Method):
     )
     does: ClassVar = "rounds the weights to a few bits and trains the scales alone"
     wraps: ClassVar = True
+    copies: ClassVar = True
 
     def check(self, ctx: Context) -> None:
         if not 2 <= self.bits <= 7:

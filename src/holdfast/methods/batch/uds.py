@@ -61,11 +61,11 @@ class UDS(Method):
         most = math.ceil(self.keep * len(mine))
         if most == len(mine):
             return rows
-        logits = look.logits([rows[i] for i in mine])
-        seen = torch.stack([self.project(z, look.ctx) for z in logits])  # (B, dims)
+        both = [(self.project(z, look.ctx), nuclear_norm(z)) for z in look.logits([rows[i] for i in mine])]
+        seen, norms = map(torch.stack, zip(*both, strict=True))  # (B, dims), (B,)
         queue = look.state.get("queue", seen[:0])
         apart = torch.cdist(seen, queue).mean(1) if len(queue) else seen.new_zeros(len(seen))
-        score = torch.stack([nuclear_norm(z) for z in logits]) + self.alpha * apart.double()
+        score = norms + self.alpha * apart.double()
         best = sorted(score.argsort(descending=True, stable=True)[:most].tolist())
         look.state["queue"] = torch.cat([queue, seen[best]])[-self.queue :]
         chosen = {mine[i] for i in best}

@@ -2,7 +2,8 @@
 
     importance of tensor k:   I_k = - sum_i g_ki dw_ki / max |I|,   dw a step of the optimizer, g the gradient after it
     cost of the backward:     sum of dw_k over what trains + sum of dy_j over all that lies above the deepest of it
-    dw_k = dy_k = entries of the matrix (dy of the embeddings: 0);   forward: sum of dy
+    dw_k = dy_k = entries of the matrix (dy of the embeddings: 0, and of a head that shares their table: its
+    entries, which every backward pays);   forward: sum of dy
     choose by dynamic programming, so that the sum of I is largest and the cost at most
         rho' (sum dw + sum dy),   rho' = rho (1 + f) - f,   f = forward / backward of full tuning
 
@@ -89,13 +90,12 @@ class GreenTrainer(Method):
             moved = past.params[name] - state[f"{WEIGHT}{name}"]
             importance[name] = -float((past.grads[name].double() * moved.double()).sum())
         names = [n for n, _ in _tensors(past.model)]
-        sizes = np.array([p.numel() for _, p in _tensors(past.model)], dtype=float)
-        table = {id(p) for p in inner(past.model).get_input_embeddings().parameters()}
-        through = np.where([id(p) in table for _, p in _tensors(past.model)], 0.0, sizes)
+        sizes, through = _costs(past.model)
         back = sizes.sum() + through.sum()
         share = self.rho * (1 + through.sum() / back) - through.sum() / back
         most = max(map(abs, importance.values()), default=0.0) or 1.0
-        value = np.array([importance.get(n, 0.0) / most for n in names])
+        value = np.zeros(len(sizes))
+        value[: len(names)] = [importance.get(n, 0.0) / most for n in names]
         picked = best(value, sizes / back, through / back, share, self.resolution)
         if not picked:  # nothing helps, or fits: what costs least
             picked = [max(i for i, n in enumerate(names) if n in past.params)]
@@ -106,11 +106,15 @@ def best(value: np.ndarray, weigh: np.ndarray, through: np.ndarray, most: float,
     """Which of K tensors, in forward order, to train.
 
     value: (K,) importance; weigh, through: (K,) cost of a tensor's gradient and of passing the error through it, parts
-    of the whole backward; most: what may be spent. Costs are rounded to 1 / resolution.
+    of the whole backward; most: what may be spent. Costs are rounded down to 1 / resolution, sums of them as wholes.
     """
-    limit = int(most * resolution + 1e-9)
-    cost = np.rint(weigh * resolution).astype(int)
-    above = np.rint((through.sum() - through.cumsum()) * resolution).astype(int)  # of all that lie above each
+
+    def parts(costs: np.ndarray) -> np.ndarray:
+        return np.floor(costs * resolution + 1e-9).astype(int)
+
+    limit = int(parts(np.array(most)))
+    cost = np.diff(parts(weigh.cumsum()), prepend=0)  # each rounded alone, all of them might not fit into the whole
+    above = parts(through.sum() - through.cumsum())  # of all that lie above each
     held = np.zeros(limit + 1)  # by what may be spent on gradients: the largest value so far, from the top down
     taken = np.zeros((len(value), limit + 1), dtype=bool)
     top, end = 0.0, (-1, 0)
@@ -140,6 +144,20 @@ def _walked(end: tuple[int, int], taken: np.ndarray, cost: np.ndarray) -> list[i
 
 def _tensors(model: Any) -> Sequence[tuple[str, torch.Tensor]]:
     return [(canonical(n), p) for n, p in model.named_parameters()]
+
+
+def _costs(model: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(entries of each tensor's gradient, entries that an error passes through it), in forward order.
+
+    Where the head is the table of the embeddings, what passes through the head is a last entry that none can train.
+    """
+    core, tensors = inner(model), _tensors(model)
+    table = {id(p) for p in core.get_input_embeddings().parameters()}
+    head = getattr(core.get_output_embeddings(), "weight", None)
+    shared = [float(head.numel())] if head is not None and id(head) in table else []
+    sizes = [float(p.numel()) for _, p in tensors]
+    through = [0.0 if id(p) in table else size for (_, p), size in zip(tensors, sizes, strict=True)]
+    return np.array([*sizes, *(0.0 for _ in shared)]), np.array([*through, *shared])
 
 
 def _patterns(past: Past, chosen: set[str]) -> tuple[str, ...]:
