@@ -29,7 +29,7 @@ import leaderboard_cell
 import leaderboard_table
 from holdfast.errors import HoldfastError
 from leaderboard_cell import Lab
-from leaderboard_cells import BASE, WIDE_SEEDS, Board, Cell, Entry, save
+from leaderboard_cells import BASE, MODEL, WIDE_SEEDS, Board, Cell, Entry, save
 from leaderboard_peers import PEERS
 from leaderboard_plans import FOLDER, HERE, PLAIN, WIDE, plans
 
@@ -155,6 +155,10 @@ def run(args: argparse.Namespace) -> int:
             f"There is no method {unknown[0]!r} in leaderboard_plans.py. Known: {', '.join(board.order)}."
         )
 
+    if others := board.models() - {args.model}:
+        said = f"{args.folder} holds cells of {', '.join(sorted(others))}, and this run is of {args.model}."
+        raise SystemExit(f"{said} Give it a --folder of its own.")
+
     def wanted() -> list[Cell]:
         return board.wanted(args.only, leaderboard_table.best(board), args.best_first, args.own_first)
 
@@ -175,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shared", type=Path, default=SHARED, help="a folder with text/<task> and icl")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the cells")
     parser.add_argument("--docs", type=Path, default=DOCS)
-    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each: faster than one of two")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this method; may be repeated")
     parser.add_argument("--minutes", type=float, default=None, help="start no cell after so many")

@@ -293,7 +293,7 @@ def run(cell: Cell, lab: Lab, words: str) -> Data:
     model, tokenizer = models.load(lab.model)
     rows = material(cell.task, lab, tokenizer)
     facts: Data = {"task": cell.task, "method": cell.method, "rate": cell.rate, "seed": cell.seed, "plan": words}
-    facts |= {"steps": lab.size.steps, "batch": lab.size.batch, "dtype": str(model.dtype)}
+    facts |= {"model": lab.model, "steps": lab.size.steps, "batch": lab.size.batch, "dtype": str(model.dtype)}
     cost: Data = {}
     trained = Trained(model, facts={})
     if cell.method != BASE:

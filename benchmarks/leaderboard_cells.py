@@ -26,6 +26,8 @@ from leaderboard_plans import BATCH, CHOOSES, FIRST, SECOND, STEPS, WIDE, rates
 BASE, BEFORE = "base", "before"
 CHOSEN, FAILED = "chosen.json", "failed.json"
 SEEDS, WIDE_SEEDS = 2, 3
+MODEL = "smollm2-135m"
+DIVERGED = ("not finite", "nan")  # in an error: no other try would end otherwise
 Scores = Mapping[str, Sequence[float]]  # of a task of a suite, item by item
 Data = dict[str, Any]
 
@@ -120,7 +122,9 @@ class Board:
     def __init__(self, folder: Path, methods: Mapping[str, Entry]):
         self.folder, self.methods = folder, dict(methods)
         self.failed: dict[str, str] = read_json(folder / FAILED)
+        self.before = set(self.failed)  # what had failed before this run
         self.tried: set[Cell] = set()  # failed in this run: not tried again by it
+        self.given_up: set[Cell] = set()  # of those what failed twice or diverged: a full disk says nothing of a rate
 
     def read(self, cell: Cell) -> Data | None:
         """The record of a cell."""
@@ -144,7 +148,7 @@ class Board:
             return known[name]["rate"]
         cells = [Cell(CHOOSES, name, rate) for rate in self.rates(name)]
         found = {c.rate: r["figures"]["validation"] for c in cells if (r := self.read(c))}
-        if not found or any(not self.has(c) and c not in self.tried for c in cells):
+        if not found or any(not self.has(c) and c not in self.given_up for c in cells):
             return None
         rate = best_rate(found)
         validation = {f"{r:g}": x for r, x in found.items()}
@@ -210,13 +214,24 @@ class Board:
         else:
             self.failed[str(cell)] = error
             self.tried.add(cell)
+            if str(cell) in self.before or any(word in error.lower() for word in DIVERGED):
+                self.given_up.add(cell)
         if self.failed != before:
             save(self.folder / FAILED, self.failed)
 
     def changed(self) -> list[str]:
         """Methods with cells of another plan than theirs is now."""
-        made = {r["method"]: r["plan"] for r in self.records() if r["method"] in self.methods and "plan" in r}
-        return [name for name, plan in made.items() if plan != self.methods[name].words]
+        known = [r for r in self.records() if r["method"] in self.methods]
+        return list(dict.fromkeys(r["method"] for r in known if not self.is_current(r)))
+
+    def is_current(self, record: Data) -> bool:
+        """Whether a cell is of the plan that its method has now."""
+        words = self.methods[record["method"]].words
+        return record.get("plan", words) == words
+
+    def models(self) -> set[str]:
+        """The models that the cells are of; those that do not say it are of the first."""
+        return {r.get("model", MODEL) for r in self.records()}
 
     def seconds(self, cells: Sequence[Cell]) -> float | None:
         """How long cells take on one worker, by the times measured so far: of the method and task, else of the task,

@@ -39,7 +39,7 @@ README = {  # method -> its name there, and the rate to show where none is chose
 @dataclass(frozen=True)
 class Row:
     """A method at one rate on one task. before: measured before rates were chosen on validation rows; open: the rate is
-    its own, and others were not tried yet."""
+    its own, and others were not tried yet; stale: of a plan that is not the method's any more."""
 
     task: str
     method: str
@@ -48,10 +48,12 @@ class Row:
     base: Data
     before: bool = False
     open: bool = False
+    stale: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.method}{' (before)' if self.before else ' (one rate)' if self.open else ''}"
+        said = {" (before)": self.before, " (one rate)": self.open, " (an earlier plan)": self.stale}
+        return self.method + "".join(words for words, so in said.items() if so)
 
     def accuracy(self) -> stats.Estimate:
         """Of the task over all runs; the interval clusters the answers to one item."""
@@ -92,7 +94,8 @@ class Row:
         return max((r["cost"]["peak_bytes"] for r in self.runs if "peak_bytes" in r["cost"]), default=None)
 
     def made(self) -> Data:
-        return max((r["made"] for r in self.runs), key=lambda m: m["date"])
+        """Of the oldest run."""
+        return min((r["made"] for r in self.runs), key=lambda m: m["date"])
 
 
 def seen(tasks: Mapping[str, list[float]], chance: Mapping[str, float]) -> dict[str, list[float]]:
@@ -112,7 +115,9 @@ def rows_of(board: Board) -> list[Row]:
             continue
         chosen = board.chosen(method)
         if rate == (board.methods[method].rate if chosen is None else chosen):
-            out.append(Row(task, method, rate, runs, new[task, BASE, None][0], open=chosen is None))
+            now = [r for r in runs if board.is_current(r)]  # what two plans learnt has no mean
+            base, stale = new[task, BASE, None][0], not now
+            out.append(Row(task, method, rate, now or runs, base, open=chosen is None, stale=stale))
     known = {(r.task, r.method) for r in out if not r.open}
     for (task, method, rate), runs in old.items():
         if method != BASE and (task, method) not in known:
@@ -423,6 +428,7 @@ def readme(board: Board, rows: Sequence[Row], path: Path) -> None:
     for name, (words, rate) in README.items():
         row = here.get((name, None)) or here.get((name, rate))
         if row:
+            words += " (its rate picked by hand)" if row.before else ""
             bold = "**" if name == "default" else ""
             lines.append([f"{bold}{words}{bold}", f"{row.accuracy().value:.2f}", share(row.kept(OURS))])
     base = board.read(Cell(CHOOSES, BASE)) or json.loads(

@@ -149,13 +149,21 @@ def test_a_failing_cell_is_reported_and_stops_no_other(lead, tmp_path, capsys):
     board = lead.cells.Board(tmp_path, entries(lead))
     one, ran = runner(lead, board, fails={("eaft", 5e-5)})
     (bad,) = lead.leaderboard.drive(board, board.wanted, one)
-    assert bad.rate == 5e-5 and len(ran) == 2 + 12
+    assert bad.rate == 5e-5 and len(ran) == 2 + 6 + 3  # nothing is chosen without a cell that may come through yet
     assert "sst2, eaft at 5e-05, seed 0: FAILED: MemoryError: too much" in capsys.readouterr().out
     assert json.loads((tmp_path / "failed.json").read_text()) == {str(bad): "MemoryError: too much"}
     later = lead.cells.Board(tmp_path, entries(lead))
     one, ran = runner(lead, later)
     lead.leaderboard.drive(later, later.wanted, one)
-    assert ran == [bad] and not json.loads((tmp_path / "failed.json").read_text())
+    assert ran[0] == bad and len(ran) == 1 + 3 and not json.loads((tmp_path / "failed.json").read_text())
+
+
+def test_a_cell_that_fails_twice_leaves_the_others(lead, tmp_path):
+    for cells in (2 + 6 + 3, 1 + 3):
+        board = lead.cells.Board(tmp_path, entries(lead))
+        one, ran = runner(lead, board, fails={("eaft", 5e-5)})
+        assert len(lead.leaderboard.drive(board, board.wanted, one)) == 1 and len(ran) == cells
+    assert board.chosen("eaft") == 2e-5
 
 
 def test_nothing_starts_without_a_base_or_when_time_is_over(lead, tmp_path):
@@ -179,6 +187,26 @@ def test_cells_of_a_plan_that_has_changed_are_named(lead, tmp_path):
     put(lead, board, lead.cells.Cell("sst2", "eaft", 2e-5), plan="[EAFT]")
     put(lead, board, lead.cells.Cell("sst2", "full", 2e-5), plan="[Replay]")
     assert board.changed() == ["full"]
+    put(lead, board, lead.cells.Cell("sst2", "full", 5e-5), plan="[]")
+    assert board.changed() == ["full"]  # a newer cell hides none
+
+
+def test_runs_of_two_plans_have_no_mean(lead, filled):
+    cell = lead.cells.Cell("sst2", "full", 2e-5, 1)
+    put(lead, filled, cell, task="0" * 10, plan="[Replay]")
+    full = next(r for r in lead.table.rows_of(filled) if r.method == "full")
+    assert len(full.runs) == 1 and full.accuracy().value == 1.0 and not full.stale
+    filled.methods["full"] = lead.cells.Entry("[LoRA]", 2e-5)
+    for rate in (2e-5, 5e-5, 1e-4):
+        put(lead, filled, lead.cells.Cell("sst2", "full", rate), plan="[]", validation=rate)
+    assert any(r.name == "full (an earlier plan)" for r in lead.table.rows_of(filled))
+
+
+def test_cells_of_two_models_do_not_mix(lead, tmp_path):
+    board = lead.cells.Board(tmp_path, entries(lead))
+    put(lead, board, lead.cells.Cell("sst2", "base"))
+    with pytest.raises(SystemExit, match=r"holds cells of smollm2-135m, and this run is of other/model.*--folder"):
+        lead.leaderboard.main(["run", "--folder", str(tmp_path), "--model", "other/model"])
 
 
 def test_only_and_the_best_on_all_tasks(lead, tmp_path):
