@@ -142,5 +142,14 @@ def test_what_cannot_be_found_is_named(tiny_model, tokenizer, rows):
     ctx = Context(tiny_model(), tokenizer, 0, rows)
     with pytest.raises(PlanError, match="1 rows have fewer tokens"):
         EVA(**SMALL, samples=1).prepare(ctx)
-    with pytest.raises(PlanError, match="settle in 1 batches"):
-        EVA(**SMALL, most_batches=1).prepare(ctx)
+
+
+def test_directions_that_do_not_settle_are_taken_and_told(tiny_model, tokenizer, rows):
+    """PEFT alone would go over the same rows for ever: none of these cosines is 1 to the last bit."""
+    found = {}
+    for tau, passes in ((1.0, 1), (1.0, 4), (0.9, 50)):
+        ctx = Context(tiny_model(), tokenizer, 0, rows)
+        found[tau, passes] = EVA(**SMALL, tau=tau, passes=passes).prepare(ctx)
+        told = [n for n in ctx.notes if "did not all settle" in n]
+        assert bool(told) == (tau == 1.0) and (not told or f"in {passes} passes over 24 rows" in told[0])
+    assert all(sum(len(a) for a in state.values()) == 4 * 14 for state in found.values())

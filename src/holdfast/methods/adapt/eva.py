@@ -6,8 +6,10 @@
 
 Rows of A are orthonormal, step 0 is the base, maps of rank 0 get no adapter, and the ranks add up to those of LoRA.
 Incremental SVD, its end (when components turn by less than tau) and the ranks are PEFT's; maps with equal inputs share
-one. PEFT skips batches of too few tokens and then goes on for ever: here batches are filled up to rho * r tokens, a
-task that has fewer is refused, and so is one that does not settle in `most_batches`.
+one. PEFT skips batches of too few tokens and then goes on for ever: here batches are filled up to rho * r tokens, and
+a task that has fewer is refused. PEFT also goes over the same rows until all components stand still, which those of
+little variance never do where answers are short (SST-2: not in 20 minutes): here the directions are taken as they are
+after `passes` over the rows, and the report says so.
 It is made to learn faster and does not protect by itself; for the directions that matter least take CorDA.
 Cost: forwards of a few batches and small SVDs before training; then that of LoRA.
 Combine with: every data and loss method, WiSEFT and LiNeS (exact). Do not combine with: LoRA, CorDA.
@@ -30,6 +32,7 @@ from holdfast.services import Context
 
 WRAPPED = "base_model.model."  # before the names of maps in PEFT's model
 BATCH_TOKENS = 4096
+ANY = -2.0  # below every cosine
 Batch = dict[str, torch.Tensor]
 
 
@@ -47,7 +50,7 @@ class EVA(Adapter):
     whiten: bool = False  # PEFT
     samples: int = 256  # ours: rows of the task
     max_tokens: int = 256  # ours
-    most_batches: int = 1000  # ours
+    passes: int = 3  # ours: over the rows, if the directions do not settle before
 
     paper: ClassVar = Paper("Parameter Efficient Fine-tuning via Explained Variance Adaptation", "2410.07170",
                             "its tables were not verified; it says nothing of forgetting")  # fmt: skip
@@ -55,8 +58,8 @@ class EVA(Adapter):
 
     def check(self, ctx: Context) -> None:
         super().check(ctx)
-        if self.rho < 1 or not 0 < self.tau <= 1 or min(self.samples, self.most_batches) < 1 or self.max_tokens < 2:
-            what = "EVA needs rho of at least 1, tau above 0 and at most 1, samples, most_batches and max_tokens."
+        if self.rho < 1 or not 0 < self.tau <= 1 or min(self.samples, self.passes) < 1 or self.max_tokens < 2:
+            what = "EVA needs rho of at least 1, tau above 0 and at most 1, samples, passes and max_tokens."
             raise PlanError(what, "Mend them.")
         for name, m in self.maps(ctx.model).items():
             width = inputs_of(m)
@@ -70,9 +73,12 @@ class EVA(Adapter):
 
     @property
     def _eva(self) -> dict[str, Any]:
+        return self._eva_at(self.tau)
+
+    def _eva_at(self, tau: Any) -> dict[str, Any]:
         from peft import EvaConfig
 
-        eva = EvaConfig(rho=self.rho, tau=self.tau, use_label_mask=self.use_label_mask, whiten=self.whiten)
+        eva = EvaConfig(rho=self.rho, tau=tau, use_label_mask=self.use_label_mask, whiten=self.whiten)
         return {"init_lora_weights": "eva", "eva_config": eva}
 
     def prepare(self, ctx: Context) -> State:
@@ -81,12 +87,13 @@ class EVA(Adapter):
         from peft.tuners.lora.eva import get_eva_state_dict
 
         rows = task_rows(ctx, self.name, self.samples, self.max_tokens)
-        more = {"target_modules": list(self.maps(ctx.model)), "exclude_modules": None, **self._eva}
+        batches = _Batches(self, rows, torch.tensor(self.tau))
+        more = {"target_modules": list(self.maps(ctx.model)), "exclude_modules": None, **self._eva_at(batches.tau)}
         config, quiet = LoraConfig(**self.peft_settings(ctx.model, **more)), {"show_progress_bar": False}
         with as_base(ctx.model), torch.random.fork_rng(devices=[]):
             found = get_eva_state_dict(
                 ctx.model,
-                _Batches(self, rows),
+                batches,
                 config,
                 _run,
                 _counted,
@@ -94,6 +101,9 @@ class EVA(Adapter):
                 gather_distributed_inputs=False,
                 **quiet,
             )
+        if batches.over:
+            said = f"EVA's directions did not all settle in {self.passes} passes over {len(rows)} rows, and were taken"
+            ctx.notes.append(f"{said} as they were")
         return {f"A/{name}": a.float().contiguous() for name, a in found.items()}
 
     def adapt(self, model: Any, ctx: Context, state: State) -> Any:
@@ -132,10 +142,10 @@ def _run(model: Any, batch: Batch) -> None:
 
 
 class _Batches:
-    """Batches over and over, up to the limit."""
+    """Batches over and over. After the last pass `tau`, which PEFT's hooks hold too, lets every direction pass."""
 
-    def __init__(self, method: EVA, rows: Sequence[TokenRow]):
-        self.limit = method.most_batches
+    def __init__(self, method: EVA, rows: Sequence[TokenRow], tau: torch.Tensor):
+        self.passes, self.tau, self.over = method.passes, tau, False
         self.batches = [padded(part) for part in filled(rows, method.components, method.use_label_mask)]
         if not self.batches:
             what = f"EVA looks for {method.components} directions, but {len(rows)} rows have fewer tokens for it."
@@ -145,11 +155,13 @@ class _Batches:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for n in range(self.limit):
-            yield self.batches[n % len(self.batches)]
-        raise PlanError(
-            f"EVA's directions did not settle in {self.limit} batches.", "Lower EVA.tau, or raise samples."
-        )
+        for _ in range(self.passes - 1):
+            yield from self.batches
+        yield from self.batches[:-1]
+        while True:  # ranks that move while it looks may ask for a few more
+            self.over = True
+            self.tau.fill_(ANY)
+            yield self.batches[-1]
 
 
 def filled(rows: Sequence[TokenRow], least: int, scored: bool) -> list[list[TokenRow]]:
