@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,9 +20,9 @@ from holdfast.data.encoder import Encoder
 from holdfast.data.lengths import Limit
 from holdfast.data.metric import check_rows, chosen
 from holdfast.data.notes import Notes
-from holdfast.data.rows import Row, check_labels, each_row, labels_of, leaks, split
+from holdfast.data.rows import Row, asked_of, check_labels, each_row, labels_of, leaks, split
 from holdfast.data.sets import Set, draw, grouped, sets_of
-from holdfast.data.shares import title
+from holdfast.data.shares import equal, title
 from holdfast.data.store import Texts, Writer
 from holdfast.data.streams import rows_wanted, shuffled
 from holdfast.data.tokens import tokenize_each
@@ -126,7 +126,7 @@ class _Reader:
     def asked(self, rows: Sequence[Row], which: str, longest: int) -> list[Row]:
         """The rows that are drawn to be measured: never a part of one, and what is left out is said."""
         spec, seed = self.recipe.data, self.recipe.seed_of_rows
-        drawn = draw(rows, _set_of, spec.test_size, seed, "data.test_size")
+        drawn = draw(rows, _set_of, spec.test_size, seed, "data.test_size", equal)  # each set is judged by itself too
         if len(drawn) < len(rows):
             self.notes.append(f"{len(drawn)} of {len(rows):,} {which} rows are drawn (data.test_size)")
         groups = grouped(drawn, _set_of)
@@ -232,12 +232,17 @@ def _parts(reader: _Reader, texts: Texts, seed: int) -> tuple[list[int], list[Ro
     validation = list(reader.rows("validation")) if spec.validation else None
     test = list(reader.rows("test")) if spec.test else None
     if validation is None and spec.validation_size != 0:
-        size = spec.validation_size or min(0.1, (spec.test_size or len(texts)) / len(texts))
-        train, cut = split(texts, size, seed)
+        train, cut = split(texts, spec.validation_size or _tenths(texts, spec.test_size), seed)
         validation = list(texts.only(cut))
     if test is None:
         reader.notes.append("no test set was given: the validation rows are reported")
     return train, validation, test
+
+
+def _tenths(texts: Texts, most: int | None) -> dict[str, int]:
+    """A tenth of each set, but no more than `most` in all: then in equal parts, where a small set gives its tenth."""
+    tenths = asked_of(Counter(texts.sources), 0.1)
+    return equal(tenths, most, "data.test_size") if most and most < sum(tenths.values()) else tenths
 
 
 def _checked(
