@@ -156,6 +156,19 @@ def test_measured_rows_are_drawn(tmp_path):
     assert len(data_of(train, tokenizer, test_size=3).train) == 57  # no more than are measured are cut off
 
 
+def test_the_first_rows_that_are_measured_are_of_all_kinds(tmp_path):
+    """A file that is sorted by its label: what chooses weights or a rate looks at the first rows alone."""
+    tokenizer = tokenizer_of("bytes")
+    train, test = ([{"prompt": f"Say {n}.", "completion": "ab"[2 * n // count]} for n in range(count)]
+                   for count in (120, 100))  # fmt: skip
+    paths = [write(tmp_path / f"{name}.jsonl", rows) for name, rows in (("t", train), ("test", test))]
+    found = data_of(paths[0], tokenizer, test=str(paths[1]), validation=str(paths[1]), test_size=None)
+    for rows in (found.test, found.validation):
+        assert len(rows) == 100 and {row.completion for row in rows[:20]} == {"a", "b"}
+    again = data_of(paths[0], tokenizer, test=str(paths[1]), validation=str(paths[1]), test_size=None)
+    assert [row.where for row in again.test] == [row.where for row in found.test]
+
+
 def test_long_rows_of_training_alone_are_counted(tmp_path):
     tokenizer = tokenizer_of("bytes")
     long = {"prompt": "x " * 300, "completion": "y"}
