@@ -19,7 +19,7 @@ from holdfast.data.own_metric import judge, load_function
 from holdfast.data.rows import Row
 from holdfast.data.sets import Set
 from holdfast.errors import DataError, HoldfastError, PlanError
-from holdfast.measure import stats
+from holdfast.measure import stats, verifiers
 from holdfast.measure.generate import new_tokens
 from holdfast.measure.tuned_task import cut_words, judged, plainly, score_task, task_estimates, written
 from holdfast.models.card import model_card
@@ -98,10 +98,30 @@ def test_intervals_of_a_pooled_loss_hold_the_truth():
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("so 1,250.50 it is", "1250.50"), ("3 and -4", "-4"), ("\u22122", "-2"), (".5", "0.5"), ("1e3.", "1000")],
+    [
+        ("so 1,250.50 it is", "1250.50"),
+        ("3 and -4", "-4"),
+        ("\u22122", "-2"),
+        (".5", "0.5"),
+        ("1e3.", "1000"),
+        ("10-20 minutes", "20"),  # a range, no sign
+        ("20-18", "18"),
+        ("(5)-3", "3"),
+        ("GPT-4", "4"),
+        ("x=-4", "-4"),
+        ("**-0.5**", "-0.5"),
+        ("1,2,3", "3"),  # a list
+        ("1,250,000", "1250000"),
+        ("12,3456", "3456"),
+    ],
 )
 def test_the_last_number_of_a_text(text, number):
     assert last_number(text) == last_number(number) and str(last_number(number)) == number
+
+
+def test_a_verifier_reads_the_same_last_number():
+    assert [verifiers.number(text, "20", None) for text in ("10-20", "1,20", "120", "-20")] == [1, 1, 0, 0]
+    assert verifiers.number("GPT-4", "none", None) == 0
 
 
 def test_judges_of_text():
