@@ -121,6 +121,8 @@ def test_a_run_that_gets_no_better_ends(world, tmp_path, ranked):
     assert training["steps"] == len(training["loss"]) == 3
     assert training["ended"] == "2 looks in a row were no better than that at step 1"
     assert "It ended early: 2 looks" in (tmp_path / "run" / "report.html").read_text("utf-8")
+    note = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))["task"]["note"]
+    assert "its last weights came out, which were no better (training.load_best_model_at_end keeps the best)" in note
 
 
 @pytest.mark.parametrize("call", [4, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 7, 9))])

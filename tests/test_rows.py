@@ -411,6 +411,10 @@ def test_settings_of_the_hub_mean_nothing_for_a_file(tmp_path):
     name = write(tmp_path, "t.jsonl", [FINE])
     with pytest.raises(DataError, match=r"(?s)split 'test' has no meaning.*Remove split"):
         read_rows({"path": name, "split": "test"}, base_dir=tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("Once upon a time.", encoding="utf-8")
+    with pytest.raises(DataError, match=r"(?s)a folder of texts, and revision 'main' has no meaning.*Remove revision"):
+        read_rows({"path": "texts", "revision": "main"}, base_dir=tmp_path)
 
 
 def test_shipped_data_stays_inside_its_folder(tmp_path, monkeypatch):

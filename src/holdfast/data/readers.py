@@ -33,14 +33,20 @@ def records_of(source: Source, base_dir: Path, shown: str | None = None) -> tupl
     """
     path = source_file(source, base_dir)
     if path and path.is_dir() and (documents := _documents(path, f"{shown}/" if shown else "")):
+        _check_local(source, "a folder of texts")
         return documents, False
     if path is None or path.is_dir():
         return _from_hub(source, path, base_dir, shown or source.path), True
+    _check_local(source, "one file")
+    return _from_file(path, shown or path.name), path.suffix == ".parquet"
+
+
+def _check_local(source: Source, kind: str) -> None:
+    """Refuse what says which part of a set on the hub is meant."""
     for key in ("name", "split", "revision"):
         if getattr(source, key) is not None:
-            what = f"{source.path} is one file, and {key} {getattr(source, key)!r} has no meaning for it."
+            what = f"{source.path} is {kind}, and {key} {getattr(source, key)!r} has no meaning for it."
             raise DataError(what, f"Remove {key}.")
-    return _from_file(path, shown or path.name), path.suffix == ".parquet"
 
 
 def source_file(source: Source, base_dir: Path) -> Path | None:

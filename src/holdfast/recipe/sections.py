@@ -191,6 +191,10 @@ class Data(Section):
         _check_pair(self.prompt, self.completion)
         if self.stride and self.stride >= self.max_length:
             raise ValueError(f"a stride ({self.stride}) below max_length ({self.max_length})")
+        if self.stride and self.too_long not in (None, "split"):
+            raise ValueError(f"no stride beside too_long {self.too_long}, for only parts of a split row share tokens")
+        if self.validation and self.validation_size:
+            raise ValueError("no validation_size beside validation, for then nothing is cut from train")
         if not (self.validation or self.test) and self.validation_size == 0:
             raise ValueError("a validation or test set, or validation_size above 0, to report on")
         return self

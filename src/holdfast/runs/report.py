@@ -135,6 +135,10 @@ def _ends(training: Mapping[str, Any]) -> list[str]:
     """Which weights came out, where these are not simply the last."""
     step, why = training.get("best_step"), training.get("ended")
     early = [f"the training ended early: {why}"] if why else []
+    if why and step is None:
+        early.append(
+            "its last weights came out, which were no better (training.load_best_model_at_end keeps the best)"
+        )
     looked = [at for pairs in (training.get("looks") or {}).values() for at, _ in pairs]
     if step is None or step == max(looked, default=step):
         return early
