@@ -28,6 +28,23 @@ FOUND = {  # the row (# becomes its number): (schema, prompt, completion, metric
     "alpaca": ({"instruction": "Say #", "input": "", "output": "so # it is"}, ("alpaca", None, None, "loss")),
     "messages": ({"messages": TURNS}, ("messages", None, None, "accuracy")),  # one answer: a closed set
     "plain": ({"text": "Once # upon a time."}, ("text", None, None, "loss_per_byte")),
+    "documents": (
+        {
+            "text": "Once # upon a time. " * 20,
+            "id": "#",
+            "dump": "CC-MAIN",
+            "url": "http://x",
+            "file_path": "s3://x",
+            "language": "en",
+            "language_score": 0.9,
+            "token_count": 99,
+        },
+        (None, "", "{text}", "loss_per_byte"),
+    ),
+    "long texts of a kind": (
+        {"text": "Once # upon a time. " * 20, "language_score": 0.9, "kind": "x"},
+        (None, "{text}\nKind:", " {kind}", "accuracy"),
+    ),
 }
 
 

@@ -293,7 +293,7 @@ BAD = {  # name: (file, content, fragments)
         [{"question": "a", "answer": "b"}],
         ["question, answer fit no schema", "alpaca (instr"],
     ),
-    "text and label": ("t.jsonl", [{"text": "a", "label": 1}], ["text, label fit no schema", "data.prompt"]),
+    "text and label": ("t.jsonl", [{"text": "a", "label": 1}], ["text, label fit no schema", "data.prompt: '' and"]),
     "ambiguous": ("t.jsonl", [FINE | {"messages": []}], ["prompt/completion and messages"]),
     "later row": (
         "t.jsonl",

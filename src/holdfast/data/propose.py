@@ -17,6 +17,9 @@ from holdfast.data.schemas import SCHEMAS, schema_of
 from holdfast.errors import DataError
 from holdfast.recipe import Source, template_columns
 
+LONG = 200  # ours: characters of a text that is more than an example
+BOOKS = {"id", "uuid", "hash", "dump", "file", "filename", "path", "url", "domain", "date", "timestamp", "score",
+         "count", "length", "probability", "license", "author"}  # fmt: skip # beside a document, also behind a "_"
 LOOKED_AT = 20_000  # rows; more would not change a proposal
 SAID = ("output", "completion", "messages", "conversations")  # columns of the schemas, with the answer at their end
 ANSWERS = ("completion", "answer", "output", "response", "target", "label", "labels", "category", "class", "queue",
@@ -58,23 +61,27 @@ def propose(source: Source, base_dir: Path) -> Proposal:
     records = [columns for _, columns in found[:LOOKED_AT]]
     if not records:
         raise DataError(f"{source.path}: holds no rows.", "Check the path and the split.")
-    columns = tuple(map(str, records[0]))
+    columns, sizes = tuple(map(str, records[0])), (len(records), len(found) <= LOOKED_AT)
     schema = schema_of(*found[0])
-    prompt = completion = None
-    left_out: dict[str, str] = {}
-    if schema is None:
-        answer = _answer(records, source.path)
-        asked, left_out = _asked(records, answer)
-        prompt, completion = _templates(asked, answer)
-        answers = [_text(r.get(answer)) for r in records]
-    else:
-        answers = [_said(r) for r in records]
+    if schema is None and _are_documents(records):
+        left = tuple(f"{c} (bookkeeping)" for c in columns if c != "text")
+        return Proposal(*sizes, columns, None, "", "{text}", None, "loss_per_byte", left)
+    if schema is not None:
+        labels, metric = _measured([_said(r) for r in records])
+        metric = "loss_per_byte" if schema == "text" else metric
+        return Proposal(*sizes, columns, schema, None, None, labels, metric)
+    answer = _answer(records, source.path)
+    asked, left_out = _asked(records, answer)
+    labels, metric = _measured([_text(r.get(answer)) for r in records])
+    left = tuple(f"{c} ({why})" for c, why in left_out.items())
+    return Proposal(*sizes, columns, None, *_templates(asked, answer), labels, metric, left)
+
+
+def _measured(answers: Sequence[str]) -> tuple[int | None, str]:
+    """The number of labels, if the answers are a closed set, and a metric."""
     labels = labels_of([Row("", a) for a in answers]) if all(answers) else None
     metric = "accuracy" if labels else "number" if all(map(_is_number, answers)) else "loss"
-    metric = "loss_per_byte" if schema == "text" else metric
-    said = tuple(f"{c} ({why})" for c, why in left_out.items())
-    sizes = (len(records), len(found) <= LOOKED_AT)
-    return Proposal(*sizes, columns, schema, prompt, completion, len(labels) if labels else None, metric, said)
+    return len(labels) if labels else None, metric
 
 
 def _said(record: Mapping[str, Any]) -> str:
@@ -107,6 +114,20 @@ def _why_unfit(column: str, values: Sequence[Any]) -> str:
         return kind
     blank = sum(not _text(v) for v in values)
     return f"blank in {blank} of {len(values)} rows" if blank else ""
+
+
+def _are_documents(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether the rows are long texts, and all that stands beside them keeps the books."""
+    names = [str(c) for c in records[0]]
+    if "text" not in names or not all(c == "text" or _keeps_books(c) for c in names):
+        return False
+    texts = [_text(r.get("text")) for r in records]
+    return all(texts) and sum(map(len, texts)) >= LONG * len(texts)
+
+
+def _keeps_books(column: str) -> bool:
+    name = column.lower()
+    return name in BOOKKEEPING or name in BOOKS or name.rsplit("_", 1)[-1] in BOOKS
 
 
 def _may_stand(column: str) -> bool:

@@ -61,7 +61,7 @@ class Source(Section):
     alias: str | None = Field(
         default=None, pattern=r"^[\w.-]+$", description="Name of one set of several; default from the path."
     )
-    prompt: str | None = Field(default=None, description="Template of this set; null: data.prompt.")
+    prompt: str | None = Field(default=None, description="Template of this set, '': plain text; null: data.prompt.")
     completion: str | None = Field(default=None, description="Template of this set; null: data.completion.")
     weight: float | None = Field(default=None, gt=0, description="Of several sets: share of the rows of an epoch.")
 
@@ -129,7 +129,7 @@ class Data(Section):
         default=None, ge=0, lt=2**32, description="Seed of the rows that are cut and drawn; null: that of their order."
     )
     prompt: str | None = Field(
-        default=None, description="Template over columns, e.g. '{text}\\nQueue:'; null: detect."
+        default=None, description="Template over columns, e.g. '{text}\\nQueue:', '': plain text; null: detect."
     )
     completion: str | None = Field(default=None, description="Template over columns, e.g. ' {queue}'; null: detect.")
     max_length: int = Field(default=1024, ge=2, description="Longest row in tokens.")
