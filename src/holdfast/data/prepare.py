@@ -71,6 +71,7 @@ class _Reader:
     tell: Callable[[str], None]
     notes: list[str] = field(default_factory=list)
     events: dict[int, list[tuple[str, str, str]]] = field(default_factory=dict)
+    cut_off: set[str] = field(default_factory=set)  # streamed sets that have more rows
 
     def rows(self, role: str) -> Iterator[Row]:
         """The rows of all sets of a role ("train", ...), one set after the other."""
@@ -93,6 +94,7 @@ class _Reader:
             count += 1
         if most:
             self.notes.append(f"the first {count:,} rows of {one.source.title} are streamed, and no others read")
+            self.cut_off |= {one.name} if count == most else set()
         self.notes += said.lines()
 
     def tokens(self, rows: Iterable[Numbered], writer: Writer) -> set[int]:
@@ -122,6 +124,13 @@ class _Reader:
             for place, text, example in self.events[number]:
                 said.add(text, place, example)
         self.notes += said.lines()
+
+    def check_left(self, name: str, left: int, of: int) -> None:
+        """Refuse a set to train on that lost most of its rows, and say what a streamed one does without some."""
+        self.limit.check_left(left, of, _of(name))
+        if left < of and name in self.cut_off:
+            lost = f"{of - left:,} of {of:,} streamed rows{_of(name)} are left out"
+            self.notes.append(f"{lost}; no others are read for them, so rows that are left come more often")
 
     def asked(self, rows: Sequence[Row], which: str, longest: int) -> list[Row]:
         """The rows that are drawn to be measured: never a part of one, and what is left out is said."""
@@ -191,7 +200,7 @@ def prepare(
             left = reader.tokens(((n, row) for n, row in zip(train, texts.only(train), strict=True)), writer)
         kept = [number for number in train if number in left]
         for name, numbers in grouped(train, set_of).items():
-            limit.check_left(sum(number in left for number in numbers), len(numbers), _of(name))
+            reader.check_left(name, sum(number in left for number in numbers), len(numbers))
         reader.say_of(train)
     held, asked = _checked(reader, texts.only(kept), validation, test, closed, longest)
     names = tuple(map(reader.encoder.without_end, labels or ()))
