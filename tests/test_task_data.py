@@ -183,6 +183,9 @@ def test_the_first_rows_that_are_measured_are_of_all_kinds(tmp_path):
         assert len(rows) == 100 and {row.completion for row in rows[:20]} == {"a", "b"}
     again = data_of(paths[0], tokenizer, test=str(paths[1]), validation=str(paths[1]), test_size=None)
     assert [row.where for row in again.test] == [row.where for row in found.test]
+    texts = write(tmp_path / "d.jsonl", [{"text": f"Once {n} upon a time. " * 40} for n in range(4)])
+    parts = data_of(paths[0], tokenizer, longest=100, test=str(texts), metric="loss").test
+    assert len(parts) > 20 and len({row.where.split(" ")[0] for row in parts[:6]}) > 1
 
 
 def test_long_rows_of_training_alone_are_counted(tmp_path):

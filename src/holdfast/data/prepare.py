@@ -140,7 +140,8 @@ class _Reader:
             self.notes.append(f"{len(drawn)} of {len(rows):,} {which} rows are drawn (data.test_size)")
         groups = grouped(drawn, _set_of)
         kept = [row for name, group in groups.items() for row in self._whole(group, which, longest, name)]
-        random.Random(seed).shuffle(kept)  # what looks at the first rows alone sees all sets and all labels
+        if spec.test_size is None or len(groups) > 1 or len(kept) > len(drawn):  # else the draw has mixed them
+            random.Random(seed).shuffle(kept)  # what looks at the first rows alone sees all sets, labels and texts
         return kept
 
     def _whole(self, drawn: list[Row], which: str, longest: int, name: str) -> list[Row]:
