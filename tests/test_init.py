@@ -28,6 +28,23 @@ FOUND = {  # the row (# becomes its number): (schema, prompt, completion, metric
     "alpaca": ({"instruction": "Say #", "input": "", "output": "so # it is"}, ("alpaca", None, None, "loss")),
     "messages": ({"messages": TURNS}, ("messages", None, None, "accuracy")),  # one answer: a closed set
     "plain": ({"text": "Once # upon a time."}, ("text", None, None, "loss_per_byte")),
+    "documents": (
+        {
+            "text": "Once # upon a time. " * 20,
+            "id": "#",
+            "dump": "CC-MAIN",
+            "url": "http://x",
+            "file_path": "s3://x",
+            "language": "en",
+            "language_score": 0.9,
+            "token_count": 99,
+        },
+        (None, "", "{text}", "loss_per_byte"),
+    ),
+    "long texts of a kind": (
+        {"text": "Once # upon a time. " * 20, "language_score": 0.9, "kind": "x"},
+        (None, "{text}\nKind:", " {kind}", "accuracy"),
+    ),
 }
 
 
@@ -96,6 +113,48 @@ def test_a_recipe_elsewhere_finds_its_data(tmp_path, monkeypatch):
     assert data.validation and data.test
     paths = [Path(s.path) for s in (data.train, data.validation, data.test)]
     assert [p.name for p in paths] == ["train.jsonl", "dev.jsonl", "test.jsonl"] and all(p.is_file() for p in paths)
+
+
+DOLLY = {"instruction": "Say #.", "context": "In # words.", "response": "So # it is.", "category": "qa"}
+
+
+def test_what_is_left_out_is_said(tmp_path, monkeypatch):
+    """A column that is blank somewhere, numbers beside text, objects, a second answer, an id."""
+    monkeypatch.chdir(tmp_path)
+    more = {"id": 1, "score": 3, "meta_of": {"a": 1}}
+    rows = [{k: numbered(v, n) for k, v in {**DOLLY, **more}.items()} for n in range(60)]
+    for row in rows[:12]:
+        row["context"] = ""
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write(tmp_path / "other.jsonl", FOUND["labels"][0])
+    (found,) = init(["d.jsonl"], Path("r.yaml"), "m")
+    assert (found.prompt, found.completion) == ("{instruction}\nResponse:", " {response}")
+    said = {
+        "id (bookkeeping)",
+        "context (blank in 12 of 60 rows)",
+        "meta_of (an object)",
+        "score (a number beside text)",
+    }
+    assert set(found.left_out) == said | {"category (called like another answer)"}
+    (line,) = [line for line in Path("r.yaml").read_text(encoding="utf-8").splitlines() if "left out" in line]
+    assert line == f"  # left out: {', '.join(found.left_out)}"
+    init(["d.jsonl", "other.jsonl"], Path("both.yaml"), "m")
+    assert "      # left out: id (bookkeeping)" in Path("both.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"context": "a long # text", "question": "Why #?", "answers": {"text": ["x"]}}, "'answers' .*an object"),
+        ({"question": "Why #?", "note": "a #", "answer": ""}, "'answer' .*blank in 60 of 60 rows"),
+    ],
+)
+def test_an_answer_that_cannot_be_written_is_not_guessed(tmp_path, monkeypatch, row, said):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "d.jsonl", row)
+    with pytest.raises(DataError, match=said) as told:
+        init(["d.jsonl"], Path("r.yaml"), "m")
+    assert "data.prompt and data.completion" in told.value.cure
 
 
 def test_odd_names_stay_one_line_of_yaml(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from holdfast.data.encoder import Encoder
-from holdfast.data.lengths import Limit, parts, truncated
+from holdfast.data.lengths import CUT_HEAD, CUT_TAIL, Limit, parts, truncated
 from holdfast.data.notes import Notes
 from holdfast.data.rows import Row
 from holdfast.data.tokens import tokenize_each
@@ -35,7 +35,7 @@ def test_each_way_with_a_long_row():
     assert last.ids.tolist() == [105, 106, 107, 108, 109] and last.num_scored == 2
     assert notes.lines() == [
         "1 row longer than data.max_length, left out (first f:1)",
-        "1 row longer than data.max_length, cut at the beginning; answer and end are whole (first f:1)",
+        "1 row longer than data.max_length, cut at the beginning; the last answer is whole (first f:1)",
         "1 row longer than data.max_length, split (first f:1)",
     ]
 
@@ -46,16 +46,48 @@ def test_an_answer_that_does_not_fit_loses_its_end_and_that_is_said():
     assert cut.ids.tolist() == list(range(103, 113)) and cut.num_scored == 5
     assert "so that the end of the answer is lost" in notes.lines()[0]
     whole = truncated(row_of(20, 11), 10, 0)
-    assert whole[1] and whole[0].num_scored == 9  # one token of the prompt is left
-    assert not truncated(row_of(20, 10), 10, 0)[1]
+    assert whole[1] == CUT_HEAD and whole[0].num_scored == 9  # one token of the prompt is left
+    assert truncated(row_of(20, 10), 10, 0)[1] == CUT_TAIL
 
 
 def test_a_conversation_that_is_trained_on_as_a_whole_keeps_its_end():
     row, notes = row_of(20, 1), Notes()
     (cut,) = Limit(10, "truncate").fit(row, "f:1", notes)
-    assert cut.ids.tolist() == list(range(110, 120)) and "cut at the beginning" in notes.lines()[0]
+    assert cut.ids.tolist() == list(range(110, 120)) and cut.num_scored == 9
+    assert notes.lines() == ["1 row longer than data.max_length, cut at the beginning (first f:1)"]
     (text,) = Limit(10, "truncate").fit(row, "f:1", Notes(), text=True)
     assert text.ids.tolist() == list(range(100, 110))
+
+
+TALK = ("<u>", "hi", "<a>", "one", "two", "three", "</a>", "<u>", "so", "<a>", "four", "five", "</a>")
+ANSWERS = "one two three </a> four five </a>".split()  # what is trained on
+
+
+@pytest.mark.parametrize(
+    ("most", "kept"),
+    [
+        (12, "one two three </a> four five </a>"),  # the question is cut, the answer and its header are not
+        (10, "four five </a>"),  # before the first word of the answer: its header is gone
+        (8, "four five </a>"),  # in the answer
+        (7, "four five </a>"),  # before its end alone
+        (6, "four five </a>"),  # behind it
+    ],
+)
+def test_what_is_left_of_an_earlier_answer_is_no_target(most, kept):
+    words, scored = np.array(TALK), np.isin(np.arange(len(TALK)), (3, 4, 5, 6, 10, 11, 12))
+    row, notes = TokenRow(np.arange(len(TALK)), scored), Notes()
+    assert words[row.ids[row.scored]].tolist() == ANSWERS
+    (cut,) = Limit(most, "truncate").fit(row, "f:1", notes)
+    assert words[cut.ids].tolist() == list(TALK[-most:]) and " ".join(words[cut.ids[cut.scored]]) == kept
+    assert notes.lines() == [f"{CUT_HEAD.replace('{n row}', '1 row')} (first f:1)"]
+
+
+def test_an_answer_that_loses_its_end_stands_behind_no_half_of_another():
+    row = TokenRow(np.arange(20), np.isin(np.arange(20), (2, 3, 4, 5, *range(8, 20))))
+    cut, said = truncated(row, 8, 0)
+    assert (
+        said == CUT_TAIL and cut.ids.tolist() == list(range(4, 12)) and cut.ids[cut.scored].tolist() == [8, 9, 10, 11]
+    )
 
 
 def test_where_the_model_reads_no_more_nobody_is_told_to_raise_the_length():

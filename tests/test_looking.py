@@ -128,6 +128,16 @@ def test_a_run_that_gets_no_better_ends(world, tmp_path, ranked):
     assert training["steps"] == len(training["loss"]) == 3
     assert training["ended"] == "2 looks in a row were no better than that at step 1"
     assert "It ended early: 2 looks" in (tmp_path / "run" / "report.html").read_text("utf-8")
+    note = json.loads((tmp_path / "run" / "report.json").read_text(encoding="utf-8"))["task"]["note"]
+    assert "its last weights came out, which were no better (training.load_best_model_at_end keeps the best)" in note
+
+
+def test_the_last_step_of_an_early_end_is_in_the_log(world, tmp_path, ranked):
+    """It is the third, and every second is told."""
+    ranked([0.1, 0.4, 0.3, 0.4])
+    tune(recipe(world, tmp_path / "run", eval_steps=1, early_stopping_patience=2, logging_steps=2))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines if "task" in line] == [2, 3]
 
 
 @pytest.mark.parametrize("call", [4, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 7, 9))])

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from holdfast.data.own_metric import judge, load_function
 from holdfast.data.rows import Row
 from holdfast.data.sets import Set
 from holdfast.errors import DataError, HoldfastError, PlanError
-from holdfast.measure import stats
-from holdfast.measure.tuned_task import judged, plainly, score_task, task_estimates, written
+from holdfast.measure import stats, verifiers
+from holdfast.measure.generate import new_tokens
+from holdfast.measure.tuned_task import cut_words, judged, plainly, score_task, task_estimates, written
 from holdfast.models.card import model_card
 from holdfast.recipe import METRIC_NAMES, Source, load_recipe
-from holdfast.report import markdown, page, schema, terminal
+from holdfast.report import examples, markdown, page, schema, terminal
 from holdfast.verbs.tune import tune
 from tiny import build_model
 from tiny_run import recipe_data, write_recipe, write_rows
@@ -96,10 +98,30 @@ def test_intervals_of_a_pooled_loss_hold_the_truth():
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("so 1,250.50 it is", "1250.50"), ("3 and -4", "-4"), ("\u22122", "-2"), (".5", "0.5"), ("1e3.", "1000")],
+    [
+        ("so 1,250.50 it is", "1250.50"),
+        ("3 and -4", "-4"),
+        ("\u22122", "-2"),
+        (".5", "0.5"),
+        ("1e3.", "1000"),
+        ("10-20 minutes", "20"),  # a range, no sign
+        ("20-18", "18"),
+        ("(5)-3", "3"),
+        ("GPT-4", "4"),
+        ("x=-4", "-4"),
+        ("**-0.5**", "-0.5"),
+        ("1,2,3", "3"),  # a list
+        ("1,250,000", "1250000"),
+        ("12,3456", "3456"),
+    ],
 )
 def test_the_last_number_of_a_text(text, number):
     assert last_number(text) == last_number(number) and str(last_number(number)) == number
+
+
+def test_a_verifier_reads_the_same_last_number():
+    assert [verifiers.number(text, "20", None) for text in ("10-20", "1,20", "120", "-20")] == [1, 1, 0, 0]
+    assert verifiers.number("GPT-4", "none", None) == 0
 
 
 def test_judges_of_text():
@@ -112,7 +134,9 @@ def test_judges_of_text():
 
 
 def test_chrf_is_told_of_100():
-    items = judged([Row("q", " abcdef", where=str(n)) for n in range(4)], ["abcdef"] * 4, judge_of("chrf"), 100.0)
+    items = judged(
+        [Row("q", " abcdef", where=str(n)) for n in range(4)], [{"answer": "abcdef"}] * 4, judge_of("chrf"), 100.0
+    )
     sides = task_estimates(metric_of("chrf"), None, items)
     assert sides["before"] is None and sides["after"]["value"] == pytest.approx(100) and sides["after"]["n"] == 4
 
@@ -148,7 +172,7 @@ def test_answers_are_those_of_each_prompt_alone(tiny_model, tokenizer, rows):
     model, shares = tiny_model(), []
     together = written(model, tokenizer, rows[:6], 5, progress=shares.append)
     assert together == [written(model, tokenizer, [r], 5)[0] for r in rows[:6]] and shares[-1] == 1
-    assert any(together)
+    assert any(one["answer"] for one in together)
 
 
 def test_nothing_is_written_beyond_the_positions(tiny_model, tokenizer, rows):
@@ -156,7 +180,34 @@ def test_nothing_is_written_beyond_the_positions(tiny_model, tokenizer, rows):
     longest = max(len(tokenizer(r.prompt)["input_ids"]) for r in rows[:3])
     model.config.max_position_embeddings = longest + 4
     texts = written(model, tokenizer, rows[:3], 500)
-    assert all(len(tokenizer(t)["input_ids"]) < longest + 8 for t in texts)
+    assert all(len(tokenizer(t["answer"])["input_ids"]) < longest + 8 for t in texts)
+
+
+def test_an_answer_says_where_it_was_cut(tiny_model, tokenizer, rows):
+    """The same model, once as it is and once so that the first token it writes is an end."""
+    model, row = tiny_model(), rows[0]
+    assert [one["cut"] for one in written(model, tokenizer, rows[:2], 5)] == [5, 5]
+    ((first, *_),) = new_tokens(model, tokenizer, [(tokenizer(row.prompt)["input_ids"], 5)], do_sample=False)
+    ending = tiny_model()
+    ending.generation_config.eos_token_id = first
+    assert [written(ending, tokenizer, [row], most)[0]["cut"] for most in (5, 1)] == [0, 0]
+
+
+def test_no_answer_is_cut_short_of_the_longest_reference(tiny_model, tokenizer, rows):
+    model = tiny_model()
+    model.config.max_position_embeddings = 2048
+    long = Row(rows[0].prompt, " billing" * 600, where="a:1")
+    reference = len(tokenizer(long.completion)["input_ids"])
+    assert reference > 512 and written(model, tokenizer, [long])[0]["cut"] >= reference
+
+
+def test_cut_answers_are_counted_and_marked():
+    whole, cut, early = ({"correct": 1, "answer": "a b", "cut": n} for n in (0, 512, 90))
+    assert cut_words([whole], [whole]) == "" == cut_words(None, [{"correct": 1, "answer": None}])
+    assert cut_words([cut, whole], [cut, cut]).startswith("2 of 2 answers (base: 1) were cut at 512 tokens")
+    assert cut_words(None, [cut, early, whole]).startswith("2 of 3 answers were cut at 90 to 512 tokens")
+    (shown,) = examples.answers([Row("q", "a b c")], [whole], [cut])
+    assert (shown["before"], shown["after"]) == ("a b", "a b ...")
 
 
 # ---- a user's own function
@@ -293,6 +344,7 @@ def test_written_text_is_scored_and_shown(world, tmp_path):
     report = report_of(tmp_path / "run")
     assert (report["task"]["metric"], report["task"]["unit"]) == ("chrF", "of 100")
     assert len(report["task"]["answers"]) == 6 and report["task"]["after"]["high"] <= 100
+    assert re.search(r"\d of 6 answers \(base: \d\) were cut at 6 tokens", report["task"]["note"])
     html = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Answers to your task" in html
 

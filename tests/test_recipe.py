@@ -138,6 +138,14 @@ BAD = {  # name: (text, fragments of the message)
         "model: {model_name_or_path: m}\ndata: {train: x, validation_size: 0}",
         ["validation_size above 0"],
     ),
+    "a cut beside a set": (
+        "model: {model_name_or_path: m}\ndata: {train: x, validation: y, validation_size: 0.1}",
+        ["no validation_size beside validation"],
+    ),
+    "a stride of nothing": (
+        "model: {model_name_or_path: m}\ndata: {train: x, too_long: drop, stride: 8}",
+        ["no stride beside too_long drop"],
+    ),
     "repeated": (
         SMALL + "training:\n  seed: 1\n  seed: 2\n",
         ["r.yaml:5: training.seed is given twice", ":4)"],

@@ -117,6 +117,25 @@ def test_csv_cell_over_two_lines_keeps_the_first_line(tmp_path):
     assert [row.where for row in found] == ["a.csv:2", "a.csv:4"]
 
 
+def test_a_csv_cell_may_be_a_document(tmp_path):
+    """Longer than csv takes unless it is told; and a quote that is never closed is told by where its row begins."""
+    text = "word " * 40_000
+    (row,) = read(tmp_path, "a.csv", f't,q\n"{text}",1\n', prompt="{q}", completion="{t}")
+    assert row.completion == text
+    for breaks in ("\n", "\r\n", "\r"):
+        lines = ["t,q", "a,1", '"b', 'c",2', '"d,3', *["e,4"] * 9]
+        with pytest.raises(DataError, match=r"a\.csv:5: not valid CSV"):
+            read(tmp_path, "a.csv", breaks.join(lines), prompt="{t}", completion="{q}")
+
+
+def test_a_csv_is_read_row_by_row(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"t,q\r\na,1\r\nb,2\r\n\xff,3\r\n")
+    records = iter(readers.records_of(Source(path="a.csv"), tmp_path)[0])
+    assert [next(records), next(records)] == [("a.csv:2", {"t": "a", "q": "1"}), ("a.csv:3", {"t": "b", "q": "2"})]
+    with pytest.raises(DataError, match=r"a\.csv:4: not UTF-8 text"):
+        next(records)
+
+
 def test_parquet(tmp_path, tokenizer):
     import pyarrow
     from pyarrow import parquet
@@ -293,7 +312,7 @@ BAD = {  # name: (file, content, fragments)
         [{"question": "a", "answer": "b"}],
         ["question, answer fit no schema", "alpaca (instr"],
     ),
-    "text and label": ("t.jsonl", [{"text": "a", "label": 1}], ["text, label fit no schema", "data.prompt"]),
+    "text and label": ("t.jsonl", [{"text": "a", "label": 1}], ["text, label fit no schema", "data.prompt: '' and"]),
     "ambiguous": ("t.jsonl", [FINE | {"messages": []}], ["prompt/completion and messages"]),
     "later row": (
         "t.jsonl",
@@ -411,6 +430,10 @@ def test_settings_of_the_hub_mean_nothing_for_a_file(tmp_path):
     name = write(tmp_path, "t.jsonl", [FINE])
     with pytest.raises(DataError, match=r"(?s)split 'test' has no meaning.*Remove split"):
         read_rows({"path": name, "split": "test"}, base_dir=tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("Once upon a time.", encoding="utf-8")
+    with pytest.raises(DataError, match=r"(?s)a folder of texts, and revision 'main' has no meaning.*Remove revision"):
+        read_rows({"path": "texts", "revision": "main"}, base_dir=tmp_path)
 
 
 def test_shipped_data_stays_inside_its_folder(tmp_path, monkeypatch):

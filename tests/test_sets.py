@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ import pytest
 from holdfast.data.mix import Mix
 from holdfast.data.rows import Row, split
 from holdfast.data.sets import draw
-from holdfast.data.shares import quotas
+from holdfast.data.shares import equal, quotas
 from holdfast.data.task import read_task
 from holdfast.data.weights import weighted
 from holdfast.engine.pack import token_row
 from holdfast.errors import DataError, PlanError, RecipeError
 from holdfast.recipe import load_recipe, recipe_from
+from holdfast.runs import settle_heal
 from holdfast.runs.run import Run
 from holdfast.verbs.tune import go
 from tiny import TICKETS
@@ -89,8 +91,41 @@ def test_every_set_gives_its_part_of_what_is_held_out():
         assert Counter(rows[i].source for i in cut) == {"task:a": 9, "task:b": 1} and len(left) == 90
     with pytest.raises(DataError, match=r"Cannot cut 1 of 1 rows of b \(1 distinct\)"):
         split(rows[:91], 0.1, seed=0)
-    drawn = draw(rows, lambda row: row.source, 20, 0, "data.test_size")
+    drawn = draw(rows, lambda row: row.source, 20, 0, "data.train_size")
     assert Counter(row.source for row in drawn) == {"task:a": 18, "task:b": 2}
+
+
+def test_equal_parts_of_a_count():
+    assert equal({"a": 1000, "b": 3, "c": 900}, 20, "x") == {"a": 9, "b": 3, "c": 8}
+    assert equal({"a": 5, "b": 5}, 7, "x") == {"a": 3, "b": 4}
+    with pytest.raises(DataError, match="test_size is 1, and there are 2 sets"):
+        equal({"a": 1, "b": 1}, 1, "data.test_size")
+
+
+@pytest.mark.parametrize("where", ["test", "train"])
+def test_a_small_set_is_measured_on_as_many_rows_as_a_large_one(world, tmp_path, tokenizer, two, where):
+    """Of test sets all it has; of training sets its tenth, which by size would be a row."""
+    for one, count in zip(two, (400, 60), strict=True):
+        rows = [
+            {"text": f"a {n}", "queue": "x", "question": f"b {n}", "answer": "y"}
+            for n in range(count if where == "train" else count // 10)
+        ]
+        write(Path(one["path"]).with_name(f"{where}.jsonl"), rows)
+    more = {"test": [one["path"].replace("train", "test") for one in two], "validation_size": 0}
+    task = read(world, tmp_path, tokenizer, two, test_size=14, metric="loss", **(
+        more if where == "test" else {"validation_size": None}
+    ))  # fmt: skip
+    assert Counter(row.source for row in task.test) == {"task:tickets": 8, "task:sums": 6}
+
+
+def test_healing_draws_the_sets_as_the_training_does(world, tmp_path, two, monkeypatch):
+    train = [{**two[0], "weight": 1}, {**two[1], "weight": 3}]
+    recipe = recipe_from(recipe_data(world, tmp_path / "run", data={"train": train, "prompt": None}
+                                     | {"completion": None}))  # fmt: skip
+    rows = [token_row([n, n + 1], 1, source=f"task:{'tickets' if n < 900 else 'sums'}") for n in range(1000)]
+    monkeypatch.setattr(settle_heal, "PROMPTS", 40)
+    job = SimpleNamespace(run=Run(recipe, tmp_path), task=SimpleNamespace(token_rows=rows))
+    assert Counter(row.source for row in settle_heal._rows(job)) == {"task:tickets": 10, "task:sums": 30}
 
 
 # ---- reading

@@ -50,7 +50,7 @@ def test_conversations(shape, tmp_path):
     rows[5]["messages"][1]["train"] = False
     train = write(tmp_path / "talks.jsonl", rows)
     report = shape("conversations", f"data.train={train}", "data.max_length=160", "data.validation_size=6")
-    assert "longer than data.max_length, cut at the beginning; answer and end are whole" in report["task"]["note"]
+    assert "longer than data.max_length, cut at the beginning; the last answer is whole" in report["task"]["note"]
     assert "only the last answer" not in report["task"]["note"]
     for row in report["rows"][:3]:
         ends = [target for text, _, target, _ in row["tokens"] if text == "<|im_end|>"]

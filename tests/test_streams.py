@@ -56,6 +56,19 @@ def test_as_many_rows_are_read_as_the_run_draws(world, tmp_path, tokenizer, numb
     assert [r.where for r in read_task(small, tokenizer, tmp_path, 512).train] == [r.where for r in task.train]
 
 
+def test_rows_that_are_left_out_are_not_read_anew(world, tmp_path, tokenizer):
+    """And that is said, unless the stream was at its end."""
+    path = tmp_path / "some.jsonl"
+    rows = [{"text": f"What is {n}?" + " Or what is it?" * (n % 4 == 0) * 30, "queue": f"{n % 3}"} for n in range(100)]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    data = {"max_length": 64, "metric": "loss"}
+    task = read_task(recipe(world, tmp_path, path, data, max_steps=15), tokenizer, tmp_path, 512)
+    lost = 60 - len(task.train)
+    assert lost > 5 and f"{lost} of 60 streamed rows are left out; no others are read for them" in task.note
+    task = read_task(recipe(world, tmp_path, path, data, max_steps=40), tokenizer, tmp_path, 512)
+    assert len(task.train) < 80 and "streamed rows are left out" not in task.note
+
+
 def test_the_library_streams_folders_and_the_hub(world, tmp_path, tokenizer, numbers):
     pytest.importorskip("datasets")
     (tmp_path / "set").mkdir()

@@ -156,6 +156,38 @@ def test_measured_rows_are_drawn(tmp_path):
     assert len(data_of(train, tokenizer, test_size=3).train) == 57  # no more than are measured are cut off
 
 
+def test_an_empty_prompt_makes_documents_of_rows_with_more_columns(tmp_path):
+    """As a column `text` alone does, to the token; without it the columns are refused, with the way out."""
+    tokenizer, texts = tokenizer_of("bytes"), [f"Once {n} upon a time. " * 20 for n in range(20)]
+    plain = write(tmp_path / "plain.jsonl", [{"text": text} for text in texts])
+    more = write(tmp_path / "more.jsonl", [{"text": text, "dump": "CC", "token_count": 9} for text in texts])
+    settings = {"max_length": 50, "validation_size": 3}
+    one = data_of(plain, tokenizer, **settings)
+    two = data_of(more, tokenizer, prompt="", completion="{text}", **settings)
+    assert two.metric == one.metric == "loss_per_byte" and len(two.token_rows) == len(one.token_rows) > 17
+    assert [row.key for row in two.token_rows] == [row.key for row in one.token_rows]
+    assert [row.completion for row in two.test] == [row.completion for row in one.test]
+    with pytest.raises(DataError, match="fit no schema") as told:
+        data_of(more, tokenizer, **settings)
+    assert "data.prompt: '' and data.completion: '{text}'" in told.value.cure
+
+
+def test_the_first_rows_that_are_measured_are_of_all_kinds(tmp_path):
+    """A file that is sorted by its label: what chooses weights or a rate looks at the first rows alone."""
+    tokenizer = tokenizer_of("bytes")
+    train, test = ([{"prompt": f"Say {n}.", "completion": "ab"[2 * n // count]} for n in range(count)]
+                   for count in (120, 100))  # fmt: skip
+    paths = [write(tmp_path / f"{name}.jsonl", rows) for name, rows in (("t", train), ("test", test))]
+    found = data_of(paths[0], tokenizer, test=str(paths[1]), validation=str(paths[1]), test_size=None)
+    for rows in (found.test, found.validation):
+        assert len(rows) == 100 and {row.completion for row in rows[:20]} == {"a", "b"}
+    again = data_of(paths[0], tokenizer, test=str(paths[1]), validation=str(paths[1]), test_size=None)
+    assert [row.where for row in again.test] == [row.where for row in found.test]
+    texts = write(tmp_path / "d.jsonl", [{"text": f"Once {n} upon a time. " * 40} for n in range(4)])
+    parts = data_of(paths[0], tokenizer, longest=100, test=str(texts), metric="loss").test
+    assert len(parts) > 20 and len({row.where.split(" ")[0] for row in parts[:6]}) > 1
+
+
 def test_long_rows_of_training_alone_are_counted(tmp_path):
     tokenizer = tokenizer_of("bytes")
     long = {"prompt": "x " * 300, "completion": "y"}

@@ -224,6 +224,15 @@ def test_marks_that_cannot_be_told_apart_are_refused(read):
         marks(talk, whole, tokenizer)
 
 
+def test_two_marks_of_one_answer_are_not_those_of_two(read):
+    """As many stretches as answers, and all of the last answer."""
+    last = MARKED.replace("m['role'] == 'assistant' %}", "m['role'] == 'assistant' and loop.last %}")
+    apart = last.replace("<|im_end|>{% end", "{% endgeneration %}{% generation %}<|im_end|>{% end")
+    talk = [user("Say a b or billing."), said("a b"), user("And?"), said("a b")]
+    with pytest.raises(DataError, match=r"marks nothing of message 2 \(assistant\) with"):
+        read(tokenizer_of("bytes", apart), talk)
+
+
 def test_an_answer_without_a_mark_is_refused(read):
     """It would not be trained on, and nobody would know."""
     marked = "{% if m['role'] == 'assistant' %}"

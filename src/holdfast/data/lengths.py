@@ -12,7 +12,8 @@ from holdfast.engine.pack import TokenRow
 from holdfast.errors import DataError
 
 DROPPED = "{n row} longer than data.max_length, left out"
-CUT_HEAD = "{n row} longer than data.max_length, cut at the beginning; answer and end are whole"
+CUT_HEAD = "{n row} longer than data.max_length, cut at the beginning; the last answer is whole"
+CUT_ALL = "{n row} longer than data.max_length, cut at the beginning"
 CUT_TAIL = "{n row} longer than data.max_length, cut so that the end of the answer is lost"
 CUT_UP = "{n row} longer than data.max_length, split"
 MOST_DROPPED = 0.5  # of the rows; more is a wrong max_length (ours)
@@ -44,8 +45,8 @@ class Limit:
             notes.add(DROPPED, where)
             return []
         if how == "truncate":
-            cut, whole = truncated(row, self.most, lead, text)
-            notes.add(CUT_HEAD if whole else CUT_TAIL, where)
+            cut, said = truncated(row, self.most, lead, text)
+            notes.add(said, where)
             return [cut]
         if how == "split":
             notes.add(CUT_UP, where)
@@ -66,20 +67,31 @@ class Limit:
         return "The model reads no more. S" if self.of_model else "Raise data.max_length, or s"
 
 
-def truncated(row: TokenRow, most: int, lead: int, text: bool = False) -> tuple[TokenRow, bool]:
-    """At most `most` tokens, and whether the last answer is whole.
+def truncated(row: TokenRow, most: int, lead: int, text: bool = False) -> tuple[TokenRow, str]:
+    """At most `most` tokens, and what to say of it.
 
     The beginning goes, as where a prompt is too long for a model; `lead` stays. An answer that is too long with one
-    token before it keeps its beginning, behind half a row of its prompt. Where a conversation is trained on as a
-    whole, its beginning goes too; plain text (`text`) keeps it.
+    token before it keeps its beginning, behind half a row of its prompt. What is left of an earlier answer that the
+    cut falls into is context only. Where a conversation is trained on as a whole, its beginning goes too; plain text
+    (`text`) keeps it.
     """
-    answer = _last_answer(row)
+    answer, end = _last_answer(row), len(row.ids)
     all_trained = not text and answer <= max(1, lead)
-    if all_trained or len(row.ids) - answer + lead < most:
-        index = np.r_[0:lead, len(row.ids) - most + lead : len(row.ids)]
-        return _taken(row, index, 0), True
-    start = max(lead, answer - most // 2)
-    return _taken(row, np.r_[0:lead, start : start + most - lead], 0), False
+    whole = all_trained or end - answer + lead < most
+    start = end - most + lead if whole else max(lead, answer - most // 2)
+    row = _without_rest(row, start, answer)
+    cut = _taken(row, np.r_[0:lead, start : start + most - lead], 0)
+    return cut, CUT_ALL if all_trained else CUT_HEAD if whole else CUT_TAIL
+
+
+def _without_rest(row: TokenRow, start: int, answer: int) -> TokenRow:
+    """The row without the targets that begin at `start`, if that is before the last answer: the question and the
+    header of what they go on with are lost, so they would teach to begin in the middle."""
+    if start >= answer or not row.scored[start]:
+        return row
+    scored = row.scored.copy()
+    scored[start : start + int(np.argmin(scored[start:]))] = False
+    return replace(row, scored=scored)
 
 
 def parts(row: TokenRow, most: int, stride: int) -> Iterator[TokenRow]:

@@ -58,7 +58,9 @@ METRICS = {  # the names of recipe.METRIC_NAMES
     )
 }
 _WORD = re.compile("[a-z0-9]")
-_NUMBER = re.compile(r"[-\u2212]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+_SIGN = r"(?:(?<![\w.)\]}])[-\u2212])?"  # the dash of "10-20" or "GPT-4" is none
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # commas part thousands, else they part numbers
+_NUMBER = re.compile(rf"{_SIGN}(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 
 
 def metric_of(name: str) -> Metric:
@@ -99,7 +101,7 @@ def check_rows(name: str, rows: Sequence[Row]) -> None:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of a text, commas between digits left out: "about 1,250.50 now" gives 1250.50."""
+    """The last number of a text, commas between thousands left out: "about 1,250.50 now" gives 1250.50."""
     found = _NUMBER.findall(text)
     return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,9 +20,9 @@ from holdfast.data.encoder import Encoder
 from holdfast.data.lengths import Limit
 from holdfast.data.metric import check_rows, chosen
 from holdfast.data.notes import Notes
-from holdfast.data.rows import Row, check_labels, each_row, labels_of, leaks, split
+from holdfast.data.rows import Row, asked_of, check_labels, each_row, labels_of, leaks, split
 from holdfast.data.sets import Set, draw, grouped, sets_of
-from holdfast.data.shares import title
+from holdfast.data.shares import equal, title
 from holdfast.data.store import Texts, Writer
 from holdfast.data.streams import rows_wanted, shuffled
 from holdfast.data.tokens import tokenize_each
@@ -71,6 +71,7 @@ class _Reader:
     tell: Callable[[str], None]
     notes: list[str] = field(default_factory=list)
     events: dict[int, list[tuple[str, str, str]]] = field(default_factory=dict)
+    cut_off: set[str] = field(default_factory=set)  # streamed sets that have more rows
 
     def rows(self, role: str) -> Iterator[Row]:
         """The rows of all sets of a role ("train", ...), one set after the other."""
@@ -93,6 +94,7 @@ class _Reader:
             count += 1
         if most:
             self.notes.append(f"the first {count:,} rows of {one.source.title} are streamed, and no others read")
+            self.cut_off |= {one.name} if count == most else set()
         self.notes += said.lines()
 
     def tokens(self, rows: Iterable[Numbered], writer: Writer) -> set[int]:
@@ -123,16 +125,23 @@ class _Reader:
                 said.add(text, place, example)
         self.notes += said.lines()
 
+    def check_left(self, name: str, left: int, of: int) -> None:
+        """Refuse a set to train on that lost most of its rows, and say what a streamed one does without some."""
+        self.limit.check_left(left, of, _of(name))
+        if left < of and name in self.cut_off:
+            lost = f"{of - left:,} of {of:,} streamed rows{_of(name)} are left out"
+            self.notes.append(f"{lost}; no others are read for them, so rows that are left come more often")
+
     def asked(self, rows: Sequence[Row], which: str, longest: int) -> list[Row]:
         """The rows that are drawn to be measured: never a part of one, and what is left out is said."""
         spec, seed = self.recipe.data, self.recipe.seed_of_rows
-        drawn = draw(rows, _set_of, spec.test_size, seed, "data.test_size")
+        drawn = draw(rows, _set_of, spec.test_size, seed, "data.test_size", equal)  # each set is judged by itself too
         if len(drawn) < len(rows):
             self.notes.append(f"{len(drawn)} of {len(rows):,} {which} rows are drawn (data.test_size)")
         groups = grouped(drawn, _set_of)
         kept = [row for name, group in groups.items() for row in self._whole(group, which, longest, name)]
-        if len(groups) > 1:
-            random.Random(seed).shuffle(kept)  # what looks at the first rows alone sees all sets
+        if spec.test_size is None or len(groups) > 1 or len(kept) > len(drawn):  # else the draw has mixed them
+            random.Random(seed).shuffle(kept)  # what looks at the first rows alone sees all sets, labels and texts
         return kept
 
     def _whole(self, drawn: list[Row], which: str, longest: int, name: str) -> list[Row]:
@@ -192,7 +201,7 @@ def prepare(
             left = reader.tokens(((n, row) for n, row in zip(train, texts.only(train), strict=True)), writer)
         kept = [number for number in train if number in left]
         for name, numbers in grouped(train, set_of).items():
-            limit.check_left(sum(number in left for number in numbers), len(numbers), _of(name))
+            reader.check_left(name, sum(number in left for number in numbers), len(numbers))
         reader.say_of(train)
     held, asked = _checked(reader, texts.only(kept), validation, test, closed, longest)
     names = tuple(map(reader.encoder.without_end, labels or ()))
@@ -232,12 +241,17 @@ def _parts(reader: _Reader, texts: Texts, seed: int) -> tuple[list[int], list[Ro
     validation = list(reader.rows("validation")) if spec.validation else None
     test = list(reader.rows("test")) if spec.test else None
     if validation is None and spec.validation_size != 0:
-        size = spec.validation_size or min(0.1, (spec.test_size or len(texts)) / len(texts))
-        train, cut = split(texts, size, seed)
+        train, cut = split(texts, spec.validation_size or _tenths(texts, spec.test_size), seed)
         validation = list(texts.only(cut))
     if test is None:
         reader.notes.append("no test set was given: the validation rows are reported")
     return train, validation, test
+
+
+def _tenths(texts: Texts, most: int | None) -> dict[str, int]:
+    """A tenth of each set, but no more than `most` in all: then in equal parts, where a small set gives its tenth."""
+    tenths = asked_of(Counter(texts.sources), 0.1)
+    return equal(tenths, most, "data.test_size") if most and most < sum(tenths.values()) else tenths
 
 
 def _checked(

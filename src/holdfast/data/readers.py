@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import re
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -33,14 +34,20 @@ def records_of(source: Source, base_dir: Path, shown: str | None = None) -> tupl
     """
     path = source_file(source, base_dir)
     if path and path.is_dir() and (documents := _documents(path, f"{shown}/" if shown else "")):
+        _check_local(source, "a folder of texts")
         return documents, False
     if path is None or path.is_dir():
         return _from_hub(source, path, base_dir, shown or source.path), True
+    _check_local(source, "one file")
+    return _from_file(path, shown or path.name), path.suffix == ".parquet"
+
+
+def _check_local(source: Source, kind: str) -> None:
+    """Refuse what says which part of a set on the hub is meant."""
     for key in ("name", "split", "revision"):
         if getattr(source, key) is not None:
-            what = f"{source.path} is one file, and {key} {getattr(source, key)!r} has no meaning for it."
+            what = f"{source.path} is {kind}, and {key} {getattr(source, key)!r} has no meaning for it."
             raise DataError(what, f"Remove {key}.")
-    return _from_file(path, shown or path.name), path.suffix == ".parquet"
 
 
 def source_file(source: Source, base_dir: Path) -> Path | None:
@@ -61,7 +68,7 @@ def _shipped(name: str) -> Path:
 
 def _from_file(path: Path, name: str) -> Iterator[Record]:
     if path.suffix in (".csv", ".tsv"):
-        return _read_csv(read_text(path, name), name, "\t" if path.suffix == ".tsv" else ",")
+        return _read_csv(_lines(path, name), name, "\t" if path.suffix == ".tsv" else ",")
     if path.suffix == ".jsonl":
         return _jsonl(_lines(path, name), name)
     if path.suffix == ".json":
@@ -209,8 +216,9 @@ def _list_start(text: str, name: str) -> int:
     return next(iter(starts.values()))
 
 
-def _read_csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def _read_csv(lines: Iterable[str], name: str, delimiter: str) -> Iterator[Record]:
+    _allow_long_cells()
+    reader, first = csv.reader(_at_any_break(lines), delimiter=delimiter, strict=True), 1
     try:
         header = next(reader, [])
         if len(set(header)) != len(header) or (header and not all(header)):
@@ -224,8 +232,22 @@ def _read_csv(text: str, name: str, delimiter: str) -> Iterator[Record]:
                 yield f"{name}:{first}", dict(zip(header, cells, strict=True))
             first = reader.line_num + 1
     except csv.Error as error:
-        cure = "Check the quotes of that row."
-        raise DataError(f"{name}:{reader.line_num}: not valid CSV ({error}).", cure) from None
+        cure = "Check the quotes of that row."  # which begins there: one that is never closed goes on to the end
+        raise DataError(f"{name}:{first}: not valid CSV ({error}).", cure) from None
+
+
+def _allow_long_cells() -> None:
+    """A document may stand in one cell; unless told, csv takes 131,072 characters."""
+    try:
+        csv.field_size_limit(sys.maxsize)
+    except OverflowError:  # where a C long has 32 bits (Windows)
+        csv.field_size_limit(2**31 - 1)
+
+
+def _at_any_break(lines: Iterable[str]) -> Iterator[str]:
+    """Lines that end with a line feed, cut at carriage returns too."""
+    for line in lines:
+        yield from io.StringIO(line, newline="") if "\r" in line else (line,)
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[Record]:

@@ -118,8 +118,10 @@ def each_row(
         yield Row(pair.prompt, pair.completion, source, place, pair.turns)
 
 
-def split(rows: Sequence[Row], size: float, seed: int) -> tuple[list[int], list[int]]:
-    """Cut `size` rows (fraction below 1, else count) off by seed: the numbers of those that stay and of those cut off.
+def split(rows: Sequence[Row], size: float | Mapping[str, int], seed: int) -> tuple[list[int], list[int]]:
+    """Cut `size` rows (fraction below 1, else count; or the count of each set) off by seed.
+
+    Returns the numbers of those that stay and of those cut off.
 
     Both parts keep the order of `rows`. Rows with the same prompt and completion stay on one side, so the cut may be a
     little smaller than asked. Of several sets (`Row.source`) each gives its part.
@@ -132,7 +134,7 @@ def split(rows: Sequence[Row], size: float, seed: int) -> tuple[list[int], list[
         group.append(i)
         source.append(row.source)
     sizes = Counter(source)
-    left, order = asked_of(sizes, size), list(groups.values())
+    left, order = dict(size) if isinstance(size, Mapping) else asked_of(sizes, size), list(groups.values())
     asked, cut = dict(left), set[int]()
     random.Random(seed).shuffle(order)
     for group in order:

@@ -31,6 +31,7 @@ SHAREGPT |= {"system": "system", "tool": "tool"}
 CARRIERS = {*OPTIONS, "functions", "function_call", "system", "history", "images", "image", "videos", "video"}
 CARRIERS |= {"audios", "audio", "reasoning_content", "reasoning", "thinking", "weight", "train", "chosen", "rejected"}
 
+PLAIN_CURE = "To train on the text alone: data.prompt: '' and data.completion: '{text}'."
 Build = Callable[[dict[str, Any], str], Pair]
 
 
@@ -57,9 +58,11 @@ def sound(pair: Pair, place: str, notes: Notes) -> Pair:
 
 
 def templated(prompt: str, completion: str, notes: Notes) -> Build:
+    """An empty prompt makes the completion plain text, as a column `text` is."""
+
     def build(columns: dict[str, Any], place: str) -> Pair:
         return Pair(
-            _filled(prompt, columns, place, "prompt", notes),
+            _filled(prompt, columns, place, "prompt", notes) if prompt else "",
             _filled(completion, columns, place, "completion", notes),
         )
 
@@ -169,7 +172,8 @@ def _schema(place: str, columns: dict[str, Any]) -> str:
     if len(fitting) != 1:
         what = f"{place}: the columns {', '.join(map(str, columns))} fit {' and '.join(fitting) or 'no schema'}."
         known = "; ".join(f"{name} ({', '.join(sorted(need))})" for name, need in SCHEMAS.items())
-        raise DataError(what, f"{TEMPLATES_CURE} Known without templates: {known}.")
+        plain = f" {PLAIN_CURE}" if "text" in names else ""
+        raise DataError(what, f"{TEMPLATES_CURE}{plain} Known without templates: {known}.")
     return fitting[0]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -78,13 +78,20 @@ def _hub_name(source: Source, path: Path | None) -> str | None:
 # ---- how much of each
 
 
-def draw(items: Sequence[Item], name_of: Callable[[Item], str], count: int | None, seed: int, what: str) -> list[Item]:
-    """Draw `count` items by seed (None, or more than there are: all), of each set in proportion to its size."""
+def draw(
+    items: Sequence[Item],
+    name_of: Callable[[Item], str],
+    count: int | None,
+    seed: int,
+    what: str,
+    parts: Callable[[Mapping[str, int], int, str], dict[str, int]] = quotas,
+) -> list[Item]:
+    """Draw `count` items by seed (None, or more than there are: all); parts: of each set (`quotas`: by its size)."""
     groups = grouped(items, name_of)
     if count is None or len(groups) < 2:
         return cap(items, count, seed)
     sizes = {name: len(group) for name, group in groups.items()}
-    given = quotas(sizes, count, what) if count < len(items) else sizes
+    given = parts(sizes, count, what) if count < len(items) else sizes
     drawn = [item for name, group in groups.items() for item in cap(group, min(given[name], len(group)), seed)]
     random.Random(seed).shuffle(drawn)
     return drawn

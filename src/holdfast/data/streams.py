@@ -24,20 +24,21 @@ def rows_wanted(recipe: Recipe, source: Source) -> int | None:
         return None
     data, training = recipe.data, recipe.training
     step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    drawn = data.train_size or training.max_steps * step
     whole = sum(one.weight or 0 for one in data.sets("train"))
-    return math.ceil((drawn + _cut(recipe, drawn)) * (source.weight / whole if source.weight else 1))
+    share = source.weight / whole if source.weight else 1
+    drawn = (data.train_size or training.max_steps * step) * share
+    return math.ceil(round(drawn + _cut(recipe, drawn, share), 6))
 
 
-def _cut(recipe: Recipe, drawn: int) -> int:
-    """Rows beside `drawn` that will be cut off for validation."""
+def _cut(recipe: Recipe, drawn: float, share: float) -> float:
+    """The most rows of a set that will be cut off for validation; drawn: of it for training; share: of all sets."""
     data = recipe.data
     if data.validation or data.validation_size == 0:
         return 0
     if data.validation_size and data.validation_size >= 1:
-        return int(data.validation_size)
+        return data.validation_size * share
     part = data.validation_size or 0.1
-    cut = math.ceil(drawn * part / (1 - part))
+    cut = drawn * part / (1 - part)
     return cut if data.validation_size or data.test_size is None else min(cut, data.test_size)
 
 

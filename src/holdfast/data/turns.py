@@ -136,19 +136,24 @@ def marks(talk: Talk, whole: str, tokenizer: Any) -> list[Turn] | None:
 def _owners(talk: Talk, answers: Sequence[int], whole: str, found: Sequence[Turn]) -> list[int] | None:
     """Which answer each marked stretch is of: the last one whose text begins before the stretch ends.
 
-    A template may mark what ends an answer apart. None where the texts do not stand there as they are, and the
-    stretches are not as many as the answers.
+    A template may mark what ends an answer apart, so as many stretches as answers may still be those of one answer.
+    Where the texts do not stand there as they are, their number is all there is to go by; None where that differs.
     """
-    if len(found) == len(answers):
+    texts = [_words(message) for message in talk.messages]
+    alike = len(found) == len(answers)
+    if alike and all(texts[i] in whole[turn.start : turn.end] for i, turn in zip(answers, found, strict=True)):
         return list(answers)
     starts, at = [], 0
-    for i, message in enumerate(talk.messages):  # all of them: an answer's words may stand in a question too
-        text = message.get("content")
-        text = text.strip() if isinstance(text, str) else ""
+    for i, text in enumerate(texts):  # all of them: an answer's words may stand in a question too
         place = whole.find(text, at) if text else -1
         if place < 0 and i in answers:
-            return None
+            return list(answers) if alike else None
         if i in answers:
             starts.append(place)
         at = max(at, place + len(text))
     return [answers[max(0, bisect_left(starts, turn.end) - 1)] for turn in found]
+
+
+def _words(message: Message) -> str:
+    text = message.get("content")
+    return text.strip() if isinstance(text, str) else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,13 @@ def batch_for(batch_tokens: int, invariant: bool = False) -> int:
     return 1 if invariant else min(BATCH, max(1, BATCH * batch_tokens // BATCH_TOKENS))
 
 
+class Spoken(NamedTuple):
+    """What a model wrote, and whether it came to its end before `max_tokens` did."""
+
+    text: str
+    ended: bool
+
+
 def generate(
     model: Any,
     tokenizer: Any,
@@ -35,6 +42,18 @@ def generate(
     batch_size: int = BATCH,
     progress: Callable[[float], None] | None = None,
 ) -> list[str]:
+    """The texts of `spoken`."""
+    return [s.text for s in spoken(model, tokenizer, probes, batch_size=batch_size, progress=progress)]
+
+
+def spoken(
+    model: Any,
+    tokenizer: Any,
+    probes: Sequence[Probe],
+    *,
+    batch_size: int = BATCH,
+    progress: Callable[[float], None] | None = None,
+) -> list[Spoken]:
     """The model's greedy text after each probe's context, up to its `max_tokens` or the end-of-text token.
 
     Prompts are sorted by length and padded on the left (not for models that read the padding, see `engine.trial`).
@@ -48,7 +67,8 @@ def generate(
     with bare(model):
         new = new_tokens(model, tokenizer, prompts, batch_size=batch_size, progress=progress, **ends, **GREEDY)
     over = encoder.stops | {_pad(tokenizer)}
-    return [_text(tokenizer, ids, over, p.with_special).strip() for ids, p in zip(new, probes, strict=True)]
+    texts = [_text(tokenizer, ids, over, p.with_special).strip() for ids, p in zip(new, probes, strict=True)]
+    return [Spoken(text, not encoder.stops.isdisjoint(ids)) for text, ids in zip(texts, new, strict=True)]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from holdfast.data.rows import Row
 from holdfast.engine import BATCH_TOKENS, trial
 from holdfast.measure import shard, stats
 from holdfast.measure.compare import Part, estimates
-from holdfast.measure.generate import batch_for, generate
+from holdfast.measure.generate import batch_for, spoken
 from holdfast.measure.probe import Probe
 from holdfast.measure.scorer import Scorer
 
@@ -76,21 +76,43 @@ def written(
     batch_tokens: int = BATCH_TOKENS,
     invariant: bool = False,
     progress: Callable[[float], None] | None = None,
-) -> list[str]:
-    """The greedy answer to each row's prompt, in batches.
+) -> list[Part]:
+    """The greedy answer to each row's prompt, in batches: {"answer": the text, "cut": tokens at which it was cut}.
 
-    max_new_tokens: of an answer; None: 1.5 times the longest reference of `rows`, from 16 to 512. No answer goes
-    beyond the positions that the model has.
+    cut is 0 where the answer came to its end. max_new_tokens: of an answer; None: 1.5 times the longest reference of
+    `rows`, from 16 to 512, and never less than that reference has. No answer goes beyond the positions of the model.
     """
     encoder = Scorer(model, tokenizer).encoder
     splits = encoder.join([(r.prompt, r.completion) for r in rows], end=True, wheres=[r.where for r in rows])
     longest = max((len(s.answer) for s in splits), default=0)
-    most, reach = max_new_tokens or min(LONGEST, max(SHORTEST, 3 * longest // 2)), trial.reach(model)
+    most, reach = max_new_tokens or _room(longest), trial.reach(model)
     probes = [
         Probe("task", str(n), "generate", row.prompt, max_tokens=max(1, min(most, reach - split.start - 1)))
         for n, (row, split) in enumerate(zip(rows, splits, strict=True))
     ]
-    return generate(model, tokenizer, probes, batch_size=batch_for(batch_tokens, invariant), progress=progress)
+    said = spoken(model, tokenizer, probes, batch_size=batch_for(batch_tokens, invariant), progress=progress)
+    sides = zip(said, probes, strict=True)
+    return [{"answer": one.text, "cut": 0 if one.ended else probe.max_tokens} for one, probe in sides]
+
+
+def _room(longest: int) -> int:
+    """Tokens of an answer where the longest reference has so many."""
+    return max(longest, min(LONGEST, max(SHORTEST, 3 * longest // 2)))
+
+
+def cut_words(before: Items | None, after: Items) -> str:
+    """How many of the written answers were cut before their end, and where; "" for none.
+
+    Such an answer is judged as it stands, and one more sentence might have made it right, or wrong.
+    """
+    cuts = [[i["cut"] for i in side if i.get("cut")] for side in (after, before or ())]
+    if not any(cuts):
+        return ""
+    base = f" (base: {len(cuts[1])})" if before else ""
+    low, high = min(map(min, filter(None, cuts))), max(map(max, filter(None, cuts)))
+    at = f"{high}" if low == high else f"{low} to {high}"
+    how = f"were cut at {at} tokens and judged so (measure.max_new_tokens)"
+    return f"{len(cuts[0])} of {len(after)} answers{base} {how}"
 
 
 def plainly(rows: Sequence[Row], encoder: Encoder) -> list[Row]:
@@ -98,14 +120,14 @@ def plainly(rows: Sequence[Row], encoder: Encoder) -> list[Row]:
     return [replace(row, completion=encoder.without_end(row.completion)) for row in rows]
 
 
-def judged(rows: Sequence[Row], texts: Sequence[str], judge: Callable[[str, Row], float], top: float) -> list[Part]:
-    """Per row {"id", "correct": share of `top` that the judge gives the text, "answer": the text}.
+def judged(rows: Sequence[Row], said: Sequence[Part], judge: Callable[[str, Row], float], top: float) -> list[Part]:
+    """Per row {"id", "correct": share of `top` that the judge gives the text, and what `written` says of it}.
 
     rows: as `plainly` gives them.
     """
     return [
-        {"id": row.where or str(n), "correct": judge(text, row) / top, "answer": text}
-        for n, (row, text) in enumerate(zip(rows, texts, strict=True))
+        {"id": row.where or str(n), "correct": judge(one["answer"], row) / top, **one}
+        for n, (row, one) in enumerate(zip(rows, said, strict=True))
     ]
 
 

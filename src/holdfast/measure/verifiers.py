@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from holdfast.data.metric import last_number
 from holdfast.errors import PlanError, suggest
-from holdfast.measure.verify import _NUMBER, _has
+from holdfast.measure.verify import _has
 
 Verifier = Callable[[str, str, Any], float]
 
@@ -36,13 +36,8 @@ def contains(answer: str, reference: str, row: Any) -> float:
 
 def number(answer: str, reference: str, row: Any) -> float:
     """1 where the last numbers are equal; a reference without a number is never met."""
-    said, wanted = _last_number(answer), _last_number(reference)
+    said, wanted = last_number(answer), last_number(reference)
     return float(wanted is not None and said == wanted)
-
-
-def _last_number(text: str) -> float | None:
-    found = re.findall(_NUMBER, text)
-    return float(found[-1].replace(",", "")) if found else None
 
 
 KNOWN: dict[str, Verifier] = {"exact": exact, "contains": contains, "number": number}

@@ -61,7 +61,7 @@ class Source(Section):
     alias: str | None = Field(
         default=None, pattern=r"^[\w.-]+$", description="Name of one set of several; default from the path."
     )
-    prompt: str | None = Field(default=None, description="Template of this set; null: data.prompt.")
+    prompt: str | None = Field(default=None, description="Template of this set, '': plain text; null: data.prompt.")
     completion: str | None = Field(default=None, description="Template of this set; null: data.completion.")
     weight: float | None = Field(default=None, gt=0, description="Of several sets: share of the rows of an epoch.")
 
@@ -129,7 +129,7 @@ class Data(Section):
         default=None, ge=0, lt=2**32, description="Seed of the rows that are cut and drawn; null: that of their order."
     )
     prompt: str | None = Field(
-        default=None, description="Template over columns, e.g. '{text}\\nQueue:'; null: detect."
+        default=None, description="Template over columns, e.g. '{text}\\nQueue:', '': plain text; null: detect."
     )
     completion: str | None = Field(default=None, description="Template over columns, e.g. ' {queue}'; null: detect.")
     max_length: int = Field(default=1024, ge=2, description="Longest row in tokens.")
@@ -191,6 +191,10 @@ class Data(Section):
         _check_pair(self.prompt, self.completion)
         if self.stride and self.stride >= self.max_length:
             raise ValueError(f"a stride ({self.stride}) below max_length ({self.max_length})")
+        if self.stride and self.too_long not in (None, "split"):
+            raise ValueError(f"no stride beside too_long {self.too_long}, for only parts of a split row share tokens")
+        if self.validation and self.validation_size:
+            raise ValueError("no validation_size beside validation, for then nothing is cut from train")
         if not (self.validation or self.test) and self.validation_size == 0:
             raise ValueError("a validation or test set, or validation_size above 0, to report on")
         return self

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+CUT = " ..."
+
 
 def examples(
     model: Callable[[], Any], tokenizer: Any, before: Sequence[Any], after: Sequence[Any], most: int = 6
@@ -64,11 +66,16 @@ def answers(
             "task": r.where,
             "prompt": r.prompt[-400:],
             "expected": plain(r.completion).strip(),
-            "before": plain(b["answer"]).strip(),
-            "after": plain(a["answer"]).strip(),
+            "before": _said(b, plain),
+            "after": _said(a, plain),
         }
         for b, a, r in shown
     ]
+
+
+def _said(item: Any, plain: Callable[[str], str]) -> str:
+    """An answer, marked where it was cut before its end."""
+    return plain(item["answer"]).strip() + (CUT if item.get("cut") else "")
 
 
 def prompts(tokenizer: Any, measured: Sequence[Any]) -> list[dict[str, str]]:

@@ -78,7 +78,7 @@ def checked(run: Run) -> Job:
         model = base_of(run, source)
         check_model(run, source, model, tokenizer, plan)
     session = _session(run, plan, model, tokenizer, task, longest)
-    mix = session.mix(task.token_rows, _order(run))
+    mix = session.mix(task.token_rows, order_of(run))
     session.ctx.total_steps = steps = _steps(run.recipe, session, mix)
     check_looks(run.recipe, task, session)
     check_budget(run.recipe, session)
@@ -162,7 +162,7 @@ def _steps(recipe: Recipe, session: Session, mix: Any) -> int:
     return steps
 
 
-def _order(run: Run) -> Order | None:
+def order_of(run: Run) -> Order | None:
     """The order that the weights of the training sets ask for, if there are any."""
     sets = sets_of(run.recipe.data, "train", run.base_dir)
     weights = {one.name: one.source.weight for one in sets if one.source.weight}

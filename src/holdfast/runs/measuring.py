@@ -124,6 +124,6 @@ def _add_texts(job: Job, model: Any, items: Sequence[dict[str, Any]], key: str |
     asked = [n for n, row in enumerate(rows) if row.prompt][:SHOWN]
     shown, most = [rows[n] for n in asked], m.max_new_tokens or SHOWN_TOKENS
     name = key and content_key(key, [[r.where, r.prompt, r.completion] for r in shown], "shown", most, m.rounds_as)
-    texts = remembered(name, lambda: written(model, job.tokenizer, shown, most, **m.forwards))
-    for n, text in zip(asked, texts, strict=True):
-        items[n]["answer"] = text
+    said = remembered(name, lambda: written(model, job.tokenizer, shown, most, **m.forwards))
+    for n, one in zip(asked, said, strict=True):
+        items[n].update(one)

@@ -107,8 +107,8 @@ def _scored(
     kind = metric_of(metric)
     if kind.asked != "text":
         return score_task(model, tokenizer, rows, labels, batch_tokens=batch_tokens)
-    texts = written(model, tokenizer, rows, batch_tokens=batch_tokens)
-    return judged(plainly(rows, encoder_of(model, tokenizer)), texts, judge_of(metric), kind.top or 1.0)
+    said = written(model, tokenizer, rows, batch_tokens=batch_tokens)
+    return judged(plainly(rows, encoder_of(model, tokenizer)), said, judge_of(metric), kind.top or 1.0)
 
 
 def from_answers(model: Callable[[], Any], tokenizer: Any, sha: str, prompts: str | None, batch_tokens: int) -> Goal:

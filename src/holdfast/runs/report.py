@@ -9,12 +9,12 @@ from typing import Any
 
 from holdfast import models
 from holdfast.data.encoder import Encoder
-from holdfast.data.metric import metric_of
+from holdfast.data.metric import Metric, metric_of
 from holdfast.data.sets import grouped, sets_of
 from holdfast.data.shares import title
 from holdfast.files import write_json, write_text
 from holdfast.measure.compare import abilities, only_after, verdict
-from holdfast.measure.tuned_task import only, task_estimates
+from holdfast.measure.tuned_task import cut_words, only, task_estimates
 from holdfast.models.card import model_card
 from holdfast.models.exported import Export
 from holdfast.recipe import KEEP_FRAC
@@ -64,11 +64,16 @@ def _task(job: Job, before: Measured | None, after: Measured) -> dict[str, Any]:
         "lower": metric.lower,
         "chance": task.chance,
         "split": "test" if job.recipe.data.test else "validation",
-        "note": _note(job) or None,
+        "note": "; ".join(filter(None, [_note(job), _cut(metric, items, after["task"])])) or None,
         **task_estimates(metric, items, after["task"]),
         "sets": _sets(job, items, after["task"]),
         "answers": answers(reported_rows(job), items, after["task"], Encoder(job.tokenizer).without_end),
     }
+
+
+def _cut(metric: Metric, before: list[Any] | None, after: list[Any]) -> str:
+    """Which answers did not come to their end, where answers are judged and not only shown."""
+    return cut_words(before, after) if metric.asked == "text" else ""
 
 
 def _sets(job: Job, before: list[Any] | None, after: list[Any]) -> list[dict[str, Any]]:
@@ -129,6 +134,10 @@ def _ends(training: Mapping[str, Any]) -> list[str]:
     """Which weights came out, where these are not simply the last."""
     step, why = training.get("best_step"), training.get("ended")
     early = [f"the training ended early: {why}"] if why else []
+    if why and step is None and "looks in a row" in why:  # others end where nothing is left to learn
+        early.append(
+            "its last weights came out, which were no better (training.load_best_model_at_end keeps the best)"
+        )
     looked = [at for pairs in (training.get("looks") or {}).values() for at, _ in pairs]
     if step is None or step == max(looked, default=step):
         return early

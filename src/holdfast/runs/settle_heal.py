@@ -19,7 +19,7 @@ from holdfast import models
 from holdfast.engine.pack import TokenRow
 from holdfast.method import canonical
 from holdfast.methods.adapt._adapter import Adapter
-from holdfast.runs.job import base_of
+from holdfast.runs.job import base_of, order_of
 from holdfast.runs.repair_heal import PROMPTS, SEED, healing
 from holdfast.runs.work import Job
 from holdfast.session import LORA_B
@@ -81,6 +81,11 @@ def _targets(job: Job) -> Any:
 
 
 def _rows(job: Job) -> list[TokenRow]:
-    """Rows of the training, drawn."""
-    rows = job.task.token_rows
-    return [rows[n] for n in sorted(random.Random(SEED).sample(range(len(rows)), min(PROMPTS, len(rows))))]
+    """Rows of the training, drawn: of several sets with weights as often as the training draws each."""
+    rows, order = job.task.token_rows, order_of(job.run)
+    drawn = order(rows, SEED, 0)[:PROMPTS] if order else _some(len(rows))
+    return [rows[n] for n in sorted(drawn)]
+
+
+def _some(count: int) -> list[int]:
+    return random.Random(SEED).sample(range(count), min(PROMPTS, count))

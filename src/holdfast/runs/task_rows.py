@@ -37,9 +37,9 @@ def score_rows(
     name = key and content_key(key, asked, labels, metric.asked, m.max_new_tokens, m.rounds_as)
     settings = {**m.forwards, "progress": progress}
     if metric.asked == "text":
-        texts = remembered(name, lambda: written(model, job.tokenizer, rows, m.max_new_tokens, **settings))
-        said = plainly(rows, encoder_of(model, job.tokenizer))
-        return _by_first(lambda: judged(said, texts, _judge(job, rows), metric.top or 1.0))
+        said = remembered(name, lambda: written(model, job.tokenizer, rows, m.max_new_tokens, **settings))
+        plain = plainly(rows, encoder_of(model, job.tokenizer))
+        return _by_first(lambda: judged(plain, said, _judge(job, rows), metric.top or 1.0))
     return remembered(
         name, lambda: score_task(model, job.tokenizer, rows, labels, soft_prompt=soft_prompt, **settings)
     )

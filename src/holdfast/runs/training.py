@@ -72,6 +72,8 @@ def _train(job: Job) -> tuple[plain.Log, Rate]:
         job.training.learning_rate = rate.value
         on_step, evaluate = _on_step(job, trackers, log), _evaluate(job)
         done = plain.train(job.session, job.mix, job.training, on_step=on_step, evaluate=evaluate, log=log)
+        if done.ended and done.loss and not _is_told(job, done.loss[-1][0] + 1):  # nobody knew that it was the last
+            _write_step(job, trackers, log, done.loss[-1][0] + 1, done.loss[-1][1])
         return done, rate
     finally:
         trackers.finish()
@@ -92,16 +94,24 @@ def _prepare(job: Job) -> None:
 
 
 def _on_step(job: Job, trackers: Trackers, log: plain.Log) -> Callable[[int, int, dict[str, float]], None]:
-    run, every, writes = job.run, job.recipe.training.logging_steps, first()
-
     def on_step(step: int, of: int, parts: dict[str, float]) -> None:
-        if writes and (step % every == 0 or step == of):
-            run.folder.log({"step": step, "of": of, **parts})
-            trackers.step(step, parts, log)
+        if _is_told(job, step):
+            _write_step(job, trackers, log, step, parts)
         words = "  ".join(f"{k} {v:.3f}" for k, v in parts.items())
-        run.tell("tune", step / of, f"step {step}/{of}  {words}")
+        job.run.tell("tune", step / of, f"step {step}/{of}  {words}")
 
     return on_step
+
+
+def _is_told(job: Job, step: int) -> bool:
+    """Whether a step goes into the log and the trackers, whatever comes of the run."""
+    return step % job.recipe.training.logging_steps == 0 or step == job.training.num_steps
+
+
+def _write_step(job: Job, trackers: Trackers, log: plain.Log, step: int, parts: dict[str, float]) -> None:
+    if first():
+        job.run.folder.log({"step": step, "of": job.training.num_steps, **parts})
+        trackers.step(step, parts, log)
 
 
 def _evaluate(job: Job) -> Callable[[Any], float]:

@@ -94,10 +94,16 @@ def _several(names: Sequence[str], sources: Sequence[Source], proposals: Sequenc
                 f"      prompt: {_quoted(found.prompt or '')}",
                 f"      completion: {_quoted(found.completion or '')}",
             ]
+        data += [f"      {line}" for line in _left_out(found)]
     metrics = {found.metric for found in proposals}
     metric = metrics.pop() if len(metrics) == 1 else "loss"
     cut = "  # validation_size: 0.05  # cut from each set; without it a tenth, at most test_size (500) in all"
     return [*data, cut, *_last(metric, "for all sets")]
+
+
+def _left_out(found: Proposal) -> list[str]:
+    """A comment on the columns that the templates do not name."""
+    return [f"# left out: {_line(', '.join(found.left_out))}"] if found.left_out else []
 
 
 def _last(metric: str, why: str) -> list[str]:
@@ -116,6 +122,7 @@ def _one(train: str, split: str | None, beside: dict[str, str], found: Proposal)
         data.append(f"  # the columns are those of the schema {found.schema}: no templates are needed")
     else:
         data += [f"  prompt: {_quoted(found.prompt or '')}", f"  completion: {_quoted(found.completion or '')}"]
+        data += [f"  {line}" for line in _left_out(found)]
     why = f"a closed set of {found.labels} answers" if found.labels else WHY[found.metric]
     return [*data, *_last(found.metric, why)]
 
