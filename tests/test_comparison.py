@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from browser import CHROMIUM, assert_fits
 from holdfast import cli
@@ -453,6 +454,39 @@ def test_a_folder_of_tune_is_no_place_for_a_comparison(world, tmp_path):
 
 class Killed(BaseException):
     """Stands for a lost process."""
+
+
+def another_base(world, folder):
+    """The recipe's model with other weights."""
+    shutil.copytree(world.base, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({n: w.flip(0).contiguous() for n, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    return {"model": {"model_name_or_path": str(folder)}}
+
+
+def test_a_refused_plan_leaves_no_base_for_another_model(world, tmp_path):
+    """All plans are checked before anything is measured: ProMoT has two stages, and the run one step."""
+    short = {"training": {"max_steps": 1}}
+    with pytest.raises(PlanError, match="2 stages"):
+        go(world, tmp_path, ["plain", "ProMoT"], recipe=asked(world, tmp_path, **short))
+    assert not list((tmp_path / "out").glob("base.*"))
+    other = asked(world, tmp_path, **another_base(world, tmp_path / "other"), **short)
+    options = {"recipe": other, "factors": (1.0,), "seeds": 1}
+    bases = []
+    for name in ("out", "fresh"):
+        assert not go(world, tmp_path, ["plain"], name, **options)["failed"]
+        bases.append([json.loads((tmp_path / name / f"base.{half}.json").read_text()) for half in runs.HALVES])
+    assert bases[0] == bases[1]
+
+
+def test_a_measured_base_makes_the_folder_its_own(world, tmp_path, monkeypatch):
+    """Killed before the first run: another model does not take this one's base for its own."""
+    monkeypatch.setattr(runs.Comparison, "pick", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        go(world, tmp_path)
+    assert len(list((tmp_path / "out").glob("base.*"))) == 2
+    with pytest.raises(RecipeError, match="another recipe"):
+        go(world, tmp_path, recipe=asked(world, tmp_path, **another_base(world, tmp_path / "other")))
 
 
 @pytest.mark.parametrize("at", [1, *(pytest.param(n, marks=pytest.mark.long) for n in (3, 5))])

@@ -38,9 +38,9 @@ from holdfast.runs.run import Run, Tell, silent
 from holdfast.runs.search import Search
 from holdfast.runs.work import Job
 
-LAST, CHOSEN = "compare.json", "chosen.json"
-WORK = {"runs", CHOSEN, LAST}
+LAST, CHOSEN, TASK = "compare.json", "chosen.json", "task.json"
 HALVES = (CHOOSE, REPORT)
+WORK = {"runs", CHOSEN, LAST, TASK, *(f"base.{half}.json" for half in HALVES)}
 INPUTS = ("model", "data", "metric")  # of all plans; what a plan merges with belongs to its runs
 
 
@@ -96,14 +96,15 @@ class Comparison:
         return self.folder.read(LAST)
 
     def begin(self) -> None:
-        """Every plan on its real model and data, before any of them trains; the base is measured on both halves."""
-        for n, name in enumerate(self.plans):
+        """Every plan on its real model and data, before anything is measured; then the base on both halves."""
+        job = None
+        for n, name in enumerate(reversed(self.plans)):  # the first is checked last, and its job measures the base
             self.tell("check", n / len(self.plans), name)
             job = checked(self._run(Cell(name, 1.0, self.recipe.training.seed), silent))
             self.rates[name] = job.training.learning_rate
-            if n == 0:
-                self.folder.keep_inputs({k: v for k, v in job.inputs().items() if k in INPUTS})
-                self._measure_base(job)
+        assert job is not None, "somebody takes part"
+        self.folder.keep_inputs({k: v for k, v in job.inputs().items() if k in INPUTS})
+        self._measure_base(job)
 
     def _measure_base(self, job: Job) -> None:
         halves, key = halves_of(job), base_key(job, job.model)
@@ -111,7 +112,7 @@ class Comparison:
             if self.folder.read(f"base.{half}.json") is None:
                 found = halves.measured(half, job.model, key=key, tell=self._told("measure before"))
                 self.folder.write(f"base.{half}.json", found)
-        self.folder.write("task.json", _task_of(job))
+        self.folder.write(TASK, _task_of(job))
 
     # ---- the first phase
 
@@ -226,7 +227,7 @@ class Comparison:
 
     def _ends(self, half: str) -> Ends:
         """The base's side of one half, and what must be kept."""
-        return Ends(self.folder.read("task.json"), self.folder.read(f"base.{half}.json"), self.recipe.measure.floors)
+        return Ends(self.folder.read(TASK), self.folder.read(f"base.{half}.json"), self.recipe.measure.floors)
 
     def _variant(self, cell: Cell) -> Recipe:
         """The recipe of a run."""
