@@ -25,6 +25,7 @@ from holdfast.recipe import recipe_from
 from holdfast.report import compared
 from holdfast.runs import cluster, halves, job, search, task_rows
 from holdfast.runs import comparison as runs
+from holdfast.runs.compare_half import check_made, fits, packed
 from holdfast.runs.compare_report import Ends, _apart, hypervolume
 from holdfast.runs.contestants import Cell, check_seeds, plans_of
 from holdfast.runs.grid import Grid, check_grid, finer
@@ -487,6 +488,85 @@ def test_a_measured_base_makes_the_folder_its_own(world, tmp_path, monkeypatch):
     assert len(list((tmp_path / "out").glob("base.*"))) == 2
     with pytest.raises(RecipeError, match="another recipe"):
         go(world, tmp_path, recipe=asked(world, tmp_path, **another_base(world, tmp_path / "other")))
+
+
+@pytest.fixture
+def mine(world, tmp_path):
+    """A finished comparison that a test may spoil."""
+    report = go(world, tmp_path)
+    (tmp_path / "out" / "compare.json").unlink()
+    return tmp_path / "out", report
+
+
+def counted(monkeypatch):
+    """The folders of the runs that are trained from now on."""
+    plain, found = runs.training.trained, []
+    monkeypatch.setattr(runs.training, "trained", lambda job: found.append(job.run.path.name) or plain(job))
+    return found
+
+
+def changed(path, change):
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+
+
+def test_what_another_version_measured_is_measured_anew(mine, world, tmp_path, monkeypatch):
+    """First a run's half; then the base's, on which every half stands; and nothing where all fits."""
+    folder, report = mine
+    trained = counted(monkeypatch)
+
+    def older(half):
+        half["made"][0] = "python 2.7"
+        half["task"] = {"correct": "0" * 6} if isinstance(half["task"], dict) else half["task"][::-1]
+
+    changed(folder / "runs" / "plain.x1.0" / "choose.json", older)
+    assert without_clock(go(world, tmp_path)) == without_clock(report)
+    assert trained == ["plain.x1.0"]
+    (folder / "compare.json").unlink()
+    changed(folder / "base.choose.json", older)
+    assert without_clock(go(world, tmp_path)) == without_clock(report)
+    assert trained == ["plain.x1.0"], "the base is measured as it was, so every run still fits it"
+    (folder / "compare.json").unlink()
+    changed(folder / "runs" / "LoRA.x3.0" / "choose.json", lambda half: half.update(against="another base"))
+    assert without_clock(go(world, tmp_path)) == without_clock(report)
+    assert trained == ["plain.x1.0", "LoRA.x3.0"]
+
+
+def test_inputs_of_every_plan_are_those_it_began_with(world, tmp_path):
+    """Rows that choose, and a file that only the second plan reads."""
+    texts, choosing = tmp_path / "texts.jsonl", tmp_path / "choosing.jsonl"
+    rows = Path(world.train).read_text().splitlines(keepends=True)
+    texts.write_text("".join(json.dumps({"instruction": f"Say {n}.", "output": f"{n}"}) + "\n" for n in range(9)))
+    choosing.write_text("".join(rows[:12]))
+    sets = {"validation": str(choosing), "validation_size": 0, "test": str(world.train)}
+    with_file = asked(world, tmp_path, data=sets).model_copy(update={"plan": [{"Replay": {"sources": [str(texts)]}}]})
+    options = {"methods": ["plain", "recipe"], "recipe": with_file, "factors": (1.0,), "seeds": 1}
+    assert not go(world, tmp_path, **options)["failed"]
+    (tmp_path / "out" / "compare.json").unlink()
+    for path, words in ((texts, "texts.jsonl of Replay .plan recipe."), (choosing, "validation rows")):
+        before = path.read_text()
+        path.write_text("".join(before.splitlines(keepends=True)[1:]))
+        with pytest.raises(RecipeError, match=f"{words} of this recipe is no longer"):
+            go(world, tmp_path, **options)
+        path.write_text(before)
+
+
+def test_scores_are_paired_by_id():
+    """As many items of the task, or of a suite, in another order."""
+    suite = {"suite": "s", "tasks": [{"name": "a", "items": [{"id": "x", "correct": 1}, {"id": "y", "correct": 0}]}]}
+    base = {"made": ["ours"], "abilities": [suite], "task": [{"id": "1", "correct": 0}, {"id": "2", "correct": 1}]}
+    assert fits(packed(base, base), base) and not fits(packed(base, base), {**base, "made": ["others"]})
+    turned = {**suite, "tasks": [{"name": "a", "items": suite["tasks"][0]["items"][::-1]}]}
+    for other, what in (({"task": base["task"][::-1]}, "the task"), ({"abilities": [turned]}, "s/a")):
+        with pytest.raises(HoldfastError, match=f"items of {what} that this run"):
+            packed({**base, **other}, base)
+
+
+def test_a_run_is_measured_as_the_base_was():
+    check_made(["torch 2", "cpu"], {"made": ["torch 2", "cpu"]})
+    with pytest.raises(HoldfastError, match="differ in cpu, cuda"):
+        check_made(["torch 2", "cuda"], {"made": ["torch 2", "cpu"]})
 
 
 @pytest.mark.parametrize("at", [1, *(pytest.param(n, marks=pytest.mark.long) for n in (3, 5))])

@@ -21,18 +21,18 @@ from typing import Any
 
 from holdfast.errors import HoldfastError
 from holdfast.files import content_key
-from holdfast.measure.packed import pack, pack_suite
 from holdfast.measure.parts import REPORT
 from holdfast.recipe import Export, Recipe, recipe_from
 from holdfast.runs import export, settle, training
 from holdfast.runs.bases import Bases
+from holdfast.runs.compare_half import base_file, check_made, fits, is_base, packed, run_file
 from holdfast.runs.compare_report import Ends, compared, point_of
 from holdfast.runs.contestants import Cell, built, plans_of
 from holdfast.runs.folder import JsonOrder, RunFolder
 from holdfast.runs.grid import Grid
 from holdfast.runs.halves import CHOOSE, Measured, halves_of
 from holdfast.runs.job import checked
-from holdfast.runs.measuring import base_key
+from holdfast.runs.measuring import base_key, made_by
 from holdfast.runs.repair_search import choose
 from holdfast.runs.run import Run, Tell, silent
 from holdfast.runs.search import Search
@@ -40,8 +40,8 @@ from holdfast.runs.work import Job
 
 LAST, CHOSEN, TASK = "compare.json", "chosen.json", "task.json"
 HALVES = (CHOOSE, REPORT)
-WORK = {"runs", CHOSEN, LAST, TASK, *(f"base.{half}.json" for half in HALVES)}
-INPUTS = ("model", "data", "metric")  # of all plans; what a plan merges with belongs to its runs
+WORK = {"runs", CHOSEN, LAST, TASK, *map(base_file, HALVES)}
+SHARED = ("model", "data", "metric", "validation rows")  # inputs of all plans; the others are one's own
 
 
 @dataclass(frozen=True)
@@ -97,21 +97,22 @@ class Comparison:
 
     def begin(self) -> None:
         """Every plan on its real model and data, before anything is measured; then the base on both halves."""
-        job = None
+        job, inputs = None, {}
         for n, name in enumerate(reversed(self.plans)):  # the first is checked last, and its job measures the base
             self.tell("check", n / len(self.plans), name)
             job = checked(self._run(Cell(name, 1.0, self.recipe.training.seed), silent))
             self.rates[name] = job.training.learning_rate
+            inputs |= {k if k in SHARED else f"{k} (plan {name})": v for k, v in job.inputs().items()}
         assert job is not None, "somebody takes part"
-        self.folder.keep_inputs({k: v for k, v in job.inputs().items() if k in INPUTS})
+        self.folder.keep_inputs(inputs)
         self._measure_base(job)
 
     def _measure_base(self, job: Job) -> None:
-        halves, key = halves_of(job), base_key(job, job.model)
+        halves, key, made = halves_of(job), base_key(job, job.model), made_by(job.model)
         for half in HALVES:
-            if self.folder.read(f"base.{half}.json") is None:
+            if not is_base(self.folder.read(base_file(half)), made, job.suites):
                 found = halves.measured(half, job.model, key=key, tell=self._told("measure before"))
-                self.folder.write(f"base.{half}.json", found)
+                self.folder.write(base_file(half), {**found, "made": made})
         self.folder.write(TASK, _task_of(job))
 
     # ---- the first phase
@@ -195,8 +196,8 @@ class Comparison:
         """Scores of a run on one half, packed; trained first where it is not."""
         run = self._run(cell, self._of(cell))
         run.path.mkdir(parents=True, exist_ok=True)
-        found = run.folder.read(f"{half}.json")
-        if found is None:
+        found = run.folder.read(run_file(half))
+        if not fits(found, self.folder.read(base_file(half))):
             found = self.ask(run, half)
         self._done += 1
         return found
@@ -204,7 +205,8 @@ class Comparison:
     def ask(self, run: Run, half: str) -> Measured:
         """Train a run where it is not trained yet, measure one half and write it down."""
         run.folder.claim()
-        job = checked(run)
+        job, base = checked(run), self.folder.read(base_file(half))
+        check_made(made_by(job.model), base)
         run.folder.keep_inputs(job.inputs())
         if not run.folder.read("training.json"):
             run.folder.check_room(export.room(job), f"checkpoints and export of {run.path.name}")
@@ -213,21 +215,20 @@ class Comparison:
         there = run.folder.read("training.json") and run.export.exists()  # that of a worse trial is taken away
         tuned, soft = export.loaded(run) if there else training.trained(job)
         found = halves_of(job).measured(half, tuned, soft, tell=lambda x, words: run.tell("measure after", x, words))
-        base, done = self.folder.read(f"base.{half}.json"), run.folder.read("training.json")
-        packed = {
+        done = run.folder.read("training.json")
+        out = {
             "learning_rate": job.training.learning_rate,
             "seconds": done["seconds_with_prepare"],
             "tokens_per_second": done["tokens_per_second"],
             "early": done.get("early"),
-            "abilities": [pack_suite(a, b) for a, b in zip(found["abilities"], base["abilities"], strict=True)],
-            "task": pack(found["task"], base["task"]),
+            **packed(found, base),
         }
-        run.folder.write(f"{half}.json", packed)
-        return packed
+        run.folder.write(run_file(half), out)
+        return out
 
     def _ends(self, half: str) -> Ends:
         """The base's side of one half, and what must be kept."""
-        return Ends(self.folder.read(TASK), self.folder.read(f"base.{half}.json"), self.recipe.measure.floors)
+        return Ends(self.folder.read(TASK), self.folder.read(base_file(half)), self.recipe.measure.floors)
 
     def _variant(self, cell: Cell) -> Recipe:
         """The recipe of a run."""
