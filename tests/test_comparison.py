@@ -337,7 +337,7 @@ def test_the_trials_show_their_early_signs(whole):
     for row in report["rows"]:
         for trial in row["trials"]:
             run = folder / "out" / "runs" / f"{row['name']}.x{trial['factor']:g}.0"
-            assert trial["early"] == json.loads((run / "training.json").read_text())["early"]
+            assert trial["early"] == json.loads((run / "trained.json").read_text())["early"]
             assert trial["early"]["steps"] == 4 and f"<td>{trial['early']['grad_norm']:.3g}</td>" in page
     old = json.loads(json.dumps(report))
     for row in old["rows"]:
@@ -376,7 +376,7 @@ def test_only_small_files_stay(whole):
     folder, _ = whole
     left = [p for p in (folder / "out" / "runs").rglob("*") if p.is_file()]
     assert left and not [p for p in left if p.suffix == ".safetensors"]
-    assert max(p.stat().st_size for p in left if p.name in ("choose.json", "report.json")) < 4000
+    assert max(p.stat().st_size for p in left if p.name in ("half.choose.json", "half.report.json")) < 4000
 
 
 def test_a_finished_comparison_does_nothing(whole, world, monkeypatch):
@@ -418,8 +418,8 @@ def test_strengths_are_tried_and_told(world, tmp_path):
     rows = {r["name"]: r for r in report["rows"]}
     assert [t["strength"] for t in rows["LoRA+KLToBase"]["trials"]] == [1.0, 0.5]
     assert [t["strength"] for t in rows["plain"]["trials"]] == [1.0]
-    weaker = json.loads((tmp_path / "out/runs/LoRA-KLToBase.x1.s0.5.0/training.json").read_text())
-    own = json.loads((tmp_path / "out/runs/LoRA-KLToBase.x1.0/training.json").read_text())
+    weaker = json.loads((tmp_path / "out/runs/LoRA-KLToBase.x1.s0.5.0/trained.json").read_text())
+    own = json.loads((tmp_path / "out/runs/LoRA-KLToBase.x1.0/trained.json").read_text())
     assert weaker["terms"]["KLToBase"][-1][1] != own["terms"]["KLToBase"][-1][1]
     chosen = json.loads((tmp_path / "out/chosen.json").read_text())
     assert {n: c["strength"] for n, c in chosen.items()} == {n: r["strength"] for n, r in rows.items()}
@@ -520,7 +520,7 @@ def test_what_another_version_measured_is_measured_anew(mine, world, tmp_path, m
         half["made"][0] = "python 2.7"
         half["task"] = {"correct": "0" * 6} if isinstance(half["task"], dict) else half["task"][::-1]
 
-    changed(folder / "runs" / "plain.x1.0" / "choose.json", older)
+    changed(folder / "runs" / "plain.x1.0" / "half.choose.json", older)
     assert without_clock(go(world, tmp_path)) == without_clock(report)
     assert trained == ["plain.x1.0"]
     (folder / "compare.json").unlink()
@@ -528,7 +528,7 @@ def test_what_another_version_measured_is_measured_anew(mine, world, tmp_path, m
     assert without_clock(go(world, tmp_path)) == without_clock(report)
     assert trained == ["plain.x1.0"], "the base is measured as it was, so every run still fits it"
     (folder / "compare.json").unlink()
-    changed(folder / "runs" / "LoRA.x3.0" / "choose.json", lambda half: half.update(against="another base"))
+    changed(folder / "runs" / "LoRA.x3.0" / "half.choose.json", lambda half: half.update(against="another base"))
     assert without_clock(go(world, tmp_path)) == without_clock(report)
     assert trained == ["plain.x1.0", "LoRA.x3.0"]
 
@@ -550,6 +550,22 @@ def test_inputs_of_every_plan_are_those_it_began_with(world, tmp_path):
         with pytest.raises(RecipeError, match=f"{words} of this recipe is no longer"):
             go(world, tmp_path, **options)
         path.write_text(before)
+
+
+def test_tune_works_in_the_folder_of_a_run(mine, world, tmp_path, monkeypatch):
+    """It trains there anew, for the model is gone; and the comparison still finds what it measured."""
+    folder, report = mine
+    run = folder / "runs" / "plain.x1.0"
+    assert "verdict" in json.loads((tune(run / "recipe.yaml") / "report.json").read_text())
+    monkeypatch.setattr(runs.training, "trained", None)
+    assert without_clock(go(world, tmp_path)) == without_clock(report)
+
+
+def test_a_run_that_is_trained_again_needs_room_too(mine, world, tmp_path, monkeypatch):
+    (mine[0] / "runs" / "plain.x1.0" / "half.choose.json").unlink()
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
+    assert "0.0 GB free" in go(world, tmp_path)["failed"]["plain, rate x 1, seed 0"]
 
 
 def test_scores_are_paired_by_id():
@@ -655,7 +671,7 @@ def test_every_run_stays_within_the_budget(world, tmp_path):
     recipe = asked(world, tmp_path, measure=measure, training=training)
     found = go(world, tmp_path, ["plain"], recipe=recipe, factors=(1.0,), seeds=2)
     assert not found["failed"] and found["rows"][0]["seeds"] == [0, 1]
-    done = json.loads((tmp_path / "out" / "runs" / "plain.x1.0" / "training.json").read_text())
+    done = json.loads((tmp_path / "out" / "runs" / "plain.x1.0" / "trained.json").read_text())
     assert done["budget"]["share"] < 1
     (trial,) = found["rows"][0]["trials"]
     (at,) = [p for p in done["budget"]["points"] if p["share"] == done["budget"]["share"]]

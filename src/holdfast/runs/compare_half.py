@@ -22,8 +22,8 @@ def base_file(half: str) -> str:
 
 
 def run_file(half: str) -> str:
-    """In the folder of a run."""
-    return f"{half}.json"
+    """In the folder of a run, whose report.json would be that of `tune`."""
+    return f"half.{half}.json"
 
 
 def is_base(found: Measured | None, made: Sequence[str], suites: Sequence[str]) -> bool:

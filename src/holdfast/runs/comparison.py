@@ -13,8 +13,10 @@ each plan so far is kept, and none at the end.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from holdfast.runs.search import Search
 from holdfast.runs.work import Job
 
 LAST, CHOSEN, TASK = "compare.json", "chosen.json", "task.json"
+TRAINED = "trained.json"  # the training.json of a run whose model is gone
 HALVES = (CHOOSE, REPORT)
 WORK = {"runs", CHOSEN, LAST, TASK, *map(base_file, HALVES)}
 SHARED = ("model", "data", "metric", "validation rows")  # inputs of all plans; the others are one's own
@@ -141,7 +144,14 @@ class Comparison:
     def _keep_only(self, best: Cell, others: Sequence[Cell]) -> None:
         for cell in others:
             if cell != best:
-                shutil.rmtree(self._run(cell, silent).export, ignore_errors=True)
+                self._take_away(cell)
+
+    def _take_away(self, cell: Cell) -> None:
+        """The model of a run; with no training.json beside it the folder is one that `tune` would train in anew."""
+        run = self._run(cell, silent)
+        with suppress(FileNotFoundError):
+            os.replace(run.path / "training.json", run.path / TRAINED)
+        shutil.rmtree(run.export, ignore_errors=True)
 
     def _write_down(self, cells: Mapping[str, Cell | None]) -> None:
         """What was chosen, with the hash of all that decides a run; before the reporting half is looked at."""
@@ -168,7 +178,7 @@ class Comparison:
         for cell in self.seeds(chosen):
             found = self.attempt(cell, REPORT)
             if found is not None:
-                shutil.rmtree(self._run(cell, silent).export, ignore_errors=True)
+                self._take_away(cell)
                 yield cell, found
 
     def seeds(self, chosen: Cell) -> list[Cell]:
@@ -208,11 +218,11 @@ class Comparison:
         job, base = checked(run), self.folder.read(base_file(half))
         check_made(made_by(job.model), base)
         run.folder.keep_inputs(job.inputs())
-        if not run.folder.read("training.json"):
+        there = run.folder.read("training.json") and run.export.exists()  # that of a worse trial is taken away
+        if not there:
             run.folder.check_room(export.room(job), f"checkpoints and export of {run.path.name}")
         if self.recipe.measure.budget:
             settle.remember(job, base_key(job, job.model))
-        there = run.folder.read("training.json") and run.export.exists()  # that of a worse trial is taken away
         tuned, soft = export.loaded(run) if there else training.trained(job)
         found = halves_of(job).measured(half, tuned, soft, tell=lambda x, words: run.tell("measure after", x, words))
         done = run.folder.read("training.json")
