@@ -23,6 +23,7 @@ from holdfast.methods import ICLAnchor, KLToBase, LoRA, Replay, all_methods
 from holdfast.plan import Plan
 from holdfast.recipe import recipe_from
 from holdfast.report import compared
+from holdfast.runs import abilities as abilities_of_runs
 from holdfast.runs import cluster, halves, job, search, task_rows
 from holdfast.runs import comparison as runs
 from holdfast.runs.compare_half import check_made, fits, packed
@@ -550,6 +551,26 @@ def test_inputs_of_every_plan_are_those_it_began_with(world, tmp_path):
         with pytest.raises(RecipeError, match=f"{words} of this recipe is no longer"):
             go(world, tmp_path, **options)
         path.write_text(before)
+
+
+def test_all_plans_are_asked_the_same_suites(world, tmp_path, monkeypatch):
+    """suites: auto. Of 12 rows plain takes 3 steps, too few for `language`; half Replay takes 6, which are enough."""
+    monkeypatch.setattr(abilities_of_runs, "DEFAULT", ("in-context", "language"))
+    monkeypatch.setattr(abilities_of_runs, "_tokens", lambda recipe, rows, steps: steps)
+    monkeypatch.setattr(abilities_of_runs, "cost", lambda ask: 0.6)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(Path(world.train).read_text().splitlines(keepends=True)[:24]))
+    changes = {"data": {"train": str(few)}, "measure": {"suites": ["auto"], "keep": None}}
+    recipe = asked(world, tmp_path, **changes, training={"max_steps": -1, "num_train_epochs": 1})
+    recipe = recipe.model_copy(update={"plan": [{"Replay": {"share": 0.5}}]})
+    found = go(world, tmp_path, ["plain", "recipe"], recipe=recipe, factors=(1.0,), seeds=1)
+    assert not found["failed"] and list(found["keep"]) == ["in-context"]
+    assert [[a["name"] for a in row["abilities"]] for row in found["rows"]] == [["in-context", "language"]] * 2
+    steps = [
+        json.loads((tmp_path / "out/runs" / n / "trained.json").read_text())["steps"]
+        for n in ("plain.x1.0", "recipe.x1.0")
+    ]
+    assert steps == [3, 6]
 
 
 def test_tune_works_in_the_folder_of_a_run(mine, world, tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from typing import Any
 from holdfast.errors import HoldfastError
 from holdfast.files import content_key
 from holdfast.measure.parts import REPORT
-from holdfast.recipe import Export, Recipe, recipe_from
+from holdfast.recipe import AUTO, Export, Recipe, recipe_from
 from holdfast.runs import export, settle, training
 from holdfast.runs.bases import Bases
 from holdfast.runs.compare_half import base_file, check_made, fits, is_base, packed, run_file
@@ -79,6 +79,7 @@ class Comparison:
         self.bases = bases or Bases()
         self.failed: dict[str, str] = {}
         self.rates: dict[str, float] = {}  # of each plan, before a factor
+        self.suites: tuple[str, ...] = ()  # of all plans, once they are checked
         self._done, self._all = 0, len(self.plans) * (wish.trials + wish.seeds)
 
     @property
@@ -100,15 +101,17 @@ class Comparison:
 
     def begin(self) -> None:
         """Every plan on its real model and data, before anything is measured; then the base on both halves."""
-        job, inputs = None, {}
+        job, inputs, suites = None, {}, ()
         for n, name in enumerate(reversed(self.plans)):  # the first is checked last, and its job measures the base
             self.tell("check", n / len(self.plans), name)
             job = checked(self._run(Cell(name, 1.0, self.recipe.training.seed), silent))
             self.rates[name] = job.training.learning_rate
+            suites = (*job.suites, *suites)
             inputs |= {k if k in SHARED else f"{k} (plan {name})": v for k, v in job.inputs().items()}
         assert job is not None, "somebody takes part"
         self.folder.keep_inputs(inputs)
-        self._measure_base(job)
+        self.suites = tuple(dict.fromkeys(suites))  # `auto` may be more to a longer plan: what one is asked, all are
+        self._measure_base(dataclasses.replace(job, suites=self.suites))
 
     def _measure_base(self, job: Job) -> None:
         halves, key, made = halves_of(job), base_key(job, job.model), made_by(job.model)
@@ -259,7 +262,11 @@ class Comparison:
         plan = self.plans[cell.plan]
         if cell.strength != 1:
             plan = built(plan).stronger(cell.strength).to_recipe()
-        return recipe.model_copy(update={"plan": plan, "data": data, "training": training, "export": exported})
+        measure = recipe.measure
+        if AUTO in measure.suites and self.suites:
+            measure = measure.model_copy(update={"suites": [*self.suites]})
+        parts = {"plan": plan, "data": data, "training": training, "measure": measure, "export": exported}
+        return recipe.model_copy(update=parts)
 
     def _run(self, cell: Cell, tell: Tell) -> Run:
         return Run(self._variant(cell), self.base_dir, tell, halved=True, bases=self.bases)
