@@ -373,6 +373,22 @@ def test_what_was_chosen_is_written_down_with_its_hash(whole):
     assert not ids[0] & ids[1] and not rows[0] & rows[1]
 
 
+def test_the_hash_is_of_recipe_model_and_data_wherever_the_run_lies(world, tmp_path):
+    base, shas = tmp_path / "base", []
+    shutil.copytree(world.base, base)
+    recipe = asked(world, tmp_path, model={"model_name_or_path": str(base)}).model_dump(mode="json")
+    for name in ("one", "again", "another model"):
+        if name == "another model":
+            shutil.rmtree(base)
+            another_base(world, base)
+        comparison = runs.Comparison(runs.Wish(recipe, ("plain",), (1.0,), 1), tmp_path, tmp_path / name)
+        comparison.folder.claim()
+        comparison.begin()
+        comparison._write_down({"plain": Cell("plain", 1.0, 0)})
+        shas.append(json.loads((tmp_path / name / "chosen.json").read_text())["plain"]["sha"])
+    assert shas[0] == shas[1] != shas[2]
+
+
 def test_only_small_files_stay(whole):
     folder, _ = whole
     left = [p for p in (folder / "out" / "runs").rglob("*") if p.is_file()]

@@ -30,7 +30,7 @@ from holdfast.runs.bases import Bases
 from holdfast.runs.compare_half import base_file, check_made, fits, is_base, packed, run_file
 from holdfast.runs.compare_report import Ends, compared, point_of
 from holdfast.runs.contestants import Cell, built, plans_of
-from holdfast.runs.folder import JsonOrder, RunFolder
+from holdfast.runs.folder import INPUTS, JsonOrder, RunFolder
 from holdfast.runs.grid import Grid
 from holdfast.runs.halves import CHOOSE, Measured, halves_of
 from holdfast.runs.job import checked
@@ -107,7 +107,7 @@ class Comparison:
             job = checked(self._run(Cell(name, 1.0, self.recipe.training.seed), silent))
             self.rates[name] = job.training.learning_rate
             suites = (*job.suites, *suites)
-            inputs |= {k if k in SHARED else f"{k} (plan {name})": v for k, v in job.inputs().items()}
+            inputs |= {k if k in SHARED else k + _of_plan(name): v for k, v in job.inputs().items()}
         assert job is not None, "somebody takes part"
         self.folder.keep_inputs(inputs)
         self.suites = tuple(dict.fromkeys(suites))  # `auto` may be more to a longer plan: what one is asked, all are
@@ -157,19 +157,27 @@ class Comparison:
         shutil.rmtree(run.export, ignore_errors=True)
 
     def _write_down(self, cells: Mapping[str, Cell | None]) -> None:
-        """What was chosen, with the hash of all that decides a run; before the reporting half is looked at."""
+        """What was chosen, with a hash of what decides the run; before the reporting half is looked at."""
         known = self.folder.read(CHOSEN)
         said = {
             name: {
                 "factor": cell.factor,
                 "strength": cell.strength,
-                "sha": content_key(self._variant(cell).model_dump(mode="json")),
+                "sha": self._sha(cell),
             }
             for name, cell in cells.items()
             if cell
         }
         if known != said:  # a run that had failed was tried again
             self.folder.write(CHOSEN, said)
+
+    def _sha(self, cell: Cell) -> str:
+        """Of recipe, model, data, versions, measuring code and device; where the run lies decides nothing."""
+        recipe = self._variant(cell).model_dump(mode="json")
+        recipe["training"].pop("output_dir")
+        inputs, own = self.folder.read(INPUTS), _of_plan(cell.plan)
+        inputs = {k: v for k, v in inputs.items() if k in SHARED or k.endswith(own)}
+        return content_key(recipe, inputs, self.folder.read(base_file(CHOOSE))["made"])
 
     # ---- the second phase
 
@@ -276,6 +284,11 @@ class Comparison:
 
     def _told(self, phase: str) -> Callable[[float, str], None]:
         return lambda share, words: self.tell(phase, share, words)
+
+
+def _of_plan(name: str) -> str:
+    """What follows the name of an input that belongs to one plan."""
+    return f" (plan {name})"
 
 
 def _task_of(job: Job) -> dict[str, Any]:
