@@ -28,7 +28,7 @@ from holdfast.runs import cluster, halves, job, search, task_rows
 from holdfast.runs import comparison as runs
 from holdfast.runs.compare_half import check_made, fits, packed
 from holdfast.runs.compare_report import Ends, _apart, hypervolume
-from holdfast.runs.contestants import Cell, check_seeds, plans_of
+from holdfast.runs.contestants import Cell, check_seeds, faster, has_rates, plans_of
 from holdfast.runs.grid import Grid, check_grid, finer
 from holdfast.runs.repair_search import Point
 from holdfast.runs.search import Search
@@ -587,6 +587,28 @@ def test_all_plans_are_asked_the_same_suites(world, tmp_path, monkeypatch):
         for n in ("plain.x1.0", "recipe.x1.0")
     ]
     assert steps == [3, 6]
+
+
+@pytest.mark.parametrize("kind", all_methods().values(), ids=lambda m: m.__name__)
+def test_every_rate_of_a_stage_is_one_that_is_multiplied(kind):
+    plan = Plan([kind()])
+    own, tripled = ([s.learning_rate for m in p.methods for s in m.stages()] for p in (plan, faster(plan, 3.0)))
+    assert tripled == [rate and pytest.approx(3 * rate) for rate in own]
+    assert has_rates(plan) or not any(own)
+    if not has_rates(plan):
+        assert faster(plan, 3.0) == plan
+
+
+def test_a_plan_with_a_rate_of_its_own_is_tried_at_others(world, tmp_path):
+    found = go(world, tmp_path, ["PromptTuning"], factors=(1.0, 0.1), seeds=1)
+    assert not found["failed"]
+    (row,) = found["rows"]
+    assert [t["learning_rate"] for t in row["trials"]] == pytest.approx([0.05, 0.005])
+    first, second = (
+        json.loads((tmp_path / "out/runs" / f"PromptTuning.x{x}.0" / "trained.json").read_text())["loss"]
+        for x in ("1", "0.1")
+    )
+    assert first[0] == second[0] and first[-1] != second[-1]
 
 
 def test_tune_works_in_the_folder_of_a_run(mine, world, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from holdfast.runs import export, settle, training
 from holdfast.runs.bases import Bases
 from holdfast.runs.compare_half import base_file, check_made, fits, is_base, packed, run_file
 from holdfast.runs.compare_report import Ends, compared, point_of
-from holdfast.runs.contestants import Cell, built, plans_of
+from holdfast.runs.contestants import Cell, built, faster, has_rates, plans_of
 from holdfast.runs.folder import INPUTS, JsonOrder, RunFolder
 from holdfast.runs.grid import Grid
 from holdfast.runs.halves import CHOOSE, Measured, halves_of
@@ -238,7 +238,7 @@ class Comparison:
         found = halves_of(job).measured(half, tuned, soft, tell=lambda x, words: run.tell("measure after", x, words))
         done = run.folder.read("training.json")
         out = {
-            "learning_rate": job.training.learning_rate,
+            "learning_rate": job.session.stages[-1].learning_rate or job.training.learning_rate,
             "seconds": done["seconds_with_prepare"],
             "tokens_per_second": done["tokens_per_second"],
             "early": done.get("early"),
@@ -268,6 +268,8 @@ class Comparison:
         data = recipe.data.model_copy(update={"seed": recipe.seed_of_rows})  # the same rows, in another order
         exported = Export(dtype=recipe.export.dtype)  # no model is handed over
         plan = self.plans[cell.plan]
+        if cell.factor != 1 and has_rates(built(plan)):
+            plan = faster(built(plan), cell.factor).to_recipe()
         if cell.strength != 1:
             plan = built(plan).stronger(cell.strength).to_recipe()
         measure = recipe.measure
