@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,6 +16,7 @@ from browser import CHROMIUM, assert_fits
 from holdfast import cli
 from holdfast.data import task
 from holdfast.errors import HoldfastError, PlanError, RecipeError
+from holdfast.hosts import plain
 from holdfast.measure import stats
 from holdfast.measure.packed import pack, unpack
 from holdfast.measure.recipes import abilities, kept
@@ -663,6 +665,25 @@ def test_a_killed_comparison_goes_on_to_the_same(whole, world, tmp_path, monkeyp
     monkeypatch.setattr(runs.training, "trained", lambda job: again.append(1) or plain(job))
     assert without_clock(go(world, tmp_path)) == without_clock(whole[1])
     assert len(again) == 6 - (at - 1)
+
+
+def test_what_a_killed_training_took_before_counts(whole, world, tmp_path, monkeypatch):
+    """Steps are counted by the checkpoints' clock, whichever process took them."""
+    step, count = plain._step, []
+
+    def slow(*given, **named):
+        count.append(1)
+        time.sleep(1.0)
+        if len(count) == 4:
+            raise Killed
+        return step(*given, **named)
+
+    monkeypatch.setattr(plain, "_step", slow)
+    with pytest.raises(Killed):
+        go(world, tmp_path, ["plain"], factors=(1.0,), seeds=1)
+    monkeypatch.setattr(plain, "_step", step)
+    (row,) = go(world, tmp_path, ["plain"], factors=(1.0,), seeds=1)["rows"]
+    assert row["seconds"] > 2
 
 
 def test_one_that_fails_stops_no_other_and_is_tried_again(whole, world, tmp_path, monkeypatch):

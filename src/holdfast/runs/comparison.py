@@ -239,7 +239,7 @@ class Comparison:
         done = run.folder.read("training.json")
         out = {
             "learning_rate": job.session.stages[-1].learning_rate or job.training.learning_rate,
-            "seconds": done["seconds_with_prepare"],
+            "seconds": _seconds(done),
             "tokens_per_second": done["tokens_per_second"],
             "early": done.get("early"),
             **packed(found, base),
@@ -286,6 +286,11 @@ class Comparison:
 
     def _told(self, phase: str) -> Callable[[float, str], None]:
         return lambda share, words: self.tell(phase, share, words)
+
+
+def _seconds(done: Mapping[str, Any]) -> float:
+    """What a training took, however often it was killed: steps by the checkpoints' clock, and what stands around."""
+    return done["seconds"] + sum(done["timing"].get(phase, 0.0) for phase in ("prepare", "search"))
 
 
 def _of_plan(name: str) -> str:
