@@ -28,8 +28,10 @@ from holdfast.report import compared
 from holdfast.runs import abilities as abilities_of_runs
 from holdfast.runs import cluster, halves, job, search, task_rows
 from holdfast.runs import comparison as runs
+from holdfast.runs.compare_advice import _apart
+from holdfast.runs.compare_ends import Ends
 from holdfast.runs.compare_half import check_made, fits, packed
-from holdfast.runs.compare_report import Ends, _apart, hypervolume
+from holdfast.runs.compare_report import hypervolume
 from holdfast.runs.contestants import Cell, check_seeds, faster, has_rates, plans_of
 from holdfast.runs.grid import Grid, check_grid, finer
 from holdfast.runs.repair_search import Point

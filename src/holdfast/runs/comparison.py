@@ -27,8 +27,9 @@ from holdfast.measure.parts import REPORT
 from holdfast.recipe import AUTO, Export, Recipe, recipe_from
 from holdfast.runs import export, settle, training
 from holdfast.runs.bases import Bases
+from holdfast.runs.compare_ends import Ends, point_of
 from holdfast.runs.compare_half import base_file, check_made, fits, is_base, packed, run_file
-from holdfast.runs.compare_report import Ends, compared, point_of
+from holdfast.runs.compare_report import compared
 from holdfast.runs.contestants import Cell, built, faster, has_rates, plans_of
 from holdfast.runs.folder import INPUTS, JsonOrder, RunFolder
 from holdfast.runs.grid import Grid
