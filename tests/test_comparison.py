@@ -18,7 +18,7 @@ from holdfast.data import task
 from holdfast.errors import HoldfastError, PlanError, RecipeError
 from holdfast.hosts import plain
 from holdfast.measure import stats
-from holdfast.measure.packed import pack, unpack
+from holdfast.measure.packed import pack, pack_suite, unpack
 from holdfast.measure.recipes import abilities, kept
 from holdfast.measure.stats import Estimate
 from holdfast.methods import ICLAnchor, KLToBase, LoRA, Replay, all_methods
@@ -31,6 +31,7 @@ from holdfast.runs import comparison as runs
 from holdfast.runs.compare_advice import _apart
 from holdfast.runs.compare_ends import Ends
 from holdfast.runs.compare_half import check_made, fits, packed
+from holdfast.runs.compare_report import compared as compared_runs
 from holdfast.runs.compare_report import hypervolume
 from holdfast.runs.contestants import Cell, check_seeds, faster, has_rates, plans_of
 from holdfast.runs.grid import Grid, check_grid, finer
@@ -182,6 +183,51 @@ def test_packed_scores_come_back():
     assert packed["correct"] == "00" and "id" not in packed
     plain = [{k: v for k, v in i.items() if k != "answer"} for i in items]
     assert unpack(json.loads(json.dumps(packed)), like) == plain
+
+
+# ---- rows and advice
+
+
+def rows_right(num):
+    """40 rows of a task, so many of them right."""
+    return [{"id": str(n), "correct": int(n < num), "logprob": -1.0, "tokens": 1, "bytes": 1} for n in range(40)]
+
+
+def ends_of(base_suites, floors):
+    """A task that the base fails, and suites by name: what share of 400 items the base has right."""
+    suites = [{**suite_of(np.arange(400) < 400 * x), "suite": name} for name, x in base_suites.items()]
+    return Ends({"metric": "exact_match"}, {"task": rows_right(0), "abilities": suites}, floors)
+
+
+def run_of(ends, right, seconds=1.0, **kept):
+    """A run with so many task rows right, and of each suite the share of 400 items that is named, else the base's."""
+    base = ends.base["abilities"]
+    suites = [suite_of(np.arange(400) < 400 * kept[b["suite"]]) if b["suite"] in kept else b for b in base]
+    return {
+        "abilities": [pack_suite(a, b) for a, b in zip(suites, base, strict=True)],
+        "task": pack(rows_right(right), ends.base["task"]),
+        **{"learning_rate": 1.0, "seconds": seconds, "tokens_per_second": 1.0},
+    }
+
+
+def reported(ends, seeds=3, **plans):
+    """The report of plans, each given by its runs."""
+    final = {name: [(Cell(name, 1.0, n), run) for n, run in enumerate(found)] for name, found in plans.items()}
+    return compared_runs(ends, dict.fromkeys(plans, ()), final, {}, seeds)
+
+
+def test_what_must_be_kept_and_cannot_be_seen_is_not_kept():
+    ends = ends_of({"tales": 0.0, "words": 0.8}, {"tales": 0.97, "words": 0.9})
+    found = reported(ends, p=[run_of(ends, 30)] * 3)
+    (row,) = found["rows"]
+    assert {a["name"]: a["status"] for a in row["abilities"]} == {"tales": "not measurable", "words": "kept"}
+    assert (row["status"], row["unseen"]) == ("unclear", ["tales"])
+    assert found["advice"] == (
+        "No plan is shown to keep what it must (tales 0.97, words 0.9); nearest in this list: p. "
+        "Not measurable with this model, so nothing is said of it: tales."
+    )
+    seen = reported(ends_of({"words": 0.8}, {"words": 0.9}), p=[run_of(ends_of({"words": 0.8}, {}), 30)] * 3)
+    assert seen["advice"] == "Take p: it alone is shown to keep what it must (words 0.9)."
 
 
 def test_the_area_by_hand():

@@ -1,9 +1,9 @@
-"""One sentence of advice that the reported numbers of a comparison bear."""
+"""The advice that the reported numbers of a comparison bear: which plan to take, and what was not seen."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from holdfast.measure import stats
@@ -11,37 +11,54 @@ from holdfast.measure.packed import unpack
 from holdfast.measure.stats import Estimate
 from holdfast.runs.compare_ends import Ends, Runs
 
+Row = Mapping[str, Any]
 FASTER = 1.1  # ours: less is the noise of a clock
 
 
-def advice(ends: Ends, rows: Sequence[Mapping[str, Any]], final: Mapping[str, Any]) -> str:
-    """One sentence that the reported numbers support."""
-    good = [r for r in rows if r["status"] in ("kept", "no loss shown")]
-    floors = ", ".join(f"{name} {floor:g}" for name, floor in ends.floors.items())
+def advice(ends: Ends, rows: Sequence[Row], final: Mapping[str, Runs]) -> str:
+    """One sentence that the reported numbers support, and those without which it would say too much."""
     if not rows:
         return "No plan came to its end."
+    return " ".join([_choice(ends, rows, final), *_unsaid(rows)])
+
+
+def _choice(ends: Ends, rows: Sequence[Row], final: Mapping[str, Runs]) -> str:
+    """Which plan to take."""
+    good, must = [r for r in rows if r["status"] in ("kept", "no loss shown")], _must(ends)
     if not good:
-        return f"No plan is shown to keep what it must ({floors}); nearest in this list: {rows[0]['name']}."
+        return f"No plan is shown to {must}; nearest in this list: {rows[0]['name']}."
     if len(good) == 1:
-        return f"Take {good[0]['name']}: it alone is shown to keep what it must ({floors})."
-    first, second = good[0], good[1]
+        return f"Take {good[0]['name']}: it alone is shown to {must}."
+    first, second, must_both = good[0], good[1], must.replace("it must", "they must")
     apart = _apart(ends, final[first["name"]], final[second["name"]])
     words = "no seed in common" if apart is None else f"{apart.value:.3g} ({apart.low:.3g} to {apart.high:.3g})"
     if apart and apart.low > 0:
         return (
-            f"Take {first['name']}: of those that keep what they must ({floors}), it learns the task best; "
+            f"Take {first['name']}: of those that {must_both}, it learns the task best; "
             f"the next, {second['name']}, is {words} behind."
         )
     cheap = min((first, second), key=lambda r: r["seconds"])
     if max(first["seconds"], second["seconds"]) < FASTER * cheap["seconds"]:
         return (
-            f"Take {first['name']} or {second['name']}: both keep what they must ({floors}), and neither their task "
+            f"Take {first['name']} or {second['name']}: both {must_both}, and neither their task "
             f"scores ({words}) nor their times can be told apart."
         )
     return (
-        f"Take {cheap['name']}: {first['name']} and {second['name']} both keep what they must ({floors}), their "
+        f"Take {cheap['name']}: {first['name']} and {second['name']} both {must_both}, their "
         f"task scores cannot be told apart ({words}), and it costs less time."
     )
+
+
+def _must(ends: Ends) -> str:
+    floors = ", ".join(f"{name} {floor:g}" for name, floor in ends.floors.items())
+    return f"keep what it must ({floors})" if floors else "keep anything, as measure.keep names nothing"
+
+
+def _unsaid(rows: Sequence[Row]) -> Iterator[str]:
+    """What the sentence says nothing of."""
+    unseen = ", ".join(dict.fromkeys(name for r in rows for name in r["unseen"]))
+    if unseen:
+        yield f"Not measurable with this model, so nothing is said of it: {unseen}."
 
 
 def _apart(ends: Ends, one: Runs, other: Runs) -> Estimate | None:

@@ -58,14 +58,14 @@ def _row(ends: Ends, name: str, trials: Sequence[Point], runs: Sequence[tuple[Ce
     found = [one for _, one in runs]
     each = [Estimate.from_dict(ends.task(one)["after"]) for one in found]
     abilities = ends.abilities(found)
-    worst = [a["status"] for a in bound(ends, abilities)]
     return {
         "name": name,
         "learning_rate": found[0]["learning_rate"],
         "strength": runs[0][0].strength,
         "task": stats.mean_of_runs(each).to_dict(),
         "abilities": abilities,
-        "status": max(worst, key=ORDER.index) if worst else "unclear",
+        "status": _status(ends, abilities),
+        "unseen": _unseen(ends, abilities),
         "seeds": [cell.seed for cell, _ in runs],
         "seconds": sum(one["seconds"] for one in found) / len(found),
         "tokens_per_second": sum(one["tokens_per_second"] for one in found) / len(found),
@@ -74,6 +74,20 @@ def _row(ends: Ends, name: str, trials: Sequence[Point], runs: Sequence[tuple[Ce
             for p in trials
         ],
     }
+
+
+def _status(ends: Ends, abilities: Sequence[Mapping[str, Any]]) -> str:
+    """The worst of what must be kept; what cannot be seen is not shown to be kept."""
+    found = [a["status"] for a in bound(ends, abilities)]
+    if _unseen(ends, abilities) or not found:
+        found.append("unclear")
+    return max(found, key=ORDER.index)
+
+
+def _unseen(ends: Ends, abilities: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What must be kept and the base is not shown to have."""
+    seen = [a["name"] for a in bound(ends, abilities)]
+    return [name for name in ends.floors if name not in seen]
 
 
 def _corner(point: Point, ends: Ends, base: float, best: float) -> tuple[float, float]:
