@@ -230,6 +230,22 @@ def test_what_must_be_kept_and_cannot_be_seen_is_not_kept():
     assert seen["advice"] == "Take p: it alone is shown to keep what it must (words 0.9)."
 
 
+def test_a_loss_beside_what_must_be_kept_is_a_loss():
+    ends = ends_of({"tales": 0.8, "words": 0.8}, {"tales": 0.9})
+    alone = reported(ends, greedy=[run_of(ends, 40, words=0.4)] * 3)
+    assert [(r["status"], r["lost_beside"]) for r in alone["rows"]] == [("lost", ["words"])]
+    beside = "greedy loses words, which measure.keep does not name."
+    assert alone["advice"] == (
+        "No plan is shown to keep what it must (tales 0.9) and lose nothing else; nearest in this list: greedy. "
+        f"{beside}"
+    )
+    found = reported(ends, greedy=[run_of(ends, 40, words=0.4)] * 3, careful=[run_of(ends, 20)] * 3)
+    assert [(r["name"], r["status"]) for r in found["rows"]] == [("careful", "kept"), ("greedy", "lost")]
+    assert found["advice"] == (
+        f"Take careful: it alone is shown to keep what it must (tales 0.9) and lose nothing else. {beside}"
+    )
+
+
 def test_the_area_by_hand():
     """Rectangles to (1, 0.5) and (0.5, 1): 0.5 + 0.5 * 0.5; what they dominate adds nothing."""
     assert hypervolume([(0.5, 1.0), (1.0, 0.5), (0.4, 0.4)]) == pytest.approx(0.75)

@@ -24,7 +24,7 @@ def advice(ends: Ends, rows: Sequence[Row], final: Mapping[str, Runs]) -> str:
 
 def _choice(ends: Ends, rows: Sequence[Row], final: Mapping[str, Runs]) -> str:
     """Which plan to take."""
-    good, must = [r for r in rows if r["status"] in ("kept", "no loss shown")], _must(ends)
+    good, must = [r for r in rows if r["status"] in ("kept", "no loss shown")], _must(ends, rows)
     if not good:
         return f"No plan is shown to {must}; nearest in this list: {rows[0]['name']}."
     if len(good) == 1:
@@ -49,9 +49,13 @@ def _choice(ends: Ends, rows: Sequence[Row], final: Mapping[str, Runs]) -> str:
     )
 
 
-def _must(ends: Ends) -> str:
+def _must(ends: Ends, rows: Sequence[Row]) -> str:
+    """What a plan has to be shown to do; "they" of several is put in by who says it of them."""
+    if not ends.floors:
+        return "keep anything, as measure.keep names nothing"
     floors = ", ".join(f"{name} {floor:g}" for name, floor in ends.floors.items())
-    return f"keep what it must ({floors})" if floors else "keep anything, as measure.keep names nothing"
+    beside = " and lose nothing else" if any(r["lost_beside"] for r in rows) else ""
+    return f"keep what it must ({floors}){beside}"
 
 
 def _unsaid(rows: Sequence[Row]) -> Iterator[str]:
@@ -59,6 +63,9 @@ def _unsaid(rows: Sequence[Row]) -> Iterator[str]:
     unseen = ", ".join(dict.fromkeys(name for r in rows for name in r["unseen"]))
     if unseen:
         yield f"Not measurable with this model, so nothing is said of it: {unseen}."
+    for r in rows:
+        if r["lost_beside"]:
+            yield f"{r['name']} loses {', '.join(r['lost_beside'])}, which measure.keep does not name."
 
 
 def _apart(ends: Ends, one: Runs, other: Runs) -> Estimate | None:

@@ -66,6 +66,7 @@ def _row(ends: Ends, name: str, trials: Sequence[Point], runs: Sequence[tuple[Ce
         "abilities": abilities,
         "status": _status(ends, abilities),
         "unseen": _unseen(ends, abilities),
+        "lost_beside": [a["name"] for a in abilities if a["status"] == "lost" and a["name"] not in ends.floors],
         "seeds": [cell.seed for cell, _ in runs],
         "seconds": sum(one["seconds"] for one in found) / len(found),
         "tokens_per_second": sum(one["tokens_per_second"] for one in found) / len(found),
@@ -77,7 +78,9 @@ def _row(ends: Ends, name: str, trials: Sequence[Point], runs: Sequence[tuple[Ce
 
 
 def _status(ends: Ends, abilities: Sequence[Mapping[str, Any]]) -> str:
-    """The worst of what must be kept; what cannot be seen is not shown to be kept."""
+    """The worst of what must be kept, or any loss beside; what cannot be seen is not shown to be kept."""
+    if any(a["status"] == "lost" for a in abilities):
+        return "lost"
     found = [a["status"] for a in bound(ends, abilities)]
     if _unseen(ends, abilities) or not found:
         found.append("unclear")
