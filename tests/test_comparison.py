@@ -196,7 +196,8 @@ def rows_right(num):
 def ends_of(base_suites, floors):
     """A task that the base fails, and suites by name: what share of 400 items the base has right."""
     suites = [{**suite_of(np.arange(400) < 400 * x), "suite": name} for name, x in base_suites.items()]
-    return Ends({"metric": "exact_match"}, {"task": rows_right(0), "abilities": suites}, floors)
+    about = {"name": "tickets", "metric": "exact_match", "split": "test"}
+    return Ends(about, {"task": rows_right(0), "abilities": suites}, floors)
 
 
 def run_of(ends, right, seconds=1.0, **kept):
@@ -244,6 +245,26 @@ def test_a_loss_beside_what_must_be_kept_is_a_loss():
     assert found["advice"] == (
         f"Take careful: it alone is shown to keep what it must (tales 0.9) and lose nothing else. {beside}"
     )
+
+
+def test_a_plan_that_lost_its_seeds_is_no_verdict():
+    """The interval of one run has no part for the seeds, and would look surer than three do."""
+    ends = ends_of({"tales": 0.8}, {"tales": 0.9})
+    alone = reported(ends, lucky=[run_of(ends, 40)])
+    assert alone["rows"][0]["status"] == "unclear"
+    missing = "lucky came through with 1 of 3 seeds, too few for a verdict about it."
+    assert alone["advice"] == f"No plan is shown to keep what it must (tales 0.9). {missing}"
+    found = reported(ends, lucky=[run_of(ends, 40)], whole=[run_of(ends, 20)] * 3, most=[run_of(ends, 10)] * 2)
+    assert [(r["name"], r["status"]) for r in found["rows"]] == [
+        ("whole", "kept"),
+        ("most", "kept"),
+        ("lucky", "unclear"),
+    ]
+    assert found["advice"].startswith("Take whole:") and found["advice"].endswith(missing)
+    text = compared.markdown(found)
+    assert "| 1 of 3 |" in text and "| 2 of 3 |" in text and "3 seeds each, or as many as the table says" in text
+    assert " of 3 |" not in compared.markdown(reported(ends, whole=[run_of(ends, 20)] * 3))
+    assert reported(ends, seeds=1, one=[run_of(ends, 20)])["rows"][0]["status"] == "kept"
 
 
 def test_the_area_by_hand():

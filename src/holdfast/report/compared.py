@@ -116,10 +116,16 @@ def _head(r: Part) -> list[str]:
         r["task"]["metric"],
         *(f"{n} kept" for n in _abilities(r)),
         "verdict",
+        *(["seeds"] if _missing(r) else []),
         *settings,
         "seconds",
         "area",
     ]
+
+
+def _missing(r: Part) -> bool:
+    """Whether some plan did not come through with all its seeds."""
+    return any(len(row["seeds"]) < r["seeds"] for row in r["rows"])
 
 
 def _strengths(r: Part) -> bool:
@@ -137,9 +143,10 @@ def _cells(r: Part) -> Iterator[list[str]]:
     yield ["base", schema.estimate(r["task"]["base"]), *("" for _ in _head(r)[2:])]
     for row in r["rows"]:
         kept = {a["name"]: share(a["retention"]) for a in row["abilities"]}
+        seeds = [f"{len(row['seeds'])} of {r['seeds']}"] if _missing(r) else []
         cost = [*_settings(r, row), f"{row['seconds']:.0f}", f"{row['hypervolume']:.2f}"]
         words = schema.ability_status({"status": row["status"]}).word.lower()
-        yield [row["name"], schema.estimate(row["task"]), *(kept.get(n, "-") for n in names), words, *cost]
+        yield [row["name"], schema.estimate(row["task"]), *(kept.get(n, "-") for n in names), words, *seeds, *cost]
 
 
 def _trials(r: Part) -> Iterator[list[str]]:
@@ -167,9 +174,9 @@ def _dots(r: Part, name: str) -> list[dict[str, Any]]:
 
 
 def _foot(r: Part) -> str:
-    seeds = r["seeds"]
+    seeds, fewer = r["seeds"], ", or as many as the table says" if _missing(r) else ""
     runs = (
-        f"{seeds} seeds each: a verdict about the plan"
+        f"{seeds} seeds each{fewer}: a verdict about the plan"
         if seeds > 1
         else "one seed each: a verdict about these weights"
     )

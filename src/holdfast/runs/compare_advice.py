@@ -15,18 +15,19 @@ Row = Mapping[str, Any]
 FASTER = 1.1  # ours: less is the noise of a clock
 
 
-def advice(ends: Ends, rows: Sequence[Row], final: Mapping[str, Runs]) -> str:
+def advice(ends: Ends, rows: Sequence[Row], final: Mapping[str, Runs], seeds: int) -> str:
     """One sentence that the reported numbers support, and those without which it would say too much."""
     if not rows:
         return "No plan came to its end."
-    return " ".join([_choice(ends, rows, final), *_unsaid(rows)])
+    return " ".join([_choice(ends, rows, final), *_unsaid(rows, seeds)])
 
 
 def _choice(ends: Ends, rows: Sequence[Row], final: Mapping[str, Runs]) -> str:
     """Which plan to take."""
     good, must = [r for r in rows if r["status"] in ("kept", "no loss shown")], _must(ends, rows)
     if not good:
-        return f"No plan is shown to {must}; nearest in this list: {rows[0]['name']}."
+        near = next((f"; nearest in this list: {r['name']}" for r in rows if not r["few"]), "")
+        return f"No plan is shown to {must}{near}."
     if len(good) == 1:
         return f"Take {good[0]['name']}: it alone is shown to {must}."
     first, second, must_both = good[0], good[1], must.replace("it must", "they must")
@@ -58,7 +59,7 @@ def _must(ends: Ends, rows: Sequence[Row]) -> str:
     return f"keep what it must ({floors}){beside}"
 
 
-def _unsaid(rows: Sequence[Row]) -> Iterator[str]:
+def _unsaid(rows: Sequence[Row], seeds: int) -> Iterator[str]:
     """What the sentence says nothing of."""
     unseen = ", ".join(dict.fromkeys(name for r in rows for name in r["unseen"]))
     if unseen:
@@ -66,6 +67,8 @@ def _unsaid(rows: Sequence[Row]) -> Iterator[str]:
     for r in rows:
         if r["lost_beside"]:
             yield f"{r['name']} loses {', '.join(r['lost_beside'])}, which measure.keep does not name."
+        if r["few"]:
+            yield f"{r['name']} came through with {len(r['seeds'])} of {seeds} seeds, too few for a verdict about it."
 
 
 def _apart(ends: Ends, one: Runs, other: Runs) -> Estimate | None:

@@ -10,8 +10,7 @@ from holdfast.measure import stats
 from holdfast.measure.stats import Estimate
 from holdfast.measure.tuned_task import task_estimates
 from holdfast.runs.compare_advice import advice
-from holdfast.runs.compare_ends import Ends, Measured, bound
-from holdfast.runs.contestants import Cell
+from holdfast.runs.compare_ends import Ends, Runs, bound
 from holdfast.runs.repair_search import Point
 from holdfast.versions import versions
 
@@ -21,17 +20,17 @@ ORDER = ("kept", "no loss shown", "unclear", "lost")  # the best first
 def compared(
     ends: Ends,
     trials: Mapping[str, Sequence[Point]],
-    final: Mapping[str, Sequence[tuple[Cell, Measured]]],
+    final: Mapping[str, Runs],
     failed: Mapping[str, str],
     seeds: int,
 ) -> dict[str, Any]:
     """Everything for compare.json: what chose the settings stands beside, and never inside, what is reported."""
-    rows = [_row(ends, name, trials[name], runs) for name, runs in final.items() if runs]
+    rows = [_row(ends, name, trials[name], runs, seeds) for name, runs in final.items() if runs]
     best = max((p.value for points in trials.values() for p in points), default=0.0)
     base = ends.value(task_estimates(ends.metric, ends.base["task"], ends.base["task"])["after"])
     for row in rows:
         row["hypervolume"] = hypervolume([_corner(p, ends, base, best) for p in trials[row["name"]]])
-    rows.sort(key=lambda r: (ORDER.index(r["status"]), -ends.value(r["task"])))
+    rows.sort(key=lambda r: (ORDER.index(r["status"]), r["few"], -ends.value(r["task"])))
     used = versions()
     return {
         "holdfast_version": used["holdfast"],
@@ -48,23 +47,24 @@ def compared(
         "keep": dict(ends.floors),
         "seeds": seeds,
         "rows": rows,
-        "advice": advice(ends, rows, final),
+        "advice": advice(ends, rows, final, seeds),
         "failed": dict(failed),
     }
 
 
-def _row(ends: Ends, name: str, trials: Sequence[Point], runs: Sequence[tuple[Cell, Measured]]) -> dict[str, Any]:
-    """One plan at its chosen settings, over its seeds."""
+def _row(ends: Ends, name: str, trials: Sequence[Point], runs: Runs, seeds: int) -> dict[str, Any]:
+    """One plan at its chosen settings, over those of its seeds that came through."""
     found = [one for _, one in runs]
     each = [Estimate.from_dict(ends.task(one)["after"]) for one in found]
-    abilities = ends.abilities(found)
+    abilities, few = ends.abilities(found), len(runs) < min(2, seeds)
     return {
         "name": name,
         "learning_rate": found[0]["learning_rate"],
         "strength": runs[0][0].strength,
         "task": stats.mean_of_runs(each).to_dict(),
         "abilities": abilities,
-        "status": _status(ends, abilities),
+        "status": "unclear" if few else _status(ends, abilities),
+        "few": few,  # one run alone says nothing of the plan
         "unseen": _unseen(ends, abilities),
         "lost_beside": [a["name"] for a in abilities if a["status"] == "lost" and a["name"] not in ends.floors],
         "seeds": [cell.seed for cell, _ in runs],
