@@ -29,7 +29,7 @@ from holdfast.runs import abilities as abilities_of_runs
 from holdfast.runs import cluster, halves, job, search, task_rows
 from holdfast.runs import comparison as runs
 from holdfast.runs.compare_advice import _apart
-from holdfast.runs.compare_ends import Ends
+from holdfast.runs.compare_ends import Ends, point_of
 from holdfast.runs.compare_half import check_made, fits, packed
 from holdfast.runs.compare_report import compared as compared_runs
 from holdfast.runs.compare_report import hypervolume
@@ -214,7 +214,7 @@ def run_of(ends, right, seconds=1.0, **kept):
 def reported(ends, seeds=3, **plans):
     """The report of plans, each given by its runs."""
     final = {name: [(Cell(name, 1.0, n), run) for n, run in enumerate(found)] for name, found in plans.items()}
-    return compared_runs(ends, dict.fromkeys(plans, ()), final, {}, seeds)
+    return compared_runs(ends, ends, dict.fromkeys(plans, ()), final, {}, seeds)
 
 
 def test_what_must_be_kept_and_cannot_be_seen_is_not_kept():
@@ -265,6 +265,25 @@ def test_a_plan_that_lost_its_seeds_is_no_verdict():
     assert "| 1 of 3 |" in text and "| 2 of 3 |" in text and "3 seeds each, or as many as the table says" in text
     assert " of 3 |" not in compared.markdown(reported(ends, whole=[run_of(ends, 20)] * 3))
     assert reported(ends, seeds=1, one=[run_of(ends, 20)])["rows"][0]["status"] == "kept"
+
+
+def test_the_area_is_of_the_half_that_chose():
+    """Its base has 10 of 40 rows right, and the trials 20 and 30: gains of a half and of all of what was gained.
+
+    The base of the other half has none right, so the gains would be two thirds and all.
+    """
+    ends = ends_of({"tales": 0.8}, {"tales": 0.9})
+    choosing = Ends(ends.about, {**ends.base, "task": rows_right(10)}, ends.floors)
+    final, trials = {}, {}
+    for name, right in (("some", 20), ("more", 30)):
+        cell = Cell(name, 1.0, 0)
+        found = {**run_of(ends, right), "task": pack(rows_right(right), choosing.base["task"])}
+        trials[name], final[name] = [point_of(choosing, cell, found)], [(cell, run_of(ends, right))]
+    found = compared_runs(ends, choosing, trials, final, {}, 1)
+    assert {r["name"]: r["hypervolume"] for r in found["rows"]} == pytest.approx({"some": 0.5, "more": 1.0})
+    assert "area" not in compared.markdown(found)
+    page = compared.page(found)
+    assert page.index("What chose the learning rates") < page.index("more 1.00, some 0.50.")
 
 
 def test_the_area_by_hand():

@@ -28,6 +28,11 @@ SIGNS = (
     "First norm and loss: means over the first 100 steps, of the gradient before clipping and the task's loss; they "
     "chose nothing. Of runs with one plan those of lower norm and higher loss came out better in arXiv 2412.13337."
 )
+CHOSE = "All of this is made on the items for choosing, which the table and the pictures above do not share."
+AREA = (
+    "Area, on the items for choosing: what a plan's trials dominate of task gain times ability kept, 0 to 1. The "
+    "largest gain of any trial counts as 1, so luck among the trials is in it, and it ranks nothing."
+)
 DOTS = (
     "A dot is a plan at its chosen settings, on items that chose nothing; the table's first is bold. Point at one to "
     "see its numbers."
@@ -96,11 +101,13 @@ def _page(r: Part, drawn: Mapping[str, str]) -> str:
         *(f"<h2>{html(name)}</h2>{svg}" for name, svg in drawn.items()),
         f"<p>{DOTS}</p>",
         f"<h2>What chose {'rates and strengths' if _strengths(r) else 'the learning rates'}</h2>",
+        f"<p>{html(CHOSE)}</p>",
         html_table(
             ["plan", "learning rate", *(["strength"] if _strengths(r) else []), *EARLY, "task", *r["keep"]],
             [(cells, False) for cells in _trials(r)],
         ),
         f"<p>{html(SIGNS)}</p>",
+        f"<p>{html(AREA)} {html(_areas(r))}</p>",
         f"<p>{html(FAILED)}</p><ul>{failed}</ul>" if failed else "",
         f"<p>{html(_foot(r))}</p>",
     ]
@@ -119,7 +126,6 @@ def _head(r: Part) -> list[str]:
         *(["seeds"] if _missing(r) else []),
         *settings,
         "seconds",
-        "area",
     ]
 
 
@@ -144,7 +150,7 @@ def _cells(r: Part) -> Iterator[list[str]]:
     for row in r["rows"]:
         kept = {a["name"]: share(a["retention"]) for a in row["abilities"]}
         seeds = [f"{len(row['seeds'])} of {r['seeds']}"] if _missing(r) else []
-        cost = [*_settings(r, row), f"{row['seconds']:.0f}", f"{row['hypervolume']:.2f}"]
+        cost = [*_settings(r, row), f"{row['seconds']:.0f}"]
         words = schema.ability_status({"status": row["status"]}).word.lower()
         yield [row["name"], schema.estimate(row["task"]), *(kept.get(n, "-") for n in names), words, *seeds, *cost]
 
@@ -164,6 +170,10 @@ def _settings(r: Part, of: Part) -> list[str]:
     return [f"{of['learning_rate']:.2g}", *strength]
 
 
+def _areas(r: Part) -> str:
+    return ", ".join(f"{row['name']} {row['hypervolume']:.2f}" for row in r["rows"]) + "."
+
+
 def _dots(r: Part, name: str) -> list[dict[str, Any]]:
     return [
         {"name": row["name"], "task": row["task"], "kept": a["retention"], "highlight": row is r["rows"][0]}
@@ -180,7 +190,4 @@ def _foot(r: Part) -> str:
         if seeds > 1
         else "one seed each: a verdict about these weights"
     )
-    return (
-        f"Holdfast {r['holdfast_version']}; {r['task']['split']} rows, {runs}; in brackets: 95 % intervals. "
-        "area: what the plan's trials dominate of task gain times ability kept."
-    )
+    return f"Holdfast {r['holdfast_version']}; {r['task']['split']} rows, {runs}; in brackets: 95 % intervals."

@@ -36,6 +36,10 @@ class Ends:
         items = unpack(found["task"], self.base["task"])
         return task_estimates(self.metric, self.base["task"] if against is None else against, items)
 
+    def task_of_base(self) -> dict[str, Any]:
+        """The base's own score."""
+        return task_estimates(self.metric, self.base["task"], self.base["task"])["after"]
+
     def abilities(self, runs: Sequence[Measured]) -> list[dict[str, Any]]:
         """Each ability of a recipe from its runs (`measure.recipes.abilities`)."""
         befores = self.base["abilities"]

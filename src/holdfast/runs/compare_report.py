@@ -8,7 +8,6 @@ from typing import Any
 
 from holdfast.measure import stats
 from holdfast.measure.stats import Estimate
-from holdfast.measure.tuned_task import task_estimates
 from holdfast.runs.compare_advice import advice
 from holdfast.runs.compare_ends import Ends, Runs, bound
 from holdfast.runs.repair_search import Point
@@ -19,17 +18,20 @@ ORDER = ("kept", "no loss shown", "unclear", "lost")  # the best first
 
 def compared(
     ends: Ends,
+    choosing: Ends,
     trials: Mapping[str, Sequence[Point]],
     final: Mapping[str, Runs],
     failed: Mapping[str, str],
     seeds: int,
 ) -> dict[str, Any]:
-    """Everything for compare.json: what chose the settings stands beside, and never inside, what is reported."""
+    """Everything for compare.json: what chose the settings stands beside, and never inside, what is reported.
+
+    ends, choosing: of the half that is reported on, and of the one that the trials were chosen on.
+    """
     rows = [_row(ends, name, trials[name], runs, seeds) for name, runs in final.items() if runs]
     best = max((p.value for points in trials.values() for p in points), default=0.0)
-    base = ends.value(task_estimates(ends.metric, ends.base["task"], ends.base["task"])["after"])
     for row in rows:
-        row["hypervolume"] = hypervolume([_corner(p, ends, base, best) for p in trials[row["name"]]])
+        row["hypervolume"] = hypervolume([_corner(p, choosing, best) for p in trials[row["name"]]])
     rows.sort(key=lambda r: (ORDER.index(r["status"]), r["few"], -ends.value(r["task"])))
     used = versions()
     return {
@@ -42,7 +44,7 @@ def compared(
             "metric": ends.metric.words,
             "unit": ends.metric.unit,
             "lower": ends.metric.lower,
-            "base": task_estimates(ends.metric, ends.base["task"], ends.base["task"])["after"],
+            "base": ends.task_of_base(),
         },
         "keep": dict(ends.floors),
         "seeds": seeds,
@@ -93,8 +95,9 @@ def _unseen(ends: Ends, abilities: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in ends.floors if name not in seen]
 
 
-def _corner(point: Point, ends: Ends, base: float, best: float) -> tuple[float, float]:
+def _corner(point: Point, ends: Ends, best: float) -> tuple[float, float]:
     """(share of the largest gain of all plans, least share kept of an ability with a floor), both from 0 to 1."""
+    base = ends.value(ends.task_of_base())
     gain = (point.value - base) / (best - base) if best > base else 0.0
     kept = [share["value"] for name, share in point.shown["kept"].items() if name in ends.floors]
     return min(1.0, max(0.0, gain)), min(1.0, max(0.0, min(kept, default=0.0)))

@@ -96,7 +96,7 @@ class Comparison:
         self.before_report([cell for _, cell in picked.values() if cell])
         final = {name: list(self._report(cell)) for name, (_, cell) in picked.items() if cell}
         trials = {name: points for name, (points, _) in picked.items()}
-        report = compared(self._ends(REPORT), trials, final, self.failed, self.wish.seeds)
+        report = compared(self._ends(REPORT), self._ends(CHOOSE), trials, final, self.failed, self.wish.seeds)
         self.folder.write(LAST, report)
         return self.folder.read(LAST)
 
