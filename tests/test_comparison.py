@@ -24,7 +24,7 @@ from holdfast.measure.stats import Estimate
 from holdfast.methods import ICLAnchor, KLToBase, LoRA, Replay, all_methods
 from holdfast.plan import Plan
 from holdfast.recipe import recipe_from
-from holdfast.report import compared
+from holdfast.report import compared, schema
 from holdfast.runs import abilities as abilities_of_runs
 from holdfast.runs import cluster, halves, job, search, task_rows
 from holdfast.runs import comparison as runs
@@ -435,6 +435,22 @@ def test_the_table(whole):
         (line,) = (t for t in shown if t.startswith(f"{row['name']}: task {task:.2f}"))
         assert f"kept {round(100 * kept)} % (" in line
     assert (folder / "out" / "compare.language.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_trials_are_drawn_apart_from_what_is_reported(whole):
+    """In a picture of their own, below what says that they are on the items for choosing."""
+    _, report = whole
+    page = compared.page(report)
+    before, after = page.split("<h2>What chose the learning rates</h2>")
+    for row in report["rows"]:
+        for trial in row["trials"]:
+            rate = trial["learning_rate"]
+            name = row["name"] if rate == row["learning_rate"] else f"{row['name']} {rate:.2g}"
+            share = round(100 * trial["kept"]["language"]["value"])
+            said = f"<title>{name}: task {schema.estimate(trial['task'])}, kept {share} % ("
+            assert said in after
+    assert before.count("<title>") == 1 + len(report["rows"]) and after.count("<title>") == 4
+    assert "language kept, on the items for choosing" in after and "items for choosing" not in before
 
 
 def test_the_trials_show_their_early_signs(whole):

@@ -29,6 +29,8 @@ SIGNS = (
     "chose nothing. Of runs with one plan those of lower norm and higher loss came out better in arXiv 2412.13337."
 )
 CHOSE = "All of this is made on the items for choosing, which the table and the pictures above do not share."
+TRIALS = "A dot is a trial, named by its plan and its rate; the chosen one of each plan is bold."
+NAMED = 16  # ours: of more trials only the chosen ones are named, for the names would hide the dots
 AREA = (
     "Area, on the items for choosing: what a plan's trials dominate of task gain times ability kept, 0 to 1. The "
     "largest gain of any trial counts as 1, so luck among the trials is in it, and it ranks nothing."
@@ -106,6 +108,8 @@ def _page(r: Part, drawn: Mapping[str, str]) -> str:
             ["plan", "learning rate", *(["strength"] if _strengths(r) else []), *EARLY, "task", *r["keep"]],
             [(cells, False) for cells in _trials(r)],
         ),
+        *_trial_pictures(r),
+        f"<p>{html(TRIALS)}</p>" if r["keep"] else "",
         f"<p>{html(SIGNS)}</p>",
         f"<p>{html(AREA)} {html(_areas(r))}</p>",
         f"<p>{html(FAILED)}</p><ul>{failed}</ul>" if failed else "",
@@ -168,6 +172,26 @@ def _settings(r: Part, of: Part) -> list[str]:
     """The learning rate of a row or a trial, and by how much its strength was multiplied where that differs."""
     strength = [f"{of.get('strength', 1):.3g}"] if _strengths(r) else []
     return [f"{of['learning_rate']:.2g}", *strength]
+
+
+def _trial_pictures(r: Part) -> Iterator[str]:
+    """Of each ability with a floor, all trials on the items for choosing; in a picture of their own."""
+    for name in r["keep"]:
+        dots = _trial_dots(r, name)
+        if any(schema.has(dot["kept"]) for dot in dots):
+            yield f"<h3>{html(name)}, on the items for choosing</h3>"
+            yield tradeoff_svg(dots, _axis(r), f"{name} kept, on the items for choosing")
+
+
+def _trial_dots(r: Part, name: str) -> list[dict[str, Any]]:
+    pairs = [(row, trial) for row in r["rows"] for trial in row["trials"]]
+    dots = []
+    for row, trial in pairs:
+        chosen = _settings(r, trial) == _settings(r, row)
+        at = f"{row['name']} {' x'.join(_settings(r, trial))}" if len(pairs) <= NAMED else ""
+        kept = trial["kept"].get(name)
+        dots.append({"name": row["name"] if chosen else at, "task": trial["task"], "kept": kept, "highlight": chosen})
+    return dots
 
 
 def _areas(r: Part) -> str:
