@@ -61,6 +61,11 @@ def packed(found: Measured, base: Measured) -> dict[str, Any]:
     }
 
 
+def seconds(done: Mapping[str, Any]) -> float:
+    """What a training took, however often it was killed: steps by the checkpoints' clock, and what stands around."""
+    return done["seconds"] + sum(done["timing"].get(phase, 0.0) for phase in ("prepare", "search"))
+
+
 def _check_items(found: Measured, base: Measured) -> None:
     """Scores are paired by their place, so the same items must stand there."""
     mine, theirs = dict(_ids(found)), dict(_ids(base))

@@ -28,7 +28,7 @@ from holdfast.recipe import AUTO, Export, Recipe, recipe_from
 from holdfast.runs import export, settle, training
 from holdfast.runs.bases import Bases
 from holdfast.runs.compare_ends import Ends, point_of
-from holdfast.runs.compare_half import base_file, check_made, fits, is_base, packed, run_file
+from holdfast.runs.compare_half import base_file, check_made, fits, is_base, packed, run_file, seconds
 from holdfast.runs.compare_report import compared
 from holdfast.runs.contestants import Cell, built, faster, has_rates, plans_of
 from holdfast.runs.folder import INPUTS, JsonOrder, RunFolder
@@ -240,7 +240,7 @@ class Comparison:
         done = run.folder.read("training.json")
         out = {
             "learning_rate": job.session.stages[-1].learning_rate or job.training.learning_rate,
-            "seconds": _seconds(done),
+            "seconds": seconds(done),
             "tokens_per_second": done["tokens_per_second"],
             "early": done.get("early"),
             **packed(found, base),
@@ -268,16 +268,18 @@ class Comparison:
         training = recipe.training.model_copy(update=changed)
         data = recipe.data.model_copy(update={"seed": recipe.seed_of_rows})  # the same rows, in another order
         exported = Export(dtype=recipe.export.dtype)  # no model is handed over
-        plan = self.plans[cell.plan]
-        if cell.factor != 1 and has_rates(built(plan)):
-            plan = faster(built(plan), cell.factor).to_recipe()
-        if cell.strength != 1:
-            plan = built(plan).stronger(cell.strength).to_recipe()
         measure = recipe.measure
         if AUTO in measure.suites and self.suites:
             measure = measure.model_copy(update={"suites": [*self.suites]})
-        parts = {"plan": plan, "data": data, "training": training, "measure": measure, "export": exported}
+        parts = {"plan": self._plan(cell), "data": data, "training": training, "measure": measure, "export": exported}
         return recipe.model_copy(update=parts)
+
+    def _plan(self, cell: Cell) -> Any:
+        """The plan of a run, as a recipe has it."""
+        plan = self.plans[cell.plan]
+        if cell.factor != 1 and has_rates(built(plan)):
+            plan = faster(built(plan), cell.factor).to_recipe()
+        return plan if cell.strength == 1 else built(plan).stronger(cell.strength).to_recipe()
 
     def _run(self, cell: Cell, tell: Tell) -> Run:
         return Run(self._variant(cell), self.base_dir, tell, halved=True, bases=self.bases)
@@ -287,11 +289,6 @@ class Comparison:
 
     def _told(self, phase: str) -> Callable[[float, str], None]:
         return lambda share, words: self.tell(phase, share, words)
-
-
-def _seconds(done: Mapping[str, Any]) -> float:
-    """What a training took, however often it was killed: steps by the checkpoints' clock, and what stands around."""
-    return done["seconds"] + sum(done["timing"].get(phase, 0.0) for phase in ("prepare", "search"))
 
 
 def _of_plan(name: str) -> str:
