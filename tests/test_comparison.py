@@ -3,29 +3,37 @@
 import json
 import shutil
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from browser import CHROMIUM, assert_fits
 from holdfast import cli
 from holdfast.data import task
 from holdfast.errors import HoldfastError, PlanError, RecipeError
+from holdfast.hosts import plain
 from holdfast.measure import stats
-from holdfast.measure.packed import pack, unpack
+from holdfast.measure.packed import pack, pack_suite, unpack
 from holdfast.measure.recipes import abilities, kept
 from holdfast.measure.stats import Estimate
 from holdfast.methods import ICLAnchor, KLToBase, LoRA, Replay, all_methods
 from holdfast.plan import Plan
 from holdfast.recipe import recipe_from
-from holdfast.report import compared
+from holdfast.report import compared, schema
+from holdfast.runs import abilities as abilities_of_runs
 from holdfast.runs import cluster, halves, job, search, task_rows
 from holdfast.runs import comparison as runs
-from holdfast.runs.compare_report import Ends, _apart, hypervolume
-from holdfast.runs.contestants import Cell, check_seeds, plans_of
+from holdfast.runs.compare_advice import _apart
+from holdfast.runs.compare_ends import Ends, point_of
+from holdfast.runs.compare_half import check_made, fits, packed
+from holdfast.runs.compare_report import compared as compared_runs
+from holdfast.runs.compare_report import hypervolume
+from holdfast.runs.contestants import Cell, check_seeds, faster, has_rates, plans_of
 from holdfast.runs.grid import Grid, check_grid, finer
 from holdfast.runs.repair_search import Point
 from holdfast.runs.search import Search
@@ -175,6 +183,107 @@ def test_packed_scores_come_back():
     assert packed["correct"] == "00" and "id" not in packed
     plain = [{k: v for k, v in i.items() if k != "answer"} for i in items]
     assert unpack(json.loads(json.dumps(packed)), like) == plain
+
+
+# ---- rows and advice
+
+
+def rows_right(num):
+    """40 rows of a task, so many of them right."""
+    return [{"id": str(n), "correct": int(n < num), "logprob": -1.0, "tokens": 1, "bytes": 1} for n in range(40)]
+
+
+def ends_of(base_suites, floors):
+    """A task that the base fails, and suites by name: what share of 400 items the base has right."""
+    suites = [{**suite_of(np.arange(400) < 400 * x), "suite": name} for name, x in base_suites.items()]
+    about = {"name": "tickets", "metric": "exact_match", "split": "test"}
+    return Ends(about, {"task": rows_right(0), "abilities": suites}, floors)
+
+
+def run_of(ends, right, seconds=1.0, **kept):
+    """A run with so many task rows right, and of each suite the share of 400 items that is named, else the base's."""
+    base = ends.base["abilities"]
+    suites = [suite_of(np.arange(400) < 400 * kept[b["suite"]]) if b["suite"] in kept else b for b in base]
+    return {
+        "abilities": [pack_suite(a, b) for a, b in zip(suites, base, strict=True)],
+        "task": pack(rows_right(right), ends.base["task"]),
+        **{"learning_rate": 1.0, "seconds": seconds, "tokens_per_second": 1.0},
+    }
+
+
+def reported(ends, seeds=3, **plans):
+    """The report of plans, each given by its runs."""
+    final = {name: [(Cell(name, 1.0, n), run) for n, run in enumerate(found)] for name, found in plans.items()}
+    return compared_runs(ends, ends, dict.fromkeys(plans, ()), final, {}, seeds)
+
+
+def test_what_must_be_kept_and_cannot_be_seen_is_not_kept():
+    ends = ends_of({"tales": 0.0, "words": 0.8}, {"tales": 0.97, "words": 0.9})
+    found = reported(ends, p=[run_of(ends, 30)] * 3)
+    (row,) = found["rows"]
+    assert {a["name"]: a["status"] for a in row["abilities"]} == {"tales": "not measurable", "words": "kept"}
+    assert (row["status"], row["unseen"]) == ("unclear", ["tales"])
+    assert found["advice"] == (
+        "No plan is shown to keep what it must (tales 0.97, words 0.9); nearest in this list: p. "
+        "Not measurable with this model, so nothing is said of it: tales."
+    )
+    seen = reported(ends_of({"words": 0.8}, {"words": 0.9}), p=[run_of(ends_of({"words": 0.8}, {}), 30)] * 3)
+    assert seen["advice"] == "Take p: it alone is shown to keep what it must (words 0.9)."
+
+
+def test_a_loss_beside_what_must_be_kept_is_a_loss():
+    ends = ends_of({"tales": 0.8, "words": 0.8}, {"tales": 0.9})
+    alone = reported(ends, greedy=[run_of(ends, 40, words=0.4)] * 3)
+    assert [(r["status"], r["lost_beside"]) for r in alone["rows"]] == [("lost", ["words"])]
+    beside = "greedy loses words, which measure.keep does not name."
+    assert alone["advice"] == (
+        "No plan is shown to keep what it must (tales 0.9) and lose nothing else; nearest in this list: greedy. "
+        f"{beside}"
+    )
+    found = reported(ends, greedy=[run_of(ends, 40, words=0.4)] * 3, careful=[run_of(ends, 20)] * 3)
+    assert [(r["name"], r["status"]) for r in found["rows"]] == [("careful", "kept"), ("greedy", "lost")]
+    assert found["advice"] == (
+        f"Take careful: it alone is shown to keep what it must (tales 0.9) and lose nothing else. {beside}"
+    )
+
+
+def test_a_plan_that_lost_its_seeds_is_no_verdict():
+    """The interval of one run has no part for the seeds, and would look surer than three do."""
+    ends = ends_of({"tales": 0.8}, {"tales": 0.9})
+    alone = reported(ends, lucky=[run_of(ends, 40)])
+    assert alone["rows"][0]["status"] == "unclear"
+    missing = "lucky came through with 1 of 3 seeds, too few for a verdict about it."
+    assert alone["advice"] == f"No plan is shown to keep what it must (tales 0.9). {missing}"
+    found = reported(ends, lucky=[run_of(ends, 40)], whole=[run_of(ends, 20)] * 3, most=[run_of(ends, 10)] * 2)
+    assert [(r["name"], r["status"]) for r in found["rows"]] == [
+        ("whole", "kept"),
+        ("most", "kept"),
+        ("lucky", "unclear"),
+    ]
+    assert found["advice"].startswith("Take whole:") and found["advice"].endswith(missing)
+    text = compared.markdown(found)
+    assert "| 1 of 3 |" in text and "| 2 of 3 |" in text and "3 seeds each, or as many as the table says" in text
+    assert " of 3 |" not in compared.markdown(reported(ends, whole=[run_of(ends, 20)] * 3))
+    assert reported(ends, seeds=1, one=[run_of(ends, 20)])["rows"][0]["status"] == "kept"
+
+
+def test_the_area_is_of_the_half_that_chose():
+    """Its base has 10 of 40 rows right, and the trials 20 and 30: gains of a half and of all of what was gained.
+
+    The base of the other half has none right, so the gains would be two thirds and all.
+    """
+    ends = ends_of({"tales": 0.8}, {"tales": 0.9})
+    choosing = Ends(ends.about, {**ends.base, "task": rows_right(10)}, ends.floors)
+    final, trials = {}, {}
+    for name, right in (("some", 20), ("more", 30)):
+        cell = Cell(name, 1.0, 0)
+        found = {**run_of(ends, right), "task": pack(rows_right(right), choosing.base["task"])}
+        trials[name], final[name] = [point_of(choosing, cell, found)], [(cell, run_of(ends, right))]
+    found = compared_runs(ends, choosing, trials, final, {}, 1)
+    assert {r["name"]: r["hypervolume"] for r in found["rows"]} == pytest.approx({"some": 0.5, "more": 1.0})
+    assert "area" not in compared.markdown(found)
+    page = compared.page(found)
+    assert page.index("What chose the learning rates") < page.index("more 1.00, some 0.50.")
 
 
 def test_the_area_by_hand():
@@ -328,6 +437,22 @@ def test_the_table(whole):
     assert (folder / "out" / "compare.language.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_all_trials_are_drawn_apart_from_what_is_reported(whole):
+    """In a picture of their own, below what says that they are on the items for choosing."""
+    _, report = whole
+    page = compared.page(report)
+    before, after = page.split("<h2>What chose the learning rates</h2>")
+    for row in report["rows"]:
+        for trial in row["trials"]:
+            rate = trial["learning_rate"]
+            name = row["name"] if rate == row["learning_rate"] else f"{row['name']} {rate:.2g}"
+            share = round(100 * trial["kept"]["language"]["value"])
+            said = f"<title>{name}: task {schema.estimate(trial['task'])}, kept {share} % ("
+            assert said in after
+    assert before.count("<title>") == 1 + len(report["rows"]) and after.count("<title>") == 4
+    assert "language kept, on the items for choosing" in after and "items for choosing" not in before
+
+
 def test_the_trials_show_their_early_signs(whole):
     """Of all 4 steps, as training.json has them; a comparison of an older version shows none."""
     folder, report = whole
@@ -335,7 +460,7 @@ def test_the_trials_show_their_early_signs(whole):
     for row in report["rows"]:
         for trial in row["trials"]:
             run = folder / "out" / "runs" / f"{row['name']}.x{trial['factor']:g}.0"
-            assert trial["early"] == json.loads((run / "training.json").read_text())["early"]
+            assert trial["early"] == json.loads((run / "trained.json").read_text())["early"]
             assert trial["early"]["steps"] == 4 and f"<td>{trial['early']['grad_norm']:.3g}</td>" in page
     old = json.loads(json.dumps(report))
     for row in old["rows"]:
@@ -370,11 +495,27 @@ def test_what_was_chosen_is_written_down_with_its_hash(whole):
     assert not ids[0] & ids[1] and not rows[0] & rows[1]
 
 
+def test_the_hash_is_of_recipe_model_and_data_wherever_the_run_lies(world, tmp_path):
+    base, shas = tmp_path / "base", []
+    shutil.copytree(world.base, base)
+    recipe = asked(world, tmp_path, model={"model_name_or_path": str(base)}).model_dump(mode="json")
+    for name in ("one", "again", "another model"):
+        if name == "another model":
+            shutil.rmtree(base)
+            another_base(world, base)
+        comparison = runs.Comparison(runs.Wish(recipe, ("plain",), (1.0,), 1), tmp_path, tmp_path / name)
+        comparison.folder.claim()
+        comparison.begin()
+        comparison._write_down({"plain": Cell("plain", 1.0, 0)})
+        shas.append(json.loads((tmp_path / name / "chosen.json").read_text())["plain"]["sha"])
+    assert shas[0] == shas[1] != shas[2]
+
+
 def test_only_small_files_stay(whole):
     folder, _ = whole
     left = [p for p in (folder / "out" / "runs").rglob("*") if p.is_file()]
     assert left and not [p for p in left if p.suffix == ".safetensors"]
-    assert max(p.stat().st_size for p in left if p.name in ("choose.json", "report.json")) < 4000
+    assert max(p.stat().st_size for p in left if p.name in ("half.choose.json", "half.report.json")) < 4000
 
 
 def test_a_finished_comparison_does_nothing(whole, world, monkeypatch):
@@ -416,8 +557,8 @@ def test_strengths_are_tried_and_told(world, tmp_path):
     rows = {r["name"]: r for r in report["rows"]}
     assert [t["strength"] for t in rows["LoRA+KLToBase"]["trials"]] == [1.0, 0.5]
     assert [t["strength"] for t in rows["plain"]["trials"]] == [1.0]
-    weaker = json.loads((tmp_path / "out/runs/LoRA-KLToBase.x1.s0.5.0/training.json").read_text())
-    own = json.loads((tmp_path / "out/runs/LoRA-KLToBase.x1.0/training.json").read_text())
+    weaker = json.loads((tmp_path / "out/runs/LoRA-KLToBase.x1.s0.5.0/trained.json").read_text())
+    own = json.loads((tmp_path / "out/runs/LoRA-KLToBase.x1.0/trained.json").read_text())
     assert weaker["terms"]["KLToBase"][-1][1] != own["terms"]["KLToBase"][-1][1]
     chosen = json.loads((tmp_path / "out/chosen.json").read_text())
     assert {n: c["strength"] for n, c in chosen.items()} == {n: r["strength"] for n, r in rows.items()}
@@ -455,6 +596,176 @@ class Killed(BaseException):
     """Stands for a lost process."""
 
 
+def another_base(world, folder):
+    """The recipe's model with other weights."""
+    shutil.copytree(world.base, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({n: w.flip(0).contiguous() for n, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    return {"model": {"model_name_or_path": str(folder)}}
+
+
+def test_a_refused_plan_leaves_no_base_for_another_model(world, tmp_path):
+    """All plans are checked before anything is measured: ProMoT has two stages, and the run one step."""
+    short = {"training": {"max_steps": 1}}
+    with pytest.raises(PlanError, match="2 stages"):
+        go(world, tmp_path, ["plain", "ProMoT"], recipe=asked(world, tmp_path, **short))
+    assert not list((tmp_path / "out").glob("base.*"))
+    other = asked(world, tmp_path, **another_base(world, tmp_path / "other"), **short)
+    options = {"recipe": other, "factors": (1.0,), "seeds": 1}
+    bases = []
+    for name in ("out", "fresh"):
+        assert not go(world, tmp_path, ["plain"], name, **options)["failed"]
+        bases.append([json.loads((tmp_path / name / f"base.{half}.json").read_text()) for half in runs.HALVES])
+    assert bases[0] == bases[1]
+
+
+def test_a_measured_base_makes_the_folder_its_own(world, tmp_path, monkeypatch):
+    """Killed before the first run: another model does not take this one's base for its own."""
+    monkeypatch.setattr(runs.Comparison, "pick", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        go(world, tmp_path)
+    assert len(list((tmp_path / "out").glob("base.*"))) == 2
+    with pytest.raises(RecipeError, match="another recipe"):
+        go(world, tmp_path, recipe=asked(world, tmp_path, **another_base(world, tmp_path / "other")))
+
+
+@pytest.fixture
+def mine(world, tmp_path):
+    """A finished comparison that a test may spoil."""
+    report = go(world, tmp_path)
+    (tmp_path / "out" / "compare.json").unlink()
+    return tmp_path / "out", report
+
+
+def counted(monkeypatch):
+    """The folders of the runs that are trained from now on."""
+    plain, found = runs.training.trained, []
+    monkeypatch.setattr(runs.training, "trained", lambda job: found.append(job.run.path.name) or plain(job))
+    return found
+
+
+def changed(path, change):
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+
+
+def test_what_another_version_measured_is_measured_anew(mine, world, tmp_path, monkeypatch):
+    """First a run's half; then the base's, on which every half stands; and nothing where all fits."""
+    folder, report = mine
+    trained = counted(monkeypatch)
+
+    def older(half):
+        half["made"][0] = "python 2.7"
+        half["task"] = {"correct": "0" * 6} if isinstance(half["task"], dict) else half["task"][::-1]
+
+    changed(folder / "runs" / "plain.x1.0" / "half.choose.json", older)
+    assert without_clock(go(world, tmp_path)) == without_clock(report)
+    assert trained == ["plain.x1.0"]
+    (folder / "compare.json").unlink()
+    changed(folder / "base.choose.json", older)
+    assert without_clock(go(world, tmp_path)) == without_clock(report)
+    assert trained == ["plain.x1.0"], "the base is measured as it was, so every run still fits it"
+    (folder / "compare.json").unlink()
+    changed(folder / "runs" / "LoRA.x3.0" / "half.choose.json", lambda half: half.update(against="another base"))
+    assert without_clock(go(world, tmp_path)) == without_clock(report)
+    assert trained == ["plain.x1.0", "LoRA.x3.0"]
+
+
+def test_inputs_of_every_plan_are_those_it_began_with(world, tmp_path):
+    """Rows that choose, and a file that only the second plan reads."""
+    texts, choosing = tmp_path / "texts.jsonl", tmp_path / "choosing.jsonl"
+    rows = Path(world.train).read_text().splitlines(keepends=True)
+    texts.write_text("".join(json.dumps({"instruction": f"Say {n}.", "output": f"{n}"}) + "\n" for n in range(9)))
+    choosing.write_text("".join(rows[:12]))
+    sets = {"validation": str(choosing), "validation_size": 0, "test": str(world.train)}
+    with_file = asked(world, tmp_path, data=sets).model_copy(update={"plan": [{"Replay": {"sources": [str(texts)]}}]})
+    options = {"methods": ["plain", "recipe"], "recipe": with_file, "factors": (1.0,), "seeds": 1}
+    assert not go(world, tmp_path, **options)["failed"]
+    (tmp_path / "out" / "compare.json").unlink()
+    for path, words in ((texts, "texts.jsonl of Replay .plan recipe."), (choosing, "validation rows")):
+        before = path.read_text()
+        path.write_text("".join(before.splitlines(keepends=True)[1:]))
+        with pytest.raises(RecipeError, match=f"{words} of this recipe is no longer"):
+            go(world, tmp_path, **options)
+        path.write_text(before)
+
+
+def test_all_plans_are_asked_the_same_suites(world, tmp_path, monkeypatch):
+    """suites: auto. Of 12 rows plain takes 3 steps, too few for `language`; half Replay takes 6, which are enough."""
+    monkeypatch.setattr(abilities_of_runs, "DEFAULT", ("in-context", "language"))
+    monkeypatch.setattr(abilities_of_runs, "_tokens", lambda recipe, rows, steps: steps)
+    monkeypatch.setattr(abilities_of_runs, "cost", lambda ask: 0.6)
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(Path(world.train).read_text().splitlines(keepends=True)[:24]))
+    changes = {"data": {"train": str(few)}, "measure": {"suites": ["auto"], "keep": None}}
+    recipe = asked(world, tmp_path, **changes, training={"max_steps": -1, "num_train_epochs": 1})
+    recipe = recipe.model_copy(update={"plan": [{"Replay": {"share": 0.5}}]})
+    found = go(world, tmp_path, ["plain", "recipe"], recipe=recipe, factors=(1.0,), seeds=1)
+    assert not found["failed"] and list(found["keep"]) == ["in-context"]
+    assert [[a["name"] for a in row["abilities"]] for row in found["rows"]] == [["in-context", "language"]] * 2
+    steps = [
+        json.loads((tmp_path / "out/runs" / n / "trained.json").read_text())["steps"]
+        for n in ("plain.x1.0", "recipe.x1.0")
+    ]
+    assert steps == [3, 6]
+
+
+@pytest.mark.parametrize("kind", all_methods().values(), ids=lambda m: m.__name__)
+def test_every_rate_of_a_stage_is_one_that_is_multiplied(kind):
+    plan = Plan([kind()])
+    own, tripled = ([s.learning_rate for m in p.methods for s in m.stages()] for p in (plan, faster(plan, 3.0)))
+    assert tripled == [rate and pytest.approx(3 * rate) for rate in own]
+    assert has_rates(plan) or not any(own)
+    if not has_rates(plan):
+        assert faster(plan, 3.0) == plan
+
+
+def test_a_plan_with_a_rate_of_its_own_is_tried_at_others(world, tmp_path):
+    found = go(world, tmp_path, ["PromptTuning"], factors=(1.0, 0.1), seeds=1)
+    assert not found["failed"]
+    (row,) = found["rows"]
+    assert [t["learning_rate"] for t in row["trials"]] == pytest.approx([0.05, 0.005])
+    first, second = (
+        json.loads((tmp_path / "out/runs" / f"PromptTuning.x{x}.0" / "trained.json").read_text())["loss"]
+        for x in ("1", "0.1")
+    )
+    assert first[0] == second[0] and first[-1] != second[-1]
+
+
+def test_tune_works_in_the_folder_of_a_run(mine, world, tmp_path, monkeypatch):
+    """It trains there anew, for the model is gone; and the comparison still finds what it measured."""
+    folder, report = mine
+    run = folder / "runs" / "plain.x1.0"
+    assert "verdict" in json.loads((tune(run / "recipe.yaml") / "report.json").read_text())
+    monkeypatch.setattr(runs.training, "trained", None)
+    assert without_clock(go(world, tmp_path)) == without_clock(report)
+
+
+def test_a_run_that_is_trained_again_needs_room_too(mine, world, tmp_path, monkeypatch):
+    (mine[0] / "runs" / "plain.x1.0" / "half.choose.json").unlink()
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
+    assert "0.0 GB free" in go(world, tmp_path)["failed"]["plain, rate x 1, seed 0"]
+
+
+def test_scores_are_paired_by_id():
+    """As many items of the task, or of a suite, in another order."""
+    suite = {"suite": "s", "tasks": [{"name": "a", "items": [{"id": "x", "correct": 1}, {"id": "y", "correct": 0}]}]}
+    base = {"made": ["ours"], "abilities": [suite], "task": [{"id": "1", "correct": 0}, {"id": "2", "correct": 1}]}
+    assert fits(packed(base, base), base) and not fits(packed(base, base), {**base, "made": ["others"]})
+    turned = {**suite, "tasks": [{"name": "a", "items": suite["tasks"][0]["items"][::-1]}]}
+    for other, what in (({"task": base["task"][::-1]}, "the task"), ({"abilities": [turned]}, "s/a")):
+        with pytest.raises(HoldfastError, match=f"items of {what} that this run"):
+            packed({**base, **other}, base)
+
+
+def test_a_run_is_measured_as_the_base_was():
+    check_made(["torch 2", "cpu"], {"made": ["torch 2", "cpu"]})
+    with pytest.raises(HoldfastError, match="differ in cpu, cuda"):
+        check_made(["torch 2", "cuda"], {"made": ["torch 2", "cpu"]})
+
+
 @pytest.mark.parametrize("at", [1, *(pytest.param(n, marks=pytest.mark.long) for n in (3, 5))])
 def test_a_killed_comparison_goes_on_to_the_same(whole, world, tmp_path, monkeypatch, at):
     plain, count = runs.training.trained, 0
@@ -474,6 +785,25 @@ def test_a_killed_comparison_goes_on_to_the_same(whole, world, tmp_path, monkeyp
     monkeypatch.setattr(runs.training, "trained", lambda job: again.append(1) or plain(job))
     assert without_clock(go(world, tmp_path)) == without_clock(whole[1])
     assert len(again) == 6 - (at - 1)
+
+
+def test_what_a_killed_training_took_before_counts(whole, world, tmp_path, monkeypatch):
+    """Steps are counted by the checkpoints' clock, whichever process took them."""
+    step, count = plain._step, []
+
+    def slow(*given, **named):
+        count.append(1)
+        time.sleep(1.0)
+        if len(count) == 4:
+            raise Killed
+        return step(*given, **named)
+
+    monkeypatch.setattr(plain, "_step", slow)
+    with pytest.raises(Killed):
+        go(world, tmp_path, ["plain"], factors=(1.0,), seeds=1)
+    monkeypatch.setattr(plain, "_step", step)
+    (row,) = go(world, tmp_path, ["plain"], factors=(1.0,), seeds=1)["rows"]
+    assert row["seconds"] > 2
 
 
 def test_one_that_fails_stops_no_other_and_is_tried_again(whole, world, tmp_path, monkeypatch):
@@ -541,7 +871,7 @@ def test_every_run_stays_within_the_budget(world, tmp_path):
     recipe = asked(world, tmp_path, measure=measure, training=training)
     found = go(world, tmp_path, ["plain"], recipe=recipe, factors=(1.0,), seeds=2)
     assert not found["failed"] and found["rows"][0]["seeds"] == [0, 1]
-    done = json.loads((tmp_path / "out" / "runs" / "plain.x1.0" / "training.json").read_text())
+    done = json.loads((tmp_path / "out" / "runs" / "plain.x1.0" / "trained.json").read_text())
     assert done["budget"]["share"] < 1
     (trial,) = found["rows"][0]["trials"]
     (at,) = [p for p in done["budget"]["points"] if p["share"] == done["budget"]["share"]]

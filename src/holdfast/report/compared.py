@@ -28,6 +28,13 @@ SIGNS = (
     "First norm and loss: means over the first 100 steps, of the gradient before clipping and the task's loss; they "
     "chose nothing. Of runs with one plan those of lower norm and higher loss came out better in arXiv 2412.13337."
 )
+CHOSE = "All of this is made on the items for choosing, which the table and the pictures above do not share."
+TRIALS = "A dot is a trial, named by its plan and its rate; the chosen one of each plan is bold."
+NAMED = 16  # ours: of more trials only the chosen ones are named, for the names would hide the dots
+AREA = (
+    "Area, on the items for choosing: what a plan's trials dominate of task gain times ability kept, 0 to 1. The "
+    "largest gain of any trial counts as 1, so luck among the trials is in it, and it ranks nothing."
+)
 DOTS = (
     "A dot is a plan at its chosen settings, on items that chose nothing; the table's first is bold. Point at one to "
     "see its numbers."
@@ -96,11 +103,15 @@ def _page(r: Part, drawn: Mapping[str, str]) -> str:
         *(f"<h2>{html(name)}</h2>{svg}" for name, svg in drawn.items()),
         f"<p>{DOTS}</p>",
         f"<h2>What chose {'rates and strengths' if _strengths(r) else 'the learning rates'}</h2>",
+        f"<p>{html(CHOSE)}</p>",
         html_table(
             ["plan", "learning rate", *(["strength"] if _strengths(r) else []), *EARLY, "task", *r["keep"]],
             [(cells, False) for cells in _trials(r)],
         ),
+        *_trial_pictures(r),
+        f"<p>{html(TRIALS)}</p>" if r["keep"] else "",
         f"<p>{html(SIGNS)}</p>",
+        f"<p>{html(AREA)} {html(_areas(r))}</p>",
         f"<p>{html(FAILED)}</p><ul>{failed}</ul>" if failed else "",
         f"<p>{html(_foot(r))}</p>",
     ]
@@ -116,10 +127,15 @@ def _head(r: Part) -> list[str]:
         r["task"]["metric"],
         *(f"{n} kept" for n in _abilities(r)),
         "verdict",
+        *(["seeds"] if _missing(r) else []),
         *settings,
         "seconds",
-        "area",
     ]
+
+
+def _missing(r: Part) -> bool:
+    """Whether some plan did not come through with all its seeds."""
+    return any(len(row["seeds"]) < r["seeds"] for row in r["rows"])
 
 
 def _strengths(r: Part) -> bool:
@@ -137,9 +153,10 @@ def _cells(r: Part) -> Iterator[list[str]]:
     yield ["base", schema.estimate(r["task"]["base"]), *("" for _ in _head(r)[2:])]
     for row in r["rows"]:
         kept = {a["name"]: share(a["retention"]) for a in row["abilities"]}
-        cost = [*_settings(r, row), f"{row['seconds']:.0f}", f"{row['hypervolume']:.2f}"]
+        seeds = [f"{len(row['seeds'])} of {r['seeds']}"] if _missing(r) else []
+        cost = [*_settings(r, row), f"{row['seconds']:.0f}"]
         words = schema.ability_status({"status": row["status"]}).word.lower()
-        yield [row["name"], schema.estimate(row["task"]), *(kept.get(n, "-") for n in names), words, *cost]
+        yield [row["name"], schema.estimate(row["task"]), *(kept.get(n, "-") for n in names), words, *seeds, *cost]
 
 
 def _trials(r: Part) -> Iterator[list[str]]:
@@ -157,6 +174,30 @@ def _settings(r: Part, of: Part) -> list[str]:
     return [f"{of['learning_rate']:.2g}", *strength]
 
 
+def _trial_pictures(r: Part) -> Iterator[str]:
+    """Of each ability with a floor, all trials on the items for choosing; in a picture of their own."""
+    for name in r["keep"]:
+        dots = _trial_dots(r, name)
+        if any(schema.has(dot["kept"]) for dot in dots):
+            yield f"<h3>{html(name)}, on the items for choosing</h3>"
+            yield tradeoff_svg(dots, _axis(r), f"{name} kept, on the items for choosing")
+
+
+def _trial_dots(r: Part, name: str) -> list[dict[str, Any]]:
+    pairs = [(row, trial) for row in r["rows"] for trial in row["trials"]]
+    dots = []
+    for row, trial in pairs:
+        chosen = _settings(r, trial) == _settings(r, row)
+        at = f"{row['name']} {' x'.join(_settings(r, trial))}" if len(pairs) <= NAMED else ""
+        kept = trial["kept"].get(name)
+        dots.append({"name": row["name"] if chosen else at, "task": trial["task"], "kept": kept, "highlight": chosen})
+    return dots
+
+
+def _areas(r: Part) -> str:
+    return ", ".join(f"{row['name']} {row['hypervolume']:.2f}" for row in r["rows"]) + "."
+
+
 def _dots(r: Part, name: str) -> list[dict[str, Any]]:
     return [
         {"name": row["name"], "task": row["task"], "kept": a["retention"], "highlight": row is r["rows"][0]}
@@ -167,13 +208,10 @@ def _dots(r: Part, name: str) -> list[dict[str, Any]]:
 
 
 def _foot(r: Part) -> str:
-    seeds = r["seeds"]
+    seeds, fewer = r["seeds"], ", or as many as the table says" if _missing(r) else ""
     runs = (
-        f"{seeds} seeds each: a verdict about the plan"
+        f"{seeds} seeds each{fewer}: a verdict about the plan"
         if seeds > 1
         else "one seed each: a verdict about these weights"
     )
-    return (
-        f"Holdfast {r['holdfast_version']}; {r['task']['split']} rows, {runs}; in brackets: 95 % intervals. "
-        "area: what the plan's trials dominate of task gain times ability kept."
-    )
+    return f"Holdfast {r['holdfast_version']}; {r['task']['split']} rows, {runs}; in brackets: 95 % intervals."

@@ -13,35 +13,39 @@ each plan so far is kept, and none at the end.
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from holdfast.errors import HoldfastError
 from holdfast.files import content_key
-from holdfast.measure.packed import pack, pack_suite
 from holdfast.measure.parts import REPORT
-from holdfast.recipe import Export, Recipe, recipe_from
+from holdfast.recipe import AUTO, Export, Recipe, recipe_from
 from holdfast.runs import export, settle, training
 from holdfast.runs.bases import Bases
-from holdfast.runs.compare_report import Ends, compared, point_of
-from holdfast.runs.contestants import Cell, built, plans_of
-from holdfast.runs.folder import JsonOrder, RunFolder
+from holdfast.runs.compare_ends import Ends, point_of
+from holdfast.runs.compare_half import base_file, check_made, fits, is_base, packed, run_file, seconds
+from holdfast.runs.compare_report import compared
+from holdfast.runs.contestants import Cell, built, faster, has_rates, plans_of
+from holdfast.runs.folder import INPUTS, JsonOrder, RunFolder
 from holdfast.runs.grid import Grid
 from holdfast.runs.halves import CHOOSE, Measured, halves_of
 from holdfast.runs.job import checked
-from holdfast.runs.measuring import base_key
+from holdfast.runs.measuring import base_key, made_by
 from holdfast.runs.repair_search import choose
 from holdfast.runs.run import Run, Tell, silent
 from holdfast.runs.search import Search
 from holdfast.runs.work import Job
 
-LAST, CHOSEN = "compare.json", "chosen.json"
-WORK = {"runs", CHOSEN, LAST}
+LAST, CHOSEN, TASK = "compare.json", "chosen.json", "task.json"
+TRAINED = "trained.json"  # the training.json of a run whose model is gone
 HALVES = (CHOOSE, REPORT)
-INPUTS = ("model", "data", "metric")  # of all plans; what a plan merges with belongs to its runs
+WORK = {"runs", CHOSEN, LAST, TASK, *map(base_file, HALVES)}
+SHARED = ("model", "data", "metric", "validation rows")  # inputs of all plans; the others are one's own
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Comparison:
         self.bases = bases or Bases()
         self.failed: dict[str, str] = {}
         self.rates: dict[str, float] = {}  # of each plan, before a factor
+        self.suites: tuple[str, ...] = ()  # of all plans, once they are checked
         self._done, self._all = 0, len(self.plans) * (wish.trials + wish.seeds)
 
     @property
@@ -91,27 +96,31 @@ class Comparison:
         self.before_report([cell for _, cell in picked.values() if cell])
         final = {name: list(self._report(cell)) for name, (_, cell) in picked.items() if cell}
         trials = {name: points for name, (points, _) in picked.items()}
-        report = compared(self._ends(REPORT), trials, final, self.failed, self.wish.seeds)
+        report = compared(self._ends(REPORT), self._ends(CHOOSE), trials, final, self.failed, self.wish.seeds)
         self.folder.write(LAST, report)
         return self.folder.read(LAST)
 
     def begin(self) -> None:
-        """Every plan on its real model and data, before any of them trains; the base is measured on both halves."""
-        for n, name in enumerate(self.plans):
+        """Every plan on its real model and data, before anything is measured; then the base on both halves."""
+        job, inputs, suites = None, {}, ()
+        for n, name in enumerate(reversed(self.plans)):  # the first is checked last, and its job measures the base
             self.tell("check", n / len(self.plans), name)
             job = checked(self._run(Cell(name, 1.0, self.recipe.training.seed), silent))
             self.rates[name] = job.training.learning_rate
-            if n == 0:
-                self.folder.keep_inputs({k: v for k, v in job.inputs().items() if k in INPUTS})
-                self._measure_base(job)
+            suites = (*job.suites, *suites)
+            inputs |= {k if k in SHARED else k + _of_plan(name): v for k, v in job.inputs().items()}
+        assert job is not None, "somebody takes part"
+        self.folder.keep_inputs(inputs)
+        self.suites = tuple(dict.fromkeys(suites))  # `auto` may be more to a longer plan: what one is asked, all are
+        self._measure_base(dataclasses.replace(job, suites=self.suites))
 
     def _measure_base(self, job: Job) -> None:
-        halves, key = halves_of(job), base_key(job, job.model)
+        halves, key, made = halves_of(job), base_key(job, job.model), made_by(job.model)
         for half in HALVES:
-            if self.folder.read(f"base.{half}.json") is None:
+            if not is_base(self.folder.read(base_file(half)), made, job.suites):
                 found = halves.measured(half, job.model, key=key, tell=self._told("measure before"))
-                self.folder.write(f"base.{half}.json", found)
-        self.folder.write("task.json", _task_of(job))
+                self.folder.write(base_file(half), {**found, "made": made})
+        self.folder.write(TASK, _task_of(job))
 
     # ---- the first phase
 
@@ -139,22 +148,37 @@ class Comparison:
     def _keep_only(self, best: Cell, others: Sequence[Cell]) -> None:
         for cell in others:
             if cell != best:
-                shutil.rmtree(self._run(cell, silent).export, ignore_errors=True)
+                self._take_away(cell)
+
+    def _take_away(self, cell: Cell) -> None:
+        """The model of a run; with no training.json beside it the folder is one that `tune` would train in anew."""
+        run = self._run(cell, silent)
+        with suppress(FileNotFoundError):
+            os.replace(run.path / "training.json", run.path / TRAINED)
+        shutil.rmtree(run.export, ignore_errors=True)
 
     def _write_down(self, cells: Mapping[str, Cell | None]) -> None:
-        """What was chosen, with the hash of all that decides a run; before the reporting half is looked at."""
+        """What was chosen, with a hash of what decides the run; before the reporting half is looked at."""
         known = self.folder.read(CHOSEN)
         said = {
             name: {
                 "factor": cell.factor,
                 "strength": cell.strength,
-                "sha": content_key(self._variant(cell).model_dump(mode="json")),
+                "sha": self._sha(cell),
             }
             for name, cell in cells.items()
             if cell
         }
         if known != said:  # a run that had failed was tried again
             self.folder.write(CHOSEN, said)
+
+    def _sha(self, cell: Cell) -> str:
+        """Of recipe, model, data, versions, measuring code and device; where the run lies decides nothing."""
+        recipe = self._variant(cell).model_dump(mode="json")
+        recipe["training"].pop("output_dir")
+        inputs, own = self.folder.read(INPUTS), _of_plan(cell.plan)
+        inputs = {k: v for k, v in inputs.items() if k in SHARED or k.endswith(own)}
+        return content_key(recipe, inputs, self.folder.read(base_file(CHOOSE))["made"])
 
     # ---- the second phase
 
@@ -166,7 +190,7 @@ class Comparison:
         for cell in self.seeds(chosen):
             found = self.attempt(cell, REPORT)
             if found is not None:
-                shutil.rmtree(self._run(cell, silent).export, ignore_errors=True)
+                self._take_away(cell)
                 yield cell, found
 
     def seeds(self, chosen: Cell) -> list[Cell]:
@@ -194,8 +218,8 @@ class Comparison:
         """Scores of a run on one half, packed; trained first where it is not."""
         run = self._run(cell, self._of(cell))
         run.path.mkdir(parents=True, exist_ok=True)
-        found = run.folder.read(f"{half}.json")
-        if found is None:
+        found = run.folder.read(run_file(half))
+        if not fits(found, self.folder.read(base_file(half))):
             found = self.ask(run, half)
         self._done += 1
         return found
@@ -203,30 +227,30 @@ class Comparison:
     def ask(self, run: Run, half: str) -> Measured:
         """Train a run where it is not trained yet, measure one half and write it down."""
         run.folder.claim()
-        job = checked(run)
+        job, base = checked(run), self.folder.read(base_file(half))
+        check_made(made_by(job.model), base)
         run.folder.keep_inputs(job.inputs())
-        if not run.folder.read("training.json"):
+        there = run.folder.read("training.json") and run.export.exists()  # that of a worse trial is taken away
+        if not there:
             run.folder.check_room(export.room(job), f"checkpoints and export of {run.path.name}")
         if self.recipe.measure.budget:
             settle.remember(job, base_key(job, job.model))
-        there = run.folder.read("training.json") and run.export.exists()  # that of a worse trial is taken away
         tuned, soft = export.loaded(run) if there else training.trained(job)
         found = halves_of(job).measured(half, tuned, soft, tell=lambda x, words: run.tell("measure after", x, words))
-        base, done = self.folder.read(f"base.{half}.json"), run.folder.read("training.json")
-        packed = {
-            "learning_rate": job.training.learning_rate,
-            "seconds": done["seconds_with_prepare"],
+        done = run.folder.read("training.json")
+        out = {
+            "learning_rate": job.session.stages[-1].learning_rate or job.training.learning_rate,
+            "seconds": seconds(done),
             "tokens_per_second": done["tokens_per_second"],
             "early": done.get("early"),
-            "abilities": [pack_suite(a, b) for a, b in zip(found["abilities"], base["abilities"], strict=True)],
-            "task": pack(found["task"], base["task"]),
+            **packed(found, base),
         }
-        run.folder.write(f"{half}.json", packed)
-        return packed
+        run.folder.write(run_file(half), out)
+        return out
 
     def _ends(self, half: str) -> Ends:
         """The base's side of one half, and what must be kept."""
-        return Ends(self.folder.read("task.json"), self.folder.read(f"base.{half}.json"), self.recipe.measure.floors)
+        return Ends(self.folder.read(TASK), self.folder.read(base_file(half)), self.recipe.measure.floors)
 
     def _variant(self, cell: Cell) -> Recipe:
         """The recipe of a run."""
@@ -244,10 +268,18 @@ class Comparison:
         training = recipe.training.model_copy(update=changed)
         data = recipe.data.model_copy(update={"seed": recipe.seed_of_rows})  # the same rows, in another order
         exported = Export(dtype=recipe.export.dtype)  # no model is handed over
+        measure = recipe.measure
+        if AUTO in measure.suites and self.suites:
+            measure = measure.model_copy(update={"suites": [*self.suites]})
+        parts = {"plan": self._plan(cell), "data": data, "training": training, "measure": measure, "export": exported}
+        return recipe.model_copy(update=parts)
+
+    def _plan(self, cell: Cell) -> Any:
+        """The plan of a run, as a recipe has it."""
         plan = self.plans[cell.plan]
-        if cell.strength != 1:
-            plan = built(plan).stronger(cell.strength).to_recipe()
-        return recipe.model_copy(update={"plan": plan, "data": data, "training": training, "export": exported})
+        if cell.factor != 1 and has_rates(built(plan)):
+            plan = faster(built(plan), cell.factor).to_recipe()
+        return plan if cell.strength == 1 else built(plan).stronger(cell.strength).to_recipe()
 
     def _run(self, cell: Cell, tell: Tell) -> Run:
         return Run(self._variant(cell), self.base_dir, tell, halved=True, bases=self.bases)
@@ -257,6 +289,11 @@ class Comparison:
 
     def _told(self, phase: str) -> Callable[[float, str], None]:
         return lambda share, words: self.tell(phase, share, words)
+
+
+def _of_plan(name: str) -> str:
+    """What follows the name of an input that belongs to one plan."""
+    return f" (plan {name})"
 
 
 def _task_of(job: Job) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class ComparisonThere(Comparison):
         """Check and measure somewhere, and hand out the first phase."""
         self.tell("check", 0.0, "on the cluster")
         self.cluster.submit("start", _start, self._place())
-        self.rates = self.cluster.result("start")
+        self.rates, self.suites = self.cluster.result("start")
         for name in self.plans:
             if self.wish.search:
                 self.cluster.submit(name, _search, self._place(), name)
@@ -75,7 +75,7 @@ class ComparisonThere(Comparison):
             self.failed |= self.cluster.result(name)
 
     def _place(self) -> _Place:
-        return _Place(self.wish, self.base_dir, self.folder.path, self.rates, os.getcwd())
+        return _Place(self.wish, self.base_dir, self.folder.path, self.rates, self.suites, os.getcwd())
 
 
 # ---- what a worker does
@@ -89,6 +89,7 @@ class _Place:
     base_dir: Path
     out: Path
     rates: dict[str, float]
+    suites: tuple[str, ...]
     cwd: str
 
     def comparison(self) -> Comparison:
@@ -96,7 +97,7 @@ class _Place:
         if not self.out.is_absolute():  # and so are the paths that the runs there have written down
             os.chdir(self.cwd)
         found = Comparison(self.wish, self.base_dir, self.out, bases=_bases())
-        found.rates = dict(self.rates)
+        found.rates, found.suites = dict(self.rates), self.suites
         return found
 
 
@@ -106,10 +107,10 @@ def _bases() -> Bases:
     return Bases()
 
 
-def _start(place: _Place) -> dict[str, float]:
+def _start(place: _Place) -> tuple[dict[str, float], tuple[str, ...]]:
     comparison = place.comparison()
     comparison.begin()
-    return comparison.rates
+    return comparison.rates, comparison.suites
 
 
 def _run(place: _Place, cell: Cell, half: str) -> dict[str, str]:

@@ -6,17 +6,20 @@ A plan is named by its methods with + between them, as `LoRA+Replay`. `plain` is
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from holdfast.errors import PlanError, suggest
 from holdfast.files import safe_name
+from holdfast.method import Method
 from holdfast.methods import all_methods
 from holdfast.plan import Plan
 from holdfast.recipe import Recipe
 from holdfast.runs.job import default_plan
 
+RATE = "learning_rate"  # how the name of a setting ends that is the rate of a stage
 OWN = {"plain": "full tuning, no method", "default": "the default plan", "recipe": "the recipe's own plan"}
 
 
@@ -82,6 +85,20 @@ def _plan(name: str, recipe: Recipe) -> Any:
 def built(plan: Any) -> Plan:
     """The plan of a recipe's `plan`, of which None is the default one."""
     return Plan(default_plan()) if plan is None else Plan.from_recipe(plan)
+
+
+def faster(plan: Plan, factor: float) -> Plan:
+    """The plan with the rates that its stages bring along times `factor`: the run's own rate does not reach them."""
+    return Plan([dataclasses.replace(m, **{k: factor * v for k, v in _rates(m).items()}) for m in plan.methods])
+
+
+def has_rates(plan: Plan) -> bool:
+    """Whether some stage brings a rate of its own along."""
+    return any(_rates(m) for m in plan.active)
+
+
+def _rates(method: Method) -> dict[str, float]:
+    return {k: v for k, v in method.settings().items() if k.endswith(RATE) and v is not None}
 
 
 def check_seeds(seeds: int) -> None:
