@@ -193,11 +193,11 @@ def rows_right(num):
     return [{"id": str(n), "correct": int(n < num), "logprob": -1.0, "tokens": 1, "bytes": 1} for n in range(40)]
 
 
-def ends_of(base_suites, floors):
-    """A task that the base fails, and suites by name: what share of 400 items the base has right."""
+def ends_of(base_suites, floors, asked=None):
+    """A task that the base fails, and suites by name: what share of 400 items the base has right; asked: all floors."""
     suites = [{**suite_of(np.arange(400) < 400 * x), "suite": name} for name, x in base_suites.items()]
     about = {"name": "tickets", "metric": "exact_match", "split": "test"}
-    return Ends(about, {"task": rows_right(0), "abilities": suites}, floors)
+    return Ends(about, {"task": rows_right(0), "abilities": suites}, floors, floors if asked is None else asked)
 
 
 def run_of(ends, right, seconds=1.0, **kept):
@@ -229,6 +229,17 @@ def test_what_must_be_kept_and_cannot_be_seen_is_not_kept():
     )
     seen = reported(ends_of({"words": 0.8}, {"words": 0.9}), p=[run_of(ends_of({"words": 0.8}, {}), 30)] * 3)
     assert seen["advice"] == "Take p: it alone is shown to keep what it must (words 0.9)."
+
+
+def test_what_nobody_asked_for_and_nobody_has_holds_no_plan_up():
+    """A base without in-context ability, and a recipe that says nothing of it."""
+    ends = ends_of({"in-context": 0.0, "words": 0.8}, {"in-context": 0.97, "words": 0.9}, asked=["words"])
+    found = reported(ends, p=[run_of(ends, 30)] * 3)
+    assert [(r["status"], r["unseen"]) for r in found["rows"]] == [("kept", ["in-context"])]
+    assert found["advice"] == (
+        "Take p: it alone is shown to keep what it must (words 0.9). "
+        "Not measurable with this model, so nothing is said of it: in-context."
+    )
 
 
 def test_a_loss_beside_what_must_be_kept_is_a_loss():

@@ -52,9 +52,11 @@ def _choice(ends: Ends, rows: Sequence[Row], final: Mapping[str, Runs]) -> str:
 
 def _must(ends: Ends, rows: Sequence[Row]) -> str:
     """What a plan has to be shown to do; "they" of several is put in by who says it of them."""
-    if not ends.floors:
-        return "keep anything, as measure.keep names nothing"
-    floors = ", ".join(f"{name} {floor:g}" for name, floor in ends.floors.items())
+    unseen = {name for r in rows for name in r["unseen"]} - {*ends.asked}  # nobody asked for it, and nobody has it
+    seen = {name: floor for name, floor in ends.floors.items() if name not in unseen}
+    if not seen:
+        return "keep anything, as measure.keep names nothing that could be seen"
+    floors = ", ".join(f"{name} {floor:g}" for name, floor in seen.items())
     beside = " and lose nothing else" if any(r["lost_beside"] for r in rows) else ""
     return f"keep what it must ({floors}){beside}"
 

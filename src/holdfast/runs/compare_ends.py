@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,15 @@ SHOWN = ("name", "status", "before", "after", "retention", "runs")
 
 @dataclass(frozen=True)
 class Ends:
-    """The base's side of one half: the task's name and metric, its scores, and the share to keep of each ability."""
+    """The base's side of one half: the task's name and metric, its scores, and the share to keep of each ability.
+
+    asked: those of the shares that the recipe itself says.
+    """
 
     about: Mapping[str, Any]
     base: Measured
     floors: Mapping[str, float]
+    asked: Collection[str] = ()
 
     @property
     def metric(self) -> Any:

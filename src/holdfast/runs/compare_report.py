@@ -80,11 +80,11 @@ def _row(ends: Ends, name: str, trials: Sequence[Point], runs: Runs, seeds: int)
 
 
 def _status(ends: Ends, abilities: Sequence[Mapping[str, Any]]) -> str:
-    """The worst of what must be kept, or any loss beside; what cannot be seen is not shown to be kept."""
+    """The worst of what must be kept, or any loss beside; what the recipe asks for and cannot be seen is not kept."""
     if any(a["status"] == "lost" for a in abilities):
         return "lost"
     found = [a["status"] for a in bound(ends, abilities)]
-    if _unseen(ends, abilities) or not found:
+    if set(_unseen(ends, abilities)) & set(ends.asked) or not found:
         found.append("unclear")
     return max(found, key=ORDER.index)
 

@@ -27,6 +27,7 @@ from holdfast.measure.parts import REPORT
 from holdfast.recipe import AUTO, Export, Recipe, recipe_from
 from holdfast.runs import export, settle, training
 from holdfast.runs.bases import Bases
+from holdfast.runs.budget import asked_to_keep
 from holdfast.runs.compare_ends import Ends, point_of
 from holdfast.runs.compare_half import base_file, check_made, fits, is_base, packed, run_file, seconds
 from holdfast.runs.compare_report import compared
@@ -250,7 +251,8 @@ class Comparison:
 
     def _ends(self, half: str) -> Ends:
         """The base's side of one half, and what must be kept."""
-        return Ends(self.folder.read(TASK), self.folder.read(base_file(half)), self.recipe.measure.floors)
+        floors, asked = self.recipe.measure.floors, asked_to_keep(self.recipe)
+        return Ends(self.folder.read(TASK), self.folder.read(base_file(half)), floors, asked)
 
     def _variant(self, cell: Cell) -> Recipe:
         """The recipe of a run."""
