@@ -194,7 +194,7 @@ def rows_right(num):
 
 
 def ends_of(base_suites, floors, asked=None):
-    """A task that the base fails, and suites by name: what share of 400 items the base has right; asked: all floors."""
+    """A task that the base fails, and suites by name: what share of 400 items the base has right."""
     suites = [{**suite_of(np.arange(400) < 400 * x), "suite": name} for name, x in base_suites.items()]
     about = {"name": "tickets", "metric": "exact_match", "split": "test"}
     return Ends(about, {"task": rows_right(0), "abilities": suites}, floors, floors if asked is None else asked)
