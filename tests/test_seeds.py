@@ -84,7 +84,8 @@ def test_one_seed_over_the_budget_is_told(world, tmp_path, monkeypatch, capsys):
     plain = settle._point
 
     def bent(job, *args):
-        return dataclasses.replace(plain(job, *args), margin=-1.0 if job.recipe.training.seed == 1 else 0.0)
+        margin = -1.0 if job.recipe.training.seed == 1 else 0.0
+        return dataclasses.replace(plain(job, *args), margin=margin, likely=margin)
 
     monkeypatch.setattr(settle, "_point", bent)
     measure = {"suites": ["language"], "limit": 4, "num_fewshot": 0, "keep": {"language": 0.9}}

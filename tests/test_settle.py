@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from holdfast.runs import budget, change, looking, repair_heal, repair_search, s
 from holdfast.runs.halves import Halves
 from holdfast.runs.job import checked
 from holdfast.runs.joined import factors, joined
-from holdfast.runs.repair_search import Point, falls_short
+from holdfast.runs.repair_search import Point, affordable, falls_short
 from holdfast.runs.run import Run
 from holdfast.verbs.tune import _exit, _wished, budgeted, floors_to_keep, tune
 from test_repair import reader
@@ -164,6 +165,35 @@ def test_a_bound_that_nothing_meets():
     points = [Point(settle.End(1.0), 1.0, -1.0, ("choose",))]
     settle._halve(points, lambda share: Point(settle.End(share), share, -share, ("choose",)))
     assert [p.candidate.share for p in points] == [1.0, 0.5, 0.25, 0.125]
+
+
+def test_a_sure_bound_is_not_bought_with_the_task():
+    """Task 0.08 of the base, 0.9 tuned. A tenth of the gain is 0.082: what keeps 0.818 is affordable."""
+
+    def end(share, value, margin, likely, healed=False):
+        return Point(settle.End(share, healed), value, margin, ("choose",), likely=likely)
+
+    whole, eighth = end(1.0, 0.9, -0.05, -0.02), end(0.125, 0.15, 0.001, 0.03)
+    healed, weaker = end(1.0, 0.85, -0.02, 0.01, True), end(0.5, 0.88, -0.03, 0.0, True)
+    best = partial(affordable, tuned=0.9, base=0.08)
+    assert best([whole, eighth, healed, weaker]) == healed  # the surest of those that keep the task
+    assert best([whole, eighth]) == eighth  # nothing else may meet it
+    assert best([whole, eighth, end(0.5, 0.83, 0.0, 0.02), healed]).candidate.share == 0.5  # sure, and affordable
+    assert best([whole, eighth, end(0.5, 0.6, -0.01, 0.02)]).value == 0.6  # both cost much: the one that costs less
+    assert best([whole]) == whole and not whole.may_meet
+
+
+def test_how_a_bound_is_met_is_said():
+    floors = {"floors": {"in-context": 0.97}, "others": [], "unseen": [], "points": []}
+    found = {"share": 1.0, "healed": False, "met": True, "surely": True, **floors}
+    assert settle.words(found) == f"the whole change meets the budget (in-context 0.97) {settle.SURELY}"
+    assert settle.words({**found, "surely": False}).endswith(settle.LIKELY)
+    healed = {**found, "surely": False, "healed": True, "points": [{"healed": False, "share": 1.0, "meets": False}]}
+    said = settle.words(healed)
+    assert (
+        f"(heal) meets it {settle.LIKELY}, and was used" in said
+        and f"does not meet the budget (in-context 0.97) {settle.SURELY}" in said
+    )
 
 
 def test_a_gain_below_zero_gives_nothing_back():

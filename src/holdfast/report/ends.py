@@ -38,7 +38,7 @@ def _label(point: dict[str, Any]) -> str:
 
 
 def _meets(point: dict[str, Any]) -> str:
-    return "yes" if point.get("meets") else "no"
+    return "yes" if point.get("meets") else "by the estimate" if point.get("may_meet") else "no"
 
 
 def _dots(budget: dict[str, Any], points: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:

@@ -79,9 +79,13 @@ def others(job: Job) -> list[str]:
     return [name for name in job.suites if name not in named(job)]
 
 
-def margin(job: Job, kept: Mapping[str, Mapping[str, float]]) -> float:
-    """How far the ability that is nearest to its floor lies above it; what the base does not have is not in `kept`."""
-    above = [sure(kept[name]) - floor for name, floor in named(job).items() if name in kept]
+def margin(job: Job, kept: Mapping[str, Mapping[str, float]], spare: bool = True) -> float:
+    """How far the ability that is nearest to its floor lies above it; what the base does not have is not in `kept`.
+
+    spare: less a standard error (`repair_search.sure`).
+    """
+    own = {name: sure(one) if spare else one["value"] for name, one in kept.items()}
+    above = [own[name] - floor for name, floor in named(job).items() if name in kept]
     lost = [kept[name]["high"] - KEEP_FRAC for name in others(job) if name in kept]
     return min([*above, *(x for x in lost if x < 0)], default=0.0)
 

@@ -6,7 +6,8 @@ or gives back more than a tenth of what the task gained, the weights walk back f
 a straight line (WiSE-FT, arXiv 2109.01903; on a LoRA adapter its scale, which is the same). One half of the items and
 the validation rows decide; `measuring` then reports on the other half, so no number in the report was chosen on.
 
-A bound is met as in a repair, with a standard error to spare (`repair_search.sure`).
+A bound is met as in a repair, with a standard error to spare (`repair_search.sure`). Where that is reached only by
+giving back more than a tenth of the gain, the estimate without that has to do (`repair_search.affordable`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -29,10 +29,13 @@ from holdfast.runs.change import Change, base_tensors
 from holdfast.runs.halves import CHOOSE, Measured, halves_of
 from holdfast.runs.joined import joined
 from holdfast.runs.measuring import made_by
-from holdfast.runs.repair_search import Point, choose, falls_short
+from holdfast.runs.repair_search import Point, affordable, gives_back
 from holdfast.runs.work import Job
 
 SURELY = "by a standard error on the items for choosing"
+LIKELY = (
+    "by its estimate on the items for choosing, while nothing that keeps the task meets it by a standard error too"
+)
 HALVINGS = 3  # ours: looks between all of the change and none of it
 NOISE = 0.02  # ours: of a share kept, on the default number of items
 BASE = "before.choose.json"  # the base's answers on the choosing half, in the run folder
@@ -63,10 +66,10 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
     """Heal what breaks a bound on the choosing half, else scale the change; the task as good as it can be.
 
     Returns (the model: `model`, or another one that was healed; {"share": of the change, or of the healing where
-    "healed", "met": None where no bound could be measured, "points": what each end scored, "unseen": the abilities
-    with a bound that the base does not have, "why": why all of the change stays whatever it meets, "unhealed": why
-    healing was not tried where it was called for, "floors" and "others": see `budget.floors_of`, "said": all this in
-    words}).
+    "healed", "met": None where no bound could be measured, "surely": whether by a standard error, "points": what each
+    end scored, "unseen": the abilities with a bound that the base does not have, "why": why all of the change stays
+    whatever it meets, "unhealed": why healing was not tried where it was called for, "floors" and "others": see
+    `budget.floors_of`, "said": all this in words}).
     """
     base, halves = job.run.folder.read(BASE), halves_of(job)
 
@@ -88,14 +91,14 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
     with job.run.timed("search"):
         points.append(look(1.0))
         whole = points[0]
-        short = partial(falls_short, tuned=whole.value, base=_value(job, base))
+        ends = {"tuned": whole.value, "base": _value(job, base)}
         if whole.shown["kept"] and not whole.meets:
             said["unhealed"] = budget.why_unhealed(job, soft)
             if not said["unhealed"]:
                 try:
                     healing = settle_heal.heal(job, model, -whole.margin, _told(job, "heal"))
                     looks.append(look_healed(1.0))
-                    if looks[0].meets and short(looks[0]):  # it pulled harder than it had to
+                    if looks[0].may_meet and gives_back(looks[0], **ends):  # it pulled harder than it had to
                         looks.append(look_healed(0.5))
                 except Exception as error:  # no memory, say: what was trained is worth more
                     if world()[1] > 1:  # the others wait for this one
@@ -103,21 +106,22 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
                     said["unhealed"] = _why(error)
                     looks, healing = [], None
                 _let_go()  # behind the error, which holds all that it passed
-            if change.straight and short(choose([*points, *looks])):
+            best = affordable([*points, *looks], **ends)
+            if change.straight and (not best.may_meet or gives_back(best, **ends)):
                 _halve(points, look)
-        best = choose([*points, *looks])
+        best = affordable([*points, *looks], **ends)
         try:
             model = _taken(model, change, healing, best.candidate)
         except Exception as error:  # what was healed cannot be merged
             if world()[1] > 1 or not best.candidate.healed:
                 raise
-            said["unhealed"], best = _why(error), choose(points)
+            said["unhealed"], best = _why(error), affordable(points, **ends)
             model = _taken(model, change, None, best.candidate)
         points += looks
     held = budget.floors_of(job)
     unseen = [name for name in (*held["floors"], *held["others"]) if name not in best.shown["kept"]]
-    met = best.meets if best.shown["kept"] else None
-    which = {k: v for k, v in _shown(best).items() if k in ("share", "healed")}
+    met = best.may_meet if best.shown["kept"] else None
+    which = {**{k: v for k, v in _shown(best).items() if k in ("share", "healed")}, "surely": best.meets}
     out = {**which, "met": met, "points": [_shown(p) for p in points], "unseen": unseen, **held, **said}
     return model, out | {"said": words(out)}
 
@@ -144,14 +148,14 @@ def _let_go() -> None:
 
 
 def _halve(points: list[Point], look: Callable[[float], Point]) -> None:
-    """Look between the largest share that meets the bounds and the smallest that does not; 0 meets them.
+    """Look between the largest share that may meet the bounds and the smallest that does not; 0 meets them.
 
     What lies within the noise of the bound is not told apart by a finer look.
     """
     for _ in range(HALVINGS):
-        low = max((p.candidate.share for p in points if p.meets), default=0.0)
-        high = min((p for p in points if not p.meets), key=lambda p: p.candidate.share)
-        if low and high.margin > -NOISE:
+        low = max((p.candidate.share for p in points if p.may_meet), default=0.0)
+        high = min((p for p in points if not p.may_meet), key=lambda p: p.candidate.share, default=None)
+        if high is None or (low and high.estimate > -NOISE):
             return
         points.append(look((low + high.candidate.share) / 2))
 
@@ -162,7 +166,8 @@ def _point(job: Job, end: End, base: Measured, found: Measured) -> Point:
     parts = [ability(b, a, floors.get(b["suite"], KEEP_FRAC)) for b, a in pairs]
     kept = {p["name"]: p["retention"] for p in parts if p["retention"]}
     shown = {"task": _task(job, found), "kept": kept}
-    return Point(end, _value(job, found), budget.margin(job, kept), (CHOOSE,), shown)
+    likely = budget.margin(job, kept, spare=False)
+    return Point(end, _value(job, found), budget.margin(job, kept), (CHOOSE,), shown, likely)
 
 
 def _task(job: Job, found: Measured) -> dict[str, Any]:
@@ -177,7 +182,7 @@ def _value(job: Job, found: Measured) -> float:
 
 
 def _shown(p: Point) -> dict[str, Any]:
-    return {**asdict(p.candidate), "meets": p.meets, "margin": p.margin, **p.shown}
+    return {**asdict(p.candidate), "meets": p.meets, "may_meet": p.may_meet, "margin": p.margin, **p.shown}
 
 
 def words(found: Mapping[str, Any]) -> str:
@@ -189,18 +194,20 @@ def words(found: Mapping[str, Any]) -> str:
 
 
 def _outcome(found: Mapping[str, Any], bound: str) -> str:
+    how = SURELY if found["surely"] else LIKELY
     if found["healed"]:
-        does = "meets it and was used" if found["met"] else "does not either, but is the nearest to it"
+        meets = "meets it" if found["surely"] else f"meets it {LIKELY},"
+        does = f"{meets} and was used" if found["met"] else "does not either, but is the nearest to it"
         return f"{_failed(found, bound)}; {found['share']:.0%} of a short training towards the base (heal) {does}"
     if found["share"] == 1 and found["met"]:
-        return f"the whole change meets the budget ({bound}) {SURELY}"
+        return f"the whole change meets the budget ({bound}) {how}"
     unhealed = found.get("unhealed")
     tried = f"; it could not be healed, since {unhealed}" if unhealed else ""
     if "why" in found:
         return f"the budget ({bound}) is not met and could not be enforced: {found['why']}{tried}"
     kept = f"{found['share']:.0%} of the change was kept"
     if found["met"]:
-        return f"{kept}, the best seen that meets the budget ({bound}) {SURELY}{tried or _lost(found)}"
+        return f"{kept}, the best seen that meets the budget ({bound}) {how}{tried or _lost(found)}"
     return f"{_failed(found, bound)}; {kept}, the nearest to it{tried}"
 
 
