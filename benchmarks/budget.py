@@ -12,7 +12,7 @@ favours it; below the table also by the mean of the other seeds alone). The boun
 on validation rows; what stands here are the other half and test rows. A bound holds where the estimate of the other
 half meets it. `times` is the time of the whole run over that of its training and four measurements of a half (base and
 tuned model on all items), which a user who measures by hand would pay as well. Training is that of `plain` at the same
-rate where it was run; what the base's measurements took is added where they came from the cache.
+rate and seed where it was run; what the base's measurements took is added where they came from the cache.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def table() -> list[str]:
     order = [*TASKS, *budget_tasks.MADE]
     found.sort(key=lambda c: (c[0].steps, order.index(c[0].task), c[0].factor, c[0].seed))
     plain = _plain_runs(found)
-    trained = {(c.task, c.steps, c.factor): f["timing"]["tune"] for c, f in found if c.plan == "plain"}
+    trained = {(c.task, c.steps, c.factor, c.seed): f["timing"]["tune"] for c, f in found if c.plan == "plain"}
     head = ["task", "steps", "rate", "seed", "task's value", "best plain", *(f"{name} kept" for name in KEEP), "holds"]
     rows, holds, took, pairs = [], [], [], []
     for cell, f in found:
@@ -192,7 +192,8 @@ def table() -> list[str]:
             pairs.append((cell, f["task"]["after"]["value"], rates))
         holds.append(all(f["kept"][name]["value"] >= floor for name, floor in KEEP.items()))
         end, clock = f["budget"], f["timing"]
-        usual = trained.get((cell.task, cell.steps, cell.factor), clock["tune"]) + 4 * clock["measure after"]
+        alone = trained.get((cell.task, cell.steps, cell.factor, cell.seed), clock["tune"])
+        usual = alone + 4 * clock["measure after"]
         cached = max(0.0, 2 * clock["measure after"] - clock.get("measure before", 0.0))
         took.append((f["seconds"] + cached) / usual)
         cells = [cell.task, cell.steps, f"x {cell.factor:.2g}", cell.seed, interval(f["task"]["after"], 3),

@@ -41,7 +41,7 @@ class Shape:
 def talks(folder: Path, shared: Path) -> list[str]:
     train = leaderboard_talk.write(leaderboard_talk.tickets("train"), folder / "conversations.jsonl", test=False)
     test = leaderboard_talk.write(leaderboard_talk.tickets("test")[:120], folder / "test.jsonl", test=True)
-    return [f"data.train={train}", f"data.test={test}", "data.metric=exact_match"]
+    return [f"data.train={train}", f"data.test={test}"]
 
 
 def answers(folder: Path, shared: Path) -> list[str]:
@@ -88,7 +88,7 @@ def of_shared(task: str) -> Callable[[Path, Path], list[str]]:
 SHAPES = {
     "sst2": Shape("Short rows with labels", of_shared("sst2"), EIGHT),
     "rte": Shape("Pairs of sentences", of_shared("rte"), EIGHT),
-    "conversations": Shape("Conversations", talks, EIGHT),
+    "conversations": Shape("Conversations", talks, [*EIGHT, "data.metric=exact_match"]),
     "written_answers": Shape(
         "Written answers", answers, [*EIGHT, "training.eval_steps=20", "data.validation_size=60", "data.test_size=60",
                                      "measure.max_new_tokens=32"]),

@@ -1,0 +1,103 @@
+"""What a comparison costs beside as many runs of `tune`: CPU seconds, each side from an empty cache.
+
+    python benchmarks/compare_cost.py --shared ../shared/data            # writes results/compare_cost.json
+    python benchmarks/compare_cost.py --methods LoRA LoRA+Replay --seeds 2 --steps 15
+
+Both sides train every plan with every seed on SST-2 at one learning rate. `tune` is a process a run with
+`--keep none`, as `compare` takes nothing back either; they share a cache of measurements, as on a user's machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from leaderboard_plans import BATCH, HERE, OUT, TASKS
+
+TARGET = OUT / "compare_cost.json"
+METHODS = ("default", "LoRA", "LoRA+Replay", "plain")
+
+
+def recipe(args: argparse.Namespace, folder: Path) -> Path:
+    where = args.shared.resolve() / "text" / "sst2"
+    data = {**TASKS["sst2"], "train": f"{where}/train.jsonl", "test": f"{where}/test.jsonl", "validation_size": 200}
+    found = {
+        "model": {"model_name_or_path": "smollm2-135m"},
+        "data": {**data, "test_size": 300},
+        "training": {
+            "output_dir": str(folder / "run"),
+            "max_steps": args.steps,
+            "per_device_train_batch_size": BATCH,
+            "data_seed": 0,
+        },
+        "measure": {"suites": ["in-context"]},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(found), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+def spent(*command: str, home: Path) -> dict[str, float]:
+    """Wall and CPU seconds of one command."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    env = {**os.environ, "HOLDFAST_HOME": str(home)}
+    subprocess.run([sys.executable, "-m", "holdfast", *command], check=True, env=env, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": time.perf_counter() - start, "cpu_seconds": cpu}
+
+
+def plan_of(name: str) -> str:
+    """A plan as `--set plan=` takes it."""
+    return {"default": "null", "plain": "[]"}.get(name, json.dumps(name.split("+")))
+
+
+def tunes(args: argparse.Namespace, folder: Path) -> list[dict[str, float]]:
+    """Each plan with each seed, one `tune` after the other."""
+    path, runs = recipe(args, folder), []
+    for name in args.methods:
+        for seed in range(args.seeds):
+            sets = [
+                f"plan={plan_of(name)}",
+                f"training.seed={seed}",
+                f"training.output_dir={folder / f'{name}.{seed}'}",
+            ]
+            told = [word for one in sets for word in ("--set", one)]
+            runs.append(spent("tune", str(path), "--keep", "none", *told, home=folder / "home"))
+            print(f"tune {name}, seed {seed}: {runs[-1]['cpu_seconds']:.0f} s", flush=True)
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=HERE.parent.parent / "shared" / "data")
+    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=30)
+    args = parser.parse_args()
+    import _common as C
+    from holdfast.files import write_json
+
+    found: dict[str, Any] = {"facts": C.facts(), "methods": args.methods, "seeds": args.seeds, "steps": args.steps}
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        words = ["--methods", ",".join(args.methods), "--seeds", str(args.seeds), "--factor", "1"]
+        out = ["--out", str(Path(one) / "out")]
+        together = spent("compare", str(recipe(args, Path(one))), *words, *out, home=Path(one) / "home")
+        print(f"compare: {together['cpu_seconds']:.0f} s", flush=True)
+        runs = tunes(args, Path(other))
+    apart = {key: sum(r[key] for r in runs) for key in runs[0]}
+    ratio = {key: together[key] / apart[key] for key in apart}
+    write_json(TARGET, {**found, "compare": together, "tune": apart, "each tune": runs, "ratio": ratio})
+    print(f"{ratio['cpu_seconds']:.2f} of {len(runs)} runs of tune")
+
+
+if __name__ == "__main__":
+    main()
