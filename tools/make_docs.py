@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +146,15 @@ def _settings(kind: type[Method]) -> list[str]:
 
 
 def comments_of(kind: type) -> dict[str, str]:
-    """Field name -> the comment behind its default, which says where the default comes from."""
+    """Field name -> the comment behind its default, which says where the default comes from; of inherited ones too."""
+    out: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        if base.__module__.startswith("holdfast.methods"):
+            out |= _own_comments(base)
+    return out
+
+
+def _own_comments(kind: type) -> dict[str, str]:
     source = inspect.getsource(kind)
     notes = {
         t.start[0]: t.string.lstrip("# ")
@@ -162,7 +170,11 @@ def comments_of(kind: type) -> dict[str, str]:
 
 
 def _facts(kind: type[Method]) -> Iterator[str]:
-    yield f"- Sites: {', '.join(f'`{s}`' for s in kind().sites())}."
+    plain = kind().sites()
+    more = [
+        f"; with {switch} also {_codes(new)}" for switch, m in _switched(kind) if (new := set(m.sites()) - {*plain})
+    ]
+    yield f"- Sites: {_codes(plain)}{''.join(more)}."
     if kind.wraps:
         yield "- Wraps the model's layers: one such method a plan, and none that needs the model's own weights."
     for need in sorted(kind().needs):
@@ -188,11 +200,18 @@ def _variants(kind: type[Method]) -> Iterator[tuple[str, Method]]:
     """The method as it is, then with each switch turned the other way where that changes what it refuses."""
     plain: Any = kind()
     yield "", plain
+    yield from ((switch, turned) for switch, turned in _switched(kind) if turned.refuses != plain.refuses)
+
+
+def _switched(kind: type[Method]) -> Iterator[tuple[str, Any]]:
+    """The method with each switch turned the other way, and how that is written."""
     for f in dataclasses.fields(kind):
         if isinstance(f.default, bool):
-            turned: Any = kind(**{f.name: not f.default})
-            if turned.refuses != plain.refuses:
-                yield f"`{f.name}: {json.dumps(not f.default)}`", turned
+            yield f"`{f.name}: {json.dumps(not f.default)}`", kind(**{f.name: not f.default})
+
+
+def _codes(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in sorted(names, key=SITES.index))
 
 
 def recipe_page() -> str:
