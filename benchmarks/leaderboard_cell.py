@@ -227,10 +227,12 @@ def train_methods(
     tokenizer: Any,
     rows: Material,
     keep: Sequence[str] = (),
+    watch: Any = None,
 ) -> Trained:
     """Train a plan of these methods as `holdfast tune` does, at the rate and the seed of `cell`.
 
-    keep: parts of the loss whose course is a fact worth keeping: [step, value] of the steps that have them.
+    keep: parts of the loss whose course is a fact worth keeping: [step, value] of the steps that have them. watch:
+    looks at the model while it trains, as `hosts.watching.Watch` does.
     """
     from holdfast.hosts.plain import Training, rows_of_run, train
     from holdfast.measure.tuned_task import score_task
@@ -246,7 +248,7 @@ def train_methods(
     session = Session(plan, model, ctx, compute_dtype=compute, knows_rows=True)
     mix = session.mix(rows.tokens)
     settings = Training(
-        size.steps, size.batch, learning_rate=cell.rate, seed=cell.seed, autocast=compute, save_steps=0
+        size.steps, size.batch, learning_rate=cell.rate, seed=cell.seed, autocast=compute, save_steps=0, watch=watch
     )
     session.prepare(list(rows_of_run(session, mix, settings)))
 
