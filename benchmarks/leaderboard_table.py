@@ -372,7 +372,7 @@ COLUMNS = [
     "  the function-vectors data in their own format. Further suites the same ([suites](suites.md)); those in which the",
     "  model writes are asked of second seeds alone.",
     "- **within half a point**: share of all evaluations (each task of each suite that can be measured, mean over runs)",
-    "  that are at most half a point below the base (the best published figure of this kind is 73 %, of larger models).",
+    "  that are at most half a point below the base (the best published figure of this kind is 73 %).",
     "- **KL**: KL(base || tuned) in nats, mean over the answer's tokens of the task's own test rows.",
     "- **time**: CPU seconds of training, preparation included, over those of plain tuning on the same machine (LoRA",
     "  for what trains an adapter, else full). **memory**: most that the process held until the end of training.",
