@@ -232,7 +232,7 @@ def assert_close(one, many):
         assert a.keys() == b.keys()
         assert all(a[k] == pytest.approx(b[k], rel=1e-5, abs=1e-6) for k in a)
     for name, value in one.weights.items():
-        torch.testing.assert_close(many.weights[name], value, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(many.weights[name], value, rtol=1e-4, atol=2e-5)
 
 
 @covering

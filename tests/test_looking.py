@@ -96,7 +96,7 @@ def test_a_run_that_ruins_the_task_gives_the_base_back(world, tmp_path, rows):
         for name, said in (("train", " yes"), ("validation", " Zebra 99"))
     }
     ruin = {"learning_rate": 0.05, "lr_scheduler_type": "constant", "eval_steps": 4, "load_best_model_at_end": True}
-    tune(recipe(world, tmp_path / "run", data={"metric": "loss", **sets}, **ruin))
+    tune(recipe(world, tmp_path / "run", data={"metric": "loss", "validation_size": None, **sets}, **ruin))
     training = training_of(tmp_path / "run")
     losses = [v for _, v in training["looks"]["task"]]
     assert losses[0] == min(losses) < losses[-1] and training["best_step"] == 0

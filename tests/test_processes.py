@@ -21,7 +21,7 @@ from holdfast.hosts import processes
 from holdfast.method import Method
 from holdfast.session import Session
 from test_law_rows import Averaged, Unlikely
-from test_shard import close, two
+from test_shard import apart, close, two
 from tiny import build_model, build_tokenizer, ticket_rows
 from tiny_run import make_world, recipe_data, write_recipe
 from trainers import Watcher
@@ -141,12 +141,10 @@ def ran(tmp_path_factory, wanted, request) -> Any:
 
 
 def distance(folder: Path, name: str, result: Any) -> float:
-    """The largest difference of a weight between two processes and one; the two must agree to the last bit."""
+    """`apart` of the weights of two processes and of one; the two must agree to the last bit."""
     first, second = (load_file(folder / f"{name}.{r}.safetensors") for r in (0, 1))
     assert all(torch.equal(first[n], second[n]) for n in first), name
-    one = weights_of(result)
-    assert one.keys() == first.keys()
-    return max((first[n] - w).abs().max().item() for n, w in one.items())
+    return apart(first, weights_of(result))
 
 
 @pytest.mark.parametrize("name", stands(PLANS))

@@ -7,11 +7,12 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from holdfast.engine import processes
 from holdfast.measure.asking import score_suite
@@ -141,13 +142,24 @@ def one(tiny_model, tokenizer) -> Any:
         return json.loads(json.dumps(score_suite(tiny_model(tied=False), tokenizer, probes())))
 
 
+STRAYS = 0.005  # of the entries: where a gradient is 0 but for rounding, Adam goes a whole step where rounding points
+
+
+def apart(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor], most: float = 5e-3) -> float:
+    """The largest difference of an entry, but for a few strays, none of which may lie further than `most`."""
+    assert one.keys() == other.keys()
+    all_of_them = torch.cat([(one[n] - other[n]).abs().flatten() for n in one])
+    assert all_of_them.max() < most
+    return all_of_them.sort().values[-1 - int(STRAYS * len(all_of_them))].item()
+
+
 def close(a: Any, b: Any) -> bool:
-    """Equal plain data, numbers that are not whole within 1e-5."""
+    """Equal plain data, numbers that are not whole within 1e-5, or a ten thousandth."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a)
     if isinstance(a, list):
         return len(a) == len(b) and all(close(x, y) for x, y in zip(a, b, strict=True))
-    return a == (pytest.approx(b, abs=1e-5, rel=0) if isinstance(a, float) and isinstance(b, float) else b)
+    return a == (pytest.approx(b, abs=1e-5, rel=1e-4) if isinstance(a, float) and isinstance(b, float) else b)
 
 
 def test_two_processes_measure_as_one(ran, one):
