@@ -202,8 +202,9 @@ def table() -> list[str]:
                  *(f"{interval(k, 2)}, {k['status']}" for k in f["kept"].values()),
                  "yes" if holds[-1] else "no", end_of(end), f"{times:.2f}"]  # fmt: skip
         rows.append(f"| {' | '.join(map(str, cells))} |")
-    said = [f"The bound holds on the reporting half in {sum(holds)} of {len(holds)} runs. Those of {STEPS} steps at x 1 "
-            f"took {fmean(took):.2f} times training and four measurements on average, {max(took):.2f} at most.",
+    said = [f"The bound holds on the reporting half in {sum(holds)} of {len(holds)} runs.",
+            f"Those of {STEPS} steps at x 1 took {fmean(took):.2f} times training and four measurements on average, "
+            f"{max(took):.2f} at most.",
             "Against plain LoRA at the best of its rates:", ""]  # fmt: skip
     for which, tasks in (("on tickets, SST-2, RTE and AG News", TASKS), ("on the four made tasks", budget_tasks.MADE)):
         if len(own := [p for p in pairs if p[0].task in tasks]) > 1:
