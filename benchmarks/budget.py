@@ -22,7 +22,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -147,22 +147,30 @@ def _plain_runs(found: Sequence[tuple[Cell, Any]]) -> dict[tuple[str, int], Rate
     return runs
 
 
-def _best(rates: Rates, without: int | None = None) -> dict[int, float]:
-    """seed -> value of the rate with the best mean, of those with the most seeds; without: a seed with no say."""
-    if not rates:
+def _best(rates: Rates, by: Collection[int] = ()) -> dict[int, float]:
+    """seed -> value of the rate with the best mean over the seeds `by`, or over those that all rates have."""
+    shared = set.intersection(*map(set, rates.values())) if rates else set()
+    chooses = shared & set(by) if by else shared
+    if not chooses:
         return {}
-    said = {f: [v for seed, v in seeds.items() if seed != without] for f, seeds in rates.items()}
-    return rates[max((f for f in said if said[f]), key=lambda f: (len(rates[f]), fmean(said[f])), default=min(rates))]
+    return rates[max(rates, key=lambda f: fmean(rates[f][seed] for seed in chooses))]
 
 
 def _against(runs: Sequence[tuple[Cell, float, Rates]], which: str) -> str:
     """How far the plan's runs lie above plain ones, in points."""
-    best = [100 * (value - _best(rates)[cell.seed]) for cell, value, rates in runs]
-    fair = [100 * (value - _best(rates, cell.seed)[cell.seed]) for cell, value, rates in runs]
-    said = [f"{fmean(x):+.1f} (standard error {stdev(x) / len(x) ** 0.5:.1f})" for x in (best, fair)]
+    said = []
+    for others in (False, True):
+        pairs = [
+            (value, best[cell.seed])
+            for cell, value, rates in runs
+            if cell.seed in (best := _best(rates, {*SEEDS} - {cell.seed} if others else ()))
+        ]
+        apart = [100 * (value - plain) for value, plain in pairs]
+        error = f"standard error {stdev(apart) / len(apart) ** 0.5:.1f}, " if len(apart) > 1 else ""
+        said.append(f"{fmean(apart):+.1f} ({error}{len(apart)} runs)" if apart else "not known")
     return (
-        f"{which}: {said[0]} points on average over {len(runs)} runs against the rate that is best in these very "
-        f"runs, {said[1]} against the rate that is best with the other seeds."
+        f"{which}: {said[0]} points on average against the rate that is best in these very runs, {said[1]} against "
+        "the rate that is best with the other seeds."
     )
 
 

@@ -11,6 +11,7 @@ before the cells that only it has (further seeds, other tasks) are trained, and 
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ BASE, BEFORE = "base", "before"
 CHOSEN, FAILED = "chosen.json", "failed.json"
 SEEDS, WIDE_SEEDS = 2, 3
 MODEL = "smollm2-135m"
-DIVERGED = ("not finite", "nan")  # in an error: no other try would end otherwise
+DIVERGED = r"not finite|\bnan\b"  # in an error: no other try would end otherwise
 Scores = Mapping[str, Sequence[float]]  # of a task of a suite, item by item
 Data = dict[str, Any]
 
@@ -147,7 +148,7 @@ class Board:
         if name in known:
             return known[name]["rate"]
         cells = [Cell(CHOOSES, name, rate) for rate in self.rates(name)]
-        found = {c.rate: r["figures"]["validation"] for c in cells if (r := self.read(c))}
+        found = {c.rate: r["figures"]["validation"] for c in cells if (r := self.read(c)) and self.is_current(r)}
         if not found or any(not self.has(c) and c not in self.given_up for c in cells):
             return None
         rate = best_rate(found)
@@ -214,7 +215,7 @@ class Board:
         else:
             self.failed[str(cell)] = error
             self.tried.add(cell)
-            if str(cell) in self.before or any(word in error.lower() for word in DIVERGED):
+            if str(cell) in self.before or re.search(DIVERGED, error.lower()):
                 self.given_up.add(cell)
         if self.failed != before:
             save(self.folder / FAILED, self.failed)

@@ -185,10 +185,10 @@ def test_a_probe_of_another_version_is_asked_again(world, tmp_path):
     known = json.loads((folder / looking.PROBE).read_text())
     job = checked(Run(recipe(world, tmp_path / "run", eval_steps=2), world.folder))
     assert looking._base(job) == known["abilities"]
-    old = {"made": ["torch 1.0"], "abilities": []}
-    (folder / looking.PROBE).write_text(json.dumps(old))
-    assert looking._base(job) == known["abilities"]
-    assert json.loads((folder / looking.PROBE).read_text()) == known
+    for old in ({"made": ["torch 1.0"], "abilities": []}, []):
+        (folder / looking.PROBE).write_text(json.dumps(old))
+        assert looking._base(job) == known["abilities"]
+        assert json.loads((folder / looking.PROBE).read_text()) == known
 
 
 def test_the_probe_is_work_of_its_recipe(world, tmp_path):

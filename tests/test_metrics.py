@@ -119,6 +119,10 @@ def test_the_last_number_of_a_text(text, number):
     assert last_number(text) == last_number(number) and str(last_number(number)) == number
 
 
+def test_an_exponent_that_no_number_has_is_none():
+    assert last_number("5e1234567890123456789012") is None and last_number("7 or 5e1234567890123456789012") is None
+
+
 def test_a_verifier_reads_the_same_last_number():
     assert [verifiers.number(text, "20", None) for text in ("10-20", "1,20", "120", "-20")] == [1, 1, 0, 0]
     assert verifiers.number("GPT-4", "none", None) == 0

@@ -15,7 +15,7 @@ from holdfast.errors import ModelError, PlanError, RecipeError, TrainingError
 from holdfast.measure.compare import ability
 from holdfast.recipe import load_recipe, recipe_from
 from holdfast.report.examples import examples
-from holdfast.runs import export, measuring, training
+from holdfast.runs import export, handover, measuring, training
 from holdfast.runs.run import Run
 from holdfast.verbs.explain import planned
 from holdfast.verbs.tune import go, tune
@@ -474,6 +474,9 @@ def test_an_export_that_another_run_has_overwritten_is_not_reported(world, tmp_p
     with pytest.raises(TrainingError, match=r"holds another model than the run in .* has written there"):
         tune(runs[0])
     assert not (tmp_path / "a" / "report.json").exists()
+    with pytest.raises(TrainingError, match=r"holds another model"):  # nor handed on
+        asked = runs[0].export.model_copy(update={"push_to_hub": "me/mine"})
+        handover.hand_over(Run(runs[0].model_copy(update={"export": asked}), world.folder))
 
 
 # ---- computed once

@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -180,7 +181,29 @@ def test_a_sure_bound_is_not_bought_with_the_task():
     assert best([whole, eighth]) == eighth  # nothing else may meet it
     assert best([whole, eighth, end(0.5, 0.83, 0.0, 0.02), healed]).candidate.share == 0.5  # sure, and affordable
     assert best([whole, eighth, end(0.5, 0.6, -0.01, 0.02)]).value == 0.6  # both cost much: the one that costs less
+    assert best([whole, end(0.4, 0.57, 0.0, 0.03), end(0.5, 0.6, -0.01, 0.02)]).value == 0.57  # or the sure one beside
     assert best([whole]) == whole and not whole.may_meet
+
+
+def test_the_line_may_be_sure_where_nothing_is_healed(world, tmp_path, monkeypatch):
+    """All of the change may meet the bound by its estimate; half of it does surely, and keeps the task."""
+    walks_the_line(monkeypatch)
+    plain = settle._point
+
+    def bent(job, end, *args):
+        margin = 0.01 if end.share <= 0.5 else -0.02
+        return replace(plain(job, end, *args), value=0.5 + 0.01 * end.share, margin=margin, likely=margin + 0.025)
+
+    monkeypatch.setattr(settle, "_point", bent)
+    monkeypatch.setattr(settle, "_value", lambda *_: 0.0)
+    report = report_of(tune(asked(world, tmp_path / "run", "adapter")))
+    found = report["training"]["budget"]
+    assert (found["share"], found["surely"], found["met"]) == (0.5, True, True)
+    monkeypatch.setattr(settle, "HALVINGS", 0)
+    report = report_of(tune(asked(world, tmp_path / "other", "adapter")))
+    found = report["training"]["budget"]
+    assert (found["share"], found["surely"], found["met"]) == (1.0, False, True)
+    assert settle.LIKELY in found["said"] and "could not be healed, since a test walks the line" in found["said"]
 
 
 def test_how_a_bound_is_met_is_said():

@@ -316,7 +316,7 @@ class Session:
 
     @contextmanager
     def between_steps(self) -> Iterator[None]:
-        """The model so far as something to ask: dropout off, in the dtype that steps compute in."""
+        """The model so far as something to ask: dropout off, under autocast where its own weights have few bits."""
         was_training, device = self.model.training, next(self.model.parameters()).device.type
         half = self.compute_dtype in (torch.bfloat16, torch.float16)
         self.model.eval()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from importlib.util import find_spec
 from typing import Literal
 
@@ -103,7 +103,10 @@ def check_rows(name: str, rows: Sequence[Row]) -> None:
 def last_number(text: str) -> Decimal | None:
     """The last number of a text, commas between thousands left out: "about 1,250.50 now" gives 1250.50."""
     found = _NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
+    try:
+        return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
+    except InvalidOperation:  # an exponent that no number has
+        return None
 
 
 def judge_of(name: str) -> Callable[[str, Row], float]:

@@ -18,8 +18,8 @@ from holdfast.errors import DataError
 from holdfast.recipe import Source, template_columns
 
 LONG = 200  # ours: characters of a text that is more than an example
-BOOKS = {"id", "uuid", "hash", "dump", "file", "filename", "path", "url", "domain", "date", "timestamp", "score",
-         "count", "length", "probability", "license", "author"}  # fmt: skip # beside a document, also behind a "_"
+BOOKS = {"id", "uuid", "hash", "dump", "file", "filename", "path", "url", "domain", "date", "timestamp", "license"}
+BEHIND = {*BOOKS, "score", "count", "length", "probability"}  # beside a document, behind a "_"; alone: an answer
 LOOKED_AT = 20_000  # rows; more would not change a proposal
 SAID = ("output", "completion", "messages", "conversations")  # columns of the schemas, with the answer at their end
 ANSWERS = ("completion", "answer", "output", "response", "target", "label", "labels", "category", "class", "queue",
@@ -127,7 +127,7 @@ def _are_documents(records: Sequence[dict[str, Any]]) -> bool:
 
 def _keeps_books(column: str) -> bool:
     name = column.lower()
-    return name in BOOKKEEPING or name in BOOKS or name.rsplit("_", 1)[-1] in BOOKS
+    return name in BOOKKEEPING or name in BOOKS or ("_" in name and name.rsplit("_", 1)[-1] in BEHIND)
 
 
 def _may_stand(column: str) -> bool:

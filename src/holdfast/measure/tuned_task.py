@@ -111,7 +111,8 @@ def cut_words(before: Items | None, after: Items) -> str:
     base = f" (base: {len(cuts[1])})" if before else ""
     low, high = min(map(min, filter(None, cuts))), max(map(max, filter(None, cuts)))
     at = f"{high}" if low == high else f"{low} to {high}"
-    how = f"were cut at {at} tokens and judged so (measure.max_new_tokens)"
+    where = " (measure.max_new_tokens)" if low == high else ""  # else the model reads no more
+    how = f"were cut at {at} tokens and judged so{where}"
     return f"{len(cuts[0])} of {len(after)} answers{base} {how}"
 
 

@@ -59,6 +59,8 @@ def point_of(ends: Ends, cell: Cell, found: Measured) -> Point:
     """A run on the choosing half: its task score, and how far it stands above what must be kept."""
     task, abilities = ends.task(found)["after"], ends.abilities([found])
     margins = [sure(a["retention"]) - ends.floors[a["name"]] for a in bound(ends, abilities)]
+    beside = (a["retention"]["high"] for a in abilities if a["retention"] and a["name"] not in ends.floors)
+    margins += [high - KEEP_FRAC for high in beside if high < KEEP_FRAC]  # a shown loss, which the verdict counts too
     shown = {"task": task, "kept": _shares(abilities), "learning_rate": found["learning_rate"]}
     shown["early"] = found.get("early")  # a run of an older version has none
     return Point(cell, ends.value(task), min(margins, default=0.0), ("choose",), shown)

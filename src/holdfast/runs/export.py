@@ -20,9 +20,9 @@ from holdfast.runs.job import load
 from holdfast.runs.run import Run
 from holdfast.runs.several import by_first
 from holdfast.runs.work import Job
+from holdfast.runs.written import note_export, own_export
 from holdfast.sites import replace
 
-WRITTEN = "export.json"  # in the run folder: which model was written
 STATE_BYTES = 12  # a checkpoint keeps of each number that trains: the weight and two moments, in fp32
 
 
@@ -128,7 +128,7 @@ def save(job: Job, tuned: Any, soft: Any) -> None:
 
     with run.timed("export"):
         by_first(write)
-        run.folder.write(WRITTEN, {"sha": by_first(lambda: models.resolve(str(run.export)).sha)})
+        note_export(run)
 
 
 def check(job: Job, tuned: Any, soft: Any) -> str | None:
@@ -164,10 +164,7 @@ def described(job: Job, tuned: Any) -> exported.Export:
 def loaded(run: Run) -> tuple[Any, Any]:
     """The tuned model of a run that got this far, and its soft prompt or None."""
     Checkpoint(run.path).clear()
-    source, recipe, written = models.resolve(str(run.export)), run.recipe, run.folder.read(WRITTEN)
-    if written and written["sha"] != source.sha:
-        what = f"{run.export} holds another model than the run in {run.path} has written there."
-        raise TrainingError(what, "Give each run an export.folder of its own, and train this one again.")
+    source, recipe = own_export(run), run.recipe
     if recipe.export.dtype != "auto" and source.kind != "adapter":
         as_written = recipe.model.model_copy(update={"dtype": recipe.export.dtype})
         recipe = recipe.model_copy(update={"model": as_written})

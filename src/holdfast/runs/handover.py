@@ -17,6 +17,7 @@ from holdfast.files import read_json
 from holdfast.recipe import Recipe
 from holdfast.runs.run import Run
 from holdfast.runs.several import by_first
+from holdfast.runs.written import own_export
 
 CONVERTER, HOME = "convert_hf_to_gguf.py", "LLAMA_CPP"  # of llama.cpp, and where people say that it lies
 KINDS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # --outtype
@@ -99,6 +100,9 @@ def hand_over(run: Run) -> None:
         TrainingError: it failed; the run is finished all the same.
     """
     asked = run.recipe.export
+    due = (asked.gguf and not (run.path / GGUF).is_file()) or (asked.push_to_hub and not (run.path / PUSHED).is_file())
+    if due:
+        own_export(run)
     if asked.gguf and not (run.path / GGUF).is_file():
         run.tell("gguf", 0.0, "")
         by_first(lambda: _convert(run))

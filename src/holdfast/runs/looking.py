@@ -45,7 +45,7 @@ def watch_of(job: Job, tell: Callable[[int, dict[str, float], float], None]) -> 
 def _base(job: Job) -> list[Any]:
     """What the untouched base answers, from the run folder if it was asked as it would be now."""
     known, made = job.run.folder.read(PROBE), made_by(job.model)
-    if known and known["made"] == made:
+    if isinstance(known, dict) and known.get("made") == made:  # a list in folders of an earlier version
         return known["abilities"]
     with job.run.timed("look"), job.session.between_steps():
         found = _probe(job, job.model)

@@ -238,6 +238,8 @@ def gives_back(chosen: Point, tuned: float, base: float) -> bool:
 def affordable(points: Sequence[Point], tuned: float, base: float) -> Point:
     """`choose`; where the bound is met surely only by giving back much, the surest that may meet it and does not.
 
+    Where all that may meet it gives back much: the best task score, unless the sure end is nearly as good.
+
     A sure bound of 0.97 on few items asks for 1.00, which hardly anything reaches: on sums of two numbers it cost 75
     points of accuracy for 0.02 of in-context ability, by an estimate that knows it to 0.03.
     """
@@ -245,7 +247,10 @@ def affordable(points: Sequence[Point], tuned: float, base: float) -> Point:
     if not may or not falls_short(best, tuned, base):
         return best
     cheap = [p for p in may if not gives_back(p, tuned, base)]
-    return max(cheap, key=lambda p: (p.margin, p.value)) if cheap else max(may, key=lambda p: (p.value, p.margin))
+    if cheap:
+        return max(cheap, key=lambda p: (p.margin, p.value))
+    top = max(may, key=lambda p: (p.value, p.margin))
+    return best if best.meets and top.value - best.value <= GIVEN_BACK * (tuned - base) else top
 
 
 def choose_nearest(points: Sequence[Point]) -> Point:

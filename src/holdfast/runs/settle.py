@@ -6,8 +6,9 @@ or gives back more than a tenth of what the task gained, the weights walk back f
 a straight line (WiSE-FT, arXiv 2109.01903; on a LoRA adapter its scale, which is the same). One half of the items and
 the validation rows decide; `measuring` then reports on the other half, so no number in the report was chosen on.
 
-A bound is met as in a repair, with a standard error to spare (`repair_search.sure`). Where that is reached only by
-giving back more than a tenth of the gain, the estimate without that has to do (`repair_search.affordable`).
+A bound is met as in a repair, with a standard error to spare (`repair_search.sure`). Where nothing that was looked at
+does so without giving back more than a tenth of the gain, the estimate alone has to do (`repair_search.affordable`);
+after a healing nothing further is looked at for being surer.
 """
 
 from __future__ import annotations
@@ -33,9 +34,7 @@ from holdfast.runs.repair_search import Point, affordable, gives_back
 from holdfast.runs.work import Job
 
 SURELY = "by a standard error on the items for choosing"
-LIKELY = (
-    "by its estimate on the items for choosing, while nothing that keeps the task meets it by a standard error too"
-)
+LIKELY = "by its estimate on the items for choosing, but not by a standard error too"
 HALVINGS = 3  # ours: looks between all of the change and none of it
 NOISE = 0.02  # ours: of a share kept, on the default number of items
 BASE = "before.choose.json"  # the base's answers on the choosing half, in the run folder
@@ -107,8 +106,9 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
                     looks, healing = [], None
                 _let_go()  # behind the error, which holds all that it passed
             best = affordable([*points, *looks], **ends)
-            if change.straight and (not best.may_meet or gives_back(best, **ends)):
-                _halve(points, look)
+            enough = best.meets or (bool(looks) and best.may_meet)  # where nothing was healed, the line may be sure
+            if change.straight and (not enough or gives_back(best, **ends)):
+                _halve(points, look, surely=best.may_meet and not looks)
         best = affordable([*points, *looks], **ends)
         try:
             model = _taken(model, change, healing, best.candidate)
@@ -121,7 +121,7 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
     held = budget.floors_of(job)
     unseen = [name for name in (*held["floors"], *held["others"]) if name not in best.shown["kept"]]
     met = best.may_meet if best.shown["kept"] else None
-    which = {**{k: v for k, v in _shown(best).items() if k in ("share", "healed")}, "surely": best.meets}
+    which = {**{k: v for k, v in _shown(best).items() if k in ("share", "healed")}, "surely": bool(met) and best.meets}
     out = {**which, "met": met, "points": [_shown(p) for p in points], "unseen": unseen, **held, **said}
     return model, out | {"said": words(out)}
 
@@ -147,15 +147,19 @@ def _let_go() -> None:
         torch.cuda.empty_cache()
 
 
-def _halve(points: list[Point], look: Callable[[float], Point]) -> None:
+def _halve(points: list[Point], look: Callable[[float], Point], surely: bool = False) -> None:
     """Look between the largest share that may meet the bounds and the smallest that does not; 0 meets them.
 
-    What lies within the noise of the bound is not told apart by a finer look.
+    What lies within the noise of the bound is not told apart by a finer look. surely: by a standard error.
     """
+
+    def above(p: Point) -> float:
+        return p.margin if surely else p.estimate
+
     for _ in range(HALVINGS):
-        low = max((p.candidate.share for p in points if p.may_meet), default=0.0)
-        high = min((p for p in points if not p.may_meet), key=lambda p: p.candidate.share, default=None)
-        if high is None or (low and high.estimate > -NOISE):
+        low = max((p.candidate.share for p in points if above(p) >= 0), default=0.0)
+        high = min((p for p in points if above(p) < 0), key=lambda p: p.candidate.share, default=None)
+        if high is None or (low and above(high) > -NOISE):
             return
         points.append(look((low + high.candidate.share) / 2))
 
@@ -200,7 +204,9 @@ def _outcome(found: Mapping[str, Any], bound: str) -> str:
         does = f"{meets} and was used" if found["met"] else "does not either, but is the nearest to it"
         return f"{_failed(found, bound)}; {found['share']:.0%} of a short training towards the base (heal) {does}"
     if found["share"] == 1 and found["met"]:
-        return f"the whole change meets the budget ({bound}) {how}"
+        unhealed = found.get("unhealed")
+        tried = f"; it could not be healed, since {unhealed}" if unhealed else _lost(found)
+        return f"the whole change meets the budget ({bound}) {how}" + ("" if found["surely"] else tried)
     unhealed = found.get("unhealed")
     tried = f"; it could not be healed, since {unhealed}" if unhealed else ""
     if "why" in found:

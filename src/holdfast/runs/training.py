@@ -164,7 +164,7 @@ def _looks(log: plain.Log) -> dict[str, list[list[float]]]:
 def _advice(job: Job) -> list[str]:
     """What the guide for small models says to a run that trains all weights."""
     rows = job.training.batch_size * job.training.gradient_accumulation_steps
-    return [] if job.session.plan.trains_new else early.advice(rows, job.training.learning_rate)
+    return [] if any(m.wraps for m in job.session.plan.active) else early.advice(rows, job.training.learning_rate)
 
 
 def _part(

@@ -11,6 +11,7 @@ from holdfast.engine.forward import forward
 from holdfast.engine.inputs import watched
 from holdfast.engine.pack import TokenRow
 from holdfast.errors import PlanError
+from holdfast.methods.adapt._matrices import inputs_of
 from holdfast.services import Context
 
 MOST = 8 * 2**30  # bytes of covariances at a time
@@ -98,7 +99,7 @@ def grouped(maps: Mapping[str, Any], most: int) -> Iterator[dict[str, Any]]:
     part: dict[str, Any] = {}
     size = 0
     for name, m in maps.items():
-        own = 4 * (m.in_features if isinstance(m, torch.nn.Linear) else m.weight.shape[0]) ** 2
+        own = 4 * inputs_of(m) ** 2
         if part and size + own > most:
             yield part
             part, size = {}, 0

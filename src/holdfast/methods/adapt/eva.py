@@ -41,7 +41,7 @@ class EVA(Adapter):
     """Explained-variance adaptation (2024), arXiv 2410.07170.
 
     Raises:
-        PlanError: as LoRA; rho * r above a map's inputs, no text of the task or too little, or no end of the SVD.
+        PlanError: as LoRA; rho * r above a map's inputs, no text of the task or too little.
     """
 
     rho: float = 2.0  # PEFT; 1: the same rank everywhere
@@ -159,9 +159,9 @@ class _Batches:
             yield from self.batches
         yield from self.batches[:-1]
         while True:  # ranks that move while it looks may ask for a few more
-            self.over = True
             self.tau.fill_(ANY)
             yield self.batches[-1]
+            self.over = True  # PEFT asks for a batch before it sees that all have settled
 
 
 def filled(rows: Sequence[TokenRow], least: int, scored: bool) -> list[list[TokenRow]]:

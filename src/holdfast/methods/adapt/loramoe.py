@@ -88,7 +88,7 @@ class LoRAMoE(Method):
 
     def check_mix(self, mix: Mix, ctx: Context) -> None:
         every = [("task", mix.task), *((s.name, s.rows) for s in mix.sources)]
-        if self.weight and not mix.sources:
+        if self.weight and not mix.sources and not self.knowledge:
             said = "all rows are the task's, so no experts are set apart for others: put Replay into the plan"
             ctx.notes.append(f"LoRAMoE shares experts out by the kind of row, and {said}")
         if not self.knowledge or any(callable(rows) for _, rows in every):
