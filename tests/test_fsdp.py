@@ -25,7 +25,7 @@ from holdfast.hosts.hf_refuse import fsdp_version
 from holdfast.hosts.hf_setup import mixes
 from holdfast.method import Method, canonical
 from test_law_rows import Averaged, Unlikely
-from test_shard import apart, close, together
+from test_shard import CLOSE, apart, close, together
 from tiny import build_model, build_tokenizer, ticket_rows
 from trainers import Watcher, dataset, refused
 
@@ -242,14 +242,14 @@ def distance(folder: Path, name: str, weights: Weights, ranks: int = 2) -> float
 )
 def test_ddp_gives_the_weights_of_one(name, ran, one):
     weights, logs = one(name, PLANS[name])
-    assert distance(ran[0], f"ddp {name}", weights) < 1e-5
+    assert distance(ran[0], f"ddp {name}", weights) < CLOSE
     assert close(ran[1][0][f"ddp {name}"]["logs"], logs)
 
 
 @pytest.mark.parametrize("name", stands(CUT))
 def test_fsdp_gives_the_weights_of_one(name, ran, one):
     weights, logs = one(name, PLANS[name])
-    assert distance(ran[0], f"fsdp {name}", weights) < 1e-5
+    assert distance(ran[0], f"fsdp {name}", weights) < CLOSE
     facts = ran[1][0][f"fsdp {name}"]
     assert facts["cut"] == [0.5] and close(facts["logs"], logs)
     none, _ = one("none", [])

@@ -21,7 +21,7 @@ from holdfast.hosts import processes
 from holdfast.method import Method
 from holdfast.session import Session
 from test_law_rows import Averaged, Unlikely
-from test_shard import apart, close, two
+from test_shard import CLOSE, apart, close, two
 from tiny import build_model, build_tokenizer, ticket_rows
 from tiny_run import make_world, recipe_data, write_recipe
 from trainers import Watcher
@@ -153,7 +153,7 @@ def test_two_processes_give_the_weights_of_one(name, ran):
     one = tuned(PLANS[name])
     far = distance(folder, name, one)
     print(f"{name}: {far:.1e}")
-    assert far < 1e-5
+    assert far < CLOSE
     first, second = (f[name] for f in facts)
     assert first["realised"] == second["realised"] == dict(one.log.realised)
     assert first["effects"] == second["effects"] == sorted(k for k, n in one.session.effects.items() if n)
