@@ -5,7 +5,7 @@
     python benchmarks/budget.py table                                     # the table of docs/budget.md
 
 SmolLM2-135M-Instruct, steps of 8 rows: the shipped tickets, SST-2, RTE and AG News from --shared (not shipped), and
-the made tasks of `budget_tasks`, on which nothing was chosen.
+the made tasks of `budget_tasks`, on which nothing of the plan was chosen.
 `kept` is the default plan under in-context 0.97, at the rate that `auto` gives times a factor; `plain` is LoRA alone
 at factors of the same rate, of which the table takes the best (by the mean of its seeds on the reported rows, which
 favours it; below the table also by the mean of the other seeds alone). The bound chooses on one half of the items and

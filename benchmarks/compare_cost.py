@@ -20,18 +20,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from leaderboard_plans import BATCH, HERE, OUT, TASKS
+import budget
+from leaderboard_plans import BATCH, HERE, OUT
 
 TARGET = OUT / "compare_cost.json"
 METHODS = ("default", "LoRA", "LoRA+Replay", "plain")
 
 
 def recipe(args: argparse.Namespace, folder: Path) -> Path:
-    where = args.shared.resolve() / "text" / "sst2"
-    data = {**TASKS["sst2"], "train": f"{where}/train.jsonl", "test": f"{where}/test.jsonl", "validation_size": 200}
     found = {
         "model": {"model_name_or_path": "smollm2-135m"},
-        "data": {**data, "test_size": 300},
+        "data": budget.Cell("sst2", "plain", args.steps, 1.0, 0).data(args.shared.resolve(), folder),
         "training": {
             "output_dir": str(folder / "run"),
             "max_steps": args.steps,

@@ -17,7 +17,7 @@ from holdfast.recipe import KEEP_FRAC, Recipe
 from holdfast.runs.change import base_tensors
 from holdfast.runs.halves import FEWEST_ROWS, halves_of
 from holdfast.runs.repair_heal import FEWEST
-from holdfast.runs.repair_search import sure
+from holdfast.runs.repair_search import losses_of, margins_of
 from holdfast.runs.work import Job
 
 
@@ -84,10 +84,7 @@ def margin(job: Job, kept: Mapping[str, Mapping[str, float]], spare: bool = True
 
     spare: less a standard error (`repair_search.sure`).
     """
-    own = {name: sure(one) if spare else one["value"] for name, one in kept.items()}
-    above = [own[name] - floor for name, floor in named(job).items() if name in kept]
-    lost = [kept[name]["high"] - KEEP_FRAC for name in others(job) if name in kept]
-    return min([*above, *(x for x in lost if x < 0)], default=0.0)
+    return min([*margins_of(kept, named(job), spare), *losses_of(kept, named(job))], default=0.0)
 
 
 def words(job: Job) -> str:

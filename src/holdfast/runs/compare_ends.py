@@ -12,7 +12,7 @@ from holdfast.measure.packed import unpack, unpack_suite
 from holdfast.measure.tuned_task import task_estimates
 from holdfast.recipe import KEEP_FRAC
 from holdfast.runs.contestants import Cell
-from holdfast.runs.repair_search import Point, sure
+from holdfast.runs.repair_search import Point, losses_of, margins_of
 
 Measured = Mapping[str, Any]
 Runs = Sequence[tuple[Cell, Measured]]
@@ -58,10 +58,9 @@ class Ends:
 def point_of(ends: Ends, cell: Cell, found: Measured) -> Point:
     """A run on the choosing half: its task score, and how far it stands above what must be kept."""
     task, abilities = ends.task(found)["after"], ends.abilities([found])
-    margins = [sure(a["retention"]) - ends.floors[a["name"]] for a in bound(ends, abilities)]
-    beside = (a["retention"]["high"] for a in abilities if a["retention"] and a["name"] not in ends.floors)
-    margins += [high - KEEP_FRAC for high in beside if high < KEEP_FRAC]  # a shown loss, which the verdict counts too
-    shown = {"task": task, "kept": _shares(abilities), "learning_rate": found["learning_rate"]}
+    kept = {a["name"]: a["retention"] for a in abilities if a["retention"]}
+    margins = [*margins_of(kept, ends.floors), *losses_of(kept, ends.floors)]  # the verdict counts both
+    shown = {"task": task, "kept": kept, "learning_rate": found["learning_rate"]}
     shown["early"] = found.get("early")  # a run of an older version has none
     return Point(cell, ends.value(task), min(margins, default=0.0), ("choose",), shown)
 
@@ -69,7 +68,3 @@ def point_of(ends: Ends, cell: Cell, found: Measured) -> Point:
 def bound(ends: Ends, abilities: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The abilities with a floor that could be measured at all."""
     return [a for a in abilities if a["name"] in ends.floors and a["retention"]]
-
-
-def _shares(abilities: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    return {a["name"]: a["retention"] for a in abilities if a["retention"]}

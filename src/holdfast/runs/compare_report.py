@@ -30,8 +30,9 @@ def compared(
     """
     rows = [_row(ends, name, trials[name], runs, seeds) for name, runs in final.items() if runs]
     best = max((p.value for points in trials.values() for p in points), default=0.0)
+    base = choosing.value(choosing.task_of_base())
     for row in rows:
-        row["hypervolume"] = hypervolume([_corner(p, choosing, best) for p in trials[row["name"]]])
+        row["hypervolume"] = hypervolume([_corner(p, choosing, base, best) for p in trials[row["name"]]])
     rows.sort(key=lambda r: (ORDER.index(r["status"]), r["few"], -ends.value(r["task"])))
     used = versions()
     return {
@@ -95,9 +96,8 @@ def _unseen(ends: Ends, abilities: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in ends.floors if name not in seen]
 
 
-def _corner(point: Point, ends: Ends, best: float) -> tuple[float, float]:
+def _corner(point: Point, ends: Ends, base: float, best: float) -> tuple[float, float]:
     """(share of the largest gain of all plans, least share kept of an ability with a floor), both from 0 to 1."""
-    base = ends.value(ends.task_of_base())
     gain = (point.value - base) / (best - base) if best > base else 0.0
     kept = [share["value"] for name, share in point.shown["kept"].items() if name in ends.floors]
     return min(1.0, max(0.0, gain)), min(1.0, max(0.0, min(kept, default=0.0)))

@@ -100,13 +100,14 @@ def hand_over(run: Run) -> None:
         TrainingError: it failed; the run is finished all the same.
     """
     asked = run.recipe.export
-    due = (asked.gguf and not (run.path / GGUF).is_file()) or (asked.push_to_hub and not (run.path / PUSHED).is_file())
-    if due:
+    converts = bool(asked.gguf) and not (run.path / GGUF).is_file()
+    uploads = bool(asked.push_to_hub) and not (run.path / PUSHED).is_file()
+    if converts or uploads:
         own_export(run)
-    if asked.gguf and not (run.path / GGUF).is_file():
+    if converts:
         run.tell("gguf", 0.0, "")
         by_first(lambda: _convert(run))
-    if asked.push_to_hub and not (run.path / PUSHED).is_file():
+    if asked.push_to_hub and uploads:
         run.tell("upload", 0.0, asked.push_to_hub)
         run.folder.write(PUSHED, by_first(lambda: _push(run)))
 

@@ -26,7 +26,7 @@ from holdfast.measure.suites import asked_of, build, check_suite, remembered
 from holdfast.method import Method
 from holdfast.models.identity import file_sha
 from holdfast.runs.repair_goal import Goal, Items
-from holdfast.runs.repair_search import MADE, SOUP, TUNED, Candidate, Point, sure
+from holdfast.runs.repair_search import MADE, SOUP, TUNED, Candidate, Point, margins_of
 from holdfast.sites.merge_files import Pair
 
 BASE = Candidate("base")
@@ -148,7 +148,7 @@ class Judge:
         kept = {a["name"]: a["retention"] for a in judged if a["retention"]}
         items = self.task(who, parts)
         score = self.goal.estimates(items, items)["after"]
-        margins = [sure(kept[name]) - floor for name, floor in self.floors.items() if name in kept]
+        margins = margins_of(kept, self.floors)
         shown = {"task": score, "kept": kept}
         return Point(who, self.goal.value(items), min(margins, default=-1.0), tuple(parts), shown)
 

@@ -22,6 +22,7 @@ from typing import Any
 from holdfast.errors import PlanError, suggest
 from holdfast.method import Method
 from holdfast.methods import TaskArithmetic, all_methods
+from holdfast.recipe import KEEP_FRAC
 from holdfast.runs.repair_heal import SHARES, STEPS
 from holdfast.runs.repair_made import ANTIDOTE, GRAFT, REALIGN
 
@@ -61,6 +62,7 @@ GRID: dict[str, list[dict[str, Any]]] = {  # ours; the papers search the same se
     HEAL: [{"steps": STEPS}, *({"steps": STEPS, "share": s} for s in SHARES)],  # one training
 }
 DEFAULT = ("WiSEFT", "LiNeS", "TIES")
+Kept = Mapping[str, Mapping[str, float]]  # of each ability the estimate of the share kept
 THIRDS, BEND = 3, 0.2  # ours
 SPARE = 0.03  # ours: a suite of few items would keep nothing but the base
 GIVEN_BACK = 0.1  # ours: of what the tuning gained
@@ -215,6 +217,19 @@ def _soups(also: Sequence[str], coarse: Callable[[Candidate], Point]) -> list[Po
 def sure(kept: Mapping[str, float]) -> float:
     """An estimate less its standard error, of which a 95 % interval has about four, and less SPARE at most."""
     return kept["value"] - min(SPARE, (kept["high"] - kept["low"]) / 4)
+
+
+def margins_of(kept: Kept, floors: Mapping[str, float], spare: bool = True) -> list[float]:
+    """How far each ability with a floor lies above it; what the base does not have is not in `kept`.
+
+    spare: less a standard error (`sure`).
+    """
+    return [(sure(kept[n]) if spare else kept[n]["value"]) - floor for n, floor in floors.items() if n in kept]
+
+
+def losses_of(kept: Kept, floors: Mapping[str, float]) -> list[float]:
+    """Of the abilities without a floor those that are shown below KEEP_FRAC, and by how much (below 0)."""
+    return [kept[n]["high"] - KEEP_FRAC for n in kept if n not in floors and kept[n]["high"] < KEEP_FRAC]
 
 
 def choose(points: Sequence[Point]) -> Point:

@@ -198,17 +198,15 @@ def words(found: Mapping[str, Any]) -> str:
 
 
 def _outcome(found: Mapping[str, Any], bound: str) -> str:
-    how = SURELY if found["surely"] else LIKELY
+    how, unhealed = SURELY if found["surely"] else LIKELY, found.get("unhealed")
+    tried = f"; it could not be healed, since {unhealed}" if unhealed else ""
     if found["healed"]:
         meets = "meets it" if found["surely"] else f"meets it {LIKELY},"
         does = f"{meets} and was used" if found["met"] else "does not either, but is the nearest to it"
         return f"{_failed(found, bound)}; {found['share']:.0%} of a short training towards the base (heal) {does}"
     if found["share"] == 1 and found["met"]:
-        unhealed = found.get("unhealed")
-        tried = f"; it could not be healed, since {unhealed}" if unhealed else _lost(found)
-        return f"the whole change meets the budget ({bound}) {how}" + ("" if found["surely"] else tried)
-    unhealed = found.get("unhealed")
-    tried = f"; it could not be healed, since {unhealed}" if unhealed else ""
+        more = "" if found["surely"] else tried or _lost(found)
+        return f"the whole change meets the budget ({bound}) {how}{more}"
     if "why" in found:
         return f"the budget ({bound}) is not met and could not be enforced: {found['why']}{tried}"
     kept = f"{found['share']:.0%} of the change was kept"
