@@ -19,8 +19,11 @@ from holdfast.errors import HoldfastError, PlanError, RecipeError
 from holdfast.hosts import plain
 from holdfast.measure import stats
 from holdfast.measure.packed import pack, pack_suite, unpack
+from holdfast.measure.parts import COARSE, FINE, REPORT, cut, for_choosing
+from holdfast.measure.probe import Ask
 from holdfast.measure.recipes import abilities, kept
 from holdfast.measure.stats import Estimate
+from holdfast.measure.suites import build
 from holdfast.methods import ICLAnchor, KLToBase, LoRA, Replay, all_methods
 from holdfast.plan import Plan
 from holdfast.recipe import recipe_from
@@ -552,8 +555,40 @@ def test_nothing_is_done_twice(world, tmp_path, monkeypatch):
     assert not go(world, tmp_path)["failed"]
     assert (len(loads), len(reads)) == (1, 1)
     choosing, reporting = 1 + 4, 1 + 4  # the base and runs: two rates of two plans, two seeds of two plans
-    assert sorted(Counter(scored).values()) == [choosing, choosing, reporting]
+    assert sorted(Counter(scored).values()) == [choosing, reporting]
     assert len(rows) == choosing + reporting
+
+
+def test_a_single_trial_asks_nothing_for_choosing(world, tmp_path, monkeypatch):
+    """Two plans at one rate and two seeds: no item is spent on a choice that nobody makes."""
+    monkeypatch.setenv("HOLDFAST_HOME", str(tmp_path / "home"))
+    asked_of, plain = [], halves.Halves.measured
+    monkeypatch.setattr(
+        halves.Halves, "measured", lambda self, half, *a, **k: asked_of.append(half) or plain(self, half, *a, **k)
+    )
+    found = go(world, tmp_path, factors=(1.0,), seeds=2)
+    assert asked_of == ["report"] * (1 + 2 * 2) and not found["failed"]
+    assert not (tmp_path / "out" / "base.choose.json").exists()
+    assert {n: c["factor"] for n, c in json.loads((tmp_path / "out" / "chosen.json").read_text()).items()} == {
+        r["name"]: 1.0 for r in found["rows"]
+    }
+    assert all(r["trials"] == [] and r["seeds"] == [0, 1] for r in found["rows"])
+    assert compared.ALONE in (tmp_path / "out" / "compare.html").read_text()
+    best = max(found["rows"], key=lambda r: r["task"]["value"])
+    kept = [a["retention"]["value"] for a in best["abilities"] if a["name"] in found["keep"] and a["retention"]]
+    if best["task"]["value"] > found["task"]["base"]["value"]:  # the largest gain counts as 1
+        assert best["hypervolume"] == pytest.approx(min(1.0, max(0.0, min(kept, default=0.0))))
+
+
+def test_the_items_for_choosing_are_asked_at_once():
+    suite = build("in-context", Ask(None, 4, 12))
+    parts, both = cut(suite), for_choosing(suite)
+    reported = {p.id for p in parts[REPORT].probes}
+    assert {p.id for p in both.probes} == {p.id for part in (COARSE, FINE) for p in parts[part].probes}
+    assert [p.id for p in both.probes] == [
+        p.id for p in suite.probes if p.id not in {q.id for q in parts[REPORT].probes}
+    ]
+    assert both.settings["part"] == "coarse+fine" and {g.name for g in both.groups} == {p.task for p in both.probes}
 
 
 def test_a_folder_belongs_to_one_comparison(whole, world):
@@ -627,8 +662,8 @@ def test_a_refused_plan_leaves_no_base_for_another_model(world, tmp_path):
     bases = []
     for name in ("out", "fresh"):
         assert not go(world, tmp_path, ["plain"], name, **options)["failed"]
-        bases.append([json.loads((tmp_path / name / f"base.{half}.json").read_text()) for half in runs.HALVES])
-    assert bases[0] == bases[1]
+        bases.append({p.name: json.loads(p.read_text()) for p in (tmp_path / name).glob("base.*.json")})
+    assert bases[0] == bases[1] and bases[0]
 
 
 def test_a_measured_base_makes_the_folder_its_own(world, tmp_path, monkeypatch):
@@ -881,11 +916,11 @@ def test_every_run_stays_within_the_budget(world, tmp_path):
     measure = {"budget": True, "keep": {"language": 0.999}}
     training = {"learning_rate": 0.03, "max_steps": 12}
     recipe = asked(world, tmp_path, measure=measure, training=training)
-    found = go(world, tmp_path, ["plain"], recipe=recipe, factors=(1.0,), seeds=2)
+    found = go(world, tmp_path, ["plain"], recipe=recipe, factors=(1.0, 1e-4), seeds=2)
     assert not found["failed"] and found["rows"][0]["seeds"] == [0, 1]
     done = json.loads((tmp_path / "out" / "runs" / "plain.x1.0" / "trained.json").read_text())
     assert done["budget"]["share"] < 1
-    (trial,) = found["rows"][0]["trials"]
+    (trial,) = (t for t in found["rows"][0]["trials"] if t["factor"] == 1)
     (at,) = [p for p in done["budget"]["points"] if p["share"] == done["budget"]["share"]]
     assert trial["kept"]["language"]["value"] == pytest.approx(at["kept"]["language"]["value"], abs=1e-4)
 

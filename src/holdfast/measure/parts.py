@@ -22,7 +22,12 @@ TURN = (COARSE, REPORT, FINE, REPORT)
 def cut(suite: Suite) -> dict[str, Suite]:
     """part -> the suite with that part's probes; tasks that have none there are left out."""
     at = _places(suite)
-    return {part: _only(suite, part, at) for part in (COARSE, FINE, REPORT)}
+    return {part: _only(suite, (part,), at) for part in (COARSE, FINE, REPORT)}
+
+
+def for_choosing(suite: Suite) -> Suite:
+    """All probes that are for choosing: one look at them reads what they share once, two looks twice."""
+    return _only(suite, (COARSE, FINE), _places(suite))
 
 
 def whole_parts(suite: Suite, limit: str) -> dict[str, Suite]:
@@ -66,11 +71,11 @@ def _units(group: Group, probes: Sequence[Probe]) -> list[tuple[str, list[Probe]
     return [(name, [p]) for name, own in clusters.items() for p in own]
 
 
-def _only(suite: Suite, part: str, at: dict[str, str]) -> Suite:
-    probes = tuple(p for p in suite.probes if at[p.id] == part)
+def _only(suite: Suite, parts: Sequence[str], at: dict[str, str]) -> Suite:
+    probes = tuple(p for p in suite.probes if at[p.id] in parts)
     tasks = {p.task for p in probes}
     groups = tuple(g for g in suite.groups if g.name in tasks)
-    return replace(suite, groups=groups, probes=probes, settings={**suite.settings, "part": part})
+    return replace(suite, groups=groups, probes=probes, settings={**suite.settings, "part": "+".join(parts)})
 
 
 def first_of_each(suite: Suite, most: int) -> Suite:

@@ -30,9 +30,10 @@ SIGNS = (
 )
 CHOSE = "All of this is made on the items for choosing, which the table and the pictures above do not share."
 TRIALS = "A dot is a trial, named by its plan and its rate; the chosen one of each plan is bold."
+ALONE = "Nothing: every plan was tried at one rate and one strength, so no item was spent on choosing."
 NAMED = 16  # ours: of more trials only the chosen ones are named, for the names would hide the dots
 AREA = (
-    "Area, on the items for choosing: what a plan's trials dominate of task gain times ability kept, 0 to 1. The "
+    "Area, on {items}: what a plan's trials dominate of task gain times ability kept, 0 to 1. The "
     "largest gain of any trial counts as 1, so luck among the trials is in it, and it ranks nothing."
 )
 DOTS = (
@@ -102,22 +103,24 @@ def _page(r: Part, drawn: Mapping[str, str]) -> str:
         html_table(_head(r), [(cells, False) for cells in _cells(r)]),
         *(f"<h2>{html(name)}</h2>{svg}" for name, svg in drawn.items()),
         f"<p>{DOTS}</p>",
-        f"<h2>What chose {'rates and strengths' if _strengths(r) else 'the learning rates'}</h2>",
-        f"<p>{html(CHOSE)}</p>",
-        html_table(
-            ["plan", "learning rate", *(["strength"] if _strengths(r) else []), *EARLY, "task", *r["keep"]],
-            [(cells, False) for cells in _trials(r)],
-        ),
-        *_trial_pictures(r),
-        f"<p>{html(TRIALS)}</p>" if r["keep"] else "",
-        f"<p>{html(SIGNS)}</p>",
-        f"<p>{html(AREA)} {html(_areas(r))}</p>",
+        *(_chose(r) if [*_trials(r)] else [f"<h2>What chose</h2><p>{html(ALONE)}</p>"]),
+        f"<p>{html(_areas(r))}</p>",
         f"<p>{html(FAILED)}</p><ul>{failed}</ul>" if failed else "",
         f"<p>{html(_foot(r))}</p>",
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
     start = f'<!doctype html><html lang="en"><head>{head}<title>Comparison</title></head>'
     return f"{start}<body>{''.join(body)}</body></html>\n"
+
+
+def _chose(r: Part) -> Iterator[str]:
+    """The trials, and what they say."""
+    yield f"<h2>What chose {'rates and strengths' if _strengths(r) else 'the learning rates'}</h2><p>{html(CHOSE)}</p>"
+    head = ["plan", "learning rate", *(["strength"] if _strengths(r) else []), *EARLY, "task", *r["keep"]]
+    yield html_table(head, [(cells, False) for cells in _trials(r)])
+    yield from _trial_pictures(r)
+    yield f"<p>{html(TRIALS)}</p>" if r["keep"] else ""
+    yield f"<p>{html(SIGNS)}</p>"
 
 
 def _head(r: Part) -> list[str]:
@@ -195,7 +198,9 @@ def _trial_dots(r: Part, name: str) -> list[dict[str, Any]]:
 
 
 def _areas(r: Part) -> str:
-    return ", ".join(f"{row['name']} {row['hypervolume']:.2f}" for row in r["rows"]) + "."
+    items = "the items for choosing" if [*_trials(r)] else "what is reported"
+    each = ", ".join(f"{row['name']} {row['hypervolume']:.2f}" for row in r["rows"])
+    return f"{AREA.format(items=items)} {each}."
 
 
 def _dots(r: Part, name: str) -> list[dict[str, Any]]:

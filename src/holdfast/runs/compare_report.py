@@ -18,7 +18,7 @@ ORDER = ("kept", "no loss shown", "unclear", "lost")  # the best first
 
 def compared(
     ends: Ends,
-    choosing: Ends,
+    choosing: Ends | None,
     trials: Mapping[str, Sequence[Point]],
     final: Mapping[str, Runs],
     failed: Mapping[str, str],
@@ -26,13 +26,14 @@ def compared(
 ) -> dict[str, Any]:
     """Everything for compare.json: what chose the settings stands beside, and never inside, what is reported.
 
-    ends, choosing: of the half that is reported on, and of the one that the trials were chosen on.
+    ends, choosing: of the half that is reported on, and of the one that the trials were chosen on, if any were.
     """
     rows = [_row(ends, name, trials[name], runs, seeds) for name, runs in final.items() if runs]
-    best = max((p.value for points in trials.values() for p in points), default=0.0)
-    base = choosing.value(choosing.task_of_base())
+    looked = {row["name"]: _looks(ends, row) if choosing is None else trials[row["name"]] for row in rows}
+    best = max((p.value for points in looked.values() for p in points), default=0.0)
+    base = (choosing or ends).value((choosing or ends).task_of_base())
     for row in rows:
-        row["hypervolume"] = hypervolume([_corner(p, choosing, base, best) for p in trials[row["name"]]])
+        row["hypervolume"] = hypervolume([_corner(p, ends.floors, base, best) for p in looked[row["name"]]])
     rows.sort(key=lambda r: (ORDER.index(r["status"]), r["few"], -ends.value(r["task"])))
     used = versions()
     return {
@@ -96,10 +97,16 @@ def _unseen(ends: Ends, abilities: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in ends.floors if name not in seen]
 
 
-def _corner(point: Point, ends: Ends, base: float, best: float) -> tuple[float, float]:
+def _looks(ends: Ends, row: Mapping[str, Any]) -> list[Point]:
+    """A plan with a single trial: what is reported of it, over its seeds."""
+    kept = {a["name"]: a["retention"] for a in row["abilities"] if a["retention"]}
+    return [Point(row["name"], ends.value(row["task"]), 0.0, ("report",), {"kept": kept})]
+
+
+def _corner(point: Point, floors: Mapping[str, float], base: float, best: float) -> tuple[float, float]:
     """(share of the largest gain of all plans, least share kept of an ability with a floor), both from 0 to 1."""
     gain = (point.value - base) / (best - base) if best > base else 0.0
-    kept = [share["value"] for name, share in point.shown["kept"].items() if name in ends.floors]
+    kept = [share["value"] for name, share in point.shown["kept"].items() if name in floors]
     return min(1.0, max(0.0, gain)), min(1.0, max(0.0, min(kept, default=0.0)))
 
 

@@ -5,6 +5,8 @@
 2. What was chosen is written down with its hash, before anything of the other half is looked at.
 3. The chosen one trains with the other seeds, and all its runs are measured on test rows and the other half.
 
+Where every plan has a single trial, nothing is chosen: the first phase is left out, with all its measuring.
+
 Every run is a folder in `runs/`, as `tune` makes them, and goes on where it was killed. A run that fails is reported
 and stops no other. The base is loaded and measured once, and rows are tokenised once. Of the models only the best of
 each plan so far is kept, and none at the end.
@@ -44,8 +46,7 @@ from holdfast.runs.work import Job
 
 LAST, CHOSEN, TASK = "compare.json", "chosen.json", "task.json"
 TRAINED = "trained.json"  # the training.json of a run whose model is gone
-HALVES = (CHOOSE, REPORT)
-WORK = {"runs", CHOSEN, LAST, TASK, *map(base_file, HALVES)}
+WORK = {"runs", CHOSEN, LAST, TASK, *map(base_file, (CHOOSE, REPORT))}
 SHARED = ("model", "data", "metric", "validation rows")  # inputs of all plans; the others are one's own
 
 
@@ -65,6 +66,11 @@ class Wish(JsonOrder):
         """Of each plan, at the most."""
         return self.search or len(self.factors) * len(self.strengths)
 
+    @property
+    def halves(self) -> tuple[str, ...]:
+        """What is measured: with a single trial nothing is chosen, so no item is asked for that."""
+        return (CHOOSE, REPORT) if self.trials > 1 else (REPORT,)
+
 
 class Comparison:
     """One comparison at work, in the folder `out`, from wherever it stands.
@@ -82,7 +88,8 @@ class Comparison:
         self.failed: dict[str, str] = {}
         self.rates: dict[str, float] = {}  # of each plan, before a factor
         self.suites: tuple[str, ...] = ()  # of all plans, once they are checked
-        self._done, self._all = 0, len(self.plans) * (wish.trials + wish.seeds)
+        phases = wish.seeds + (wish.trials if CHOOSE in wish.halves else 0)
+        self._done, self._all = 0, len(self.plans) * phases
 
     @property
     def share_done(self) -> float:
@@ -97,7 +104,8 @@ class Comparison:
         self.before_report([cell for _, cell in picked.values() if cell])
         final = {name: list(self._report(cell)) for name, (_, cell) in picked.items() if cell}
         trials = {name: points for name, (points, _) in picked.items()}
-        report = compared(self._ends(REPORT), self._ends(CHOOSE), trials, final, self.failed, self.wish.seeds)
+        choosing = self._ends(CHOOSE) if CHOOSE in self.wish.halves else None
+        report = compared(self._ends(REPORT), choosing, trials, final, self.failed, self.wish.seeds)
         self.folder.write(LAST, report)
         return self.folder.read(LAST)
 
@@ -117,7 +125,7 @@ class Comparison:
 
     def _measure_base(self, job: Job) -> None:
         halves, key, made = halves_of(job), base_key(job, job.model), made_by(job.model)
-        for half in HALVES:
+        for half in self.wish.halves:
             if not is_base(self.folder.read(base_file(half)), made, job.suites):
                 found = halves.measured(half, job.model, key=key, tell=self._told("measure before"))
                 self.folder.write(base_file(half), {**found, "made": made})
@@ -136,6 +144,8 @@ class Comparison:
         """(what each trial scored on the choosing half, the cell of the chosen one or None if all failed)."""
         points: dict[Cell, Any] = {}
         trials = self.trials(name)
+        if CHOOSE not in self.wish.halves:
+            return [], trials.ask()
         while cell := trials.ask():
             found = self.attempt(cell, CHOOSE)
             point = None if found is None else point_of(self._ends(CHOOSE), cell, found)
@@ -179,7 +189,7 @@ class Comparison:
         recipe["training"].pop("output_dir")
         inputs, own = self.folder.read(INPUTS), _of_plan(cell.plan)
         inputs = {k: v for k, v in inputs.items() if k in SHARED or k.endswith(own)}
-        return content_key(recipe, inputs, self.folder.read(base_file(CHOOSE))["made"])
+        return content_key(recipe, inputs, self.folder.read(base_file(REPORT))["made"])
 
     # ---- the second phase
 

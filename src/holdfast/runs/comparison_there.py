@@ -36,7 +36,7 @@ class ComparisonThere(Comparison):
         self.tell("check", 0.0, "on the cluster")
         self.cluster.submit("start", _start, self._place())
         self.rates, self.suites = self.cluster.result("start")
-        for name in self.plans:
+        for name in self.plans if CHOOSE in self.wish.halves else ():
             if self.wish.search:
                 self.cluster.submit(name, _search, self._place(), name)
             else:

@@ -14,7 +14,7 @@ from holdfast.data.rows import Row, split
 from holdfast.errors import HoldfastError
 from holdfast.files import content_key
 from holdfast.measure.asking import score_suite
-from holdfast.measure.parts import COARSE, FINE, REPORT, first_of_each, join, whole_parts
+from holdfast.measure.parts import COARSE, REPORT, first_of_each, for_choosing, whole_parts
 from holdfast.measure.probe import Ask, Suite
 from holdfast.measure.suites import asked_of, build, remembered
 from holdfast.runs.task_rows import score_rows
@@ -22,7 +22,6 @@ from holdfast.runs.work import Job
 
 SUITES_SHARE = 0.7  # of the time a measurement takes, as its bar shows it; the task takes the rest
 CHOOSE = "choose"
-PARTS = {CHOOSE: (COARSE, FINE), REPORT: (REPORT,)}
 SEED = 0
 FEWEST_ROWS = 8  # ours
 Measured = dict[str, Any]  # {"abilities": [a measurement of each suite], "task": items}
@@ -40,7 +39,7 @@ class Halves:
 
     @cached_property
     def suites(self) -> dict[str, dict[str, Suite]]:
-        """name -> part -> the suite with that part's probes; building them takes longer than cutting rows."""
+        """name -> part or half -> the suite with its probes; building them takes longer than cutting rows."""
         job, m = self.job, self.job.recipe.measure
         ask = Ask(job.tokenizer, m.num_fewshot, m.limit, labels=job.task.names)
         return {name: _cut(name, ask) for name in job.suites}
@@ -81,7 +80,7 @@ class Halves:
         out = []
         for n, (name, own) in enumerate(self.suites.items()):
             tell(n / len(self.suites), name)
-            out.append(join([self._suite(model, own[part], key) for part in PARTS[half]]))
+            out.append(self._suite(model, own[half], key))
         return out
 
     def looked_at(self, names: Sequence[str], model: Any, most: int) -> list[dict[str, Any]]:
@@ -110,4 +109,5 @@ def _cut(name: str, ask: Ask) -> dict[str, Suite]:
     if name.startswith("lm_eval:"):
         what = f"{name} is to choose with and to report on, and it cannot be cut into two halves."
         raise HoldfastError(what, "Use suites of Holdfast or jsonl:<path>.")
-    return whole_parts(build(name, ask), "measure.limit")
+    suite = build(name, ask)
+    return {**whole_parts(suite, "measure.limit"), CHOOSE: for_choosing(suite)}
