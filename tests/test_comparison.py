@@ -585,9 +585,7 @@ def test_the_items_for_choosing_are_asked_at_once():
     parts, both = cut(suite), for_choosing(suite)
     reported = {p.id for p in parts[REPORT].probes}
     assert {p.id for p in both.probes} == {p.id for part in (COARSE, FINE) for p in parts[part].probes}
-    assert [p.id for p in both.probes] == [
-        p.id for p in suite.probes if p.id not in {q.id for q in parts[REPORT].probes}
-    ]
+    assert [p.id for p in both.probes] == [p.id for p in suite.probes if p.id not in reported]
     assert both.settings["part"] == "coarse+fine" and {g.name for g in both.groups} == {p.task for p in both.probes}
 
 
