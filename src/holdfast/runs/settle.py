@@ -30,7 +30,7 @@ from holdfast.runs.change import Change, base_tensors
 from holdfast.runs.halves import CHOOSE, Measured, halves_of
 from holdfast.runs.joined import joined
 from holdfast.runs.measuring import made_by
-from holdfast.runs.repair_search import Point, affordable, gives_back
+from holdfast.runs.repair_search import GIVEN_BACK, Point, affordable, gives_back
 from holdfast.runs.work import Job
 
 SURELY = "by a standard error on the items for choosing"
@@ -108,7 +108,7 @@ def settle(job: Job, change: Change, model: Any, soft: Any) -> tuple[Any, dict[s
             best = affordable([*points, *looks], **ends)
             enough = best.meets or (bool(looks) and best.may_meet)  # where nothing was healed, the line may be sure
             if change.straight and (not enough or gives_back(best, **ends)):
-                _halve(points, look, surely=best.may_meet and not looks)
+                _halve(points, look, gain=ends["tuned"] - ends["base"], surely=best.may_meet and not looks)
         best = affordable([*points, *looks], **ends)
         try:
             model = _taken(model, change, healing, best.candidate)
@@ -147,21 +147,24 @@ def _let_go() -> None:
         torch.cuda.empty_cache()
 
 
-def _halve(points: list[Point], look: Callable[[float], Point], surely: bool = False) -> None:
+def _halve(points: list[Point], look: Callable[[float], Point], gain: float = 0.0, surely: bool = False) -> None:
     """Look between the largest share that may meet the bounds and the smallest that does not; 0 meets them.
 
-    What lies within the noise of the bound is not told apart by a finer look. surely: by a standard error.
+    What lies within the noise of the bound is not told apart by a finer look, and is left where the task does not tell
+    it apart either. gain: of the task by the whole change. surely: by a standard error.
     """
 
     def above(p: Point) -> float:
         return p.margin if surely else p.estimate
 
     for _ in range(HALVINGS):
-        low = max((p.candidate.share for p in points if above(p) >= 0), default=0.0)
+        low = max((p for p in points if above(p) >= 0), key=lambda p: p.candidate.share, default=None)
         high = min((p for p in points if above(p) < 0), key=lambda p: p.candidate.share, default=None)
-        if high is None or (low and above(high) > -NOISE):
+        if high is None:
             return
-        points.append(look((low + high.candidate.share) / 2))
+        if low and above(high) > -NOISE and high.value - low.value <= GIVEN_BACK * max(0.0, gain):
+            return
+        points.append(look(((low.candidate.share if low else 0.0) + high.candidate.share) / 2))
 
 
 def _point(job: Job, end: End, base: Measured, found: Measured) -> Point:
