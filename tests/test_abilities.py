@@ -1,5 +1,6 @@
 """measure.suites: auto. In-context always; all default suites where the training is long enough to make them cheap."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -48,6 +49,30 @@ def test_the_cost_is_that_of_the_suites_as_they_are_asked(tokenizer):
 def test_what_has_a_floor_is_measured(world, tmp_path, tokenizer):
     recipe = asked(world, tmp_path, keep={"language": 0.9})
     assert measured_suites(recipe, ROWS, 1, Ask(tokenizer, 1, 2), 4096) == ("in-context", "language")
+
+
+def test_what_goes_through_the_template_is_asked_for_instructions(world, tmp_path, tokenizer):
+    """On conversations in-context learning can stay whole while every instruction is lost."""
+    ask, auto, named = (
+        Ask(tokenizer, 1, 2),
+        asked(world, tmp_path),
+        asked(world, tmp_path, suites=["language"], keep={}),
+    )
+    assert measured_suites(auto, ROWS, 1, ask, 4096, chat=True) == ("in-context", "instructions")
+    assert "instructions" not in words(auto, ("in-context", "instructions")).partition(":")[2]
+    assert measured_suites(named, ROWS, 1, ask, 4096, chat=True) == ("language",)
+    assert measured_suites(auto, ROWS, 1, ask, 60, chat=True) == ("in-context",)  # longer than the model can read
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_run_knows_whether_its_rows_are_chat(world, tmp_path, chat):
+    row = {"messages": [{"role": "user", "content": "Hi {n}"}, {"role": "assistant", "content": "Yes"}]}
+    file = tmp_path / "rows.jsonl"
+    told = json.dumps(row if chat else {"prompt": "{n}:", "completion": " yes"})
+    file.write_text("".join(told.replace("{n}", str(n)) + "\n" for n in range(40)))
+    recipe = recipe_from(recipe_data(world, tmp_path / "run") | {"data": {"train": str(file), "validation_size": 6}})
+    job = checked(Run(recipe, tmp_path))
+    assert job.task.chat is chat and ("instructions" in job.suites) is chat
 
 
 def test_what_the_model_cannot_read_is_left_out(world, tmp_path, tokenizer):

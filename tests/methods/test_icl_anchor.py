@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from cases import run
+from holdfast.data.rendered import Rendered
+from holdfast.data.rows import Row
 from holdfast.errors import HoldfastError, PlanError
 from holdfast.measure.tasks import anchor_tasks
 from holdfast.method import Past
@@ -242,3 +244,21 @@ def test_prompts_that_do_not_fit_are_left_out(tiny_model, tokenizer):
 def test_values_that_make_no_sense(wrong, tiny_model, tokenizer):
     with pytest.raises(PlanError, match="ICLAnchor"):
         ICLAnchor(**wrong).check(Context(tiny_model(), tokenizer))
+
+
+def test_requests_stand_among_the_prompts_of_chat_alone(tiny_model, tokenizer):
+    """Of 9 prompts every third is a request where the task's rows go through the template; the others stay."""
+    model, plain, chat = tiny_model(), Row("Hi:", " yes"), Row(Rendered("Hi:"), " yes")
+    method = ICLAnchor(pool=9)
+    shots, same, mixed = (method.asides(Context(model, tokenizer, rows=rows)) for rows in ((), (plain,), (chat,)))
+    assert [r.ids.tolist() for r in shots] == [r.ids.tolist() for r in same]
+    differ = [n for n, (a, b) in enumerate(zip(shots, mixed, strict=True)) if a.ids.tolist() != b.ids.tolist()]
+    assert differ == [2, 5, 8]
+    for row in (mixed[n] for n in differ):
+        assert row.owner == "ICLAnchor" and row.gold is None and len(row.ids) <= 128
+        assert row.num_scored == len(row.ids) - 1
+    assert len({tuple(mixed[n].ids.tolist()) for n in differ}) == 3
+    none = dataclasses.replace(method, requests=0.0).asides(Context(model, tokenizer, rows=(chat,)))
+    assert [r.ids.tolist() for r in shots] == [r.ids.tolist() for r in none]
+    with pytest.raises(PlanError, match="requests is 1"):
+        ICLAnchor(requests=1.0).check(Context(model, tokenizer))

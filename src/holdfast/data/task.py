@@ -62,6 +62,11 @@ class TaskData:
         given = [r.completion for r in self.test]
         return max(given.count(y) for y in self.labels) / len(given)
 
+    @property
+    def chat(self) -> bool:
+        """Whether its rows are written by the model's chat template."""
+        return any(isinstance(r.prompt, Rendered) for r in (*self.validation[:1], *self.test[:1]))
+
     def place(self, row: TokenRow) -> str:
         """Where a training row stands in its file; "" for one that a method made or changed."""
         number = self.token_rows.find(row)

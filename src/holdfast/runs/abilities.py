@@ -1,6 +1,8 @@
 """Which abilities a run measures where its recipe leaves that open (`measure.suites: [auto]`).
 
-All default suites, where measuring them twice costs less than a tenth of the training; else in-context learning alone.
+All default suites, where measuring them twice costs less than a tenth of the training; else in-context learning alone,
+and where the data goes through the chat template instructions too: a plan that keeps all of in-context learning on
+conversations can lose every instruction, which are prompts of just that form (docs/budget.md).
 A suite with a floor in `measure.keep` is measured in any case.
 """
 
@@ -17,6 +19,7 @@ from holdfast.measure.suites import build, check_suite
 from holdfast.recipe import AUTO, Recipe
 
 SHARE = 0.1  # ours
+CHAT = "instructions"
 CHARACTERS = 4  # of a token, about
 WRITTEN = 8  # ours: a new token of a generated answer in tokens that are read
 STEP = 3  # forwards' worth of a training step: one, and a backward of two
@@ -31,9 +34,16 @@ def certain(recipe: Recipe) -> tuple[str, ...]:
     return names_of(["in-context", *(s for s in m.suites if s != AUTO), *m.floors])
 
 
-def measured_suites(recipe: Recipe, rows: Sequence[Any], steps: int, ask: Ask, longest: int) -> tuple[str, ...]:
-    """The suites of a run of so many steps on these token rows; of the open ones those that the model can read."""
+def measured_suites(
+    recipe: Recipe, rows: Sequence[Any], steps: int, ask: Ask, longest: int, chat: bool = False
+) -> tuple[str, ...]:
+    """The suites of a run of so many steps on these token rows; of the open ones those that the model can read.
+
+    chat: whether the rows are written by the chat template.
+    """
     names = certain(recipe)
+    if chat and AUTO in recipe.measure.suites and _fits(CHAT, ask, longest):
+        names = tuple(dict.fromkeys([*names, CHAT]))
     if AUTO not in recipe.measure.suites or 2 * cost(ask) > SHARE * STEP * _tokens(recipe, rows, steps):
         return names
     return tuple(dict.fromkeys([*names, *(s for s in DEFAULT if _fits(s, ask, longest))]))

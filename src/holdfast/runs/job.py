@@ -87,7 +87,7 @@ def checked(run: Run) -> Job:
     rate = _rate(run.recipe, session, steps, len(task.validation))
     training = _training(run, model, steps, epoch, rate)
     check_course(training)
-    suites = measured_suites(run.recipe, task.token_rows, steps, ask, longest)
+    suites = measured_suites(run.recipe, task.token_rows, steps, ask, longest, task.chat)
     job = Job(run, source, model, tokenizer, task, session, training, rate, mix, suites)
     return dataclasses.replace(job, unheld=why_none(job))
 

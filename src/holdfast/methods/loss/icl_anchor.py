@@ -16,6 +16,7 @@ there: a step of Adam is as long for a small gradient as for a large one, so the
 ability before the KL, which is zero at the base, has a gradient. A longer run mends that itself (docs/decisions.md).
 The second sum, the right answers of the same prompts, costs no further token: it is InContextMix on rows that are
 there anyway. Without it (gold = 0) in-context ability settles a little below the base's.
+Where the task's rows go through the chat template, `requests` of the prompts are plain requests instead (`_requests`).
 `hold` (off by default) is a bound on that KL, in nats per token, and the KL's weight w is then steered to meet it:
 
     w <- clip(w exp(hold_rate s r clip(K / hold - 1, -1, 1)), hold_range)    after every step with prompts
@@ -39,7 +40,7 @@ import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -51,6 +52,7 @@ from holdfast.measure.tasks import AnchorTask, anchor_tasks
 from holdfast.method import Method, Paper, Past, State, Steer, Term
 from holdfast.methods.data._shots import encode_shots
 from holdfast.methods.loss._divergence import KINDS
+from holdfast.methods.loss._requests import with_requests
 from holdfast.services import Context, View
 
 
@@ -71,6 +73,7 @@ class ICLAnchor(Method):
     direction: str = "forward"
     on: str = "all"
     pool: int = 512  # distinct prompts
+    requests: float = 1 / 3  # ours: of the prompts, where the task's rows go through the chat template
     seed: int = 0
     hold: float | None = None  # ours: nats per token; None: the weight is fixed
     hold_rate: float = 0.1  # ours, per step; the controller of 1909.08593: 0.1 a batch, its error clipped at 0.2
@@ -99,6 +102,10 @@ class ICLAnchor(Method):
         if min(self.short, self.early, self.early_factor) < 0:
             what = f"ICLAnchor has short {self.short}, early {self.early} and early_factor {self.early_factor}."
             raise PlanError(what, "Use 0 or more.")
+        if not 0 <= self.requests < 1:
+            raise PlanError(
+                f"ICLAnchor.requests is {self.requests}.", "Use a share of the prompts, from 0 to below 1."
+            )
         self._check_hold()
         anchor_tasks(self.tasks)
 
@@ -133,14 +140,8 @@ class ICLAnchor(Method):
             draw = random.Random(f"ICLAnchor/{self.seed}/{n}")
             task, form = tasks[n % len(tasks)], draw.choice(forms)
             pairs = draw.sample(task.items, draw.randint(*self.shots) + 1)
-            prompt = build(
-                form,
-                pairs[:-1],
-                pairs[-1],
-                instruction=task.instruction,
-                names=task.names,
-                tokenizer=ctx.tokenizer,
-            )
+            about: dict[str, Any] = {"instruction": task.instruction, "names": task.names}
+            prompt = build(form, pairs[:-1], pairs[-1], **about, tokenizer=ctx.tokenizer)
             out.append(encode_shots(prompt, ctx.tokenizer, self.name, every_token=self.on == "all"))
         fits = [r for r in out if len(r.ids) <= ctx.max_length]
         if not fits:
@@ -148,7 +149,7 @@ class ICLAnchor(Method):
                 f"Every prompt of ICLAnchor is longer than data.max_length {ctx.max_length}.",
                 "Raise it, or ask for fewer ICLAnchor.shots.",
             )
-        return fits
+        return with_requests(fits, ctx, self.requests, self.name)
 
     def asides_at(self, step: int, pool: int, total: int) -> Sequence[int]:
         early = self._is_early(step, total)
