@@ -115,6 +115,7 @@ def healing(
     seed: int = SEED,
     at_once: int = BATCH,
     targets: str | tuple[str, ...] = "all-linear",
+    texts: Sequence[Any] = (),
 ) -> Session:
     """Train; returns the session, whose model is the tuned one with the change as an adapter.
 
@@ -124,20 +125,24 @@ def healing(
         seed: of the few-shot prompts.
         at_once: the most rows of the task in one forward; a step has BATCH of them in any case.
         targets: the maps that are changed (`LoRA.target_modules`).
+        texts: rows of the task as text, by which the prompts are chosen (`ICLAnchor.requests`).
 
     Raises:
         PlanError: the tuned model has no linear map that LoRA can stand beside.
     """
     anchor = {"every": 1, "short": 0, "pool": steps, "seed": seed}  # the tuned model is far from the base at once
-    teacher = _learnt(base(), tokenizer, ICLAnchor(**anchor), lambda x: tell(0.1 * x, "answers of the base"))
+    teacher = _learnt(base(), tokenizer, texts, ICLAnchor(**anchor), lambda x: tell(0.1 * x, "answers of the base"))
     model = tuned()
     plan = Plan([LoRA(target_modules=targets), KLToBase(), _Anchor(teacher=teacher, **anchor)])
-    return _trained(plan, model, tokenizer, rows(model), steps, at_once, lambda x, words: tell(0.2 + 0.8 * x, words))
+    ctx = Context(model, tokenizer, SEED, texts, total_steps=steps)
+    return _trained(plan, ctx, rows(model), at_once, lambda x, words: tell(0.2 + 0.8 * x, words))
 
 
-def _learnt(model: Any, tokenizer: Any, anchor: ICLAnchor, progress: Callable[[float], None]) -> Teacher:
+def _learnt(
+    model: Any, tokenizer: Any, texts: Sequence[Any], anchor: ICLAnchor, progress: Callable[[float], None]
+) -> Teacher:
     """The base's answers to the prompts of `anchor`, and its head."""
-    rows = anchor.asides(Context(model, tokenizer, SEED))
+    rows = anchor.asides(Context(model, tokenizer, SEED, texts))
     teacher = Teacher(model)
     teacher.learn(model, rows, progress=progress)
     teacher.freeze_base(model, head_trains=True, needs_copy=not teacher.exact_head)
@@ -145,17 +150,10 @@ def _learnt(model: Any, tokenizer: Any, anchor: ICLAnchor, progress: Callable[[f
 
 
 def _trained(
-    plan: Plan,
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[TokenRow],
-    steps: int,
-    at_once: int,
-    tell: Callable[[float, str], None],
+    plan: Plan, ctx: Context, rows: Sequence[TokenRow], at_once: int, tell: Callable[[float, str], None]
 ) -> Session:
-    dtype = model.dtype
+    model, steps, dtype = ctx.model, ctx.total_steps, ctx.model.dtype
     model.name_or_path = ""  # an adapter merged in memory: nobody will look for a folder below this one
-    ctx = Context(model, tokenizer, SEED, total_steps=steps)
     plan.check(Host("repair"), ctx)
     session = Session(plan, model, ctx, compute_dtype=dtype, knows_rows=True)
     mix = session.mix(rows)
