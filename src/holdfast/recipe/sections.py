@@ -319,7 +319,7 @@ class Measure(Section):
 
     suites: list[str] = Field(
         default=[AUTO],
-        description="Suites; auto: in-context, for chat instructions, and all the default if cheap beside the training.",
+        description="Suites; auto: in-context, for chat instructions, and the default ones if cheap.",
     )
     num_fewshot: int = Field(default=8, ge=0, description="Demonstrations in a few-shot prompt.")
     limit: int | None = Field(default=None, ge=1, description="Items of each task; null: each suite's own number.")
