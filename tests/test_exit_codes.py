@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 
 import pytest
 import safetensors
@@ -276,7 +277,8 @@ def test_letters_that_a_terminal_lacks(tmp_path):
 def test_a_killed_process_is_not_lost(tmp_path):
     script = FAILING.format("print('there', flush=True); import time; time.sleep(60)")
     for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGHUP):
-        job = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        heard = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored here too
+        job = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, preexec_fn=heard)
         assert job.stdout.readline() == b"there\n"
         job.send_signal(number)
         assert job.wait(30) == -number
