@@ -21,7 +21,8 @@ def with_requests(shots: Sequence[TokenRow], ctx: Context, share: float, owner: 
 
     Every token of a request counts. A host that only has tokens does not know, and gets the shots alone.
     """
-    if not share or not ctx.rows or not isinstance(ctx.rows[0].prompt, Rendered):
+    first = next(iter(ctx.rows), None)
+    if not share or first is None or not isinstance(first.prompt, Rendered):
         return list(shots)
     rows = read_sources(GENERAL[:1], ctx, owner=owner, all_tokens=True)
     rows = [cut for cut in (r.cut(min(LONGEST, ctx.max_length)) for r in rows) if cut.scored.any()]
