@@ -12,7 +12,6 @@ without its budget. Verdicts are those of `holdfast check` over all abilities of
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import sys
@@ -25,11 +24,11 @@ from typing import Any
 
 import repair_table
 from leaderboard_cell import Lab, Material, made, material, train_methods
-from leaderboard_cells import Cell, Data, in_turn
+from leaderboard_cells import Cell, Data, clock_after, in_turn, options
 from leaderboard_plans import DEFAULT, HERE, OUT
 from leaderboard_table import NAMES
 
-FOLDER, SHARED, PAGE = OUT / "abilities", HERE.parent.parent / "shared" / "data", HERE.parent / "docs" / "budget.md"
+FOLDER, PAGE = OUT / "abilities", HERE.parent / "docs" / "budget.md"
 TASKS = ("sst2", "rte", "agnews", "talk")
 RATES = {"default": DEFAULT, "lora": 1e-3}  # of LoRA the best known by task score (docs/leaderboard.md)
 FLOOR = 0.95
@@ -84,11 +83,10 @@ class Bench:
         from holdfast.measure.compare import abilities
         from leaderboard_plans import plans
 
-        start, rows = time.perf_counter(), self.rows(cell.task)
-        methods = plans()[cell.method][0]
-        before = self.asked(self.base, rows.labels, self.key)
+        start, rows, methods = time.perf_counter(), self.rows(cell.task), plans()[cell.method][0]
+        before, begun = self.asked(self.base, rows.labels, self.key), time.perf_counter()
         trained = train_methods(methods, cell, self.lab, copy.deepcopy(self.base), self.tokenizer, rows)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - begun
         found = abilities(before, self.asked(trained.model, rows.labels), {}, FLOOR)
         items = {b["suite"]: sum(len(t["items"]) for t in b["tasks"]) for b in before}
         return {
@@ -155,27 +153,25 @@ def _said(found: Sequence[Data]) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--shared", type=Path, default=SHARED, help="a folder with text/<task>")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the runs")
-    parser.add_argument("--model", default="smollm2-135m")
+    parser = options(__doc__, "table", FOLDER, "text/<task>")
     parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS)
     parser.add_argument("--plans", nargs="*", default=[*RATES], choices=[*RATES])
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=None, help="start no run after so many")
     args = parser.parse_args(argv)
     if args.what == "table":
         repair_table.put(PAGE, "abilities.py", {"abilities": [*table(records(args.folder))]})
         return 0
-    until = time.monotonic() + 60 * args.minutes if args.minutes is not None else float("inf")
+    until = clock_after(args.minutes)
     wanted = [
         Cell(task, plan, RATES[plan], seed) for seed in range(args.seeds) for plan in args.plans for task in args.tasks
     ]
     todo = [cell for cell in wanted if not (args.folder / cell.file).is_file()]
     print(f"{len(todo)} runs are missing.", flush=True)
+    if not todo:
+        return 0
     bench = Bench(Lab(args.shared, args.model))
-    failed = in_turn(((str(c), args.folder / c.file, partial(bench.run, c)) for c in todo), until)
+    runs = ((str(c), args.folder / c.file, partial(bench.run, c)) for c in todo)
+    failed = in_turn(runs, until)
     return int(bool(failed))
 
 

@@ -29,11 +29,10 @@ import leaderboard_cell
 import leaderboard_table
 from holdfast.errors import HoldfastError
 from leaderboard_cell import Lab
-from leaderboard_cells import BASE, MODEL, WIDE_SEEDS, Board, Cell, Entry, save
+from leaderboard_cells import BASE, MODEL, WIDE_SEEDS, Board, Cell, Entry, clock_after, save
 from leaderboard_peers import PEERS
-from leaderboard_plans import FOLDER, HERE, PLAIN, WIDE, plans
+from leaderboard_plans import FOLDER, HERE, PLAIN, SHARED, WIDE, plans
 
-SHARED = HERE.parent.parent / "shared" / "data"
 DOCS = HERE.parent / "docs"
 
 
@@ -165,9 +164,8 @@ def run(args: argparse.Namespace) -> int:
     print(announce(board, wanted(), args.workers), flush=True)
     if changed := board.changed():
         print(f"Measured with settings that have changed since (remove their files to measure again): {changed}")
-    until = time.monotonic() + 60 * args.minutes if args.minutes is not None else float("inf")
     with tempfile.TemporaryDirectory(prefix="holdfast-trained-") as trained:  # some 540 MB a task, rate and seed
-        failed = drive(board, wanted, in_process(args, Path(trained)), args.workers, until)
+        failed = drive(board, wanted, in_process(args, Path(trained)), args.workers, clock_after(args.minutes))
     left = board.missing(wanted())
     print(f"{len(left)} cells are left, {len(failed)} failed{': ' if failed else ''}{'; '.join(map(str, failed))}.")
     return int(bool(failed))

@@ -10,6 +10,7 @@ before the cells that only it has (further seeds, other tasks) are trained, and 
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import time
@@ -22,7 +23,7 @@ from typing import Any
 
 from holdfast.files import content_key, read_json, safe_name, write_text
 from holdfast.measure.packed import pack, unpack
-from leaderboard_plans import BATCH, CHOOSES, FIRST, SECOND, STEPS, WIDE, rates
+from leaderboard_plans import BATCH, CHOOSES, FIRST, SECOND, SHARED, STEPS, WIDE, rates
 
 BASE, BEFORE = "base", "before"
 CHOSEN, FAILED = "chosen.json", "failed.json"
@@ -93,6 +94,25 @@ def _value(value: Any) -> str:
 def scores_of(record: Mapping[str, Any], what: str) -> dict[str, list[float]]:
     """Item scores of a suite of a record: {task: scores}; {} where it was not measured."""
     return {name: unpacked(x) for name, x in record["suites"].get(what, {}).items()}
+
+
+def options(doc: str | None, shows: str, folder: Path, shared: str) -> argparse.ArgumentParser:
+    """What every bench that does its runs in turn is asked: what to do, with which data, where, and for how long.
+
+    shows: the word beside "run". shared: what lies in the folder of data, which is not shipped.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", shows))
+    parser.add_argument("--shared", type=Path, default=SHARED, help=f"a folder with {shared}")
+    parser.add_argument("--folder", type=Path, default=folder, help="of the runs")
+    parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--minutes", type=float, default=None, help="start no run after so many")
+    return parser
+
+
+def clock_after(minutes: float | None) -> float:
+    """What `time.monotonic` shows in so many minutes; None: never."""
+    return float("inf") if minutes is None else time.monotonic() + 60 * minutes
 
 
 def in_turn(todo: Iterable[tuple[str, Path, Callable[[], Data]]], until: float) -> dict[str, str]:

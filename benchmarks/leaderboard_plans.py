@@ -14,6 +14,7 @@ from typing import Any
 HERE = Path(__file__).parent
 OUT = HERE / "results"
 FOLDER = OUT / "leaderboard"
+SHARED = HERE.parent.parent / "shared" / "data"  # not shipped
 STEPS, BATCH, LIMIT, SHARED_LIMIT, SHOTS = 60, 8, 24, 30, 8
 CHOOSES, SECOND = "sst2", "tickets"  # the rate is chosen on the one, and used on all others
 WIDE = ("rte", "agnews", "talk")  # for the best and the plain rows only

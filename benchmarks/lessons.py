@@ -10,7 +10,6 @@ the base is taken on the task's rows and on few-shot prompts.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
 import sys
@@ -24,11 +23,10 @@ from typing import Any
 
 import lessons_page
 from leaderboard_cell import Lab, Material, asked, made, material, train_methods
-from leaderboard_cells import BASE, Cell, Data, in_turn, packed
+from leaderboard_cells import BASE, Cell, Data, clock_after, in_turn, options, packed
 from leaderboard_plans import HERE
 from lessons_plans import FEW, FOLDER, PHRASINGS, ROWS, SIZE, TASK, Setting, settings
 
-SHARED = HERE.parent.parent / "shared" / "data"
 BATCH_TOKENS = 1024
 
 
@@ -175,21 +173,16 @@ def drive(bench: Bench, folder: Path, todo: Sequence[tuple[Setting | None, int]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "page"))
-    parser.add_argument("--shared", type=Path, default=SHARED, help="a folder with text/sst2 and icl")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the runs")
+    parser = options(__doc__, "page", FOLDER, "text/sst2 and icl")
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
-    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this setting; may be repeated")
-    parser.add_argument("--minutes", type=float, default=None, help="start no run after so many")
     args = parser.parse_args(argv)
     known = settings()
     if args.what == "page":
         lessons_page.write(args.folder, known, args.seeds, args.docs)
         return 0
-    until = time.monotonic() + 60 * args.minutes if args.minutes is not None else float("inf")
+    until = clock_after(args.minutes)
     if unknown := [n for n in args.only if n not in {s.name for s in known}]:
         raise SystemExit(f"There is no setting {unknown[0]!r} in lessons_plans.py. Known: {[s.name for s in known]}.")
     todo = list(missing(args.folder, [s for s in known if s.name in args.only or not args.only], args.seeds))

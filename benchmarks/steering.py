@@ -14,7 +14,6 @@ and, below the bound, goes back to the last weights above it and goes on at half
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import sys
@@ -29,11 +28,11 @@ from typing import Any
 import numpy as np
 
 from leaderboard_cell import Lab, Material, divergence, made, material, measure, train_methods
-from leaderboard_cells import BASE, Cell, Data, in_turn
-from leaderboard_plans import DEFAULT, HERE, OUT, Size
+from leaderboard_cells import BASE, Cell, Data, clock_after, in_turn, options
+from leaderboard_plans import DEFAULT, OUT, Size
 from leaderboard_table import NAMES, OURS, Row, grouped
 
-FOLDER, SHARED = OUT / "steering", HERE.parent.parent / "shared" / "data"
+FOLDER = OUT / "steering"
 TASKS = ("sst2", "rte", "tickets", "agnews")
 FAST, BOUND, EVERY = 3, 0.97, 15  # times the rate; share of in-context; steps between two looks
 HOLDS = (0.1, 0.2, 0.4)  # nats per token
@@ -335,20 +334,15 @@ def _interval(x: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--shared", type=Path, default=SHARED, help="a folder with text/<task> and icl")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the runs")
-    parser.add_argument("--model", default="smollm2-135m")
+    parser = options(__doc__, "table", FOLDER, "text/<task> and icl")
     parser.add_argument("--tasks", nargs="*", default=TASKS, choices=TASKS)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this setting; may be repeated")
-    parser.add_argument("--minutes", type=float, default=None, help="start no run after so many")
     args = parser.parse_args(argv)
     if args.what == "table":
         print(table(args.folder))
         return 0
-    until = time.monotonic() + 60 * args.minutes if args.minutes is not None else float("inf")
+    until = clock_after(args.minutes)
     if unknown := [n for n in args.only if n not in settings()]:
         raise SystemExit(f"There is no setting {unknown[0]!r}. Known: {', '.join(settings())}.")
     todo = [x for x in cells(args.tasks, args.seeds, args.only) if not (args.folder / x[0].file).is_file()]

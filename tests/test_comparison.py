@@ -296,6 +296,8 @@ def test_the_area_is_of_the_half_that_chose():
         trials[name], final[name] = [point_of(choosing, cell, found)], [(cell, run_of(ends, right))]
     found = compared_runs(ends, choosing, trials, final, {}, 1)
     assert {r["name"]: r["hypervolume"] for r in found["rows"]} == pytest.approx({"some": 0.5, "more": 1.0})
+    alone = compared_runs(ends, choosing, trials, {"some": final["some"]}, {}, 1)  # "more" failed after its trial
+    assert {r["name"]: r["hypervolume"] for r in alone["rows"]} == pytest.approx({"some": 0.5})
     assert "area" not in compared.markdown(found)
     page = compared.page(found)
     assert page.index("What chose the learning rates") < page.index("more 1.00, some 0.50.")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any, NamedTuple
 
 
 class Rendered(str):
     """Text that holds its own special tokens. Joining it with other text loses the mark."""
 
     __slots__ = ()
+
+
+def is_chat(rows: Iterable[Any]) -> bool:
+    """Whether the first of these rows (`rows.Row`) was written by a chat template; no row is not."""
+    return any(isinstance(row.prompt, Rendered) for row in islice(rows, 1))
 
 
 class Turn(NamedTuple):

@@ -19,7 +19,7 @@ from holdfast.data.content import content_of
 from holdfast.data.metric import chosen
 from holdfast.data.own_metric import load_function
 from holdfast.data.prepare import Prepared, prepare
-from holdfast.data.rendered import Rendered
+from holdfast.data.rendered import Rendered, is_chat
 from holdfast.data.rows import Row
 from holdfast.data.store import Texts, Tokens, open_texts
 from holdfast.engine.pack import TokenRow
@@ -65,7 +65,7 @@ class TaskData:
     @property
     def chat(self) -> bool:
         """Whether its rows are written by the model's chat template."""
-        return any(isinstance(r.prompt, Rendered) for r in (*self.validation[:1], *self.test[:1]))
+        return is_chat(self.validation) or is_chat(self.test)
 
     def place(self, row: TokenRow) -> str:
         """Where a training row stands in its file; "" for one that a method made or changed."""

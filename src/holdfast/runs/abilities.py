@@ -42,11 +42,11 @@ def measured_suites(
     chat: whether the rows are written by the chat template.
     """
     names = certain(recipe)
-    if chat and AUTO in recipe.measure.suites and _fits(CHAT, ask, longest):
-        names = tuple(dict.fromkeys([*names, CHAT]))
-    if AUTO not in recipe.measure.suites or 2 * cost(ask) > SHARE * STEP * _tokens(recipe, rows, steps):
+    if AUTO not in recipe.measure.suites:
         return names
-    return tuple(dict.fromkeys([*names, *(s for s in DEFAULT if _fits(s, ask, longest))]))
+    cheap = 2 * cost(ask) <= SHARE * STEP * _tokens(recipe, rows, steps)
+    more = [*([CHAT] if chat else []), *(DEFAULT if cheap else ())]
+    return tuple(dict.fromkeys([*names, *(s for s in more if _fits(s, ask, longest))]))
 
 
 def words(recipe: Recipe, names: Sequence[str]) -> str:

@@ -29,9 +29,9 @@ def compared(
     ends, choosing: of the half that is reported on, and of the one that the trials were chosen on, if any were.
     """
     rows = [_row(ends, name, trials[name], runs, seeds) for name, runs in final.items() if runs]
-    looked = {row["name"]: _looks(ends, row) if choosing is None else trials[row["name"]] for row in rows}
+    half, looked = (choosing, trials) if choosing else (ends, {row["name"]: _looks(ends, row) for row in rows})
     best = max((p.value for points in looked.values() for p in points), default=0.0)
-    base = (choosing or ends).value((choosing or ends).task_of_base())
+    base = half.value(half.task_of_base())
     for row in rows:
         row["hypervolume"] = hypervolume([_corner(p, ends.floors, base, best) for p in looked[row["name"]]])
     rows.sort(key=lambda r: (ORDER.index(r["status"]), r["few"], -ends.value(r["task"])))

@@ -71,7 +71,7 @@ def heal(job: Job, tuned: Any, below: float, tell: Callable[[float, str], None])
         seed=FRESH,
         at_once=job.training.batch_size,  # what the training had room for
         targets=_targets(job),
-        texts=job.task.test[:1],
+        texts=job.session.ctx.rows,
     )
     return Healed(session.finished_model(dtype)[0], label)
 

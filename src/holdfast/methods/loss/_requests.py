@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from holdfast.data.rendered import Rendered
+from holdfast.data.rendered import is_chat
 from holdfast.engine.pack import TokenRow
-from holdfast.methods.data.replay import GENERAL, read_sources
+from holdfast.methods.data.replay import GENERAL, cut_rows, read_sources
 from holdfast.services import Context
 
 LONGEST = 128  # ours: tokens; what is longer is cut
@@ -21,12 +21,11 @@ def with_requests(shots: Sequence[TokenRow], ctx: Context, share: float, owner: 
 
     Every token of a request counts. A host that only has tokens does not know, and gets the shots alone.
     """
-    first = next(iter(ctx.rows), None)
-    if not share or first is None or not isinstance(first.prompt, Rendered):
-        return list(shots)
-    rows = read_sources(GENERAL[:1], ctx, owner=owner, all_tokens=True)
-    rows = [cut for cut in (r.cut(min(LONGEST, ctx.max_length)) for r in rows) if cut.scored.any()]
     out = list(shots)
+    if not share or not is_chat(ctx.rows):
+        return out
+    rows = read_sources(GENERAL[:1], ctx, owner=owner, all_tokens=True, most=int(len(out) * share))
+    rows = cut_rows(rows, min(LONGEST, ctx.max_length), owner, ctx)
     for n in range(len(out)):
         before, now = int(n * share), int((n + 1) * share)
         if now > before:
